@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors a user may see. Each message says what is wrong, what was got, what was wanted,
+and what to do; the command line turns the class into an exit code."""
+
+from __future__ import annotations
+
+
+class PixelWizardError(Exception):
+    """Root of every error raised on purpose.
+
+    Build one with `Kind(what, got=..., wanted=..., do=...)`; the parts become one message.
+    """
+
+    def __init__(
+        self, what: str, *, got: object = None, wanted: object = None, do: str | None = None
+    ) -> None:
+        self.what = what
+        parts = [what]
+        if got is not None:
+            parts.append(f"got: {got}")
+        if wanted is not None:
+            parts.append(f"wanted: {wanted}")
+        if do is not None:
+            parts.append(f"do this: {do}")
+        super().__init__("\n  ".join(parts))
+
+
+class BadRequest(PixelWizardError):
+    """A prompt, preset, option or noise file that cannot be used."""
+
+
+class BadWeights(PixelWizardError):
+    """A checkpoint or bundle that is damaged, incomplete or not what its config says."""
+
+
+class WriteFailed(PixelWizardError):
+    """The disk or the encoder refused a file; nothing stands under its final name."""

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks: mathematics only, no files, devices or settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pw_runtime.models.dit import WanDiT
+from pw_runtime.models.text_encoder import TIED_KEY, build_text_encoder
+from pw_runtime.models.vae import VaeDecoder, VaeEncoder
+from pw_runtime.types import DitConfig, TextEncoderConfig, VaeConfig
+
+Network = Literal["draft", "highres", "vae", "text_encoder"]
+Config = DitConfig | VaeConfig | TextEncoderConfig
+
+__all__ = [
+    "Config",
+    "Network",
+    "VaeDecoder",
+    "VaeEncoder",
+    "WanDiT",
+    "build_text_encoder",
+    "expected_shapes",
+]
+
+
+def expected_shapes(network: Network, config: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor that a bundle must hold for a network.
+
+    Transformers and VAE under official names, the text encoder under transformers' names.
+    """
+    modules: list[nn.Module]
+    with torch.device("meta"):
+        match config:
+            case DitConfig():
+                modules = [WanDiT(config)]
+            case VaeConfig():
+                modules = [VaeEncoder(config), VaeDecoder(config)]
+            case TextEncoderConfig():
+                modules = [build_text_encoder(config)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module in modules:
+        shapes |= {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    shapes.pop(TIED_KEY, None)
+    return shapes

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One transformer block: self-attention, cross-attention to the text, feed-forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from pw_kernels import attention, gate_residual, norm_modulate, rms_norm, rope
+from torch import Tensor, empty, nn
+
+from pw_runtime.models.embeddings import project
+from pw_runtime.types import DitConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TextKeysValues:
+    """Text as the cross-attention of one block sees it.
+
+    The zero rows that pad the text to `text_len` all give one key and one value: a single
+    pad row with bias ln(number of pad rows) stands for them (`pad_bias`, 0 without padding).
+    """
+
+    keys: Tensor  # [E, N, K], last row the pad row if there is padding
+    values: Tensor  # [E, N, K]
+    pad_bias: float
+
+
+class Attention(nn.Module):
+    """Four projections and the RMS norms of queries and keys, over all heads jointly."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.q, self.k = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[S, D] -> [S, N, K]."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[S, D] -> normalised queries [S, N, K]."""
+        return self.heads(rms_norm(project(self.q, x), self.norm_q.weight, self.eps))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, D] -> normalised keys and plain values, [S, N, K] each."""
+        keys = rms_norm(project(self.k, x), self.norm_k.weight, self.eps)
+        return self.heads(keys), self.heads(project(self.v, x))
+
+    def output(self, heads: Tensor) -> Tensor:
+        """[S, N, K] -> [S, D]."""
+        return project(self.o, heads.flatten(1))
+
+
+class Block(nn.Module):
+    """A Wan block (official WanAttentionBlock). Parameter names are the official ones.
+
+    The official name order is kept: `norm3`, the only norm with parameters, stands before
+    the cross-attention.
+    """
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = Attention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.modulation = nn.Parameter(empty(1, 6, config.dim))
+
+    def forward(
+        self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, text: TextKeysValues
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: [S, D] residual stream (bf16 or fp32).
+            rows: [R, 6, D] fp32: shift, scale, gate of attention, then of the feed-forward,
+                this block's own table already added.
+            cos: [S, K/2] fp32 rotary table.
+            sin: [S, K/2] fp32 rotary table.
+            text: keys and values of this block's cross-attention.
+
+        Returns:
+            [S, D] fp32.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
+        dtype = self.self_attn.q.weight.dtype
+
+        h = norm_modulate(x, shift1, scale1, self.eps, dtype)
+        q = rope(self.self_attn.queries(h), cos, sin)
+        k, v = self.self_attn.keys_values(h)
+        k = rope(k, cos, sin)
+        x = gate_residual(x, self.self_attn.output(attention(q, k, v)), gate1)
+
+        h = F.layer_norm(x, x.shape[-1:], self.norm3.weight, self.norm3.bias, self.eps)
+        q = self.cross_attn.queries(h)
+        y = attention(q, text.keys, text.values, text.pad_bias)
+        x = x + self.cross_attn.output(y)
+
+        h = norm_modulate(x, shift2, scale2, self.eps, dtype)
+        up, activation, down = self.ffn
+        y = F.linear(activation(F.linear(h, up.weight, up.bias)), down.weight, down.bias)
+        return gate_residual(x, y, gate2)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Wan2.2-TI2V-5B transformer, as the draft network and as PixelWizard's high-res network.
+
+Everything that does not change inside the sampling loop is a method of its own, so that the
+caller computes it once: text keys and values per prompt, modulation rows per step, adapter
+features per clip. Source: wan/modules/model.py and hr_model.py; docs/numerics.md has the dtypes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from pw_kernels import norm_modulate
+from torch import Tensor, nn
+
+from pw_runtime.models.adapter import SpatialAdapter
+from pw_runtime.models.blocks import Block, TextKeysValues
+from pw_runtime.models.embeddings import (
+    mlp,
+    patchify,
+    project,
+    rope_tables,
+    run_mlp,
+    sinusoid,
+    unpatchify,
+)
+from pw_runtime.types import PATCH, DitConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """Scale, shift and gate rows of one step, block tables included."""
+
+    blocks: Tensor  # [layers, R, 6, D] fp32
+    head: Tensor  # [R, 2, D] fp32
+
+
+class Head(nn.Module):
+    """Final norm, modulation and projection to latent patches, all fp32."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.out_dim * PATCH * PATCH)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        """[S, D] and [R, 2, D] -> [S, 4 C]."""
+        shift, scale = rows.unbind(1)
+        return project(self.head, norm_modulate(x, shift, scale, self.eps, torch.float32))
+
+
+class WanDiT(nn.Module):
+    """Velocity prediction. Parameter names are those of the official checkpoint."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        patch = (1, PATCH, PATCH)
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=patch, stride=patch)
+        self.text_embedding = mlp(config.text_dim, dim, nn.GELU(approximate="tanh"))
+        self.time_embedding = mlp(config.freq_dim, dim, nn.SiLU())
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        if config.has_dt:
+            self.dt_embedding = mlp(config.freq_dim, dim, nn.SiLU())
+        if config.adapter_dim:
+            self.spatial_adapter = SpatialAdapter(config)
+
+    def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
+        """Keys and values of every block's cross-attention for one prompt.
+
+        Args:
+            context: [E, text_dim] text-encoder output, 0 < E <= text_len.
+
+        Returns:
+            One entry per block.
+        """
+        num_pad = self.config.text_len - context.shape[0]
+        if num_pad:
+            context = torch.cat((context, context.new_zeros(1, context.shape[1])))
+        pad_bias = math.log(num_pad) if num_pad else 0.0
+        embedded = run_mlp(self.text_embedding, context)  # [E (+1), D]
+        return tuple(
+            TextKeysValues(*block.cross_attn.keys_values(embedded), pad_bias)
+            for block in self._blocks()
+        )
+
+    def modulation(self, t: Tensor, dt: Tensor | None = None) -> Modulation:
+        """All rows of one step: one for text-to-video, one per latent frame where t differs.
+
+        Args:
+            t: [R] timestep, in thousandths.
+            dt: [R] step size, wanted by the high-res network and by no other.
+
+        Returns:
+            Rows with every block's own table added.
+        """
+        if (dt is not None) != self.config.has_dt:
+            raise ValueError(f"has_dt is {self.config.has_dt} but dt is {dt}")
+        e = run_mlp(self.time_embedding, sinusoid(t, self.config.freq_dim))  # [R, D]
+        if dt is not None:
+            e = e + run_mlp(self.dt_embedding, sinusoid(dt, self.config.freq_dim))
+        activation, projection = self.time_projection
+        assert isinstance(projection, nn.Linear)
+        e0 = project(projection, activation(e)).unflatten(1, (6, -1))  # [R, 6, D]
+        tables = torch.stack([block.modulation for block in self._blocks()])  # [layers, 1, 6, D]
+        return Modulation(blocks=tables + e0, head=self.head.modulation + e[:, None])
+
+    def draft_features(self, draft: Tensor) -> Tensor:
+        """Adapter features of a clip: [C, T, H/2, W/2] resized draft latent -> [S, D]."""
+        return self.spatial_adapter.features(draft)
+
+    def controls(self, features: Tensor, t: Tensor, dt: Tensor) -> dict[int, Tensor]:
+        """Adapter controls of one step: {block: [S, D]}, from `draft_features`, t [1], dt [1]."""
+        freq_dim = self.config.freq_dim
+        return self.spatial_adapter.controls(
+            features, sinusoid(t, freq_dim), sinusoid(dt, freq_dim)
+        )
+
+    def forward(
+        self,
+        latent: Tensor,
+        text: tuple[TextKeysValues, ...],
+        modulation: Modulation,
+        controls: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Predict the velocity of a noisy latent.
+
+        Args:
+            latent: [C, T, H, W] fp32, H and W even.
+            text: from `text_keys_values`.
+            modulation: from `modulation`; R is 1 or T.
+            controls: from `controls`, for the high-res network.
+
+        Returns:
+            [C, T, H, W] fp32.
+        """
+        if (controls is not None) != bool(self.config.adapter_dim):
+            raise ValueError("the high-res network needs controls, the draft network none")
+        _, t, h, w = latent.shape
+        grid = (t, h // PATCH, w // PATCH)
+        weight = self.patch_embedding.weight
+        # A kernel equal to its stride is a matrix product over patches.
+        x = nn.functional.linear(
+            patchify(latent).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias
+        )  # [S, D]
+        cos, sin = rope_tables(grid, self.config.head_dim, latent.device)
+        for index, block in enumerate(self.blocks):
+            if controls is not None and index in controls:
+                x = x + controls[index]
+            x = block(x, modulation.blocks[index], cos, sin, text[index])
+        return unpatchify(self.head(x, modulation.head), grid).float()
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways into and out of token space: patches, timesteps, rotary positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pw_runtime.types import PATCH
+
+
+def project(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear layer in the dtype its weight is stored in."""
+    return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
+
+
+def patchify(latent: Tensor) -> Tensor:
+    """Cut a latent into 1x2x2 patches.
+
+    Args:
+        latent: [C, T, H, W].
+
+    Returns:
+        [S, 4C]; tokens run (t, h, w) row-major, features (channel, row, column).
+    """
+    c, t, h, w = latent.shape
+    x = latent.reshape(c, t, h // PATCH, PATCH, w // PATCH, PATCH)
+    return x.permute(1, 2, 4, 0, 3, 5).reshape(-1, c * PATCH * PATCH)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Put tokens back on the latent grid; here the channel runs fastest, unlike `patchify`.
+
+    Args:
+        tokens: [S, 4C], features (row, column, channel).
+        grid: tokens per clip as (T, H/2, W/2).
+
+    Returns:
+        [C, T, H, W].
+    """
+    t, h, w = grid
+    x = tokens.reshape(t, h, w, PATCH, PATCH, -1)
+    return x.permute(5, 0, 1, 3, 2, 4).reshape(-1, t, h * PATCH, w * PATCH)
+
+
+def sinusoid(position: Tensor, dim: int) -> Tensor:
+    """[cos | sin] of position * 10000^(-j / (dim/2)), computed in fp64.
+
+    Args:
+        position: [R] timesteps or step sizes, in thousandths.
+        dim: width of the embedding, even.
+
+    Returns:
+        [R, dim] fp32.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=position.device) / half
+    angle = torch.outer(position.double(), torch.pow(10000.0, -exponent))
+    return torch.cat((angle.cos(), angle.sin()), dim=1).float()
+
+
+def rope_tables(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rotation of every token: K/2 channel pairs split between time, rows and columns.
+
+    Of c = K/2 pairs, c - 2 (c // 3) turn with time and c // 3 with each of rows and columns;
+    inside an axis of n pairs, pair j turns by position * 10000^(-j/n).
+
+    Args:
+        grid: tokens per clip as (T, H/2, W/2).
+        head_dim: K.
+        device: where the tables are made.
+
+    Returns:
+        (cos, sin), each [S, K/2] fp32, computed in fp64.
+    """
+    pairs = head_dim // 2
+    angles = []
+    for axis, length in enumerate(grid):
+        n = pairs // 3 if axis else pairs - 2 * (pairs // 3)
+        frequency = torch.pow(10000.0, -torch.arange(n, dtype=torch.float64, device=device) / n)
+        position = torch.arange(length, dtype=torch.float64, device=device)
+        angle = torch.outer(position, frequency)  # [length, n]
+        shape = [1, 1, 1, n]
+        shape[axis] = length
+        angles.append(angle.view(shape).expand(*grid, n))
+    angle = torch.cat(angles, dim=-1).flatten(0, 2)  # [S, K/2]
+    return angle.cos().float(), angle.sin().float()
+
+
+def mlp(d_in: int, d_out: int, activation: nn.Module) -> nn.Sequential:
+    """Linear, activation, linear: the form of every small embedding network of the model."""
+    return nn.Sequential(nn.Linear(d_in, d_out), activation, nn.Linear(d_out, d_out))
+
+
+def run_mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Apply `mlp` layers, each linear in its own weight dtype."""
+    first, activation, last = layers
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    return project(last, activation(project(first, x)))

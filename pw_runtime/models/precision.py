@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights are rounded to bf16, and in which dtype each is then kept."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from pw_runtime.types import Precision
+
+# The adapter is made after the official code rounds the model, so only its products (cast to
+# bf16 on the way in) are bf16; its two norms keep unrounded fp32 weights.
+ADAPTER = re.compile(r"^spatial_adapter\.")
+ADAPTER_NORM = re.compile(r"^spatial_adapter\.(backbone\.1|feature_norm)\.")
+
+# Rounded to bf16 like every other weight, then used in fp32 arithmetic.
+FP32_ISLANDS = re.compile(
+    r"^(time_embedding|time_projection|dt_embedding|head)\.|(^|\.)(modulation|norm3\.(weight|bias))$"
+)
+
+
+def store_dit_weight(name: str, weight: Tensor, precision: Precision) -> Tensor:
+    """Bring one transformer weight to the form in which the network computes with it.
+
+    Args:
+        name: official parameter name.
+        weight: any float dtype.
+        precision: "fp32" keeps every value; "bf16" follows the official single-GPU rules
+            (convert_model_dtype and bf16 autocast, section 1.6 of the model specification).
+
+    Returns:
+        The weight in fp32 or bf16.
+    """
+    if precision == "fp32" or ADAPTER_NORM.search(name):
+        return weight.float()
+    rounded = weight.to(torch.bfloat16)
+    if FP32_ISLANDS.search(name) and not ADAPTER.search(name):
+        return rounded.float()
+    return rounded

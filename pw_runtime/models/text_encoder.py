@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The UMT5 text encoder: transformers' own class, sized by our config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pw_runtime.types import TextEncoderConfig
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+TIED_KEY = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
+
+
+def build_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
+    """An UMT5EncoderModel on the meta device (no weights yet), in evaluation mode."""
+    from transformers import UMT5Config, UMT5EncoderModel  # seconds to import
+
+    umt5 = UMT5Config(
+        vocab_size=config.vocab_size,
+        d_model=config.dim,
+        d_kv=config.attention_dim // config.num_heads,
+        d_ff=config.ffn_dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        relative_attention_num_buckets=config.num_buckets,
+        relative_attention_max_distance=config.max_distance,
+        layer_norm_epsilon=config.eps,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        return UMT5EncoderModel(umt5).eval()
+
+
+def encode_tokens(encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
+    """Encode one text without padding (equal to the official padded run, cut to length).
+
+    Args:
+        encoder: loaded encoder.
+        ids: [E] token ids, end token included.
+
+    Returns:
+        [E, text_dim] in the encoder's dtype.
+    """
+    hidden: Tensor = encoder(input_ids=ids[None]).last_hidden_state[0]
+    return hidden

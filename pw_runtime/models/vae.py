@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Wan2.2 VAE in streaming form: one latent frame in, its pixel frames out.
+
+Source: wan/modules/vae2_2.py. Everything is fp32, as there.
+"""
+
+from __future__ import annotations
+
+import torch
+from pw_kernels import unpatchify_pixels
+from torch import Tensor, nn
+
+from pw_runtime.models.vae_blocks import (
+    AttentionBlock,
+    CausalCache,
+    CausalConv3d,
+    ChannelNorm,
+    DownStage,
+    ResidualBlock,
+    UpStage,
+)
+from pw_runtime.types import VAE_STRIDE, VaeConfig
+
+PIXEL_CHANNELS = 12  # 3 colours of a 2x2 pixel block
+
+
+class Middle(nn.ModuleList):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            [ResidualBlock(channels, channels), AttentionBlock(channels)]
+            + [ResidualBlock(channels, channels)]
+        )
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """[1, C, T, H, W] -> the same."""
+        for layer in self:
+            x = layer(x, cache)
+        return x
+
+
+class HeadLayers(nn.ModuleDict):
+    """Norm, SiLU, convolution."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__({"0": ChannelNorm(c_in), "2": CausalConv3d(c_in, c_out, 3)})
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """[1, C, T, H, W] -> [1, C', T, H, W]."""
+        out: Tensor = self["2"](self["0"](x, silu=True), cache)
+        return out
+
+
+class DecoderLayers(nn.Module):
+    """Layers of the decoder, named as in the checkpoint."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        dims = config.decoder_dims
+        temporal = (*reversed(config.temporal_downsample), False)
+        last = len(dims) - 2
+        self.conv1 = CausalConv3d(config.z_dim, dims[0], 3)
+        self.middle = Middle(dims[0])
+        self.upsamples = nn.ModuleList(
+            UpStage(dims[i], dims[i + 1], config.decoder_blocks, up=i != last, temporal=temporal[i])
+            for i in range(last + 1)
+        )
+        self.head = HeadLayers(dims[-1], PIXEL_CHANNELS)
+
+
+class VaeDecoder(nn.Module):
+    """Latent frames to pixel frames, cut where exact tiling is possible.
+
+    `coarse` holds all that needs the whole frame (its attention sees every position); `fine`
+    is purely convolutional, so strips of it with a large enough halo give the same result.
+    """
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = DecoderLayers(config)
+
+    def coarse(self, frame: Tensor, cache: CausalCache) -> Tensor:
+        """First part, on the full width of one latent frame.
+
+        Args:
+            frame: [C, 1, H, W] normalised latent.
+            cache: this part's cache.
+
+        Returns:
+            [1, C', t, 2H, 2W], t = 1 for the first frame of a clip and 2 after it.
+        """
+        mean = frame.new_tensor(self.config.latent_mean).view(-1, 1, 1, 1)
+        std = frame.new_tensor(self.config.latent_std).view(-1, 1, 1, 1)
+        # Divided by 1/std, as the official code does: z * std rounds differently.
+        x = self.conv2((frame / (1 / std) + mean)[None], cache)
+        x = self.decoder.middle(self.decoder.conv1(x, cache), cache)
+        x = self.decoder.upsamples[0](x, cache)
+        cache.first = False
+        return x
+
+    def fine(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """Second part, on any strip of columns.
+
+        Args:
+            x: [1, C', t, 2H, columns] from `coarse`.
+            cache: this strip's cache.
+
+        Returns:
+            [3, F, 16H, 8 columns] colours, not clamped; F = 1 for the first frame, then 4.
+        """
+        for stage in self.decoder.upsamples[1:]:
+            x = stage(x, cache)
+        x = self.decoder.head(x, cache)
+        cache.first = False
+        return unpatchify_pixels(x)[0]
+
+
+class EncoderLayers(nn.Module):
+    """Layers of the encoder, named as in the checkpoint."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        dims = config.encoder_dims
+        temporal = (*config.temporal_downsample, False)
+        last = len(dims) - 2
+        self.conv1 = CausalConv3d(PIXEL_CHANNELS, dims[0], 3)
+        self.downsamples = nn.ModuleList(
+            DownStage(
+                dims[i], dims[i + 1], config.encoder_blocks, down=i != last, temporal=temporal[i]
+            )
+            for i in range(last + 1)
+        )
+        self.middle = Middle(dims[-1])
+        self.head = HeadLayers(dims[-1], 2 * config.z_dim)
+
+
+class VaeEncoder(nn.Module):
+    """Pixel frames to latent frames (not part of text-to-video; kept to test and to train)."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = EncoderLayers(config)
+        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Encode a clip: its first frame alone, then four frames at a time.
+
+        Args:
+            video: [3, F, height, width] in [-1, 1], F = 4n+1, sizes multiples of 16.
+
+        Returns:
+            [C, T, H, W] normalised mean of the latent distribution.
+        """
+        cache = CausalCache()
+        video = self._patchify(video)
+        latents = []
+        for frames in (video[:, :, :1], *video[:, :, 1:].split(VAE_STRIDE[0], dim=2)):
+            if frames.shape[2] == 0:  # a clip of one frame
+                continue
+            x = self.encoder.conv1(frames, cache)
+            for stage in self.encoder.downsamples:
+                x = stage(x, cache)
+            x = self.encoder.head(self.encoder.middle(x, cache), cache)
+            latents.append(self.conv1(x, cache))
+        mean = video.new_tensor(self.config.latent_mean).view(-1, 1, 1, 1)
+        std = video.new_tensor(self.config.latent_std).view(-1, 1, 1, 1)
+        return (torch.cat(latents, dim=2)[0, : self.config.z_dim] - mean) * (1 / std)
+
+    @staticmethod
+    def _patchify(video: Tensor) -> Tensor:
+        """[3, F, h, w] -> [1, 12, F, h/2, w/2], channel (colour, column, row)."""
+        c, f, h, w = video.shape
+        x = video.reshape(c, f, h // 2, 2, w // 2, 2).permute(0, 5, 3, 1, 2, 4)
+        return x.reshape(1, c * 4, f, h // 2, w // 2)

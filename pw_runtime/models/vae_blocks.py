@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of the Wan2.2 VAE. Parameter names are the official ones (vae2_2.py).
+
+A clip passes through in chunks of frames. What a chunk must know of the past lies in a
+`CausalCache` that the caller owns: one per clip and strip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from pw_kernels import attention, causal_conv3d, channel_norm, dup_up
+from torch import Tensor, nn
+
+
+@dataclass(slots=True)
+class CausalCache:
+    """Past input frames of every causal convolution, filled as chunks go through."""
+
+    past: dict[nn.Module, Tensor] = field(default_factory=dict)
+    first: bool = True  # no chunk has gone through yet
+
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution padded with the past on the left of time."""
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:  # type: ignore[override]
+        """[B, C, T, H, W] -> [B, C', T, H, W]."""
+        y, past = causal_conv3d(x, self.weight, self.bias, cache.past.get(self))
+        if past is not None:
+            cache.past[self] = past
+        return y
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over channels; `dims` is the number of dimensions after the channel."""
+
+    def __init__(self, channels: int, *, dims: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
+
+    def forward(self, x: Tensor, *, silu: bool) -> Tensor:
+        """Normalise, then apply SiLU where asked."""
+        return channel_norm(x, self.gamma, silu=silu)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, conv, twice; added to the input, projected where the width changes."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": ChannelNorm(c_in),
+                "2": CausalConv3d(c_in, c_out, 3),
+                "3": ChannelNorm(c_out),
+                "6": CausalConv3d(c_out, c_out, 3),
+            }
+        )
+        self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """[B, C, T, H, W] -> [B, C', T, H, W]."""
+        h = self.residual["2"](self.residual["0"](x, silu=True), cache)
+        h = self.residual["6"](self.residual["3"](h, silu=True), cache)
+        return h + (x if self.shortcut is None else self.shortcut(x, cache))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the positions of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, dims=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """[1, C, T, H, W] -> the same; frames do not see each other, so no cache is used."""
+        return torch.stack([self._frame(frame) for frame in x.unbind(2)], dim=2)
+
+    def _frame(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm(x, silu=False))  # [1, 3C, H, W]
+        q, k, v = qkv[0].flatten(1).T.unsqueeze(1).chunk(3, dim=-1)  # [HW, 1, C]
+        y = attention(q, k, v)[:, 0].T.reshape(x.shape)
+        out: Tensor = x + self.proj(y)
+        return out
+
+
+class Upsample(nn.Module):
+    """Double rows and columns, and frames where `temporal`."""
+
+    def __init__(self, channels: int, *, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, padding=1)})
+        kernel = (3, 1, 1)
+        self.time_conv = CausalConv3d(channels, 2 * channels, kernel) if temporal else None
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """[1, C, T, H, W] -> [1, C, T or 2T, 2H, 2W]; the first chunk never doubles frames."""
+        if self.time_conv is not None and not cache.first:
+            x = self.time_conv(x, cache)  # channels: even frames, then odd frames
+            x = torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
+        frames = x[0].transpose(0, 1)  # [T, C, H, W]
+        frames = self.resample["1"](F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
+        return frames.transpose(0, 1)[None]
+
+
+class UpStage(nn.Module):
+    """Residual blocks, then an upsampling with a duplicating shortcut around the stage."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, *, up: bool, temporal: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [ResidualBlock(c_in, c_out)]
+        layers += [ResidualBlock(c_out, c_out) for _ in range(blocks - 1)]
+        if up:
+            layers.append(Upsample(c_out, temporal=temporal))
+        self.upsamples = nn.ModuleList(layers)
+        self.up, self.channels, self.time_factor = up, c_out, 2 if temporal else 1
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """[1, C, T, H, W] -> [1, C', T', H', W']."""
+        h = x
+        for layer in self.upsamples:
+            h = layer(h, cache)
+        if self.up:
+            h = h + dup_up(x, self.channels, self.time_factor, 2, first=cache.first)
+        return h
+
+
+class Downsample(nn.Module):
+    """Halve rows and columns, and frames where `temporal`."""
+
+    def __init__(self, channels: int, *, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
+        self.time_conv = (
+            nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        )
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """[1, C, T, H, W] -> [1, C, T or T/2, H/2, W/2]; a first frame is kept as it is."""
+        frames = F.pad(x[0].transpose(0, 1), (0, 1, 0, 1))  # zero right and bottom
+        x = self.resample["1"](frames).transpose(0, 1)[None]
+        if self.time_conv is None:
+            return x
+        past = cache.past.get(self)
+        cache.past[self] = x[:, :, -1:].clone()
+        return x if past is None else self.time_conv(torch.cat((past, x), dim=2))
+
+
+class DownStage(nn.Module):
+    """Residual blocks, then a downsampling with an averaging shortcut around the stage."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, *, down: bool, temporal: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [ResidualBlock(c_in, c_out)]
+        layers += [ResidualBlock(c_out, c_out) for _ in range(blocks - 1)]
+        if down:
+            layers.append(Downsample(c_out, temporal=temporal))
+        self.downsamples = nn.ModuleList(layers)
+        self.channels = c_out
+        self.time_factor, self.space_factor = 2 if temporal else 1, 2 if down else 1
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """[1, C, T, H, W] -> [1, C', T', H', W']."""
+        h = x
+        for layer in self.downsamples:
+            h = layer(h, cache)
+        return h + avg_down(x, self.channels, self.time_factor, self.space_factor)
+
+
+def avg_down(x: Tensor, channels: int, time_factor: int, space_factor: int) -> Tensor:
+    """Fold a finer grid into channels and average them in groups (official AvgDown3D).
+
+    Args:
+        x: [B, C, T, H, W]; T is zero-padded on the left to a multiple of `time_factor`.
+        channels: C' of the result; C ft fs^2 / C' channels are averaged into one.
+        time_factor: ft, frames folded into one.
+        space_factor: fs, rows folded into one and columns folded into one.
+
+    Returns:
+        [B, C', ceil(T/ft), H/fs, W/fs].
+    """
+    ft, fs = time_factor, space_factor
+    b, c, t, h, w = x.shape
+    x = F.pad(x, (0, 0, 0, 0, -t % ft, 0))
+    x = x.reshape(b, c, -1, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(b, channels, -1, *x.shape[5:]).mean(dim=2)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every noun that crosses a file border, frozen.
+
+Shape letters used in comments and docstrings everywhere:
+  C latent channels (48) . T latent frames . H W latent rows, columns (16 px each)
+  S video tokens = T * H/2 * W/2 . E text tokens . D transformer width . N heads . K head width
+  F pixel frames = 4 (T - 1) + 1 . R modulation rows (1 per step, or T when t differs per frame)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Solver = Literal["unipc", "dpm++"]
+Tiling = Literal["exact", "official"]
+Precision = Literal["fp32", "bf16"]
+
+VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
+PATCH = 2  # latent rows and columns in one token
+
+
+# ---- what to make --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One denoising stage: picture size in pixels and its sampler settings."""
+
+    width: int
+    height: int
+    steps: int
+    shift: float
+    guidance: float
+    solver: Solver = "unipc"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoPlan:
+    """Length (pixel frames, 4n+1) and speed of a clip."""
+
+    frames: int
+    fps: int = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """How the VAE decode is cut along the width.
+
+    `exact` is equal to the undivided decode whatever `strips` says; `official` blends
+    independently decoded strips as the research code does (visible in the result).
+    `overlap` is in latent columns on each inner side.
+    """
+
+    tiling: Tiling = "exact"
+    strips: int = 1
+    overlap: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compat:
+    """Quirks of the official code, off by default (docs/numerics.md)."""
+
+    bf16_einsum: bool = False
+    bf16_timesteps: bool = False
+    truncating_uint8: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """All numbers of one kind of clip."""
+
+    name: str
+    draft: StagePlan
+    highres: StagePlan
+    video: VideoPlan
+    decode: DecodePlan = field(default_factory=DecodePlan)
+    compat: Compat = field(default_factory=Compat)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One line of a prompt file; `position` (1-based) fixes its seeds, `id` names its files."""
+
+    id: str
+    text: str
+    position: int
+
+
+# ---- what flows between the stages ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextContext:
+    """Text-encoder output for a prompt and its negative, cut to real length."""
+
+    cond: torch.Tensor  # [E, text_dim]
+    uncond: torch.Tensor  # [E', text_dim]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """A clip in the VAE's normalised latent space."""
+
+    x: torch.Tensor  # [C, T, H, W] fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """The draft latent resized to the high-res token grid."""
+
+    x: torch.Tensor  # [C, T, H/2, W/2] fp32, H and W of the high-res latent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameChunk:
+    """Consecutive finished frames, 8 bit RGB."""
+
+    start: int  # index of the first frame in the clip
+    rgb: torch.Tensor  # [frames, height, width, 3] uint8, on the CPU
+
+
+# ---- what a bundle holds ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DitConfig:
+    """Widths of a Wan transformer; the last three describe the high-res additions."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    text_dim: int
+    text_len: int = 512
+    in_dim: int = 48
+    out_dim: int = 48
+    freq_dim: int = 256
+    eps: float = 1e-6
+    has_dt: bool = False
+    adapter_dim: int = 0  # hidden channels of the spatial adapter; 0: no adapter
+    control_blocks: tuple[int, ...] = ()  # blocks whose input receives the control
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeConfig:
+    """Widths of a Wan2.2 VAE, stage by stage in the order they run."""
+
+    z_dim: int
+    encoder_dims: tuple[int, ...]  # channels entering stage 0, then leaving each stage
+    decoder_dims: tuple[int, ...]
+    encoder_blocks: int  # residual blocks per stage
+    decoder_blocks: int
+    temporal_downsample: tuple[bool, ...]  # encoder order; the decoder runs it reversed
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoderConfig:
+    """Widths of a UMT5 encoder."""
+
+    vocab_size: int
+    dim: int
+    attention_dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6

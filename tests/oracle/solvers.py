@@ -1,0 +1,135 @@
+"""Official schedules and solvers of flow matching, in scalar arithmetic (fp64) on fp32 latents.
+
+A velocity function gets (latent, timestep, dt) and gives the latent's velocity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """sigmas has one entry more than timesteps and dts; all are plain numbers."""
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[int, ...]
+    dts: tuple[int, ...]
+
+    def lam(self, i: int) -> float:
+        """Half log signal-to-noise ratio: ln(1 - sigma) - ln(sigma)."""
+        sigma = self.sigmas[i]
+        if sigma in (0.0, 1.0):
+            return math.inf if sigma == 0.0 else -math.inf
+        return math.log(1 - sigma) - math.log(sigma)
+
+
+def quantise_dt(timesteps: list[int]) -> tuple[int, ...]:
+    """Distance to the next timestep (0 after the last), made even, at least 2."""
+    gaps = [abs(now - after) for now, after in zip(timesteps, [*timesteps[1:], 0], strict=True)]
+    return tuple(max(gap - gap % 2, 2) for gap in gaps)
+
+
+def schedule(solver: str, steps: int, shift: float) -> Schedule:
+    """The shifted grid of "unipc" (starting at fp32(0.999)) or "dpm++" (starting at 1)."""
+    top = {"unipc": float(np.float32(0.999)), "dpm++": 1.0}[solver]
+    grid = np.linspace(top, 0, steps + 1)[:steps]
+    sigmas = shift * grid / (1 + (shift - 1) * grid)
+    timesteps = [int(value) for value in np.trunc(1000 * sigmas)]
+    stored = [float(value) for value in sigmas.astype(np.float32)]
+    return Schedule((*stored, 0.0), tuple(timesteps), quantise_dt(timesteps))
+
+
+def _einsum(coefficient: float, difference: Tensor, bf16: bool) -> Tensor:
+    """coefficient * difference; under autocast from bf16 operands to a bf16 result."""
+    if not bf16:
+        return coefficient * difference
+    rounded = torch.tensor(coefficient, device=difference.device).bfloat16()
+    return rounded * difference.bfloat16()
+
+
+def _unipc_correct(
+    s: Schedule, i: int, order: int, x: Tensor, m: list[Tensor], bf16_einsum: bool
+) -> Tensor:
+    """Corrected sample at step i from the corrected x at i - 1 and m[0..i]."""
+    sigma, alpha = s.sigmas[i], 1 - s.sigmas[i]
+    h = s.lam(i) - s.lam(i - 1)
+    phi = math.expm1(-h)
+    base = sigma / s.sigmas[i - 1] * x - alpha * phi * m[i - 1]
+    if order == 1:
+        return base - alpha * phi * 0.5 * (m[i] - m[i - 1])
+    r = (s.lam(i - 2) - s.lam(i - 1)) / h
+    k = phi / -h - 1
+    b1 = k / phi
+    b2 = 2 * (k / -h - 0.5) / phi
+    rho0 = (b1 - b2) / (1 - r)
+    rho1 = b1 - rho0
+    older = _einsum(rho0, (m[i - 2] - m[i - 1]) / r, bf16_einsum)
+    return base - alpha * phi * (older + rho1 * (m[i] - m[i - 1]))
+
+
+def _unipc_predict(
+    s: Schedule, i: int, order: int, x: Tensor, m: list[Tensor], bf16_einsum: bool
+) -> Tensor:
+    """Sample at step i + 1 from the corrected x at i and m[0..i]."""
+    if i + 1 == len(s.timesteps):
+        return m[i]
+    alpha = 1 - s.sigmas[i + 1]
+    h = s.lam(i + 1) - s.lam(i)
+    phi = math.expm1(-h)
+    after = s.sigmas[i + 1] / s.sigmas[i] * x - alpha * phi * m[i]
+    if order == 2:
+        r = (s.lam(i - 1) - s.lam(i)) / h
+        after = after - alpha * phi * _einsum(0.5, (m[i - 1] - m[i]) / r, bf16_einsum)
+    return after
+
+
+def unipc(
+    velocity: Velocity, noise: Tensor, s: Schedule, *, bf16_einsum: bool = False
+) -> list[Tensor]:
+    """UniPC order 2, bh2, predicting x0. The latents before step 0 and after each step."""
+    steps = len(s.timesteps)
+    orders = [min(2, steps - i, i + 1) for i in range(steps)]
+    m: list[Tensor] = []
+    trajectory = [noise]
+    corrected = noise
+    for i in range(steps):
+        x = trajectory[i]
+        m.append(x - s.sigmas[i] * velocity(x, s.timesteps[i], s.dts[i]))
+        if i > 0:
+            corrected = _unipc_correct(s, i, orders[i - 1], corrected, m, bf16_einsum)
+        trajectory.append(_unipc_predict(s, i, orders[i], corrected, m, bf16_einsum))
+    return trajectory
+
+
+def dpmpp(velocity: Velocity, noise: Tensor, s: Schedule) -> list[Tensor]:
+    """DPM-Solver++ 2M, midpoint. The latents before step 0 and after each step."""
+    steps = len(s.timesteps)
+    m: list[Tensor] = []
+    trajectory = [noise]
+    for i in range(steps):
+        x = trajectory[i]
+        m.append(x - s.sigmas[i] * velocity(x, s.timesteps[i], s.dts[i]))
+        alpha = 1 - s.sigmas[i + 1]
+        h = s.lam(i + 1) - s.lam(i)
+        e = math.exp(-h) - 1
+        after = s.sigmas[i + 1] / s.sigmas[i] * x - alpha * e * m[i]
+        first_or_last = i in (0, steps - 1)
+        if not first_or_last and math.isfinite(s.lam(i - 1)):
+            r0 = (s.lam(i) - s.lam(i - 1)) / h
+            after = after - 0.5 * alpha * e * (m[i] - m[i - 1]) / r0
+        trajectory.append(after)
+    return trajectory
+
+
+def solve(solver: str, velocity: Velocity, noise: Tensor, s: Schedule) -> Tensor:
+    """Final latent of "unipc" or "dpm++" in fp32."""
+    return {"unipc": unipc, "dpm++": dpmpp}[solver](velocity, noise, s)[-1]
