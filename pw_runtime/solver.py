@@ -57,32 +57,39 @@ def sample(
         [C, T, H, W] fp32.
     """
     run = _unipc if solver == "unipc" else _dpm
-    weigh = _weigh_bf16 if bf16_einsum else _weigh
-    return run(velocity, noise, schedule.sigmas, weigh, on_step)
-
-
-Weigh = Callable[[float, Tensor], Tensor]
-
-
-def _weigh(weight: float, difference: Tensor) -> Tensor:
-    return weight * difference
-
-
-def _weigh_bf16(weight: float, difference: Tensor) -> Tensor:
-    product = torch.tensor(weight, dtype=torch.float32).bfloat16() * difference.bfloat16()
-    return product.float()
+    return run(velocity, noise, schedule.sigmas, bf16_einsum, on_step)
 
 
 def _apply(
-    update: Update, x: Tensor, m: Tensor, new: Tensor | None, old: Tensor | None, weigh: Weigh
+    update: Update,
+    x: Tensor,
+    m: Tensor,
+    new: Tensor | None,
+    old: Tensor | None,
+    bf16_einsum: bool = False,
 ) -> Tensor:
     result = update.keep * x + update.data * m
-    if new is not None and update.new_weight:
-        result = result + update.slope * update.new_weight * (new - m)
+    correction = None
     if old is not None and update.old_weight:
         difference = (old - m) * update.inverse_r
-        result = result + update.slope * weigh(update.old_weight, difference)
-    return result
+        if bf16_einsum:
+            correction = _scale_bf16(update.old_weight, difference.bfloat16())
+        else:
+            correction = update.old_weight * difference
+    if new is not None and update.new_weight:
+        fresh = update.new_weight * (new - m)
+        correction = fresh if correction is None else correction + fresh
+    if correction is None:
+        return result
+    if correction.dtype == torch.bfloat16:
+        # A scalar tensor does not widen the tensor it scales: the official predictor stays
+        # in bf16 up to here, while the corrector was widened by its fp32 difference.
+        return result + _scale_bf16(update.slope, correction)
+    return result + update.slope * correction
+
+
+def _scale_bf16(factor: float, x: Tensor) -> Tensor:
+    return torch.tensor(factor, dtype=torch.bfloat16) * x
 
 
 # ---- UniPC: predict with the past, then correct with the new prediction ----------------------
@@ -92,7 +99,7 @@ def _unipc(
     velocity: Velocity,
     x: Tensor,
     sigmas: tuple[float, ...],
-    weigh: Weigh,
+    bf16_einsum: bool,
     on_step: Callable[[int], None],
 ) -> Tensor:
     steps = len(sigmas) - 1
@@ -106,8 +113,8 @@ def _unipc(
             return m
         if m_latest is not None:
             correction = unipc_corrector(sigmas, i)
-            corrected = _apply(correction, corrected, m_latest, m, m_old, weigh)
-        x = _apply(unipc_predictor(sigmas, i), corrected, m, None, m_latest, weigh)
+            corrected = _apply(correction, corrected, m_latest, m, m_old, bf16_einsum)
+        x = _apply(unipc_predictor(sigmas, i), corrected, m, None, m_latest, bf16_einsum)
         m_old, m_latest = m_latest, m
         on_step(i)
     raise ValueError("a schedule needs at least one step")
@@ -161,14 +168,14 @@ def _dpm(
     velocity: Velocity,
     x: Tensor,
     sigmas: tuple[float, ...],
-    weigh: Weigh,
+    bf16_einsum: bool,
     on_step: Callable[[int], None],
 ) -> Tensor:
     steps = len(sigmas) - 1
     m_old: Tensor | None = None
     for i in range(steps):
         m = x - sigmas[i] * velocity(x, i)
-        x = _apply(dpm_update(sigmas, i), x, m, None, m_old, weigh)
+        x = _apply(dpm_update(sigmas, i), x, m, None, m_old, bf16_einsum)
         m_old = m
         on_step(i)
     return x
