@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pw_runtime.types import Solver
 
@@ -25,6 +27,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
+        """Number of denoising steps."""
         return len(self.timesteps)
 
 
@@ -51,3 +54,18 @@ def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
 def even_step(dt: int) -> int:
     """Round a step size down to an even number, at least 2 (the default rule of the shortcut)."""
     return max(2, abs(dt) - abs(dt) % 2)
+
+
+def time_input(value: int, device: torch.device, *, rounded: bool = False) -> Tensor:
+    """A timestep or step size as a network takes it.
+
+    Args:
+        value: thousandths.
+        device: where the network is.
+        rounded: round to bf16, as the official multi-GPU code does to what enters the DiT.
+
+    Returns:
+        [1] fp32.
+    """
+    t = torch.tensor([value], dtype=torch.float32, device=device)
+    return t.bfloat16().float() if rounded else t

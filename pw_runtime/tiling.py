@@ -72,11 +72,12 @@ def blend_ramp(strip: Strip, width: int, overlap: int) -> Tensor:
     Returns:
         [16 (last - first)] fp32.
     """
-    scale = VAE_STRIDE[2]
-    weight = torch.ones((strip.last - strip.first) * scale)
-    ramp = 0.5 - 0.5 * torch.cos(math.pi * torch.linspace(0, 1, overlap * scale))
+    columns = (strip.last - strip.first) * VAE_STRIDE[2]
+    length = min(overlap * VAE_STRIDE[2], columns)
+    ramp = 0.5 - 0.5 * torch.cos(math.pi * torch.linspace(0, 1, length))
+    weight = torch.ones(columns)
     if strip.first > 0:
-        weight[: len(ramp)] *= ramp
+        weight[:length] *= ramp
     if strip.last < width:
-        weight[-len(ramp) :] *= ramp.flip(0)
+        weight[columns - length :] *= ramp.flip(0)
     return weight

@@ -21,6 +21,8 @@ Precision = Literal["fp32", "bf16"]
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
 PATCH = 2  # latent rows and columns in one token
 
+FORBID_UNKNOWN = {"extra": "forbid"}  # for pydantic: an unknown key is an error
+
 
 # ---- what to make --------------------------------------------------------------------------
 
@@ -28,6 +30,8 @@ PATCH = 2  # latent rows and columns in one token
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
     """One denoising stage: picture size in pixels and its sampler settings."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
 
     width: int
     height: int
@@ -41,6 +45,8 @@ class StagePlan:
 class VideoPlan:
     """Length (pixel frames, 4n+1) and speed of a clip."""
 
+    __pydantic_config__ = FORBID_UNKNOWN
+
     frames: int
     fps: int = 24
 
@@ -49,10 +55,13 @@ class VideoPlan:
 class DecodePlan:
     """How the VAE decode is cut along the width.
 
-    `exact` is equal to the undivided decode whatever `strips` says; `official` blends
-    independently decoded strips as the research code does (visible in the result).
-    `overlap` is in latent columns on each inner side.
+    `exact` equals the undivided decode whatever `strips` says; `official` blends strips that
+    were decoded independently, as the research code does (visible in the result).
+    `overlap` is what a strip sees of its neighbours on each inner side, in latent columns;
+    `exact` always takes at least the reach of the decoder (6).
     """
+
+    __pydantic_config__ = FORBID_UNKNOWN
 
     tiling: Tiling = "exact"
     strips: int = 1
@@ -63,6 +72,8 @@ class DecodePlan:
 class Compat:
     """Quirks of the official code, off by default (docs/numerics.md)."""
 
+    __pydantic_config__ = FORBID_UNKNOWN
+
     bf16_einsum: bool = False
     bf16_timesteps: bool = False
     truncating_uint8: bool = False
@@ -70,11 +81,12 @@ class Compat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """All numbers of one kind of clip."""
+    """All numbers of one kind of clip; the tables of a preset file are these fields."""
 
-    name: str
+    __pydantic_config__ = FORBID_UNKNOWN
+
     draft: StagePlan
-    highres: StagePlan
+    highres: StagePlan | None = None  # None: the draft is the clip
     video: VideoPlan
     decode: DecodePlan = field(default_factory=DecodePlan)
     compat: Compat = field(default_factory=Compat)
@@ -145,6 +157,7 @@ class DitConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head (K)."""
         return self.dim // self.num_heads
 
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of every kind of clip, and preset files for other ones."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from pw_runtime.errors import BadRequest
+from pw_runtime.types import (
+    PATCH,
+    VAE_STRIDE,
+    DecodePlan,
+    Preset,
+    StagePlan,
+    VideoPlan,
+)
+
+DRAFT = StagePlan(width=448, height=256, steps=50, shift=5.0, guidance=5.0)
+TWO_K = StagePlan(width=2560, height=1440, steps=4, shift=5.5, guidance=5.0)
+FOUR_K = StagePlan(width=3840, height=2144, steps=4, shift=5.8, guidance=5.0)
+CLIP = VideoPlan(frames=121, fps=24)
+
+# The built-in model: the same two stages at a size that a laptop runs in seconds.
+NANO_DRAFT = StagePlan(width=224, height=128, steps=12, shift=5.0, guidance=5.0)
+NANO = StagePlan(width=448, height=256, steps=4, shift=5.5, guidance=5.0)
+NANO_CLIP = VideoPlan(frames=17, fps=12)
+
+PRESETS: dict[str, Preset] = {
+    "draft": Preset(draft=DRAFT, video=CLIP),
+    "2k": Preset(draft=DRAFT, highres=TWO_K, video=CLIP, decode=DecodePlan(strips=3)),
+    "4k": Preset(draft=DRAFT, highres=FOUR_K, video=CLIP, decode=DecodePlan(strips=4)),
+    "4k-5step": Preset(
+        draft=DRAFT, highres=replace(FOUR_K, steps=5), video=CLIP, decode=DecodePlan(strips=4)
+    ),
+    "nano": Preset(draft=NANO_DRAFT, highres=NANO, video=NANO_CLIP),
+    "nano-hd": Preset(
+        draft=NANO_DRAFT, highres=replace(NANO, width=896, height=512), video=NANO_CLIP
+    ),
+}
+
+PIXELS_PER_TOKEN = VAE_STRIDE[1] * PATCH
+
+
+def find_preset(name: str) -> Preset:
+    """A preset by name, or read from a .toml file.
+
+    Raises BadRequest for an unknown name, an unreadable file, unknown or missing keys, or
+    numbers that the model cannot work with.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if not name.endswith(".toml"):
+        raise BadRequest(
+            "unknown preset",
+            got=name,
+            wanted=f"one of {', '.join(PRESETS)}, or a file ending in .toml",
+        )
+    return read_preset(Path(name))
+
+
+def read_preset(path: Path) -> Preset:
+    """Read and check a preset file (docs/presets.md). Raises BadRequest."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRequest(
+            f"cannot read the preset file {path}", got=error.strerror, do="check the path"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path} is not a TOML file", got=error) from error
+    try:
+        # By way of JSON: strict validation of Python objects would not take tables.
+        preset = TypeAdapter(Preset).validate_json(json.dumps(table, default=str), strict=True)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise BadRequest(
+            f"{path} is not a preset",
+            got="; ".join(problems),
+            wanted="the tables and keys of docs/presets.md, and no others",
+        ) from error
+    check_preset(preset, str(path))
+    return preset
+
+
+def check_preset(preset: Preset, source: str) -> None:
+    """Check numbers against what the model can make. Raises BadRequest naming every fault."""
+    problems = []
+    stages = {"draft": preset.draft, "highres": preset.highres}
+    for name, stage in stages.items():
+        if stage is None:
+            continue
+        for key in ("width", "height"):
+            pixels = getattr(stage, key)
+            if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
+                problems.append(f"{name}.{key} is {pixels}, wanted a multiple of 32")
+        if stage.steps < 1:
+            problems.append(f"{name}.steps is {stage.steps}, wanted at least 1")
+        if not 0 < stage.shift < 1000:
+            problems.append(f"{name}.shift is {stage.shift}, wanted a positive number")
+    if preset.video.frames < 1 or preset.video.frames % VAE_STRIDE[0] != 1:
+        frames = preset.video.frames
+        nearest = max(0, frames - 1) // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
+        problems.append(f"video.frames is {frames}, wanted 4n+1, for instance {nearest}")
+    if preset.video.fps < 1:
+        problems.append(f"video.fps is {preset.video.fps}, wanted at least 1")
+    columns = (preset.highres or preset.draft).width // VAE_STRIDE[2]
+    if not 1 <= preset.decode.strips <= columns:
+        problems.append(f"decode.strips is {preset.decode.strips}, wanted 1 to {columns}")
+    if preset.decode.overlap < 0:
+        problems.append(f"decode.overlap is {preset.decode.overlap}, wanted 0 or more")
+    if problems:
+        raise BadRequest(f"{source} asks for a clip that cannot be made", got="; ".join(problems))

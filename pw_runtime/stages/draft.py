@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text context -> draft latent: structure and motion, at low resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pw_kernels import guide
+from torch import Tensor
+
+from pw_runtime.models import WanDiT
+from pw_runtime.schedule import make_schedule, time_input
+from pw_runtime.solver import sample
+from pw_runtime.types import Compat, Latent, StagePlan, TextContext
+
+
+def draft(
+    text: TextContext,
+    noise: Tensor,
+    plan: StagePlan,
+    compat: Compat,
+    net: WanDiT,
+    on_step: Callable[[int], None],
+) -> Latent:
+    """Denoise the draft with classifier-free guidance.
+
+    Args:
+        text: context of the prompt and of its negative.
+        noise: [C, T, H, W] fp32 on the network's device.
+        plan: sampler settings.
+        compat: official quirks.
+        net: the draft transformer.
+        on_step: called with the step index after each step.
+
+    Returns:
+        [C, T, H, W] fp32 latent.
+    """
+    schedule = make_schedule(plan.solver, plan.steps, plan.shift)
+    cond, uncond = net.text_keys_values(text.cond), net.text_keys_values(text.uncond)
+
+    def velocity(x: Tensor, step: int) -> Tensor:
+        t = time_input(schedule.timesteps[step], x.device, rounded=compat.bf16_timesteps)
+        modulation = net.modulation(t)
+        return guide(net(x, cond, modulation), net(x, uncond, modulation), plan.guidance)
+
+    x = sample(
+        velocity, noise, schedule, plan.solver, bf16_einsum=compat.bf16_einsum, on_step=on_step
+    )
+    return Latent(x=x)

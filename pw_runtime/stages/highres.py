@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text context and conditioning -> high-res latent, in a few shortcut steps from pure noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pw_kernels import guide
+from torch import Tensor
+
+from pw_runtime.models import WanDiT
+from pw_runtime.schedule import make_schedule, time_input
+from pw_runtime.solver import sample
+from pw_runtime.types import Compat, Conditioning, Latent, StagePlan, TextContext
+
+
+def highres(
+    text: TextContext,
+    conditioning: Conditioning,
+    noise: Tensor,
+    plan: StagePlan,
+    compat: Compat,
+    net: WanDiT,
+    on_step: Callable[[int], None],
+) -> Latent:
+    """Denoise at full resolution; every step also tells the network how far it will go (dt).
+
+    Args:
+        text: context of the prompt and of its negative.
+        conditioning: resized draft latent, on the network's device.
+        noise: [C, T, H, W] fp32 on the network's device.
+        plan: sampler settings.
+        compat: official quirks.
+        net: the high-res transformer with adapter and dt embedding.
+        on_step: called with the step index after each step.
+
+    Returns:
+        [C, T, H, W] fp32 latent.
+    """
+    schedule = make_schedule(plan.solver, plan.steps, plan.shift)
+    cond, uncond = net.text_keys_values(text.cond), net.text_keys_values(text.uncond)
+    features = net.draft_features(conditioning.x)
+
+    def velocity(x: Tensor, step: int) -> Tensor:
+        t_step, dt_step = schedule.timesteps[step], schedule.step_sizes[step]
+        t = time_input(t_step, x.device, rounded=compat.bf16_timesteps)
+        dt = time_input(dt_step, x.device, rounded=compat.bf16_timesteps)
+        modulation = net.modulation(t, dt)
+        # The adapter runs before the point where the official multi-GPU code rounds t and dt.
+        controls = net.controls(
+            features, time_input(t_step, x.device), time_input(dt_step, x.device)
+        )
+        v_cond = net(x, cond, modulation, controls)
+        return guide(v_cond, net(x, uncond, modulation, controls), plan.guidance)
+
+    x = sample(
+        velocity, noise, schedule, plan.solver, bf16_einsum=compat.bf16_einsum, on_step=on_step
+    )
+    return Latent(x=x)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt -> text context."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import ftfy
+import torch
+from torch import Tensor
+
+from pw_runtime.models.text_encoder import encode_tokens
+from pw_runtime.types import Prompt, TextContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+# What the official code uses for an empty negative prompt (wan/configs/shared_config.py).
+OFFICIAL_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
+    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+def clean_text(text: str) -> str:
+    """Mend encoding damage, resolve HTML entities twice, fold white space.
+
+    Source: the "whitespace" cleaning of wan/modules/tokenizers.py.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def tokenize(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    text_len: int,
+    notice: Callable[[str], None],
+) -> Tensor:
+    """Token ids of a cleaned text, end token included.
+
+    A text longer than `text_len` tokens is cut as the official code cuts it, and `notice` is
+    told how much was lost.
+
+    Returns:
+        [E] int64, E <= text_len.
+    """
+    cleaned = clean_text(text)
+    # verbose: transformers would warn about the length; the notice below says it better.
+    whole = tokenizer(cleaned, add_special_tokens=True, verbose=False).input_ids
+    ids = tokenizer(
+        cleaned, add_special_tokens=True, truncation=True, max_length=text_len
+    ).input_ids
+    if len(whole) > len(ids):
+        notice(
+            f"prompt cut from {len(whole)} to {len(ids)} tokens (the limit of the model): "
+            f"{text[:60]}..."
+        )
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def encode_text(
+    prompt: Prompt,
+    uncond: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: UMT5EncoderModel,
+    text_len: int,
+    notice: Callable[[str], None],
+) -> TextContext:
+    """Encode a prompt; `uncond` is the encoded negative prompt, the same for a whole run."""
+    return TextContext(
+        cond=encode_one(prompt.text, tokenizer, encoder, text_len, notice), uncond=uncond
+    )
+
+
+def encode_one(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: UMT5EncoderModel,
+    text_len: int,
+    notice: Callable[[str], None],
+) -> Tensor:
+    """Encode one text: [E, text_dim] in the encoder's dtype."""
+    ids = tokenize(text, tokenizer, text_len, notice)
+    return encode_tokens(encoder, ids.to(encoder.device))
