@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pw_runtime.errors import BadRequest
-from pw_runtime.types import VAE_STRIDE, Preset, StagePlan, VideoPlan
+from pw_runtime.types import VAE_STRIDE, StageName, StagePlan, VideoPlan
 
 LATENT_CHANNELS = 48
 
@@ -50,14 +50,17 @@ def draw_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tenso
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
 
-def load_noise(path: Path, preset: Preset) -> dict[str, Tensor]:
-    """Read `draft_noise` and `highres_noise` of a preset from a safetensors file.
+def load_noise(
+    path: Path, stages: dict[StageName, StagePlan], video: VideoPlan
+) -> dict[StageName, Tensor]:
+    """Read `draft_noise` and `highres_noise` from a safetensors file.
+
+    Returns:
+        [C, T, H, W] fp32 on the CPU by stage, for the stages that will run.
 
     Raises BadRequest where the file cannot be read, lacks a tensor or has a wrong shape.
     """
-    wanted = {"draft_noise": latent_shape(preset.draft, preset.video)}
-    if preset.highres is not None:
-        wanted["highres_noise"] = latent_shape(preset.highres, preset.video)
+    wanted = {f"{stage}_noise": latent_shape(plan, video) for stage, plan in stages.items()}
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -75,7 +78,7 @@ def load_noise(path: Path, preset: Preset) -> dict[str, Tensor]:
                 wanted=f"{name} {list(shape)} (channels, latent frames, rows, columns)",
                 do="use the preset that the noise was made for, or leave --noise out",
             )
-    return {name: tensors[name].float() for name in wanted}
+    return {stage: tensors[f"{stage}_noise"].float() for stage in stages}
 
 
 def tensor_digest(x: Tensor) -> str:

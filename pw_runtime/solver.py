@@ -40,7 +40,7 @@ def sample(
     solver: Solver,
     *,
     bf16_einsum: bool = False,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Denoise from pure noise to x0.
 
@@ -51,7 +51,7 @@ def sample(
         solver: "unipc" (order 2, bh2, predictor-corrector) or "dpm++" (2M, midpoint).
         bf16_einsum: round UniPC's second-order terms to bf16, as the official loop does
             under autocast.
-        on_step: called with the step index after each step.
+        on_step: called after each step.
 
     Returns:
         [C, T, H, W] fp32.
@@ -100,7 +100,7 @@ def _unipc(
     x: Tensor,
     sigmas: tuple[float, ...],
     bf16_einsum: bool,
-    on_step: Callable[[int], None],
+    on_step: Callable[[], None],
 ) -> Tensor:
     steps = len(sigmas) - 1
     m_old: Tensor | None = None  # prediction before the latest one
@@ -109,14 +109,14 @@ def _unipc(
     for i in range(steps):
         m = x - sigmas[i] * velocity(x, i)
         if i == steps - 1:  # sigma_next is 0: the prediction is the result, corrected or not
-            on_step(i)
+            on_step()
             return m
         if m_latest is not None:
             correction = unipc_corrector(sigmas, i)
             corrected = _apply(correction, corrected, m_latest, m, m_old, bf16_einsum)
         x = _apply(unipc_predictor(sigmas, i), corrected, m, None, m_latest, bf16_einsum)
         m_old, m_latest = m_latest, m
-        on_step(i)
+        on_step()
     raise ValueError("a schedule needs at least one step")
 
 
@@ -169,7 +169,7 @@ def _dpm(
     x: Tensor,
     sigmas: tuple[float, ...],
     bf16_einsum: bool,
-    on_step: Callable[[int], None],
+    on_step: Callable[[], None],
 ) -> Tensor:
     steps = len(sigmas) - 1
     m_old: Tensor | None = None
@@ -177,7 +177,7 @@ def _dpm(
         m = x - sigmas[i] * velocity(x, i)
         x = _apply(dpm_update(sigmas, i), x, m, None, m_old, bf16_einsum)
         m_old = m
-        on_step(i)
+        on_step()
     return x
 
 

@@ -10,13 +10,16 @@ Shape letters used in comments and docstrings everywhere:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 Solver = Literal["unipc", "dpm++"]
 Tiling = Literal["exact", "official"]
+StageName = Literal["draft", "highres"]
 Precision = Literal["fp32", "bf16"]
+Codec = Literal["h264", "hevc", "av1", "ffv1"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
 PATCH = 2  # latent rows and columns in one token
@@ -188,3 +191,40 @@ class TextEncoderConfig:
     num_buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
+
+
+# ---- one run ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Everything a run is asked to do."""
+
+    prompts: tuple[Prompt, ...]
+    preset: Preset
+    out: Path
+    negative: str
+    seed: int = 0  # base seed, not negative
+    noise: Path | None = None  # safetensors file that replaces the drawn noise
+    codec: Codec = "h264"
+    save_latents: bool = False
+    draft_only: bool = False
+    contact_sheet: bool = False
+    precision: Precision = "fp32"
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+
+    @property
+    def stages(self) -> dict[StageName, StagePlan]:
+        """The denoising stages to run, in order; the last one's latent becomes the clip."""
+        if self.draft_only or self.preset.highres is None:
+            return {"draft": self.preset.draft}
+        return {"draft": self.preset.draft, "highres": self.preset.highres}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one prompt: a finished clip, or the reason why there is none."""
+
+    prompt: Prompt
+    video: Path | None
+    error: str | None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pw_kernels import attention, gate_residual, norm_modulate, rms_norm, rope
 from torch import Tensor, empty, nn
 
-from pw_runtime.models.embeddings import project
+from pw_runtime.models.embeddings import project, run_mlp
 from pw_runtime.types import DitConfig
 
 
@@ -107,6 +107,4 @@ class Block(nn.Module):
         x = x + self.cross_attn.output(y)
 
         h = norm_modulate(x, shift2, scale2, self.eps, dtype)
-        up, activation, down = self.ffn
-        y = F.linear(activation(F.linear(h, up.weight, up.bias)), down.weight, down.bias)
-        return gate_residual(x, y, gate2)
+        return gate_residual(x, run_mlp(self.ffn, h), gate2)

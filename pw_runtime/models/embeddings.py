@@ -96,7 +96,7 @@ def mlp(d_in: int, d_out: int, activation: nn.Module) -> nn.Sequential:
 
 
 def run_mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """Apply `mlp` layers, each linear in its own weight dtype."""
+    """Apply linear, activation, linear, each linear in its own weight dtype."""
     first, activation, last = layers
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)

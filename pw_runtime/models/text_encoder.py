@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +12,17 @@ from torch import Tensor
 from pw_runtime.types import TextEncoderConfig
 
 if TYPE_CHECKING:
-    from transformers import UMT5EncoderModel
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 TIED_KEY = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
+
+
+@dataclass(frozen=True, slots=True)
+class TextNetwork:
+    """A text encoder and the tokenizer it was trained with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encoder: UMT5EncoderModel
 
 
 def build_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:

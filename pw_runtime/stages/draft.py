@@ -20,7 +20,7 @@ def draft(
     plan: StagePlan,
     compat: Compat,
     net: WanDiT,
-    on_step: Callable[[int], None],
+    on_step: Callable[[], None],
 ) -> Latent:
     """Denoise the draft with classifier-free guidance.
 
@@ -30,7 +30,7 @@ def draft(
         plan: sampler settings.
         compat: official quirks.
         net: the draft transformer.
-        on_step: called with the step index after each step.
+        on_step: called after each step.
 
     Returns:
         [C, T, H, W] fp32 latent.

@@ -21,7 +21,7 @@ def highres(
     plan: StagePlan,
     compat: Compat,
     net: WanDiT,
-    on_step: Callable[[int], None],
+    on_step: Callable[[], None],
 ) -> Latent:
     """Denoise at full resolution; every step also tells the network how far it will go (dt).
 
@@ -32,7 +32,7 @@ def highres(
         plan: sampler settings.
         compat: official quirks.
         net: the high-res transformer with adapter and dt embedding.
-        on_step: called with the step index after each step.
+        on_step: called after each step.
 
     Returns:
         [C, T, H, W] fp32 latent.

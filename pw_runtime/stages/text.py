@@ -12,11 +12,10 @@ import ftfy
 import torch
 from torch import Tensor
 
-from pw_runtime.models.text_encoder import encode_tokens
-from pw_runtime.types import Prompt, TextContext
+from pw_runtime.models.text_encoder import TextNetwork, encode_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+    from transformers import PreTrainedTokenizerBase
 
 # What the official code uses for an empty negative prompt (wan/configs/shared_config.py).
 OFFICIAL_NEGATIVE = (
@@ -51,39 +50,29 @@ def tokenize(
     """
     cleaned = clean_text(text)
     # verbose: transformers would warn about the length; the notice below says it better.
-    whole = tokenizer(cleaned, add_special_tokens=True, verbose=False).input_ids
-    ids = tokenizer(
-        cleaned, add_special_tokens=True, truncation=True, max_length=text_len
-    ).input_ids
+    whole = tokenizer(cleaned, verbose=False).input_ids
+    ids = tokenizer(cleaned, truncation=True, max_length=text_len).input_ids
     if len(whole) > len(ids):
         notice(
-            f"prompt cut from {len(whole)} to {len(ids)} tokens (the limit of the model): "
+            f"text cut from {len(whole)} to {len(ids)} tokens, the limit of the model: "
             f"{text[:60]}..."
         )
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def encode_text(
-    prompt: Prompt,
-    uncond: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: UMT5EncoderModel,
-    text_len: int,
-    notice: Callable[[str], None],
-) -> TextContext:
-    """Encode a prompt; `uncond` is the encoded negative prompt, the same for a whole run."""
-    return TextContext(
-        cond=encode_one(prompt.text, tokenizer, encoder, text_len, notice), uncond=uncond
-    )
-
-
-def encode_one(
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: UMT5EncoderModel,
-    text_len: int,
-    notice: Callable[[str], None],
+    text: str, net: TextNetwork, text_len: int, notice: Callable[[str], None]
 ) -> Tensor:
-    """Encode one text: [E, text_dim] in the encoder's dtype."""
-    ids = tokenize(text, tokenizer, text_len, notice)
-    return encode_tokens(encoder, ids.to(encoder.device))
+    """Encode a prompt or a negative prompt.
+
+    Args:
+        text: as the user wrote it.
+        net: tokenizer and encoder.
+        text_len: most tokens that the transformers take.
+        notice: told when the text is cut.
+
+    Returns:
+        [E, text_dim] in the encoder's dtype, E <= text_len: a row for each real token.
+    """
+    ids = tokenize(text, net.tokenizer, text_len, notice)
+    return encode_tokens(net.encoder, ids.to(net.encoder.device))

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `pw` command line. Options are read here; the work is imported when a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pw_runtime.errors import BadRequest, PixelWizardError
+
+DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="pixelwizard-runtime")
+def cli() -> None:
+    """Native 2K and 4K text-to-video with PixelWizard."""
+
+
+@cli.command()
+def doctor() -> int:
+    """Show what is installed, what is missing and what that disables."""
+    from pw_runtime.machine import describe, doctor_report
+
+    click.echo(doctor_report(describe()))
+    return DONE
+
+
+@cli.command()
+@click.option(
+    "--wan", type=FOLDER, required=True, help="Wan2.2-TI2V-5B folder, official or diffusers."
+)
+@click.option("--draft", type=FILE, help="PixelWizard draft checkpoint. [default: base weights]")
+@click.option("--highres", type=FILE, help="PixelWizard high-res checkpoint (2k or 4k model.pt).")
+@click.option("--out", type=FOLDER, required=True, help="Bundle to make; must not exist yet.")
+@click.option("--ema", is_flag=True, help="Take generator_ema of the .pt files.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+def convert(
+    wan: Path, draft: Path | None, highres: Path | None, out: Path, ema: bool, quiet: bool
+) -> int:
+    """Turn downloaded checkpoints into a bundle, once."""
+    from pw_runtime.progress import Reporter
+
+    # By name: pw_runtime lies below pw_export and must not import it.
+    export = import_module("pw_export.convert")
+    reporter = Reporter(quiet=quiet)
+    export.convert(wan=wan, draft=draft, highres=highres, out=out, ema=ema, say=reporter.say)
+    click.echo(out)
+    return DONE
+
+
+@cli.command()
+@click.option("--model", type=FOLDER, help="Bundle made by `pw convert`.")
+@click.option(
+    "--prompts", "--prompt_file", "prompt_file", type=FILE, help="Prompt file, .txt or .jsonl."
+)
+@click.option("--prompt", "prompt_texts", multiple=True, help="A prompt; may be repeated.")
+@click.option(
+    "--preset",
+    "--resolution",
+    required=True,
+    help="draft, 2k, 4k, 4k-5step, nano, nano-hd, or a preset file (.toml).",
+)
+@click.option("--out", "--video_dir", type=FOLDER, required=True, help="Folder for the clips.")
+@click.option(
+    "--seed",
+    "--base_seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Base seed; negative: a random one.",
+)
+@click.option("--negative", help="Negative prompt. [default: the official one]")
+@click.option("--noise", type=FILE, help="Safetensors file with draft_noise and highres_noise.")
+@click.option(
+    "--codec",
+    type=click.Choice(["h264", "hevc", "av1", "ffv1"]),
+    default="h264",
+    show_default=True,
+    help="ffv1 is lossless RGB in .mkv.",
+)
+@click.option("--save-latents", is_flag=True, help="Write <id>.latents.safetensors too.")
+@click.option("--draft-only", is_flag=True, help="Stop after the draft; the clip shows it.")
+@click.option("--contact-sheet", is_flag=True, help="Write contact_sheet.png too.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Of matrix products. [default: fp32 on a CPU, bf16 on a GPU]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+@click.option(
+    "--ckpt_dir", type=FOLDER, help="Official flag: checkpoint folder, converted on first use."
+)
+@click.option("--lr_ckpt", type=FILE, help="Official flag: draft checkpoint, with --ckpt_dir.")
+@click.option("--hr_ckpt", type=FILE, help="Official flag: high-res checkpoint, with --ckpt_dir.")
+def generate(**options: Any) -> int:
+    """Make one clip per prompt: <id>.mp4 and its receipt <id>.json."""
+    from pw_runtime.pipeline import generate as run
+    from pw_runtime.progress import Reporter
+
+    reporter = Reporter(quiet=options["quiet"])
+    request = read_request(options)
+    outcomes = run(request, open_model(options, reporter), reporter)
+    for outcome in outcomes:
+        if outcome.error is None:
+            click.echo(outcome.video)
+    failed = [outcome.prompt.id for outcome in outcomes if outcome.error is not None]
+    if failed:
+        reporter.warn(f"{len(failed)} of {len(outcomes)} prompts failed: {', '.join(failed)}")
+        return SOME_FAILED
+    return DONE
+
+
+def read_request(options: dict[str, Any]) -> Any:
+    """Options of `pw generate` -> Request. Raises BadRequest."""
+    from pw_runtime.noise import resolve_base_seed
+    from pw_runtime.presets import find_preset
+    from pw_runtime.prompts import make_prompts, read_prompts
+    from pw_runtime.request import pick_device
+    from pw_runtime.stages.text import OFFICIAL_NEGATIVE
+    from pw_runtime.types import Request
+
+    texts: tuple[str, ...] = options["prompt_texts"]
+    if (options["prompt_file"] is None) == (not texts):
+        raise BadRequest("give either --prompts FILE or --prompt TEXT")
+    if any(not text.strip() for text in texts):
+        raise BadRequest("--prompt is empty", do="write what the clip should show")
+    prompts = (
+        make_prompts([(str(i), text.strip()) for i, text in enumerate(texts)])
+        if texts
+        else read_prompts(options["prompt_file"])
+    )
+    device = pick_device(options["device"])
+    return Request(
+        prompts=prompts,
+        preset=find_preset(options["preset"]),
+        out=options["out"],
+        negative=OFFICIAL_NEGATIVE if options["negative"] is None else options["negative"],
+        seed=resolve_base_seed(options["seed"]),
+        noise=options["noise"],
+        codec=options["codec"],
+        save_latents=options["save_latents"],
+        draft_only=options["draft_only"],
+        contact_sheet=options["contact_sheet"],
+        precision=options["precision"] or ("fp32" if device.type == "cpu" else "bf16"),
+        device=device,
+    )
+
+
+def open_model(options: dict[str, Any], reporter: Any) -> Any:
+    """The bundle of --model, or one made of the official flags. Raises BadRequest, BadWeights."""
+    from pw_runtime.bundle import open_bundle
+
+    model, checkpoint = options["model"], options["ckpt_dir"]
+    if (model is None) == (checkpoint is None):
+        raise BadRequest("give either --model BUNDLE or --ckpt_dir CHECKPOINT")
+    if model is not None:
+        if options["lr_ckpt"] or options["hr_ckpt"]:
+            raise BadRequest("--lr_ckpt and --hr_ckpt go with --ckpt_dir, not with --model")
+        return open_bundle(model)
+    cached = import_module("pw_export.cached")
+    return open_bundle(
+        cached.cached_bundle(
+            wan=checkpoint, draft=options["lr_ckpt"], highres=options["hr_ckpt"], say=reporter.say
+        )
+    )
+
+
+def main() -> None:
+    """Entry point of the `pw` command; ends the process with one of the documented codes."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = BAD_INPUT
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted: finished clips are kept, the unfinished one was removed", err=True)
+        code = INTERRUPTED
+    except PixelWizardError as error:
+        click.echo(f"error: {error}", err=True)
+        code = BAD_INPUT
+    sys.exit(code if isinstance(code, int) else DONE)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bundle -> networks ready to run. Weights stay mapped from disk until they are used."""
+
+from __future__ import annotations
+
+import torch
+
+from pw_runtime.bundle import Bundle, load_tensors
+from pw_runtime.errors import BadWeights
+from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
+from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.models.text_encoder import TIED_KEY, TextNetwork
+from pw_runtime.types import DitConfig, Precision, StageName
+
+
+def require_dit(bundle: Bundle, network: StageName) -> DitConfig:
+    """Config of a transformer. Raises BadWeights where the bundle was made without it."""
+    entry = bundle.networks.draft if network == "draft" else bundle.networks.highres
+    if entry is None:
+        raise BadWeights(
+            f"{bundle.root} has no high-res network",
+            wanted="a bundle converted with PixelWizard's high-res checkpoint",
+            do="run `pw convert` with --highres model.pt, or generate with --draft-only",
+        )
+    return entry.config
+
+
+def load_dit(
+    bundle: Bundle,
+    network: StageName,
+    precision: Precision,
+    device: torch.device,
+) -> WanDiT:
+    """Load a transformer. Raises BadWeights for a missing, damaged or ill-fitting file."""
+    config = require_dit(bundle, network)
+    with torch.device("meta"):
+        net = WanDiT(config)
+    weights = load_tensors(bundle, network)
+    net.load_state_dict(
+        {name: store_dit_weight(name, w.to(device), precision) for name, w in weights.items()},
+        assign=True,
+    )
+    return net.eval().requires_grad_(False)
+
+
+def load_decoder(bundle: Bundle, device: torch.device) -> VaeDecoder:
+    """Load the decoder half of the VAE, fp32. Raises BadWeights as `load_dit`."""
+    with torch.device("meta"):
+        decoder = VaeDecoder(bundle.networks.vae.config)
+    weights = load_tensors(bundle, "vae", prefix=("decoder.", "conv2."))
+    decoder.load_state_dict({n: w.to(device).float() for n, w in weights.items()}, assign=True)
+    return decoder.eval().requires_grad_(False)
+
+
+def load_text_network(bundle: Bundle, precision: Precision, device: torch.device) -> TextNetwork:
+    """Load tokenizer and text encoder; in bf16 everything is bf16, as in the official code.
+
+    Raises BadWeights as `load_dit`, and where the tokenizer cannot be read.
+    """
+    from transformers import AutoTokenizer  # seconds to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadWeights(
+            f"cannot read the tokenizer in {bundle.tokenizer}",
+            got=error,
+            do="convert the checkpoint again with its tokenizer folder complete",
+        ) from error
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    encoder = build_text_encoder(bundle.networks.text_encoder.config)
+    weights = load_tensors(bundle, "text_encoder")
+    weights = {name: w.to(device, dtype) for name, w in weights.items()}
+    weights[TIED_KEY] = weights["shared.weight"]
+    encoder.load_state_dict(weights, assign=True)
+    encoder.requires_grad_(False)
+    return TextNetwork(tokenizer, encoder)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole program: prompt -> text -> draft -> condition -> highres -> decode -> write.
+
+Stages run one after another over all prompts, so that every network is loaded once and only
+one transformer is in memory. A prompt that fails does not take the others with it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from pw_runtime.bundle import Bundle, verify
+from pw_runtime.clip import Clip, start_clip, watch_strip, write_clip_receipt, write_latents
+from pw_runtime.contact_sheet import write_contact_sheet
+from pw_runtime.errors import PixelWizardError
+from pw_runtime.machine import reset_peak_rss
+from pw_runtime.models import VaeDecoder
+from pw_runtime.networks import load_decoder, load_dit, load_text_network, require_dit
+from pw_runtime.noise import load_noise
+from pw_runtime.progress import Reporter, count_frames
+from pw_runtime.request import check_request
+from pw_runtime.stages.condition import condition
+from pw_runtime.stages.decode import decode
+from pw_runtime.stages.draft import draft
+from pw_runtime.stages.highres import highres
+from pw_runtime.stages.text import encode_text
+from pw_runtime.stages.write import suffix, write_video
+from pw_runtime.trace import Stopwatch
+from pw_runtime.types import DecodePlan, Latent, Outcome, Request, TextContext
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all steps of one run share."""
+
+    request: Request
+    bundle: Bundle
+    clips: tuple[Clip, ...]
+    loading: Stopwatch
+    reporter: Reporter
+
+
+def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outcome, ...]:
+    """Make a clip of every prompt.
+
+    Args:
+        request: what to make.
+        bundle: the converted checkpoint.
+        reporter: told about progress.
+
+    Returns:
+        One outcome per prompt, in order.
+
+    Raises:
+        BadRequest, BadWeights: the request or the bundle cannot work; nothing was computed.
+        KeyboardInterrupt: finished clips are on disk, the unfinished one left no file.
+    """
+    check_request(request)
+    for stage in request.stages:
+        require_dit(bundle, stage)
+    noise = {}
+    if request.noise is not None:
+        noise = load_noise(request.noise, request.stages, request.preset.video)
+    reporter.say(f"checking the files of {bundle.root}")
+    verify(bundle)
+    reset_peak_rss()
+    clips = tuple(start_clip(request, prompt, noise) for prompt in request.prompts)
+    run = Run(request, bundle, clips, Stopwatch(request.device), reporter)
+    with torch.inference_mode():
+        encode_texts(run)
+        make_drafts(run)
+        finish_clips(run)
+    rows = [clip.sheet_row() for clip in clips if clip.video is not None]
+    if request.contact_sheet and rows:
+        write_contact_sheet(rows, request.out / "contact_sheet.png")
+    return tuple(clip.outcome() for clip in clips)
+
+
+def encode_texts(run: Run) -> None:
+    """Prompts -> text contexts; the negative prompt is encoded once."""
+    request, bundle, reporter = run.request, run.bundle, run.reporter
+    with run.loading.stage("load"):
+        net = load_text_network(bundle, request.precision, request.device)
+    text_len = bundle.networks.draft.config.text_len
+    uncond = encode_text(request.negative, net, text_len, reporter.warn)
+    with reporter.steps("text", len(run.clips)) as advance:
+        for clip in run.clips:
+            with others_go_on(run, clip), clip.watch.stage("text"):
+                cond = encode_text(clip.prompt.text, net, text_len, clip.notices.append)
+                clip.text = TextContext(cond=cond, uncond=uncond)
+            for notice in clip.notices:
+                reporter.warn(f"prompt {clip.prompt.id}: {notice}")
+            advance()
+
+
+def make_drafts(run: Run) -> None:
+    """Text contexts -> draft latents."""
+    plan, compat = run.request.preset.draft, run.request.preset.compat
+    with run.loading.stage("load"):
+        net = load_dit(run.bundle, "draft", run.request.precision, run.request.device)
+    for clip in run.clips:
+        if clip.text is None:
+            continue
+        with (
+            others_go_on(run, clip),
+            run.reporter.steps(f"draft {clip.prompt.id}", plan.steps) as advance,
+            clip.watch.stage("draft"),
+        ):
+            clip.draft = draft(clip.text, clip.noise_for("draft"), plan, compat, net, advance)
+
+
+def finish_clips(run: Run) -> None:
+    """Draft latents -> high-res latents -> files, one prompt after the other."""
+    request, compat = run.request, run.request.preset.compat
+    plan, net = request.stages.get("highres"), None
+    with run.loading.stage("load"):
+        vae = load_decoder(run.bundle, request.device)
+        if plan is not None:
+            net = load_dit(run.bundle, "highres", request.precision, request.device)
+    for clip in run.clips:
+        if clip.text is None or clip.draft is None:
+            continue
+        with others_go_on(run, clip):
+            if plan is not None and net is not None:
+                with clip.watch.stage("condition"):
+                    conditioning = condition(clip.draft, plan)
+                    noise = clip.noise_for("highres")
+                with (
+                    run.reporter.steps(f"highres {clip.prompt.id}", plan.steps) as advance,
+                    clip.watch.stage("highres"),
+                ):
+                    clip.highres = highres(
+                        clip.text, conditioning, noise, plan, compat, net, advance
+                    )
+            if request.save_latents:
+                write_latents(clip)
+            write_clip(run, clip, vae)
+        clip.forget_tensors()
+
+
+def write_clip(run: Run, clip: Clip, vae: VaeDecoder) -> None:
+    """The clip's last latent -> frames -> video file and receipt."""
+    request, preset, watch = run.request, run.request.preset, clip.watch
+    stage, plan = list(request.stages.items())[-1]
+    latent = clip.draft if stage == "draft" else clip.highres
+    assert latent is not None
+    # A preview of the draft is small enough to be decoded in one piece.
+    cut = preset.decode if plan is (preset.highres or preset.draft) else DecodePlan()
+    if request.contact_sheet and stage == "highres":
+        preview_draft(clip, vae)
+    with run.reporter.steps(f"decode {clip.prompt.id}", preset.video.frames) as advance:
+        chunks = watch.each("decode", decode(latent, cut, preset.compat, vae))
+        if request.contact_sheet:
+            chunks = watch_strip(clip, stage, chunks)
+        path = clip.path(suffix(request.codec))
+        with watch.stage("write"):
+            size = write_video(
+                count_frames(chunks, advance),
+                path,
+                width=plan.width,
+                height=plan.height,
+                frames=preset.video.frames,
+                fps=preset.video.fps,
+                codec=request.codec,
+            )
+    clip.video = path
+    write_clip_receipt(clip, run.bundle, run.loading.seconds["load"], size)
+
+
+def preview_draft(clip: Clip, vae: VaeDecoder) -> None:
+    """Decode the draft for the contact sheet alone."""
+    latent: Latent | None = clip.draft
+    assert latent is not None
+    with clip.watch.stage("preview"):
+        chunks = decode(latent, DecodePlan(), clip.request.preset.compat, vae)
+        for _ in watch_strip(clip, "draft", chunks):
+            pass
+
+
+@contextmanager
+def others_go_on(run: Run, clip: Clip) -> Iterator[None]:
+    """Keep a failure inside its prompt, and on disk what was computed for it."""
+    try:
+        yield
+    except Exception as error:
+        clip.error = str(error) or type(error).__name__
+        if not isinstance(error, PixelWizardError):
+            run.reporter.warn(traceback.format_exc())
+        run.reporter.warn(f"prompt {clip.prompt.id} failed: {clip.error}")
+        if clip.draft is not None and not run.request.save_latents:
+            try:
+                run.reporter.warn(f"its latents are kept in {write_latents(clip)}")
+            except PixelWizardError as lost:
+                run.reporter.warn(f"its latents could not be kept: {lost}")

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user sees while a run goes on: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pw_runtime.types import FrameChunk
+
+LINE_INTERVAL = 10.0  # seconds between plain lines of one stage
+
+
+class Advance(Protocol):
+    """Tells a progress display that steps are done."""
+
+    def __call__(self, done: int = 1) -> None:
+        """Count `done` more steps."""
+
+
+class Reporter:
+    """Says on stderr what is happening; says nothing but warnings when quiet."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._console = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line of information."""
+        if not self._quiet:
+            self._console.print(text)
+
+    def warn(self, text: str) -> None:
+        """A line that is shown even when quiet."""
+        self._console.print(text)
+
+    @contextmanager
+    def steps(self, label: str, total: int) -> Iterator[Advance]:
+        """Show the progress of one stage: yields the function to call after each step."""
+        if self._quiet:
+            yield lambda done=1: None
+        elif self._console.is_terminal:
+            yield from self._bar(label, total)
+        else:
+            yield from self._lines(label, total)
+
+    def _bar(self, label: str, total: int) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda done=1: progress.advance(task, done)
+
+    def _lines(self, label: str, total: int) -> Iterator[Advance]:
+        start = last = time.monotonic()
+        count = 0
+
+        def advance(done: int = 1) -> None:
+            nonlocal count, last
+            count += done
+            now = time.monotonic()
+            if now - last >= LINE_INTERVAL and count < total:
+                last = now
+                eta = (now - start) / count * (total - count)
+                self.say(f"{label}: {count}/{total}, ETA {eta:.0f} s")
+
+        yield advance
+        self.say(f"{label}: {count}/{total} in {time.monotonic() - start:.1f} s")
+
+
+def count_frames(chunks: Iterable[FrameChunk], advance: Advance) -> Iterator[FrameChunk]:
+    """Pass chunks on, counting their frames."""
+    for chunk in chunks:
+        frames = len(chunk.rgb)
+        yield chunk
+        del chunk  # the next one is made before this name is bound again
+        advance(frames)

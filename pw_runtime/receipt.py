@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The receipt beside every clip: what made it, with what, in which time and memory."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pw_runtime.atomic import write_text
+from pw_runtime.machine import peak_rss_bytes
+
+VERSIONED = ("pixelwizard-runtime", "torch", "transformers", "safetensors", "av")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Content of `<id>.json`; `format` changes when a field changes its meaning."""
+
+    prompt: dict[str, Any]
+    negative: str
+    seeds: dict[str, int]
+    noise: dict[str, str]  # SHA-256 of each stage's initial noise
+    noise_file: str | None
+    preset: dict[str, Any]
+    options: dict[str, Any]
+    bundle: dict[str, str]
+    video: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    notices: list[str]
+    versions: dict[str, str]
+    format: int = 1
+
+
+def write_receipt(receipt: Receipt, path: Path) -> None:
+    """Write the receipt as JSON. Raises WriteFailed."""
+    write_text(path, json.dumps(asdict(receipt), indent=2, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part in a run."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "running from source"
+    return found
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of the process so far, and of the device's allocator where there is one."""
+    peaks = {"host": peak_rss_bytes()}
+    if device.type == "cuda":
+        peaks["device"] = torch.cuda.max_memory_allocated(device)
+    return peaks

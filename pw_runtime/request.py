@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be refused is refused before anything is computed."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from pw_runtime.errors import BadRequest
+from pw_runtime.stages.write import check_codec
+from pw_runtime.types import Request
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises BadRequest."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadRequest("unknown device", got=name, wanted="auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadRequest("unsupported device", got=name, wanted="auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadRequest(
+            f"there is no device {name}",
+            got=f"{torch.cuda.device_count()} CUDA devices",
+            do="use --device cpu, or see `pw doctor`",
+        )
+    return device
+
+
+def check_request(request: Request) -> None:
+    """Check the codec and the output folder, which is made. Raises BadRequest."""
+    check_codec(request.codec)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadRequest(
+            f"cannot make the output folder {request.out}",
+            got=error.strerror,
+            do="choose another --out",
+        ) from error
+    if not os.access(request.out, os.W_OK | os.X_OK):
+        raise BadRequest(
+            f"cannot write into {request.out}",
+            got="no permission",
+            do="choose another --out",
+        )
