@@ -73,7 +73,8 @@ def _apply(
     if old is not None and update.old_weight:
         difference = (old - m) * update.inverse_r
         if bf16_einsum:
-            correction = _scale_bf16(update.old_weight, difference.bfloat16())
+            weight = torch.tensor(update.old_weight, dtype=torch.bfloat16)
+            correction = weight * difference.bfloat16()
         else:
             correction = update.old_weight * difference
     if new is not None and update.new_weight:
@@ -81,15 +82,9 @@ def _apply(
         correction = fresh if correction is None else correction + fresh
     if correction is None:
         return result
-    if correction.dtype == torch.bfloat16:
-        # A scalar tensor does not widen the tensor it scales: the official predictor stays
-        # in bf16 up to here, while the corrector was widened by its fp32 difference.
-        return result + _scale_bf16(update.slope, correction)
-    return result + update.slope * correction
-
-
-def _scale_bf16(factor: float, x: Tensor) -> Tensor:
-    return torch.tensor(factor, dtype=torch.bfloat16) * x
+    # A zero-dimensional tensor, as in the official code: it does not widen a bf16 correction
+    # (the predictor's), whose product then stays bf16 too.
+    return result + torch.tensor(update.slope, dtype=torch.float32) * correction
 
 
 # ---- UniPC: predict with the past, then correct with the new prediction ----------------------

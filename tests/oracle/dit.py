@@ -1,6 +1,6 @@
 """The official DiT forward, plain and unoptimised, over official key names.
 
-Shapes: L tokens in (t, h, w) order, D model width, H heads, K = D / H head width. One sample per call.
+Shapes: L tokens in (t, h, w) order, D model width, H heads, K = D / H. One sample per call.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Weights:
     """Official tensors under the rounding rules of the official run.
 
     Plain: everything is fp32. Emulating CUDA's bf16 autocast: parameters are held in bf16 (the
-    adapter in fp32), `linear` takes and gives bf16, `linear_fp32` multiplies the held values in fp32.
+    adapter in fp32), `linear` takes and gives bf16, `linear_fp32` works in fp32 on the held values.
     """
 
     state: State
@@ -115,7 +115,8 @@ class Weights:
         y = self.linear(f"{name}.{which}", x)
         if which != "v":
             y = self.rms_norm(f"{name}.norm_{which}", y)
-        return y.unflatten(-1, (self.config["num_heads"], -1))
+        heads: int = self.config["num_heads"]
+        return y.view(y.shape[0], heads, -1)
 
 
 def time_vectors(w: Weights, t: Tensor, dt: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,9 @@ def time_vectors(w: Weights, t: Tensor, dt: Tensor | None) -> tuple[Tensor, Tens
 def text_keys(w: Weights, context: Tensor) -> Tensor:
     """Text rows [n, text_dim] zero-padded to text_len rows, then embedded: [text_len, D]."""
     padded = F.pad(context, (0, 0, 0, w.config["text_len"] - context.shape[0]))
-    return w.linear("text_embedding.2", F.gelu(w.linear("text_embedding.0", padded), approximate="tanh"))
+    return w.linear(
+        "text_embedding.2", F.gelu(w.linear("text_embedding.0", padded), approximate="tanh")
+    )
 
 
 def controls(w: Weights, condition: Tensor, t: Tensor, dt: Tensor) -> dict[int, Tensor]:

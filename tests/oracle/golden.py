@@ -14,7 +14,9 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 def load(name: str) -> dict[str, Tensor]:
     """All tensors of one golden set, whose file may be split into `<name>-<i>-of-<n>` parts."""
-    paths = sorted([*GOLDEN.glob(f"{name}.safetensors"), *GOLDEN.glob(f"{name}-?-of-?.safetensors")])
+    paths = sorted(
+        [*GOLDEN.glob(f"{name}.safetensors"), *GOLDEN.glob(f"{name}-?-of-?.safetensors")]
+    )
     return {key: tensor for path in paths for key, tensor in load_file(path).items()}
 
 

@@ -1,4 +1,4 @@
-"""The official two-stage recipe composed straight from the official files, all in fp32 on the CPU."""
+"""The official two-stage recipe composed straight from the official files, in fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -154,9 +154,7 @@ def run_official(
         highres_state, config, highres, highres_noise, contexts, condition=condition
     )
 
-    video = vae.decode_tiled(
-        load_pth(ckpt_dir / "Wan2.2_VAE.pth"), highres_latent, strips, overlap
-    )
+    video = vae.decode_tiled(load_pth(ckpt_dir / "Wan2.2_VAE.pth"), highres_latent, strips, overlap)
     return {
         "text_context": positive_context,
         "negative_context": negative_context,

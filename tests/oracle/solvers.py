@@ -88,7 +88,10 @@ def _unipc_predict(
     after = s.sigmas[i + 1] / s.sigmas[i] * x - alpha * phi * m[i]
     if order == 2:
         r = (s.lam(i - 1) - s.lam(i)) / h
-        after = after - alpha * phi * _einsum(0.5, (m[i - 1] - m[i]) / r, bf16_einsum)
+        # A 0-dim CPU tensor as in the official code: times a bf16 tensor it is rounded to bf16 on
+        # the CPU and stays fp32 on CUDA.
+        scale = torch.tensor(alpha * phi)
+        after = after - scale * _einsum(0.5, (m[i - 1] - m[i]) / r, bf16_einsum)
     return after
 
 

@@ -27,7 +27,9 @@ def clean(text: str) -> str:
 
 def tokenise(ckpt_dir: Path, text: str, text_len: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask, each [text_len] int64, right-padded, with the end token."""
-    tokenizer = AutoTokenizer.from_pretrained(ckpt_dir / "google" / "umt5-xxl", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        ckpt_dir / "google" / "umt5-xxl", local_files_only=True
+    )
     out = tokenizer(
         [clean(text)],
         padding="max_length",

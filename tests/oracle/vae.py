@@ -1,7 +1,7 @@
 """The official Wan2.2 VAE, streamed: one latent frame per decoder call, with feature caches.
 
 Shapes: activations are [1, C, T, H, W]; latents [48, T, h, w] are normalised; video is
-[3, 1 + 4 (T - 1), 16 h, 16 w] in [-1, 1]. The layout (stages, residual blocks) is read off the keys.
+[3, 1 + 4 (T - 1), 16 h, 16 w] in [-1, 1]. The layout is read off the keys.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ STD = (
 def latent_scale(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation, each [1, 48, 1, 1, 1] fp32."""
     mean = torch.tensor(MEAN, device=device).view(1, -1, 1, 1, 1)
-    return mean, 1.0 / torch.tensor(STD, device=device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(STD, device=device).view(1, -1, 1, 1, 1)
+    return mean, std.reciprocal()
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """Unit length over the channels (axis 1), times sqrt(C) and gamma."""
-    length = x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return x / length * x.shape[1] ** 0.5 * gamma
+    length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
+    return x / length * math.sqrt(x.shape[1]) * gamma
 
 
 def dup_up(x: Tensor, out: int, ft: int, fs: int, first_chunk: bool) -> Tensor:
@@ -53,7 +54,7 @@ def dup_up(x: Tensor, out: int, ft: int, fs: int, first_chunk: bool) -> Tensor:
 
 
 def avg_down(x: Tensor, out: int, ft: int, fs: int) -> Tensor:
-    """Parameterless downsampling: means over consecutive groups of (channel, frame, row, column)."""
+    """Parameterless downsampling: means over groups of (channel, frame, row, column)."""
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
     _, channels, t, h, w = x.shape
     x = x.view(1, channels, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
@@ -70,7 +71,11 @@ def pixel_patchify(video: Tensor) -> Tensor:
 def pixel_unpatchify(x: Tensor) -> Tensor:
     """[1, 12, T, H, W] to [1, 3, T, 2H, 2W]: the inverse of `pixel_patchify`."""
     b, c, t, h, w = x.shape
-    return x.view(b, c // 4, 2, 2, t, h, w).permute(0, 1, 4, 5, 3, 6, 2).reshape(b, -1, t, 2 * h, 2 * w)
+    return (
+        x.view(b, c // 4, 2, 2, t, h, w)
+        .permute(0, 1, 4, 5, 3, 6, 2)
+        .reshape(b, -1, t, 2 * h, 2 * w)
+    )
 
 
 class Stream:
@@ -122,7 +127,9 @@ class Stream:
         qkv = self.frame_conv(f"{name}.to_qkv", normed)
         q, k, v = qkv[0].permute(1, 2, 3, 0).reshape(t, h * w, 3 * c).chunk(3, dim=-1)
         y = (q @ k.transpose(1, 2) / c**0.5).softmax(dim=-1) @ v
-        return x + self.frame_conv(f"{name}.proj", y.transpose(1, 2).view(t, c, h, w).transpose(0, 1)[None])
+        return x + self.frame_conv(
+            f"{name}.proj", y.transpose(1, 2).view(t, c, h, w).transpose(0, 1)[None]
+        )
 
     def middle(self, name: str, x: Tensor) -> Tensor:
         x = self.residual(f"{name}.0", x)
@@ -166,15 +173,16 @@ class Stream:
         x = self.frame_conv(f"{name}.resample.1", F.pad(x, (0, 1, 0, 1)), stride=2)
         if f"{name}.time_conv.weight" not in self.state:
             return x
-        joined = torch.cat([self.cache.get(name, x[:, :, :0]), x], dim=2)
+        before = self.cache.get(name)
         self.cache[name] = x[:, :, -1:]
-        if self.first_visit(name):
+        if before is None:
             return x
+        joined = torch.cat([before, x], dim=2)
         weight, bias = self.state[f"{name}.time_conv.weight"], self.state[f"{name}.time_conv.bias"]
         return F.conv3d(joined, weight, bias, stride=(2, 1, 1))
 
     def down_stage(self, name: str, x: Tensor) -> Tensor:
-        """Residual blocks and, except in the last stage, a downsampler; plus an AvgDown shortcut."""
+        """Residual blocks and, but for the last stage, a downsampler; plus an AvgDown shortcut."""
         y, ft, fs = x, 1, 1
         for index in self.children(name):
             child = f"{name}.{index}"
@@ -248,7 +256,7 @@ def tile_mask(start: int, end: int, width: int, overlap: int) -> Tensor:
 
 
 def decode_tiled(state: State, z: Tensor, strips: int, overlap: int) -> Tensor:
-    """Official blended tiles along the width: every tile decoded in full, clamped, averaged in fp32."""
+    """Official blended tiles along the width: each decoded in full, clamped, averaged."""
     _, t, h, width = z.shape
     total = torch.zeros(3, 1 + 4 * (t - 1), 16 * h, 16 * width)
     weight = torch.zeros(16 * width)
