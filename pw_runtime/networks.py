@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pw_runtime.bundle import Bundle, load_tensors
 from pw_runtime.errors import BadWeights
@@ -48,8 +49,22 @@ def load_decoder(bundle: Bundle, device: torch.device) -> VaeDecoder:
     with torch.device("meta"):
         decoder = VaeDecoder(bundle.networks.vae.config)
     weights = load_tensors(bundle, "vae", prefix=("decoder.", "conv2."))
-    decoder.load_state_dict({n: w.to(device).float() for n, w in weights.items()}, assign=True)
+    decoder.load_state_dict(
+        {name: _channels_last(w.to(device).float()) for name, w in weights.items()}, assign=True
+    )
     return decoder.eval().requires_grad_(False)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """Convolution weights channels-last on a CPU.
+
+    With the default layout oneDNN's fp32 3-D convolutions of few channels run up to ten times
+    slower on two threads than on one.
+    """
+    if weight.device.type != "cpu" or weight.dim() not in (4, 5):
+        return weight
+    layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+    return weight.contiguous(memory_format=layout)
 
 
 def load_text_network(bundle: Bundle, precision: Precision, device: torch.device) -> TextNetwork:

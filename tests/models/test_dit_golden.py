@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformers against tensors of the official implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pw_kernels import rope
+from pw_runtime.models import WanDiT, expected_shapes
+from pw_runtime.models.embeddings import rope_tables, sinusoid
+from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.types import DitConfig, Precision
+from tests.closeness import max_abs, relative_l2
+from tests.oracle import golden
+
+FP32_TOLERANCE = 2e-5
+BF16_ENVELOPE = 1e-2  # official bf16 lies 5e-3 from fp32 on these sizes
+
+DRAFT = DitConfig(dim=128, ffn_dim=320, num_heads=2, num_layers=4, text_dim=64, text_len=16)
+HIGHRES = DitConfig(
+    dim=128,
+    ffn_dim=320,
+    num_heads=2,
+    num_layers=4,
+    text_dim=64,
+    text_len=16,
+    has_dt=True,
+    adapter_dim=32,
+    control_blocks=(1,),
+)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Tensor]:
+    return golden.load("dit_tiny_inputs")
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, Tensor]:
+    return golden.load("dit_tiny_outputs")
+
+
+@pytest.fixture(scope="module")
+def load() -> Callable[[DitConfig, Precision], WanDiT]:
+    weights = golden.load("dit_tiny_weights")
+
+    def build(config: DitConfig, precision: Precision) -> WanDiT:
+        with torch.device("meta"):
+            net = WanDiT(config)
+        names = expected_shapes("draft", config)
+        stored = {name: store_dit_weight(name, weights[name], precision) for name in names}
+        net.load_state_dict(stored, assign=True)
+        return net.requires_grad_(False)
+
+    return build
+
+
+def context(inputs: dict[str, Tensor], which: str, precision: Precision) -> Tensor:
+    x = inputs[f"ctx_{which}"]
+    return x if precision == "fp32" else x.bfloat16()
+
+
+def highres(net: WanDiT, inputs: dict[str, Tensor], text: Tensor, **changed: Tensor) -> Tensor:
+    values = inputs | changed
+    t, dt = values["t_uniform"], values["dt_uniform"]
+    controls = net.controls(net.draft_features(values["lr_latents"][0]), t, dt)
+    return net(values["x"], net.text_keys_values(text), net.modulation(t, dt), controls)
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_draft_network_equals_official_in_fp32(load, inputs, outputs, which) -> None:
+    net = load(DRAFT, "fp32")
+    text = net.text_keys_values(inputs[f"ctx_{which}"])
+    v = net(inputs["x"], text, net.modulation(inputs["t_uniform"]))
+    assert max_abs(v, outputs[f"t2v_fp32_{which}"]) <= FP32_TOLERANCE
+
+
+def test_padding_the_sequence_changes_nothing_we_return(load, inputs, outputs) -> None:
+    """The official 80-token run of a 72-token clip equals our unpadded one."""
+    net = load(DRAFT, "fp32")
+    text = net.text_keys_values(inputs["ctx_a"])
+    v = net(inputs["x"], text, net.modulation(inputs["t_uniform"]))
+    assert max_abs(v, outputs["t2v_pad80_fp32_a"]) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_timestep_per_latent_frame_equals_official(load, inputs, outputs, precision) -> None:
+    net = load(DRAFT, precision)
+    t = inputs["t_uniform"].repeat(inputs["x"].shape[1])
+    t[0] = 0
+    text = net.text_keys_values(context(inputs, "a", precision))
+    v = net(inputs["x"], text, net.modulation(t))
+    if precision == "fp32":
+        assert max_abs(v, outputs["ti2v_firstframe0_fp32_a"]) <= FP32_TOLERANCE
+    else:
+        assert relative_l2(v, outputs["ti2v_firstframe0_bf16emu_a"]) <= BF16_ENVELOPE
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_highres_network_equals_official_in_fp32(load, inputs, outputs, which) -> None:
+    v = highres(load(HIGHRES, "fp32"), inputs, inputs[f"ctx_{which}"])
+    assert max_abs(v, outputs[f"hr_fp32_{which}"]) <= FP32_TOLERANCE
+
+
+def test_adapter_control_equals_official(load, inputs, outputs) -> None:
+    for precision, kind, tolerance in (("fp32", "fp32", 1e-5), ("bf16", "bf16emu", 1e-3)):
+        net = load(HIGHRES, precision)
+        features = net.draft_features(inputs["lr_latents"][0])
+        controls = net.controls(features, inputs["t_uniform"], inputs["dt_uniform"])
+        assert list(controls) == [1]
+        assert max_abs(controls[1].float()[None], outputs[f"hr_control_{kind}"]) <= tolerance
+
+
+def test_every_highres_block_equals_official(load, inputs, outputs) -> None:
+    net = load(HIGHRES, "fp32")
+    seen: list[Tensor] = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(out))
+    highres(net, inputs, inputs["ctx_a"])
+    for index, x in enumerate(seen):
+        assert max_abs(x[None], outputs[f"hr_block{index}_fp32"]) <= FP32_TOLERANCE
+
+
+def test_dropping_dt_or_the_draft_is_seen(load, inputs, outputs) -> None:
+    """The sensitivity guard: a network that ignored either could not pass the tests above."""
+    net = load(HIGHRES, "fp32")
+    other_dt = highres(net, inputs, inputs["ctx_a"], dt_uniform=torch.tensor([56.0]))
+    no_draft = highres(
+        net, inputs, inputs["ctx_a"], lr_latents=torch.zeros_like(inputs["lr_latents"])
+    )
+    assert max_abs(other_dt, outputs["hr_fp32_a"]) > 1
+    assert max_abs(no_draft, outputs["hr_fp32_a"]) > 1
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_bf16_draft_network_is_as_close_as_official_bf16(load, inputs, outputs, which) -> None:
+    net = load(DRAFT, "bf16")
+    text = net.text_keys_values(context(inputs, which, "bf16"))
+    v = net(inputs["x"], text, net.modulation(inputs["t_uniform"]))
+    official, exact = outputs[f"t2v_bf16emu_{which}"], outputs[f"t2v_fp32_{which}"]
+    assert relative_l2(v, official) <= BF16_ENVELOPE
+    assert relative_l2(v, exact) <= 2 * relative_l2(official, exact)
+
+
+def test_bf16_highres_network_is_as_close_as_official_bf16(load, inputs, outputs) -> None:
+    v = highres(load(HIGHRES, "bf16"), inputs, context(inputs, "a", "bf16"))
+    official, exact = outputs["hr_bf16emu_a"], outputs["hr_fp32_a"]
+    assert relative_l2(v, official) <= BF16_ENVELOPE
+    assert relative_l2(v, exact) <= 2 * relative_l2(official, exact)
+
+
+def test_text_of_full_length_needs_no_pad_row(load, inputs) -> None:
+    """Text that fills text_len has no pad key, so its bias is 0 and its rows are its own."""
+    net = load(DRAFT, "fp32")
+    full = torch.randn(DRAFT.text_len, DRAFT.text_dim, generator=torch.Generator().manual_seed(1))
+    entry = net.text_keys_values(full)[0]
+    assert entry.pad_bias == 0
+    assert entry.keys.shape[0] == DRAFT.text_len
+
+
+def test_networks_refuse_missing_or_surplus_conditions(load, inputs) -> None:
+    draft, high = load(DRAFT, "fp32"), load(HIGHRES, "fp32")
+    with pytest.raises(ValueError, match="dt"):
+        draft.modulation(inputs["t_uniform"], inputs["dt_uniform"])
+    with pytest.raises(ValueError, match="dt"):
+        high.modulation(inputs["t_uniform"])
+    modulation = high.modulation(inputs["t_uniform"], inputs["dt_uniform"])
+    with pytest.raises(ValueError, match="controls"):
+        high(inputs["x"], high.text_keys_values(inputs["ctx_a"]), modulation)
+
+
+def test_sinusoid_and_rope_equal_official() -> None:
+    misc = golden.load("pipeline_misc")
+    assert max_abs(sinusoid(misc["sin_t"], 256), misc["sin_emb"]) == 0
+    cos, sin = rope_tables((2, 3, 5), 128, torch.device("cpu"))
+    rotated = rope(misc["rope_in"][0], cos, sin)
+    assert max_abs(rotated, misc["rope_out_grid2x3x5"][0]) <= 1e-6
+
+
+def test_rope_table_equals_official_at_far_positions() -> None:
+    misc = golden.load("pipeline_misc")
+    length = int(misc["rope_pos"].max()) + 1
+    columns = {0: slice(0, 22), 1: slice(22, 43), 2: slice(43, 64)}
+    for axis, part in columns.items():
+        grid = [1, 1, 1]
+        grid[axis] = length
+        cos, sin = rope_tables((grid[0], grid[1], grid[2]), 128, torch.device("cpu"))
+        assert max_abs(cos[misc["rope_pos"], part], misc["rope_cos"][:, part]) <= 1e-6
+        assert max_abs(sin[misc["rope_pos"], part], misc["rope_sin"][:, part]) <= 1e-6

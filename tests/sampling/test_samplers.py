@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules and solvers against trajectories of the official samplers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pw_runtime.schedule import even_step, make_schedule, time_input
+from pw_runtime.solver import sample
+from tests.closeness import max_abs
+from tests.oracle import golden
+
+RUNS: dict[str, Any] = golden.load_json("samplers")["runs"]
+
+
+def toy_velocity(x: Tensor, t: int) -> Tensor:
+    """The velocity field that the golden trajectories were made with."""
+    wave = 0.5 * torch.sin(x + 4 * t / 1000)
+    return 0.7 * x - 0.9 * torch.tanh(1.3 * x) + wave - 0.2 * t / 1000
+
+
+def trajectory(run: dict[str, Any], *, bf16_einsum: bool = False) -> list[Tensor]:
+    schedule = make_schedule(run["kind"], run["steps"], run["shift"])
+    latents: list[Tensor] = []
+
+    def velocity(x: Tensor, step: int) -> Tensor:
+        latents.append(x)
+        return toy_velocity(x, schedule.timesteps[step])
+
+    noise = golden.load("samplers")["noise"]
+    last = sample(velocity, noise, schedule, run["kind"], bf16_einsum=bf16_einsum)
+    return [*latents, last]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_schedule_equals_official(name) -> None:
+    run = RUNS[name]
+    schedule = make_schedule(run["kind"], run["steps"], run["shift"])
+    assert list(schedule.sigmas) == run["sigmas"]
+    assert list(schedule.timesteps) == run["timesteps"]
+    assert list(schedule.step_sizes) == run["dt_quantized"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trajectory_equals_official(name) -> None:
+    run = RUNS[name]
+    latents = trajectory(run)
+    steps = range(len(latents)) if run["x_index"] == "all" else run["x_index"]
+    wanted = golden.load("samplers")[f"{name}_x"]
+    for row, step in enumerate(steps):
+        assert max_abs(latents[step], wanted[row]) <= 2e-6, f"step {step}"
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if RUNS[name]["kind"] == "unipc"])
+def test_bf16_einsum_switch_reproduces_the_autocast_quirk(name) -> None:
+    """Nearly every value is reproduced; the rest differ by a flipped bf16 rounding."""
+    wanted = golden.load("samplers")[f"{name}_bf16einsum_final"]
+    error = (trajectory(RUNS[name], bf16_einsum=True)[-1] - wanted).abs()
+    assert (error > 1e-5).float().mean() <= 2e-3
+    plain = (trajectory(RUNS[name])[-1] - wanted).abs()
+    assert error.mean() <= plain.mean() / 20
+
+
+def test_a_single_step_returns_the_data_prediction() -> None:
+    schedule = make_schedule("unipc", 1, 5.0)
+    noise = torch.ones(1, 1, 1, 1)
+    x = sample(lambda x, step: 0.5 * x, noise, schedule, "unipc")
+    assert x.item() == pytest.approx(1 - 0.5 * schedule.sigmas[0])
+
+
+def test_on_step_is_called_once_per_step() -> None:
+    calls: list[int] = []
+    for solver in ("unipc", "dpm++"):
+        schedule = make_schedule(solver, 4, 5.5)
+        sample(lambda x, step: x, torch.ones(1), schedule, solver, on_step=lambda: calls.append(1))
+    assert len(calls) == 8
+
+
+def test_step_sizes_are_even_and_positive() -> None:
+    assert [even_step(dt) for dt in (57, 96, 1, 0, -5)] == [56, 96, 2, 2, 4]
+
+
+def test_rounded_time_input_equals_official_multi_gpu_values() -> None:
+    """Section 1.6 (b) of the model specification, 2K preset."""
+    schedule = make_schedule("unipc", 4, 5.5)
+    device = torch.device("cpu")
+    rounded = [time_input(t, device, rounded=True).item() for t in schedule.timesteps]
+    assert rounded == [1000, 944, 844, 648]
+    assert time_input(999, device).item() == 999
