@@ -25,7 +25,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     1-based number), an id that cannot name a file, or an id used twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise BadRequest(
             f"{path} is not UTF-8 text",
