@@ -19,6 +19,13 @@ Group = Literal["base", "cuda", "tensorrt", "optional"]
 
 DISTRIBUTION: Final = "pixelwizard-runtime"
 
+_GROUPS: Final[dict[Group, str]] = {
+    "base": "everything",
+    "cuda": "NVIDIA GPUs [cuda]",
+    "tensorrt": "engines [tensorrt]",
+    "optional": "more speed",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:
@@ -44,7 +51,9 @@ _KNOWN: Final = (
     _Known("triton", "triton", "cuda", "nothing yet: no GPU kernels in this version"),
     _Known("nvidia-ml-py", "pynvml", "cuda", "the driver's version in reports"),
     _Known("tensorrt", "tensorrt", "tensorrt", "nothing yet: no engines in this version"),
-    _Known("torch-tensorrt", "torch_tensorrt", "tensorrt", "nothing yet: no engines here"),
+    _Known(
+        "torch-tensorrt", "torch_tensorrt", "tensorrt", "nothing yet: no engines in this version"
+    ),
     _Known("onnx", "onnx", "tensorrt", "nothing yet: no engines in this version"),
     _Known(
         "flash-attn",
@@ -115,6 +124,7 @@ def doctor_report(machine: Machine) -> str:
         *([] if machine.gpus else ["gpu      none that torch can use"]),
         f"driver   {machine.driver or 'unknown'}",
         "",
+        f"{'state':<8} {'package':<15} {'version':<16} needed for",
     ]
     wanted = _requirements()
     for known, package in zip(_KNOWN, machine.packages, strict=True):
@@ -146,8 +156,7 @@ def reset_peak_rss() -> bool:
 
 def _package_lines(known: _Known, package: Package, requirement: str) -> Iterator[str]:
     state = "broken" if package.broken else "ok" if package.version else "missing"
-    line = f"{state:<8} {known.name:<15} {package.version or '-':<16} {known.group}"
-    yield line
+    yield f"{state:<8} {known.name:<15} {package.version or '-':<16} {_GROUPS[known.group]}"
     if state == "ok":
         return
     if package.broken:
