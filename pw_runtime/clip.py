@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pw_runtime.atomic import atomic_file
+from pw_runtime.atomic import atomic_file, write_failed
 from pw_runtime.bundle import Bundle
 from pw_runtime.contact_sheet import SheetRow, Strip, Thumb, sample_frames, watch_frames
 from pw_runtime.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
@@ -107,7 +108,10 @@ def write_latents(clip: Clip) -> Path:
             tensors[f"{stage}_latent"] = latent.x
     path = clip.path(".latents.safetensors")
     with atomic_file(path) as partial:
-        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial)
+        try:
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial)
+        except SafetensorError as error:  # its name for a full disk, too
+            raise write_failed(path, error) from error
     return path
 
 

@@ -92,5 +92,5 @@ def count_frames(chunks: Iterable[FrameChunk], advance: Advance) -> Iterator[Fra
     for chunk in chunks:
         frames = len(chunk.rgb)
         yield chunk
-        del chunk  # the next one is made before this name is bound again
+        del chunk  # while the next one is made, this one must be free
         advance(frames)

@@ -46,6 +46,7 @@ class Stopwatch:
                 except StopIteration:
                     return
             yield item
+            del item  # while the next one is made, this one must be free
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from pw_kernels import attention, gate_residual, norm_modulate, rms_norm, rope
 from torch import Tensor, empty, nn
 
+from pw_kernels import attention, gate_residual, norm_modulate, rms_norm, rope
 from pw_runtime.models.embeddings import project, run_mlp
 from pw_runtime.types import DitConfig
 

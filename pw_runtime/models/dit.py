@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from pw_kernels import norm_modulate
 from torch import Tensor, nn
 
+from pw_kernels import norm_modulate
 from pw_runtime.models.adapter import SpatialAdapter
 from pw_runtime.models.blocks import Block, TextKeysValues
 from pw_runtime.models.embeddings import (

@@ -7,9 +7,9 @@ Source: wan/modules/vae2_2.py. Everything is fp32, as there.
 from __future__ import annotations
 
 import torch
-from pw_kernels import unpatchify_pixels
 from torch import Tensor, nn
 
+from pw_kernels import unpatchify_pixels
 from pw_runtime.models.vae_blocks import (
     AttentionBlock,
     CausalCache,

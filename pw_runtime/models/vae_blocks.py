@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from pw_kernels import attention, causal_conv3d, channel_norm, dup_up
 from torch import Tensor, nn
+
+from pw_kernels import attention, causal_conv3d, channel_norm, dup_up
 
 
 @dataclass(slots=True)

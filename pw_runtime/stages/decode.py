@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from pw_kernels import pack_frames
 from torch import Tensor
 
+from pw_kernels import pack_frames
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae_blocks import CausalCache
 from pw_runtime.tiling import Strip, blend_ramp, exact_halo, make_strips
@@ -42,8 +42,11 @@ def decode(
         with torch.inference_mode():
             video = decode_frame(frame)
             rgb = pack_frames(video, truncate=compat.truncating_uint8).cpu()
+        del video
+        frames = len(rgb)
         yield FrameChunk(start=start, rgb=rgb)
-        start += len(rgb)
+        del rgb  # while the next chunk is made, this one must be free
+        start += frames
 
 
 DecodeFrame = Callable[[Tensor], Tensor]  # [C, 1, H, W] -> [3, F, 16 H, 16 W], in [-1, 1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pw_kernels import guide
 from torch import Tensor
 
+from pw_kernels import guide
 from pw_runtime.models import WanDiT
 from pw_runtime.schedule import make_schedule, time_input
 from pw_runtime.solver import sample

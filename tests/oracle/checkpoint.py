@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small random checkpoint in the official layout, with sizes chosen to catch transposed axes.
 
 Linear weights are N(0, 1 / fan_in), so activations stay O(1) and every input matters. DiT, dt and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The official DiT forward, plain and unoptimised, over official key names.
 
 Shapes: L tokens in (t, h, w) order, D model width, H heads, K = D / H. One sample per call.

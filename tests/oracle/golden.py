@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Access to the golden tensors, which were computed with the official implementation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The official two-stage recipe composed straight from the official files, in fp32 on the CPU."""
 
 from __future__ import annotations

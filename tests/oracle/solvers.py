@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Official schedules and solvers of flow matching, in scalar arithmetic (fp64) on fp32 latents.
 
 A velocity function gets (latent, timestep, dt) and gives the latent's velocity.

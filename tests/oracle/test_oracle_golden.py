@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The oracle reproduces the golden tensors, at the tolerances of the numerics plan."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The official text path: cleaning, tokenising and the UMT5 encoder over official keys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The official Wan2.2 VAE, streamed: one latent frame per decoder call, with feature caches.
 
 Shapes: activations are [1, C, T, H, W]; latents [48, T, h, w] are normalised; video is

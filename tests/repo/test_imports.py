@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports point one way, cost nothing and do nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDERS = (".", "kernels", "export", "engines", "bench")
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "numpy", "transformers", "safetensors", "av", "PIL"):
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Block())
+sys.argv[0] = "pw"
+"""
+ALL_MODULES = """
+import importlib, logging, os, pkgutil, warnings
+import torch, transformers, tokenizers, av, PIL.Image, pydantic, rich
+others = dict(os.environ), list(logging.getLogger().handlers), list(warnings.filters)
+threads = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+for name in ("pw_runtime", "pw_kernels", "pw_export", "pw_engines", "pw_bench"):
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(package.__path__, name + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+assert (dict(os.environ), list(logging.getLogger().handlers), list(warnings.filters)) == others
+assert (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()) == threads
+assert not torch.cuda.is_initialized()
+print("imported")
+"""
+
+
+def python(root: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(str(root / folder) for folder in FOLDERS)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_contracts_hold(root: Path) -> None:
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
+    run = python(root, code)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_command_line_is_imported_without_torch(root: Path) -> None:
+    heavy = "{'torch', 'numpy', 'transformers', 'safetensors', 'av', 'PIL'}"
+    run = python(root, f"import sys, pw_runtime.cli; print({heavy} & set(sys.modules))")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("argument", ["--help", "doctor"])
+def test_command_works_with_torch_broken(argument: str, root: Path) -> None:
+    run = python(root, BLOCK + "from pw_runtime.cli import main; main()", argument)
+    assert "Traceback" not in run.stderr
+    if argument == "--help":
+        assert run.returncode == 0, run.stderr
+        assert "generate" in run.stdout
+    else:
+        assert "pw generate: not ready: torch is broken" in run.stdout
+
+
+def test_importing_every_module_changes_nothing(root: Path) -> None:
+    run = python(root, ALL_MODULES)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "imported\n"

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is built is what is in the tree, and it runs where the tree is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from configparser import ConfigParser
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+PACKAGES = (
+    "pw_runtime",
+    "kernels/pw_kernels",
+    "export/pw_export",
+    "engines/pw_engines",
+    "bench/pw_bench",
+)
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def build(root: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        sys.executable, "-m", "pip", "wheel", root, "--no-deps", "--no-build-isolation", "-w", out,
+        cwd=out, **environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    built = build(root, out)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def clean_bin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Programs of an environment that has the wheel and sees this one's dependencies. A path in
+    a .pth file does not bring that folder's own .pth files: an editable install stays unseen."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder, with_pip=False, symlinks=True)
+    programs = folder / "bin"
+    where = run(
+        programs / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))",
+        cwd=folder,
+    )  # fmt: skip
+    ours = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    Path(where.stdout.strip(), "dependencies.pth").write_text("\n".join(sorted(ours)) + "\n")
+    installed = run(
+        sys.executable, "-m", "pip", "--python", programs / "python", "install", "--no-deps",
+        "--ignore-installed", wheel, cwd=folder,
+    )  # fmt: skip
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    return programs
+
+
+def test_wheel_is_pure_and_holds_the_five_packages_whole(
+    wheel: Path, root: Path, files: list[Path]
+) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    info = {name for name in names if ".dist-info/" in name}
+    wanted = {
+        str(file.relative_to(Path(package).parent))
+        for package in PACKAGES
+        for file in files
+        if file.is_relative_to(package)
+    }
+    assert names - info == wanted
+    assert "pw_runtime/data/demo_prompts.txt" in names
+    assert any(name.endswith("licenses/LICENSE") for name in info)
+
+
+def test_wheel_states_its_licence_python_and_program(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        texts = {
+            Path(name).name: archive.read(name).decode()
+            for name in archive.namelist()
+            if ".dist-info/" in name
+        }
+    metadata = message_from_string(texts["METADATA"])
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    programs = ConfigParser()
+    programs.read_string(texts["entry_points.txt"])
+    assert dict(programs["console_scripts"]) == {"pw": "pw_runtime.cli:main"}
+
+
+def test_installed_packages_do_not_come_from_the_tree(clean_bin: Path, tmp_path: Path) -> None:
+    names = ", ".join(Path(package).name for package in PACKAGES)
+    code = f"import {names}; print(*(m.__file__ for m in ({names})), sep='\\n')"
+    found = run(clean_bin / "python", "-c", code, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    for path in found.stdout.splitlines():
+        assert Path(path).is_relative_to(clean_bin.parent)
+
+
+def test_installed_program_runs_from_anywhere(clean_bin: Path, tmp_path: Path) -> None:
+    asked = run(clean_bin / "pw", "--help", cwd=tmp_path)
+    assert asked.returncode == 0, asked.stderr
+    for verb in ("generate", "convert", "doctor"):
+        assert verb in asked.stdout
+    report = run(clean_bin / "pw", "doctor", cwd=tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert "pw generate: ready on " in report.stdout.splitlines()[-1]
+
+
+def test_installed_data_is_found(clean_bin: Path, tmp_path: Path) -> None:
+    code = (
+        "from importlib.resources import files;"
+        "print(files('pw_runtime').joinpath('data', 'demo_prompts.txt').read_text())"
+    )
+    found = run(clean_bin / "python", "-c", code, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.split("\n")) == 4  # two prompts, the file's end, print's end
+
+
+def test_asking_for_kernels_that_do_not_exist_fails(root: Path, tmp_path: Path) -> None:
+    """With CMake the refusal is ours; without it scikit-build-core says that CMake is missing.
+    Neither installs a wheel that lacks what was asked for."""
+    built = build(root, tmp_path, PW_BUILD_CUDA="1")
+    assert built.returncode != 0
+    assert list(tmp_path.glob("*.whl")) == []
+    said = " ".join((built.stdout + built.stderr).split())
+    assert "has no compiled kernels to build" in said or "CMake" in said

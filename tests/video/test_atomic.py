@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pw_runtime.atomic import atomic_file, write_text
+from pw_runtime.errors import WriteFailed
+
+
+def test_text_is_written_and_leaves_no_partial_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.json", "第一\n")
+    assert (tmp_path / "a.json").read_bytes() == "第一\n".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+def test_any_exception_keeps_the_earlier_file(tmp_path: Path, error: type[BaseException]) -> None:
+    final = tmp_path / "a.txt"
+    final.write_text("earlier")
+
+    def fail_halfway() -> None:
+        with atomic_file(final) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail_halfway()
+    assert final.read_text() == "earlier"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_partial_left_by_a_killed_run_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.partial").write_text("from a killed run, and longer")
+    write_text(tmp_path / "a.txt", "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "new")]
+
+
+def test_missing_folder_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(WriteFailed, match="create the folder") as caught:
+        write_text(tmp_path / "none" / "a.txt", "x")
+    assert str(tmp_path / "none" / "a.txt") in str(caught.value)
+
+
+def test_folder_that_is_a_file_fails_as_write_failed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WriteFailed, match="Not a directory"):
+        write_text(tmp_path / "file" / "a.txt", "x")
+
+
+def test_final_name_taken_by_a_folder_fails_and_cleans_up(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(WriteFailed, match="Is a directory"):
+        write_text(tmp_path / "a.txt", "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_full_disk_names_the_free_space(tmp_path: Path) -> None:
+    with (
+        pytest.raises(WriteFailed, match=r"No space left on device, [\d.]+ MiB free"),
+        atomic_file(tmp_path / "a.bin"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_error_about_another_file_passes_through(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a.txt"):
+        (tmp_path / "weights.safetensors").read_bytes()
+    assert list(tmp_path.iterdir()) == []
