@@ -20,5 +20,5 @@ def channel_norm(x: Tensor, gamma: Tensor, *, silu: bool) -> Tensor:
     Returns:
         Same shape and dtype as x.
     """
-    normed = F.normalize(x, dim=1) * (x.shape[1] ** 0.5) * gamma
+    normed = F.normalize(x, dim=1).mul_(x.shape[1] ** 0.5).mul_(gamma)
     return F.silu(normed, inplace=True) if silu else normed

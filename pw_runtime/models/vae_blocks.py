@@ -66,7 +66,8 @@ class ResidualBlock(nn.Module):
         """[B, C, T, H, W] -> [B, C', T, H, W]."""
         h = self.residual["2"](self.residual["0"](x, silu=True), cache)
         h = self.residual["6"](self.residual["3"](h, silu=True), cache)
-        return h + (x if self.shortcut is None else self.shortcut(x, cache))
+        h += x if self.shortcut is None else self.shortcut(x, cache)
+        return h
 
 
 class AttentionBlock(nn.Module):
@@ -127,7 +128,7 @@ class UpStage(nn.Module):
         for layer in self.upsamples:
             h = layer(h, cache)
         if self.up:
-            h = h + dup_up(x, self.channels, self.time_factor, 2, first=cache.first)
+            h += dup_up(x, self.channels, self.time_factor, 2, first=cache.first)
         return h
 
 
