@@ -6,11 +6,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pw_runtime.errors import WriteFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -43,6 +47,20 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all. Raises WriteFailed."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write contiguous tensors as safetensors, whole or not at all. Raises WriteFailed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as partial:
+        try:
+            save_file(dict(tensors), partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # its name for a full disk, too
+            raise write_failed(path, error) from error
+        # Safetensors lets only the owner read its files, whatever the umask.
+        partial.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_failed(path: Path, error: Exception) -> WriteFailed:

@@ -25,10 +25,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from pw_runtime.errors import BadWeights
-from pw_runtime.types import DitConfig, TextEncoderConfig, VaeConfig
+from pw_runtime.types import DitConfig, Network, TextEncoderConfig, VaeConfig
 
-Network = Literal["draft", "highres", "vae", "text_encoder"]
-Config = DitConfig | VaeConfig | TextEncoderConfig
 ConfigT = TypeVar("ConfigT", DitConfig, VaeConfig, TextEncoderConfig)
 
 FORMAT = 1

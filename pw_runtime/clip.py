@@ -8,11 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pw_runtime.atomic import atomic_file, write_failed
+from pw_runtime.atomic import write_tensors
 from pw_runtime.bundle import Bundle
 from pw_runtime.contact_sheet import SheetRow, Strip, Thumb, sample_frames, watch_frames
 from pw_runtime.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
@@ -107,11 +105,7 @@ def write_latents(clip: Clip) -> Path:
         if latent is not None:
             tensors[f"{stage}_latent"] = latent.x
     path = clip.path(".latents.safetensors")
-    with atomic_file(path) as partial:
-        try:
-            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial)
-        except SafetensorError as error:  # its name for a full disk, too
-            raise write_failed(path, error) from error
+    write_tensors(path, {name: x.cpu().contiguous() for name, x in tensors.items()})
     return path
 
 

@@ -76,7 +76,7 @@ def load_text_network(bundle: Bundle, precision: Precision, device: torch.device
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise BadWeights(
             f"cannot read the tokenizer in {bundle.tokenizer}",
             got=error,

@@ -18,6 +18,7 @@ import torch
 Solver = Literal["unipc", "dpm++"]
 Tiling = Literal["exact", "official"]
 StageName = Literal["draft", "highres"]
+Network = Literal["draft", "highres", "vae", "text_encoder"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["h264", "hevc", "av1", "ffv1"]
 
@@ -191,6 +192,9 @@ class TextEncoderConfig:
     num_buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
+
+
+Config = DitConfig | VaeConfig | TextEncoderConfig
 
 
 # ---- one run ----------------------------------------------------------------------------------

@@ -3,22 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import nn
 
 from pw_runtime.models.dit import WanDiT
 from pw_runtime.models.text_encoder import TIED_KEY, build_text_encoder
 from pw_runtime.models.vae import VaeDecoder, VaeEncoder
-from pw_runtime.types import DitConfig, TextEncoderConfig, VaeConfig
-
-Network = Literal["draft", "highres", "vae", "text_encoder"]
-Config = DitConfig | VaeConfig | TextEncoderConfig
+from pw_runtime.types import Config, DitConfig, Network, TextEncoderConfig, VaeConfig
 
 __all__ = [
-    "Config",
-    "Network",
     "VaeDecoder",
     "VaeEncoder",
     "WanDiT",

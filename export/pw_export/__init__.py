@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Off-line tools: published checkpoints become bundles (`convert`), the built-in model (`nano`)."""

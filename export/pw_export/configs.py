@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network configs from what a checkpoint says: its config files and its tensor shapes.
+
+Where a config file states a number that shapes also show, both must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pw_export.sources import Refs
+from pw_export.stated import Stated
+from pw_runtime.bundle import some_names
+from pw_runtime.errors import BadWeights
+from pw_runtime.types import PATCH, Config, DitConfig, TextEncoderConfig, VaeConfig
+
+# Mean and standard deviation of the latent channels, from wan/modules/vae2_2.py (Wan2.2).
+# fmt: off
+LATENT_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+LATENT_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on
+
+
+def dit_config(what: str, refs: Refs, file: Path, stated: Stated) -> DitConfig:
+    """The config of a transformer under official names; `stated` is what `file` says.
+
+    Heads come from the file alone, as no shape shows them. Raises BadWeights.
+    """
+    dim, in_dim = _shape(what, refs, "patch_embedding.weight", 5)[:2]
+    zero = [re.match(r"spatial_adapter\.zero_layers\.(\d+)\.", name) for name in refs]
+    adapter = "spatial_adapter.backbone.0.weight"
+    config = DitConfig(
+        dim=dim,
+        in_dim=in_dim,
+        out_dim=_shape(what, refs, "head.head.weight", 2)[0] // PATCH**2,
+        ffn_dim=_shape(what, refs, "blocks.0.ffn.0.weight", 2)[0],
+        num_heads=stated["num_heads"],
+        num_layers=count(what, refs, r"blocks\.(\d+)\."),
+        text_dim=_shape(what, refs, "text_embedding.0.weight", 2)[1],
+        freq_dim=_shape(what, refs, "time_embedding.0.weight", 2)[1],
+        has_dt="dt_embedding.0.weight" in refs,
+        adapter_dim=_shape(what, refs, adapter, 5)[0] if adapter in refs else 0,
+        control_blocks=tuple(sorted({int(found[1]) for found in zero if found})),
+        **{name: stated[name] for name in ("text_len", "eps") if name in stated},
+    )
+    _agree(file, stated, config)
+    if config.num_heads < 1 or config.dim % config.num_heads:
+        raise BadWeights(
+            f"{file} disagrees with the tensors of {what}",
+            got=f"num_heads = {config.num_heads} for width {config.dim}",
+            wanted="a number of heads that divides the width",
+            do="take config and weights from one checkpoint",
+        )
+    return config
+
+
+def vae_config(file: Path, refs: Refs, stated: Stated) -> VaeConfig:
+    """The config of a VAE under official names; the official layout states nothing.
+
+    Raises BadWeights, also where nothing gives the latent statistics of an unknown z_dim.
+    """
+    z_dim = _shape(file, refs, "conv2.weight", 5)[0]
+    known = z_dim == len(LATENT_MEAN)
+    mean = stated.get("latent_mean", LATENT_MEAN if known else ())
+    std = stated.get("latent_std", LATENT_STD if known else ())
+    if (len(mean), len(std)) != (z_dim, z_dim):
+        raise BadWeights(
+            f"the latent mean and deviation of {file} are not known",
+            got=f"{len(mean)} means and {len(std)} deviations",
+            wanted=f"{z_dim} of each, one per latent channel",
+            do="convert the diffusers form of this checkpoint, whose vae/config.json states them",
+        )
+    down, up = "encoder.downsamples", "decoder.upsamples"
+    stages = count(file, refs, r"encoder\.downsamples\.(\d+)\.")
+    encoder_blocks = count(file, refs, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
+    config = VaeConfig(
+        z_dim=z_dim,
+        encoder_dims=_dims(file, refs, "encoder.conv1", down + ".{}.downsamples.0", stages),
+        decoder_dims=_dims(file, refs, "decoder.conv1", up + ".{}.upsamples.0", stages),
+        encoder_blocks=encoder_blocks,
+        decoder_blocks=count(file, refs, r"decoder\.upsamples\.0\.upsamples\.(\d+)\.residual\."),
+        temporal_downsample=tuple(
+            f"{down}.{stage}.downsamples.{encoder_blocks}.time_conv.weight" in refs
+            for stage in range(stages - 1)
+        ),
+        latent_mean=mean,
+        latent_std=std,
+    )
+    _agree(file, stated, config)
+    return config
+
+
+def text_encoder_config(file: Path, refs: Refs, stated: Stated) -> TextEncoderConfig:
+    """The config of a UMT5 encoder under transformers names; the official layout states nothing.
+
+    Raises BadWeights.
+    """
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    vocab_size, dim = _shape(file, refs, "shared.weight", 2)
+    num_buckets, num_heads = _shape(file, refs, attention + "relative_attention_bias.weight", 2)
+    config = TextEncoderConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        attention_dim=_shape(file, refs, attention + "q.weight", 2)[0],
+        ffn_dim=_shape(file, refs, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0],
+        num_heads=num_heads,
+        num_layers=count(file, refs, r"encoder\.block\.(\d+)\."),
+        num_buckets=num_buckets,
+        **{name: stated[name] for name in ("max_distance", "eps") if name in stated},
+    )
+    _agree(file, stated, config)
+    return config
+
+
+def _shape(what: str | Path, refs: Refs, name: str, rank: int) -> tuple[int, ...]:
+    shape = refs[name].shape if name in refs else None
+    if shape is None or len(shape) != rank:
+        got = f"missing among {some_names(refs)}" if shape is None else str(list(shape))
+        raise _incomplete(what, f"{name}: {got}", f"{name} with {rank} dimensions")
+    return shape
+
+
+def count(what: str | Path, refs: Refs, pattern: str) -> int:
+    """One more than the greatest number that a name holds where `pattern` has its group.
+
+    Raises BadWeights when no name matches.
+    """
+    numbers = [int(found[1]) for name in refs if (found := re.match(pattern, name))]
+    if not numbers:
+        raise _incomplete(what, f"no tensor named like {pattern}", "at least one")
+    return 1 + max(numbers)
+
+
+def _incomplete(what: str | Path, got: str, wanted: str) -> BadWeights:
+    return BadWeights(
+        f"{what} is incomplete or of another kind",
+        got=got,
+        wanted=wanted,
+        do="check that this is Wan2.2-TI2V-5B or was trained from it; download it again",
+    )
+
+
+def _dims(what: str | Path, refs: Refs, first: str, template: str, stages: int) -> tuple[int, ...]:
+    blocks = [f"{template.format(stage)}.residual.6" for stage in range(stages)]
+    return tuple(_shape(what, refs, f"{name}.weight", 5)[0] for name in [first, *blocks])
+
+
+def _agree(file: Path, stated: Stated, config: Config) -> None:
+    if wrong := [name for name in stated if stated[name] != getattr(config, name)]:
+        raise BadWeights(
+            f"{file} disagrees with the tensor shapes",
+            got=", ".join(f"{name} = {stated[name]}" for name in wrong),
+            wanted=", ".join(f"{name} = {getattr(config, name)}" for name in wrong),
+            do="take config and weights from one checkpoint",
+        )

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A published checkpoint becomes a bundle: nothing dropped, nothing rounded, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from pw_export.checkpoints import Checkpoint, Part, open_checkpoint
+from pw_export.sources import Refs
+from pw_export.writing import folder_that_appears, refuse_existing
+from pw_runtime.atomic import atomic_file, write_tensors, write_text
+from pw_runtime.bundle import (
+    MANIFEST,
+    TOKENIZER,
+    Bundle,
+    ConfigT,
+    Entry,
+    FileRecord,
+    Manifest,
+    Networks,
+    manifest_json,
+    open_bundle,
+    sha256_of,
+)
+from pw_runtime.errors import BadRequest, BadWeights
+from pw_runtime.types import Network
+
+SHARD_BYTES = 2 * 2**30  # also the most tensor data held in memory, unless one tensor is larger
+_GIB = 2**30
+
+
+def convert(
+    *,
+    wan: Path,
+    out: Path,
+    draft: Path | None = None,
+    highres: Path | None = None,
+    ema: bool = False,
+    say: Callable[[str], None] = print,
+) -> Bundle:
+    """Make the bundle `out` from a Wan2.2-TI2V-5B folder and PixelWizard's checkpoints.
+
+    `wan` is in the official or in the diffusers layout. `draft` replaces its transformer,
+    whose shards are then not read; `highres` adds the second stage; `ema` takes the
+    `generator_ema` of both. Every tensor keeps its dtype and is used exactly once. All names
+    and shapes are checked before the first byte is written, and `out` appears only when it is
+    complete and on the disk. `say` receives a line of progress now and then.
+
+    Raises BadRequest (`out` exists, `wan` is no checkpoint), BadWeights (missing, unknown,
+    damaged or contradictory tensors), WriteFailed (no room, or the disk refuses).
+    """
+    refuse_existing(out)
+    if ema and draft is None and highres is None:
+        raise BadRequest(
+            "--ema has nothing to choose from",
+            got="neither --draft nor --highres",
+            wanted="a PixelWizard checkpoint",
+            do="drop --ema, or name the checkpoint",
+        )
+    checkpoint = open_checkpoint(wan, draft, highres, ema=ema, say=say)
+    with folder_that_appears(out, _size(checkpoint), say) as folder:
+        _write(checkpoint, folder, say)
+    say(f"wrote {out}")
+    return open_bundle(out)
+
+
+def _write(checkpoint: Checkpoint, folder: Path, say: Callable[[str], None]) -> None:
+    files: dict[str, FileRecord] = {}
+    high = checkpoint.highres
+    networks = Networks(
+        draft=_write_network("draft", checkpoint.draft, folder, files, say),
+        highres=_write_network("highres", high, folder, files, say) if high else None,
+        vae=_write_network("vae", checkpoint.vae, folder, files, say),
+        text_encoder=_write_network("text_encoder", checkpoint.text_encoder, folder, files, say),
+    )
+    (folder / TOKENIZER).mkdir()
+    for file in checkpoint.tokenizer:
+        _copy(file, folder / TOKENIZER / file.name)
+        _record(folder, f"{TOKENIZER}/{file.name}", files)
+    manifest = Manifest(
+        format=1,
+        created_by=_created_by(),
+        source=checkpoint.source,
+        networks=networks,
+        files=files,
+    )
+    write_text(folder / MANIFEST, manifest_json(manifest))
+
+
+def _write_network(
+    network: Network,
+    part: Part[ConfigT],
+    folder: Path,
+    files: dict[str, FileRecord],
+    say: Callable[[str], None],
+) -> Entry[ConfigT]:
+    total = sum(ref.num_bytes for ref in part.refs.values())
+    say(f"{network}: {len(part.refs)} tensors, {total / _GIB:.2f} GiB")
+    (folder / network).mkdir()
+    shards = _shards(part.refs)
+    names = [
+        f"{network}/model-{k:05d}-of-{len(shards):05d}.safetensors"
+        for k in range(1, len(shards) + 1)
+    ]
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(folder / name, shard)
+        _record(folder, name, files)
+        say(f"{name}: {files[name].bytes / _GIB:.2f} GiB")
+    dtypes = sorted({ref.dtype for ref in part.refs.values()})
+    return Entry(config=part.config, dtype="+".join(dtypes), files=tuple(names))
+
+
+def _shards(refs: Refs) -> list[Refs]:
+    shards: list[Refs] = [{}]
+    used = 0
+    for name, ref in refs.items():
+        if shards[-1] and used + ref.num_bytes > SHARD_BYTES:
+            shards.append({})
+            used = 0
+        shards[-1][name] = ref
+        used += ref.num_bytes
+    return shards
+
+
+def _write_shard(path: Path, refs: Refs) -> None:
+    # why: save_file wants contiguous tensors that share no storage; mapped ones share the file
+    tensors = {
+        name: ref.read().clone(memory_format=torch.contiguous_format) for name, ref in refs.items()
+    }
+    write_tensors(path, tensors)
+
+
+def _copy(source: Path, path: Path) -> None:
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise BadWeights(
+            f"{source} cannot be read", got=error.strerror, do="download it again"
+        ) from error
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def _record(folder: Path, name: str, files: dict[str, FileRecord]) -> None:
+    path = folder / name
+    files[name] = FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    parts = (checkpoint.draft, checkpoint.highres, checkpoint.vae, checkpoint.text_encoder)
+    tensors = sum(ref.num_bytes for part in parts if part for ref in part.refs.values())
+    return tensors + sum(file.stat().st_size for file in checkpoint.tokenizer)
+
+
+def _created_by() -> str:
+    try:
+        return f"pixelwizard-runtime {version('pixelwizard-runtime')}"
+    except PackageNotFoundError:
+        return "pixelwizard-runtime, source checkout"

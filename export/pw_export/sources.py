@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published weight files as lazily read tensors: safetensors folders and PyTorch pickles."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pw_export.stated import read_json
+from pw_runtime.bundle import some_names
+from pw_runtime.errors import BadWeights
+
+_FETCH = "download it again from its publisher"
+_SAFETENSORS_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = frozenset(_SAFETENSORS_FLOATS.values())
+# Left in the names by FSDP, activation checkpointing and torch.compile.
+_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ref:
+    """A tensor still on disk; `read` maps it into memory."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as in torch, without "torch."
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return prod(self.shape) * itemsize
+
+
+Refs = dict[str, Ref]
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
+def read_safetensors(folder: Path, stem: str) -> Refs:
+    """The tensors of `folder/stem*.safetensors`: one file, or the shards that an index names.
+
+    Raises BadWeights for a missing or damaged shard, a tensor in two shards, and any
+    disagreement between the index and the shards.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    if not index.exists():
+        if len(files) == 1:
+            return _open_safetensors(files[0])
+        raise BadWeights(
+            f"{folder} has no usable weights",
+            got=f"{len(files)} files named {stem}*.safetensors and no {index.name}",
+            wanted=f"one file, or {index.name} and the shards it names",
+            do="download the folder again, whole",
+        )
+    weight_map = read_json(index, _Index).weight_map
+    shards = sorted(set(weight_map.values()))
+    if unnamed := {file.name for file in files} - set(shards):
+        raise BadWeights(
+            f"{index} does not name every shard beside it",
+            got=some_names(unnamed),
+            wanted=some_names(shards),
+            do="move away the files that do not belong to this checkpoint",
+        )
+    refs: Refs = {}
+    for shard in shards:
+        inside = _open_safetensors(folder / shard)
+        named = {name for name, file in weight_map.items() if file == shard}
+        if twice := inside.keys() & refs.keys():
+            raise BadWeights(
+                f"{folder / shard} repeats tensors of another shard",
+                got=some_names(twice),
+                wanted="every tensor in one shard",
+                do=_FETCH,
+            )
+        if wrong := inside.keys() ^ named:
+            raise BadWeights(
+                f"{index} and {shard} disagree",
+                got=f"only in one of them: {some_names(wrong)}",
+                wanted="the same tensors in both",
+                do="download both again",
+            )
+        refs |= inside
+    return refs
+
+
+def read_state_dict(path: Path) -> Refs:
+    """The tensors of a pickled state dict. Raises BadWeights."""
+    return _refs(path, _load_pickle(path))
+
+
+def read_pixelwizard(path: Path, *, ema: bool, say: Callable[[str], None]) -> tuple[Refs, str]:
+    """The tensors of a PixelWizard training checkpoint and the member they were taken from.
+
+    Takes `generator_ema` if `ema`; otherwise `generator`, else `generator_ema`, else the file
+    itself. Wrapper infixes and a leading `model.` that all names share are cut from the names.
+
+    Raises BadWeights, also where cutting makes two names one.
+    """
+    content = _mapping(path, _load_pickle(path))
+    members = [m for m in ("generator", "generator_ema") if m in content]
+    if ema and "generator_ema" not in members:
+        raise BadWeights(
+            f"{path} has no EMA weights",
+            got=some_names([str(key) for key in content]),
+            wanted="a member named generator_ema",
+            do="convert without --ema",
+        )
+    member = "generator_ema" if ema else members[0] if members else ""
+    if member == "generator_ema" and not ema:
+        say(f"{path.name}: no generator inside, taking generator_ema")
+    refs = _refs(path, content[member] if member else content)
+    clean = {name: _WRAPPERS.sub("", name) for name in refs}
+    if all(name.startswith("model.") for name in clean.values()):
+        clean = {name: short.removeprefix("model.") for name, short in clean.items()}
+    return renamed(path, refs, clean.get), member or "bare"
+
+
+def renamed(where: Path, refs: Refs, translate: Callable[[str], str | None]) -> Refs:
+    """The same tensors under new names. Raises BadWeights for names unknown or merged."""
+    result: Refs = {}
+    unknown = []
+    for old, ref in refs.items():
+        new = translate(old)
+        if new is None:
+            unknown.append(old)
+        elif new in result:
+            raise BadWeights(
+                f"{where} holds one tensor under two names",
+                got=f"{old} and another, both meaning {new}",
+                wanted="every tensor once",
+                do=_FETCH,
+            )
+        else:
+            result[new] = ref
+    if unknown:
+        raise BadWeights(
+            f"{where} has tensors of no known use",
+            got=some_names(unknown),
+            wanted="the tensors of Wan2.2-TI2V-5B and nothing else",
+            do="check that this is the checkpoint you meant",
+        )
+    return result
+
+
+def _open_safetensors(path: Path) -> Refs:
+    try:
+        shard: Any = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise BadWeights(
+            f"{path} cannot be read", got=error, wanted="a whole safetensors file", do=_FETCH
+        ) from error
+    refs: Refs = {}
+    for name in shard.keys():  # noqa: SIM118
+        header = shard.get_slice(name)
+        code = header.get_dtype()
+        refs[name] = Ref(
+            shape=tuple(header.get_shape()),
+            dtype=_SAFETENSORS_FLOATS.get(code, code),
+            read=partial(shard.get_tensor, name),
+        )
+    return _floats_only(path, refs)
+
+
+def _mapping(path: Path, content: object) -> Mapping[object, object]:
+    if not isinstance(content, Mapping):
+        raise BadWeights(
+            f"{path} holds no state dict",
+            got=type(content).__name__,
+            wanted="names and tensors",
+            do="check that this is the checkpoint you meant",
+        )
+    return content
+
+
+def _refs(path: Path, content: object) -> Refs:
+    refs: Refs = {}
+    strange = []
+    for name, tensor in _mapping(path, content).items():
+        if isinstance(tensor, torch.Tensor):
+            refs[str(name)] = Ref(
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                read=tensor.detach,
+            )
+        else:
+            strange.append(str(name))
+    if strange:
+        raise BadWeights(
+            f"{path} holds things that are not tensors",
+            got=some_names(strange),
+            wanted="names and tensors, or a member named generator or generator_ema",
+            do="check that this is the checkpoint you meant",
+        )
+    return _floats_only(path, refs)
+
+
+def _floats_only(path: Path, refs: Refs) -> Refs:
+    if odd := [f"{name} ({ref.dtype})" for name, ref in refs.items() if ref.dtype not in FLOATS]:
+        raise BadWeights(
+            f"{path} holds integer or quantised tensors",
+            got=some_names(odd),
+            wanted=" or ".join(sorted(FLOATS)),
+            do="convert the full-precision checkpoint; the runtime quantises by itself",
+        )
+    return refs
+
+
+def _load_pickle(path: Path) -> object:
+    """Load without running any code the file may carry; tensors stay mapped if it is a zip."""
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        if zipped and not zipfile.is_zipfile(path):
+            raise EOFError("the end of the archive is missing")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # why: broken bytes make the unpickler raise anything
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        if blocked and isinstance(error, pickle.UnpicklingError):
+            raise BadWeights(
+                f"{path} asks to execute code; it was not loaded",
+                got=f"a pickle that wants {blocked[1]}",
+                wanted="tensors only",
+                do="get it from a publisher you trust; if it is your own, save its tensors only",
+            ) from None
+        raise BadWeights(
+            f"{path} cannot be read",
+            got=str(error) or type(error).__name__,
+            wanted="a whole PyTorch checkpoint",
+            do=_FETCH,
+        ) from error
