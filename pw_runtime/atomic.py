@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,13 +23,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it becomes `path`.
 
     The file and its folder are on the disk when this returns. After any exception, Ctrl-C
-    included, the temporary file is gone and an earlier `path` is as it was.
+    included, the temporary file is gone and an earlier `path` is as it was. Two processes that
+    write one path do not meet: the last one to finish wins.
 
     Raises WriteFailed when the system refuses the file; an OSError that names some other
     file passes through as it is.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_name(path)
     try:
+        for leftover in stale_partials(path):
+            leftover.unlink()
         yield partial
         _sync(partial)
         os.replace(partial, path)
@@ -38,9 +42,38 @@ def atomic_file(path: Path) -> Iterator[Path]:
             raise
         raise write_failed(path, error) from error
     finally:
-        # After a success, or where the folder does not exist, there is nothing to remove.
-        with suppress(FileNotFoundError, NotADirectoryError):
+        # Gone after a success; whatever else is wrong with it has been said by then.
+        with suppress(OSError):
             partial.unlink()
+
+
+def partial_name(path: Path) -> Path:
+    """The name under which this process makes `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def stale_partials(path: Path) -> list[Path]:
+    """What killed processes left of `path`."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.partial")
+    found = []
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = pattern.fullmatch(entry.name)
+        if match and not _alive(int(match[1])):
+            found.append(entry)
+    return found
+
+
+def _alive(pid: int) -> bool:
+    # This process has made nothing yet; in containers a killed one often had the same number.
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,6 +99,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_failed(path: Path, error: Exception) -> WriteFailed:
     """Say that `path` could not be written, why, and what to do about it."""
     number = getattr(error, "errno", None)
+    if number is None and (named := re.search(r"os error (\d+)", str(error))):
+        number = int(named[1])  # safetensors has no other way to say it
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if number in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free

@@ -257,10 +257,10 @@ def _check_size(path: Path, record: FileRecord) -> None:
             wanted=f"{record.bytes} bytes with SHA-256 {record.sha256}",
             do=_REMAKE,
         ) from error
-    if size != record.bytes:
+    if size != record.bytes or not path.is_file():
         raise BadWeights(
             f"{path} has the wrong size",
-            got=f"{size} bytes with SHA-256 {sha256_of(path)}",
+            got=f"{size} bytes",
             wanted=f"{record.bytes} bytes with SHA-256 {record.sha256}",
             do=_REMAKE,
         )

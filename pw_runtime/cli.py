@@ -6,21 +6,41 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pw_runtime.errors import BadRequest, PixelWizardError
+from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
 
 DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
-FILE = click.Path(path_type=Path)
+
+class NonEmptyPath(click.Path):
+    """A path; the empty one, which would mean the current folder, is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Turn the text of an option into a Path."""
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = NonEmptyPath(path_type=Path)
+FILE = NonEmptyPath(path_type=Path)
+
+
+def version_of_this() -> str:
+    """The installed version, or that there is none."""
+    try:
+        return version("pixelwizard-runtime")
+    except PackageNotFoundError:
+        return "running from source"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="pixelwizard-runtime")
+@click.version_option(version_of_this(), prog_name="pw")
 def cli() -> None:
     """Native 2K and 4K text-to-video with PixelWizard."""
 
@@ -109,10 +129,11 @@ def generate(**options: Any) -> int:
 
     reporter = Reporter(quiet=options["quiet"])
     request = read_request(options)
-    outcomes = run(request, open_model(options, reporter), reporter)
-    for outcome in outcomes:
-        if outcome.error is None:
-            click.echo(outcome.video)
+    try:
+        outcomes = run(request, open_model(options, reporter), reporter)
+    except WriteFailed as error:  # the clips are finished, something beside them is not
+        reporter.warn(f"error: {error}")
+        return SOME_FAILED
     failed = [outcome.prompt.id for outcome in outcomes if outcome.error is not None]
     if failed:
         reporter.warn(f"{len(failed)} of {len(outcomes)} prompts failed: {', '.join(failed)}")
@@ -131,7 +152,9 @@ def read_request(options: dict[str, Any]) -> Any:
 
     texts: tuple[str, ...] = options["prompt_texts"]
     if (options["prompt_file"] is None) == (not texts):
-        raise BadRequest("give either --prompts FILE or --prompt TEXT")
+        raise BadRequest(
+            "no prompts, or two kinds of them", do="give --prompts FILE or --prompt TEXT"
+        )
     if any(not text.strip() for text in texts):
         raise BadRequest("--prompt is empty", do="write what the clip should show")
     prompts = (
@@ -162,10 +185,12 @@ def open_model(options: dict[str, Any], reporter: Any) -> Any:
 
     model, checkpoint = options["model"], options["ckpt_dir"]
     if (model is None) == (checkpoint is None):
-        raise BadRequest("give either --model BUNDLE or --ckpt_dir CHECKPOINT")
+        raise BadRequest("no model, or two", do="give --model BUNDLE or --ckpt_dir CHECKPOINT")
     if model is not None:
         if options["lr_ckpt"] or options["hr_ckpt"]:
-            raise BadRequest("--lr_ckpt and --hr_ckpt go with --ckpt_dir, not with --model")
+            raise BadRequest(
+                "--model is complete in itself", do="give --lr_ckpt and --hr_ckpt with --ckpt_dir"
+            )
         return open_bundle(model)
     cached = import_module("pw_export.cached")
     return open_bundle(
@@ -186,7 +211,7 @@ def main() -> None:
         error.show()
         code = BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: finished clips are kept, the unfinished one was removed", err=True)
+        click.echo("interrupted: what was finished is kept, the rest is removed", err=True)
         code = INTERRUPTED
     except PixelWizardError as error:
         click.echo(f"error: {error}", err=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pw_runtime.atomic import write_tensors
 from pw_runtime.bundle import Bundle
-from pw_runtime.contact_sheet import SheetRow, Strip, Thumb, sample_frames, watch_frames
+from pw_runtime.contact_sheet import Filmstrip, SheetRow, Thumb, sample_frames, watch_frames
 from pw_runtime.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
 from pw_runtime.receipt import Receipt, peak_memory, versions, write_receipt
 from pw_runtime.trace import Stopwatch
@@ -42,7 +42,7 @@ class Clip:
     text: TextContext | None = None
     draft: Latent | None = None
     highres: Latent | None = None
-    strips: list[Strip] = field(default_factory=list)
+    strips: list[Filmstrip] = field(default_factory=list)
     video: Path | None = None
     error: str | None = None
 
@@ -83,13 +83,13 @@ def start_clip(request: Request, prompt: Prompt, noise: dict[StageName, Tensor])
     )
 
 
-def watch_strip(clip: Clip, stage: StageName, chunks: Iterable[FrameChunk]) -> Iterator[FrameChunk]:
+def keep_thumbs(clip: Clip, stage: StageName, chunks: Iterable[FrameChunk]) -> Iterator[FrameChunk]:
     """Pass a stage's frames on and keep a few of them, small, for the contact sheet."""
     plan = clip.request.stages[stage]
     thumbs: list[Thumb] = []
     wanted = sample_frames(clip.request.preset.video.frames, THUMBS)
     yield from watch_frames(chunks, wanted, thumbs)
-    strip = Strip(name=stage, width=plan.width, height=plan.height, thumbs=tuple(thumbs))
+    strip = Filmstrip(name=stage, width=plan.width, height=plan.height, thumbs=tuple(thumbs))
     clip.strips.append(strip)
 
 

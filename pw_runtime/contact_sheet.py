@@ -58,7 +58,7 @@ class Thumb:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Strip:
+class Filmstrip:
     """Thumbs of one clip, left to right; width and height are the clip's, in pixels."""
 
     name: str
@@ -72,7 +72,7 @@ class SheetRow:
     """One prompt and its strips, top to bottom (draft, then high-res)."""
 
     caption: str
-    strips: tuple[Strip, ...]
+    strips: tuple[Filmstrip, ...]
 
 
 def sample_frames(total: int, count: int) -> list[int]:
@@ -111,7 +111,7 @@ def write_contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
     """Draw `rows` one below the other into a PNG. Raises WriteFailed."""
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
-    widths = [_strip_width(strip) for row in rows for strip in row.strips]
+    widths = [_filmstrip_width(strip) for row in rows for strip in row.strips]
     width = max(MIN_WIDTH, *widths)
     blocks = [_draw_row(row, width) for row in rows]
     height = sum(block.height for block in blocks) + MARGIN * (2 * len(blocks))
@@ -127,7 +127,7 @@ def write_contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
         sheet.save(partial, format="PNG")
 
 
-def _strip_width(strip: Strip) -> int:
+def _filmstrip_width(strip: Filmstrip) -> int:
     return len(strip.thumbs) * (THUMB_WIDTH + GAP) - GAP
 
 

@@ -33,5 +33,9 @@ class BadWeights(PixelWizardError):
     """A checkpoint or bundle that is damaged, incomplete or not what its config says."""
 
 
+class BadResult(PixelWizardError):
+    """A computation whose result cannot be used."""
+
+
 class WriteFailed(PixelWizardError):
     """The disk or the encoder refused a file; nothing stands under its final name."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,9 @@ from pw_runtime.errors import BadWeights
 from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.models.text_encoder import TIED_KEY, TextNetwork
-from pw_runtime.types import DitConfig, Precision, StageName
+from pw_runtime.types import DitConfig, Network, Precision, StageName
+
+ALWAYS_NEEDED: tuple[Network, ...] = ("text_encoder", "vae")
 
 
 def require_dit(bundle: Bundle, network: StageName) -> DitConfig:
@@ -24,6 +28,17 @@ def require_dit(bundle: Bundle, network: StageName) -> DitConfig:
             do="run `pw convert` with --highres model.pt, or generate with --draft-only",
         )
     return entry.config
+
+
+def check_networks(bundle: Bundle, stages: Iterable[StageName]) -> None:
+    """Check names and shapes of every tensor that the stages will need, from file headers alone.
+
+    Raises BadWeights.
+    """
+    for stage in stages:
+        require_dit(bundle, stage)
+    for network in (*stages, *ALWAYS_NEEDED):
+        load_tensors(bundle, network)
 
 
 def load_dit(
@@ -45,7 +60,7 @@ def load_dit(
 
 
 def load_decoder(bundle: Bundle, device: torch.device) -> VaeDecoder:
-    """Load the decoder half of the VAE, fp32. Raises BadWeights as `load_dit`."""
+    """Load the decoder half of the VAE, fp32. Raises BadWeights as `load_dit` does."""
     with torch.device("meta"):
         decoder = VaeDecoder(bundle.networks.vae.config)
     weights = load_tensors(bundle, "vae", prefix=("decoder.", "conv2."))
@@ -76,7 +91,7 @@ def load_text_network(bundle: Bundle, precision: Precision, device: torch.device
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged tokenizer.json raises whatever it meets
         raise BadWeights(
             f"cannot read the tokenizer in {bundle.tokenizer}",
             got=error,

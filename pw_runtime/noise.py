@@ -17,6 +17,7 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.types import VAE_STRIDE, StageName, StagePlan, VideoPlan
 
 LATENT_CHANNELS = 48
+MAX_SEED = 2**62  # the seeds of later prompts are larger and must fit 63 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,12 @@ class Seeds:
 
 
 def resolve_base_seed(seed: int) -> int:
-    """A negative base seed means a random one, as in the official command line."""
+    """A negative base seed means a random one, as in the official command line.
+
+    Raises BadRequest for a seed that the generators cannot take.
+    """
+    if seed >= MAX_SEED:
+        raise BadRequest("the seed is too large", got=seed, wanted=f"less than {MAX_SEED}")
     return seed if seed >= 0 else secrets.randbelow(2**31)
 
 
@@ -66,7 +72,7 @@ def load_noise(
     except (OSError, SafetensorError) as error:
         raise BadRequest(
             f"cannot read the noise file {path}",
-            got=error,
+            got="a folder" if path.is_dir() else error,
             wanted=f"a safetensors file with {' and '.join(wanted)}",
             do="pass a file that --save-latents wrote",
         ) from error
@@ -77,6 +83,13 @@ def load_noise(
                 got=f"{name} {list(tensors[name].shape)}" if name in tensors else f"no {name}",
                 wanted=f"{name} {list(shape)} (channels, latent frames, rows, columns)",
                 do="use the preset that the noise was made for, or leave --noise out",
+            )
+        if not (tensors[name].is_floating_point() and tensors[name].isfinite().all()):
+            raise BadRequest(
+                f"{path} holds no usable noise",
+                got=f"{name} of {tensors[name].dtype}, or with NaN or infinity in it",
+                wanted="finite floating-point numbers",
+                do="pass a file that --save-latents wrote",
             )
     return {stage: tensors[f"{stage}_noise"].float() for stage in stages}
 

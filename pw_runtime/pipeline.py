@@ -8,21 +8,22 @@ one transformer is in memory. A prompt that fails does not take the others with 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from pw_runtime.bundle import Bundle, verify
-from pw_runtime.clip import Clip, start_clip, watch_strip, write_clip_receipt, write_latents
+from pw_runtime.clip import Clip, keep_thumbs, start_clip, write_clip_receipt, write_latents
 from pw_runtime.contact_sheet import write_contact_sheet
-from pw_runtime.errors import PixelWizardError
-from pw_runtime.machine import reset_peak_rss
+from pw_runtime.errors import BadResult, PixelWizardError
 from pw_runtime.models import VaeDecoder
-from pw_runtime.networks import load_decoder, load_dit, load_text_network, require_dit
+from pw_runtime.networks import check_networks, load_decoder, load_dit, load_text_network
 from pw_runtime.noise import load_noise
 from pw_runtime.progress import Reporter, count_frames
+from pw_runtime.receipt import reset_peak_memory
 from pw_runtime.request import check_request
 from pw_runtime.stages.condition import condition
 from pw_runtime.stages.decode import decode
@@ -58,19 +59,21 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
 
     Raises:
         BadRequest, BadWeights: the request or the bundle cannot work; nothing was computed.
+        WriteFailed: the contact sheet could not be written; all clips are finished.
         KeyboardInterrupt: finished clips are on disk, the unfinished one left no file.
     """
     check_request(request)
-    for stage in request.stages:
-        require_dit(bundle, stage)
     noise = {}
     if request.noise is not None:
         noise = load_noise(request.noise, request.stages, request.preset.video)
     reporter.say(f"checking the files of {bundle.root}")
+    check_networks(bundle, request.stages)
     verify(bundle)
-    reset_peak_rss()
+    reset_peak_memory(request.device)
     clips = tuple(start_clip(request, prompt, noise) for prompt in request.prompts)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter)
+    if noise and len(clips) > 1:
+        notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
     with torch.inference_mode():
         encode_texts(run)
         make_drafts(run)
@@ -87,14 +90,14 @@ def encode_texts(run: Run) -> None:
     with run.loading.stage("load"):
         net = load_text_network(bundle, request.precision, request.device)
     text_len = bundle.networks.draft.config.text_len
-    uncond = encode_text(request.negative, net, text_len, reporter.warn)
     with reporter.steps("text", len(run.clips)) as advance:
+        uncond = encode_text(
+            request.negative, net, text_len, lambda cut: notify(run, run.clips, f"negative {cut}")
+        )
         for clip in run.clips:
             with others_go_on(run, clip), clip.watch.stage("text"):
-                cond = encode_text(clip.prompt.text, net, text_len, clip.notices.append)
+                cond = encode_text(clip.prompt.text, net, text_len, partial(notify, run, (clip,)))
                 clip.text = TextContext(cond=cond, uncond=uncond)
-            for notice in clip.notices:
-                reporter.warn(f"prompt {clip.prompt.id}: {notice}")
             advance()
 
 
@@ -111,7 +114,8 @@ def make_drafts(run: Run) -> None:
             run.reporter.steps(f"draft {clip.prompt.id}", plan.steps) as advance,
             clip.watch.stage("draft"),
         ):
-            clip.draft = draft(clip.text, clip.noise_for("draft"), plan, compat, net, advance)
+            latent = draft(clip.text, clip.noise_for("draft"), plan, compat, net, advance)
+            clip.draft = require_finite(latent, "draft")
 
 
 def finish_clips(run: Run) -> None:
@@ -134,9 +138,8 @@ def finish_clips(run: Run) -> None:
                     run.reporter.steps(f"highres {clip.prompt.id}", plan.steps) as advance,
                     clip.watch.stage("highres"),
                 ):
-                    clip.highres = highres(
-                        clip.text, conditioning, noise, plan, compat, net, advance
-                    )
+                    latent = highres(clip.text, conditioning, noise, plan, compat, net, advance)
+                    clip.highres = require_finite(latent, "high-res")
             if request.save_latents:
                 write_latents(clip)
             write_clip(run, clip, vae)
@@ -149,14 +152,14 @@ def write_clip(run: Run, clip: Clip, vae: VaeDecoder) -> None:
     stage, plan = list(request.stages.items())[-1]
     latent = clip.draft if stage == "draft" else clip.highres
     assert latent is not None
-    # A preview of the draft is small enough to be decoded in one piece.
-    cut = preset.decode if plan is (preset.highres or preset.draft) else DecodePlan()
+    # The draft of a high-res preset is small enough to be decoded in one piece.
+    cut = preset.decode if stage == "highres" or preset.highres is None else DecodePlan()
     if request.contact_sheet and stage == "highres":
         preview_draft(clip, vae)
     with run.reporter.steps(f"decode {clip.prompt.id}", preset.video.frames) as advance:
         chunks = watch.each("decode", decode(latent, cut, preset.compat, vae))
         if request.contact_sheet:
-            chunks = watch_strip(clip, stage, chunks)
+            chunks = keep_thumbs(clip, stage, chunks)
         path = clip.path(suffix(request.codec))
         with watch.stage("write"):
             size = write_video(
@@ -170,6 +173,7 @@ def write_clip(run: Run, clip: Clip, vae: VaeDecoder) -> None:
             )
     clip.video = path
     write_clip_receipt(clip, run.bundle, run.loading.seconds["load"], size)
+    run.reporter.finished(path)
 
 
 def preview_draft(clip: Clip, vae: VaeDecoder) -> None:
@@ -178,7 +182,7 @@ def preview_draft(clip: Clip, vae: VaeDecoder) -> None:
     assert latent is not None
     with clip.watch.stage("preview"):
         chunks = decode(latent, DecodePlan(), clip.request.preset.compat, vae)
-        for _ in watch_strip(clip, "draft", chunks):
+        for _ in keep_thumbs(clip, "draft", chunks):
             pass
 
 
@@ -188,12 +192,47 @@ def others_go_on(run: Run, clip: Clip) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        clip.error = str(error) or type(error).__name__
-        if not isinstance(error, PixelWizardError):
+        known = out_of_memory(error) or error
+        clip.error = str(known) or type(known).__name__
+        if not isinstance(known, PixelWizardError):
             run.reporter.warn(traceback.format_exc())
         run.reporter.warn(f"prompt {clip.prompt.id} failed: {clip.error}")
         if clip.draft is not None and not run.request.save_latents:
             try:
                 run.reporter.warn(f"its latents are kept in {write_latents(clip)}")
-            except PixelWizardError as lost:
+            except Exception as lost:
                 run.reporter.warn(f"its latents could not be kept: {lost}")
+
+
+def out_of_memory(error: Exception) -> BadResult | None:
+    """The one clear error for what torch and Python raise when memory runs out."""
+    torch_words = ("can't allocate memory", "not enough memory")
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+        words in str(error) for words in torch_words
+    ):
+        return None
+    return BadResult(
+        "memory ran out",
+        got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        do="take a smaller preset or fewer frames, more [decode] strips, or --precision bf16",
+    )
+
+
+def require_finite(latent: Latent, name: str) -> Latent:
+    """Refuse NaN and infinity, of which no picture can be made. Raises BadResult."""
+    if not latent.x.isfinite().all():
+        raise BadResult(
+            f"the {name} latent holds NaN or infinity",
+            wanted="finite numbers",
+            do="check shift and guidance of the preset, and the checkpoint; try --precision fp32",
+        )
+    return latent
+
+
+def notify(run: Run, clips: Iterable[Clip], text: str) -> None:
+    """Say something once and keep it for the receipts of `clips`."""
+    clips = tuple(clips)
+    for clip in clips:
+        clip.notices.append(text)
+    who = f"prompt {clips[0].prompt.id}: " if len(clips) == 1 else ""
+    run.reporter.warn(who + text)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.schedule import TRAIN_STEPS
 from pw_runtime.types import (
     PATCH,
     VAE_STRIDE,
@@ -44,6 +46,8 @@ PRESETS: dict[str, Preset] = {
 }
 
 PIXELS_PER_TOKEN = VAE_STRIDE[1] * PATCH
+MAX_POSITIONS = 1024  # of the official rotary tables, along each axis
+SHIFTS = (0.01, 1000.0)
 
 
 def find_preset(name: str) -> Preset:
@@ -59,6 +63,7 @@ def find_preset(name: str) -> Preset:
             "unknown preset",
             got=name,
             wanted=f"one of {', '.join(PRESETS)}, or a file ending in .toml",
+            do="see docs/presets.md",
         )
     return read_preset(Path(name))
 
@@ -66,13 +71,15 @@ def find_preset(name: str) -> Preset:
 def read_preset(path: Path) -> Preset:
     """Read and check a preset file (docs/presets.md). Raises BadRequest."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BadRequest(
             f"cannot read the preset file {path}", got=error.strerror, do="check the path"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"{path} is not a TOML file", got=error) from error
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(
+            f"{path} is not a TOML file", got=error, do="compare it with docs/presets.md"
+        ) from error
     try:
         # By way of JSON: strict validation of Python objects would not take tables.
         preset = TypeAdapter(Preset).validate_json(json.dumps(table, default=str), strict=True)
@@ -98,23 +105,29 @@ def check_preset(preset: Preset, source: str) -> None:
         if stage is None:
             continue
         for key in ("width", "height"):
-            pixels = getattr(stage, key)
-            if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
-                problems.append(f"{name}.{key} is {pixels}, wanted a multiple of 32")
-        if stage.steps < 1:
-            problems.append(f"{name}.steps is {stage.steps}, wanted at least 1")
-        if not 0 < stage.shift < 1000:
-            problems.append(f"{name}.shift is {stage.shift}, wanted a positive number")
-    if preset.video.frames < 1 or preset.video.frames % VAE_STRIDE[0] != 1:
-        frames = preset.video.frames
-        nearest = max(0, frames - 1) // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
+            pixels, most = getattr(stage, key), PIXELS_PER_TOKEN * MAX_POSITIONS
+            if not 0 < pixels <= most or pixels % PIXELS_PER_TOKEN:
+                problems.append(f"{name}.{key} is {pixels}, wanted a multiple of 32 up to {most}")
+        if not 1 <= stage.steps <= TRAIN_STEPS:
+            problems.append(f"{name}.steps is {stage.steps}, wanted 1 to {TRAIN_STEPS}")
+        if not SHIFTS[0] <= stage.shift <= SHIFTS[1]:
+            problems.append(f"{name}.shift is {stage.shift}, wanted {SHIFTS[0]} to {SHIFTS[1]}")
+        if not math.isfinite(stage.guidance):
+            problems.append(f"{name}.guidance is {stage.guidance}, wanted a finite number")
+    frames, most = preset.video.frames, (MAX_POSITIONS - 1) * VAE_STRIDE[0] + 1
+    if not 0 < frames <= most or frames % VAE_STRIDE[0] != 1:
+        nearest = min(max(0, frames - 1) // VAE_STRIDE[0] * VAE_STRIDE[0] + 1, most)
         problems.append(f"video.frames is {frames}, wanted 4n+1, for instance {nearest}")
-    if preset.video.fps < 1:
-        problems.append(f"video.fps is {preset.video.fps}, wanted at least 1")
+    if not 1 <= preset.video.fps <= 1000:
+        problems.append(f"video.fps is {preset.video.fps}, wanted 1 to 1000")
     columns = (preset.highres or preset.draft).width // VAE_STRIDE[2]
     if not 1 <= preset.decode.strips <= columns:
         problems.append(f"decode.strips is {preset.decode.strips}, wanted 1 to {columns}")
     if preset.decode.overlap < 0:
         problems.append(f"decode.overlap is {preset.decode.overlap}, wanted 0 or more")
     if problems:
-        raise BadRequest(f"{source} asks for a clip that cannot be made", got="; ".join(problems))
+        raise BadRequest(
+            f"{source} asks for a clip that cannot be made",
+            got="; ".join(problems),
+            do="change these numbers; docs/presets.md says what each is",
+        )

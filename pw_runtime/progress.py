@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -46,6 +47,10 @@ class Reporter:
     def warn(self, text: str) -> None:
         """A line that is shown even when quiet."""
         self._console.print(text)
+
+    def finished(self, path: Path) -> None:
+        """A clip is complete: its path on stdout, for scripts, also when quiet."""
+        print(path, flush=True)
 
     @contextmanager
     def steps(self, label: str, total: int) -> Iterator[Advance]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from pw_runtime.types import Prompt
 
 ID_KEYS = ("id", "prompt_id")
 TEXT_KEYS = ("text", "prompt", "caption")
-SAFE_ID = re.compile(r"^(?!\.)[^/\\\x00-\x1f]{1,200}$")
+SAFE_ID = re.compile(r"(?!\.)[^/\\\x00-\x1f]+")
+MAX_ID_BYTES = 200  # file systems take 255, and we add endings
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
@@ -55,12 +57,19 @@ def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
     )
     seen: set[str] = set()
     for prompt in prompts:
-        if not SAFE_ID.match(prompt.id):
+        if not _can_name_a_file(prompt.id):
             raise BadRequest(
                 f"the id of prompt {prompt.position} cannot name a file",
-                got=repr(prompt.id),
-                wanted="up to 200 characters, no slashes, no leading dot",
+                got=ascii(prompt.id),
+                wanted=f"at most {MAX_ID_BYTES} bytes, no slashes, no leading dot",
                 do="change the id",
+            )
+        if not _is_text(prompt.text):
+            raise BadRequest(
+                f"prompt {prompt.id} is not text",
+                got=ascii(prompt.text)[:80],
+                wanted="Unicode characters without lone surrogates",
+                do="write the prompt anew, or check the locale of the terminal",
             )
         if prompt.id in seen:
             raise BadRequest(
@@ -75,9 +84,12 @@ def _from_json(line: str, number: int, path: Path) -> tuple[str, str]:
     where = f"{path}, line {number + 1}"
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(
-            f"{where} is not JSON", got=f"{error.msg} at column {error.colno}: {line[:60]}"
+            f"{where} is not JSON",
+            got=f"{error}: {line[:60]}",
+            wanted="one JSON object per line: the name ends in .jsonl or the first line opens {",
+            do="mend the line, or begin the first prompt of a text file with another character",
         ) from error
     texts = [entry[k] for k in TEXT_KEYS if k in entry] if isinstance(entry, dict) else []
     if not texts or not isinstance(texts[0], str) or not texts[0].strip():
@@ -86,5 +98,23 @@ def _from_json(line: str, number: int, path: Path) -> tuple[str, str]:
             got=line[:60],
             wanted='an object with "text", for instance {"id": "cat", "text": "A cat."}',
         )
-    ids = [entry[k] for k in ID_KEYS if k in entry]
-    return str(ids[0]) if ids else str(number), texts[0].strip()
+    ids = [entry[k] for k in ID_KEYS if k in entry] or [number]
+    if isinstance(ids[0], bool) or not isinstance(ids[0], str | int):
+        raise BadRequest(f"{where} has an unusable id", got=ids[0], wanted="a string or an integer")
+    return str(ids[0]), texts[0].strip()
+
+
+def _can_name_a_file(prompt_id: str) -> bool:
+    try:
+        size = len(os.fsencode(prompt_id))
+    except UnicodeEncodeError:
+        return False
+    return size <= MAX_ID_BYTES and SAFE_ID.fullmatch(prompt_id) is not None
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from pw_runtime.atomic import write_text
-from pw_runtime.machine import peak_rss_bytes
+from pw_runtime.machine import peak_rss_bytes, reset_peak_rss
 
 VERSIONED = ("pixelwizard-runtime", "torch", "transformers", "safetensors", "av")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """Content of `<id>.json`; `format` changes when a field changes its meaning."""
+    """Content of `<id>.json`. Whoever changes the meaning of a field raises `format`."""
 
     prompt: dict[str, Any]
     negative: str
@@ -54,8 +54,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a run: forget earlier peaks of the process (where Linux lets us) and the device."""
+    reset_peak_rss()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes of the process so far, and of the device's allocator where there is one."""
+    """Peak bytes of the process, and of the device's allocator, since the run began."""
     peaks = {"host": peak_rss_bytes()}
     if device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(device)

@@ -19,9 +19,13 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise BadRequest("unknown device", got=name, wanted="auto, cpu, cuda or cuda:N") from error
+        raise BadRequest(
+            "unknown device", got=name, wanted="auto, cpu, cuda or cuda:N", do="see `pw doctor`"
+        ) from error
     if device.type not in ("cpu", "cuda"):
-        raise BadRequest("unsupported device", got=name, wanted="auto, cpu, cuda or cuda:N")
+        raise BadRequest(
+            "unsupported device", got=name, wanted="auto, cpu, cuda or cuda:N", do="see `pw doctor`"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadRequest(
             f"there is no device {name}",

@@ -25,11 +25,6 @@ class Schedule:
     timesteps: tuple[int, ...]  # what the networks are given, thousandths
     step_sizes: tuple[int, ...]  # dt, even thousandths
 
-    @property
-    def steps(self) -> int:
-        """Number of denoising steps."""
-        return len(self.timesteps)
-
 
 def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
     """Shifted flow-matching schedule of the official samplers.

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pw_runtime.schedule import Schedule
 from pw_runtime.types import Solver
 
 Velocity = Callable[[Tensor, int], Tensor]  # (latent, step index) -> v
@@ -23,7 +22,12 @@ Velocity = Callable[[Tensor, int], Tensor]  # (latent, step index) -> v
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """x_new = keep x + data m + slope (new_weight (m_new - m) + old_weight (m_old - m) / r)."""
+    """x_new = keep x + data m + slope (new_weight (m_new - m) + old_weight (m_old - m) / r).
+
+    Kept in this form, not multiplied out, because the official code rounds the `old` term to
+    bf16 under autocast. Multiplied out, the second prediction of the 2K preset, for one, is
+    x2 = .8973648 xc + .1123177 m1 - .0096825 m0.
+    """
 
     keep: float
     data: float
@@ -36,7 +40,7 @@ class Update:
 def sample(
     velocity: Velocity,
     noise: Tensor,
-    schedule: Schedule,
+    sigmas: tuple[float, ...],
     solver: Solver,
     *,
     bf16_einsum: bool = False,
@@ -47,7 +51,7 @@ def sample(
     Args:
         velocity: the network with guidance applied.
         noise: [C, T, H, W] fp32.
-        schedule: from `make_schedule` for the same solver.
+        sigmas: of a `Schedule` made for the same solver.
         solver: "unipc" (order 2, bh2, predictor-corrector) or "dpm++" (2M, midpoint).
         bf16_einsum: round UniPC's second-order terms to bf16, as the official loop does
             under autocast.
@@ -57,7 +61,7 @@ def sample(
         [C, T, H, W] fp32.
     """
     run = _unipc if solver == "unipc" else _dpm
-    return run(velocity, noise, schedule.sigmas, bf16_einsum, on_step)
+    return run(velocity, noise, sigmas, bf16_einsum, on_step)
 
 
 def _apply(

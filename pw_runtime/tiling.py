@@ -76,8 +76,8 @@ def blend_ramp(strip: Strip, width: int, overlap: int) -> Tensor:
     length = min(overlap * VAE_STRIDE[2], columns)
     ramp = 0.5 - 0.5 * torch.cos(math.pi * torch.linspace(0, 1, length))
     weight = torch.ones(columns)
-    if strip.first > 0:
+    if strip.start > 0:
         weight[:length] *= ramp
-    if strip.last < width:
+    if strip.stop < width:
         weight[columns - length :] *= ramp.flip(0)
     return weight

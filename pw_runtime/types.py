@@ -5,6 +5,7 @@ Shape letters used in comments and docstrings everywhere:
   C latent channels (48) . T latent frames . H W latent rows, columns (16 px each)
   S video tokens = T * H/2 * W/2 . E text tokens . D transformer width . N heads . K head width
   F pixel frames = 4 (T - 1) + 1 . R modulation rows (1 per step, or T when t differs per frame)
+  B batch, always 1 . token grid = (T, H/2, W/2)
 """
 
 from __future__ import annotations
@@ -158,6 +159,14 @@ class DitConfig:
     has_dt: bool = False
     adapter_dim: int = 0  # hidden channels of the spatial adapter; 0: no adapter
     control_blocks: tuple[int, ...] = ()  # blocks whose input receives the control
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.dim % (2 * self.num_heads):
+            raise ValueError(f"{self.num_heads} heads do not divide width {self.dim} evenly")
+        if self.text_len < 1 or self.eps <= 0 or self.freq_dim < 2 or self.freq_dim % 2:
+            raise ValueError("text_len, eps and freq_dim must be positive, freq_dim even")
+        if any(not 0 <= block < self.num_layers for block in self.control_blocks):
+            raise ValueError(f"no blocks {self.control_blocks} among {self.num_layers}")
 
     @property
     def head_dim(self) -> int:

@@ -28,7 +28,6 @@ def cached_bundle(
         say(f"using the bundle {bundle}, made of {wan} by an earlier run")
         return bundle
     say(f"converting {wan} once, into {bundle}")
-    bundle.parent.mkdir(parents=True, exist_ok=True)
     convert(wan=wan, draft=draft, highres=highres, out=bundle, say=say)
     return bundle
 

@@ -44,28 +44,29 @@ def dit_config(what: str, refs: Refs, file: Path, stated: Stated) -> DitConfig:
     dim, in_dim = _shape(what, refs, "patch_embedding.weight", 5)[:2]
     zero = [re.match(r"spatial_adapter\.zero_layers\.(\d+)\.", name) for name in refs]
     adapter = "spatial_adapter.backbone.0.weight"
-    config = DitConfig(
-        dim=dim,
-        in_dim=in_dim,
-        out_dim=_shape(what, refs, "head.head.weight", 2)[0] // PATCH**2,
-        ffn_dim=_shape(what, refs, "blocks.0.ffn.0.weight", 2)[0],
-        num_heads=stated["num_heads"],
-        num_layers=count(what, refs, r"blocks\.(\d+)\."),
-        text_dim=_shape(what, refs, "text_embedding.0.weight", 2)[1],
-        freq_dim=_shape(what, refs, "time_embedding.0.weight", 2)[1],
-        has_dt="dt_embedding.0.weight" in refs,
-        adapter_dim=_shape(what, refs, adapter, 5)[0] if adapter in refs else 0,
-        control_blocks=tuple(sorted({int(found[1]) for found in zero if found})),
-        **{name: stated[name] for name in ("text_len", "eps") if name in stated},
-    )
-    _agree(file, stated, config)
-    if config.num_heads < 1 or config.dim % config.num_heads:
+    seen = {
+        "dim": dim,
+        "in_dim": in_dim,
+        "out_dim": _shape(what, refs, "head.head.weight", 2)[0] // PATCH**2,
+        "ffn_dim": _shape(what, refs, "blocks.0.ffn.0.weight", 2)[0],
+        "num_heads": stated["num_heads"],
+        "num_layers": count(what, refs, r"blocks\.(\d+)\."),
+        "text_dim": _shape(what, refs, "text_embedding.0.weight", 2)[1],
+        "freq_dim": _shape(what, refs, "time_embedding.0.weight", 2)[1],
+        "has_dt": "dt_embedding.0.weight" in refs,
+        "adapter_dim": _shape(what, refs, adapter, 5)[0] if adapter in refs else 0,
+        "control_blocks": tuple(sorted({int(found[1]) for found in zero if found})),
+    }
+    try:
+        config = DitConfig(**{**{k: stated[k] for k in ("text_len", "eps") if k in stated}, **seen})
+    except ValueError as error:
         raise BadWeights(
-            f"{file} disagrees with the tensors of {what}",
-            got=f"num_heads = {config.num_heads} for width {config.dim}",
-            wanted="a number of heads that divides the width",
+            f"{what} and {file} make no transformer",
+            got=error,
+            wanted="config and tensors of Wan2.2-TI2V-5B or of a model of its kind",
             do="take config and weights from one checkpoint",
-        )
+        ) from error
+    _agree(file, stated, config)
     return config
 
 

@@ -160,7 +160,9 @@ def renamed(where: Path, refs: Refs, translate: Callable[[str], str | None]) -> 
 def _open_safetensors(path: Path) -> Refs:
     try:
         shard: Any = safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except SafetensorError as error:
         raise BadWeights(
             f"{path} cannot be read", got=error, wanted="a whole safetensors file", do=_FETCH
         ) from error
@@ -191,7 +193,8 @@ def _refs(path: Path, content: object) -> Refs:
     refs: Refs = {}
     strange = []
     for name, tensor in _mapping(path, content).items():
-        if isinstance(tensor, torch.Tensor):
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+        if isinstance(tensor, torch.Tensor) and plain and not tensor.is_meta:
             refs[str(name)] = Ref(
                 shape=tuple(tensor.shape),
                 dtype=str(tensor.dtype).removeprefix("torch."),
@@ -201,9 +204,9 @@ def _refs(path: Path, content: object) -> Refs:
             strange.append(str(name))
     if strange:
         raise BadWeights(
-            f"{path} holds things that are not tensors",
+            f"{path} holds things that are not plain tensors",
             got=some_names(strange),
-            wanted="names and tensors, or a member named generator or generator_ema",
+            wanted="names and dense tensors, or a member named generator or generator_ema",
             do="check that this is the checkpoint you meant",
         )
     return _floats_only(path, refs)
@@ -215,7 +218,7 @@ def _floats_only(path: Path, refs: Refs) -> Refs:
             f"{path} holds integer or quantised tensors",
             got=some_names(odd),
             wanted=" or ".join(sorted(FLOATS)),
-            do="convert the full-precision checkpoint; the runtime quantises by itself",
+            do="convert the full-precision checkpoint",
         )
     return refs
 
@@ -228,6 +231,8 @@ def _load_pickle(path: Path) -> object:
         if zipped and not zipfile.is_zipfile(path):
             raise EOFError("the end of the archive is missing")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except Exception as error:  # why: broken bytes make the unpickler raise anything
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         if blocked and isinstance(error, pickle.UnpicklingError):
@@ -243,3 +248,12 @@ def _load_pickle(path: Path) -> object:
             wanted="a whole PyTorch checkpoint",
             do=_FETCH,
         ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> BadWeights:
+    return BadWeights(
+        f"{path} cannot be read",
+        got="a folder" if path.is_dir() else error.strerror or "No such file",
+        wanted="a weight file",
+        do="check the path; if it is right, download the checkpoint again, whole",
+    )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pw_runtime.atomic import write_failed
+from pw_runtime.atomic import partial_name, stale_partials, write_failed
 from pw_runtime.errors import BadRequest, WriteFailed
 
 _GIB = 2**30
@@ -28,7 +28,7 @@ def folder_that_appears(out: Path, num_bytes: int, say: Callable[[str], None]) -
     """
     out = out.absolute()
     refuse_existing(out)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = partial_name(out)
     with _refusals(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out, say)
@@ -56,25 +56,9 @@ def refuse_existing(out: Path) -> None:
 
 
 def _sweep(out: Path, say: Callable[[str], None]) -> None:
-    prefix = f".{out.name}.partial-"
-    for folder in out.parent.iterdir():
-        pid = folder.name.removeprefix(prefix)
-        if folder.name.startswith(prefix) and pid.isdigit() and not _alive(int(pid)):
-            say(f"removing {folder.name}, left by a process that was killed")
-            shutil.rmtree(folder)
-
-
-def _alive(pid: int) -> bool:
-    # why: this process has not begun yet; in containers a killed one often had the same number
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    for folder in stale_partials(out):
+        say(f"removing {folder.name}, left by a process that was killed")
+        shutil.rmtree(folder)
 
 
 def _check_room(out: Path, num_bytes: int) -> None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, empty, nn
+from torch import Tensor, nn
 
 from pw_kernels import attention, gate_residual, norm_modulate, rms_norm, rope
 from pw_runtime.models.embeddings import project, run_mlp
@@ -17,13 +19,30 @@ from pw_runtime.types import DitConfig
 class TextKeysValues:
     """Text as the cross-attention of one block sees it.
 
-    The zero rows that pad the text to `text_len` all give one key and one value: a single
-    pad row with bias ln(number of pad rows) stands for them (`pad_bias`, 0 without padding).
+    The zero rows that pad the text to `text_len` all give one key and one value: the last
+    rows, one for each of `pad_biases`, stand for all of them.
     """
 
-    keys: Tensor  # [E, N, K], last row the pad row if there is padding
-    values: Tensor  # [E, N, K]
-    pad_bias: float
+    keys: Tensor  # [E + len(pad_biases), N, K]
+    values: Tensor  # [E + len(pad_biases), N, K]
+    pad_biases: tuple[float, ...]
+
+
+def pad_biases(num_pad: int, dtype: torch.dtype) -> tuple[float, ...]:
+    """Logit biases under which a few equal keys weigh as much as `num_pad` of them.
+
+    ln(num_pad) in fp32. In bf16 one such number is off by up to 1.6 %, so what it leaves over
+    goes to a second key, and so on: sum(exp(bias)) = num_pad to 1e-4, from below.
+    """
+    biases: list[float] = []
+    rest = float(num_pad)
+    while rest > 1e-4 * num_pad:
+        bias = torch.tensor(math.log(rest), dtype=torch.float64).to(dtype)
+        if bias.double().exp() > rest:
+            bias = torch.nextafter(bias, torch.tensor(-math.inf, dtype=dtype))
+        biases.append(bias.item())
+        rest -= math.exp(biases[-1])
+    return tuple(biases)
 
 
 class Attention(nn.Module):
@@ -74,7 +93,7 @@ class Block(nn.Module):
             nn.GELU(approximate="tanh"),
             nn.Linear(config.ffn_dim, config.dim),
         )
-        self.modulation = nn.Parameter(empty(1, 6, config.dim))
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(
         self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, text: TextKeysValues
@@ -103,7 +122,7 @@ class Block(nn.Module):
 
         h = F.layer_norm(x, x.shape[-1:], self.norm3.weight, self.norm3.bias, self.eps)
         q = self.cross_attn.queries(h)
-        y = attention(q, text.keys, text.values, text.pad_bias)
+        y = attention(q, text.keys, text.values, text.pad_biases)
         x = x + self.cross_attn.output(y)
 
         h = norm_modulate(x, shift2, scale2, self.eps, dtype)

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Wan2.2-TI2V-5B transformer, as the draft network and as PixelWizard's high-res network.
 
-Everything that does not change inside the sampling loop is a method of its own, so that the
-caller computes it once: text keys and values per prompt, modulation rows per step, adapter
+What costs something and does not change inside the sampling loop is a method of its own, so that
+the caller computes it once: text keys and values per prompt, modulation rows per step, adapter
 features per clip. Source: wan/modules/model.py and hr_model.py; docs/numerics.md has the dtypes.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pw_kernels import norm_modulate
 from pw_runtime.models.adapter import SpatialAdapter
-from pw_runtime.models.blocks import Block, TextKeysValues
+from pw_runtime.models.blocks import Block, TextKeysValues, pad_biases
 from pw_runtime.models.embeddings import (
     mlp,
     patchify,
@@ -81,12 +81,11 @@ class WanDiT(nn.Module):
             One entry per block.
         """
         num_pad = self.config.text_len - context.shape[0]
-        if num_pad:
-            context = torch.cat((context, context.new_zeros(1, context.shape[1])))
-        pad_bias = math.log(num_pad) if num_pad else 0.0
-        embedded = run_mlp(self.text_embedding, context)  # [E (+1), D]
+        biases = pad_biases(num_pad, self.patch_embedding.weight.dtype)
+        context = F.pad(context, (0, 0, 0, len(biases)))
+        embedded = run_mlp(self.text_embedding, context)  # [E + len(biases), D]
         return tuple(
-            TextKeysValues(*block.cross_attn.keys_values(embedded), pad_bias)
+            TextKeysValues(*block.cross_attn.keys_values(embedded), biases)
             for block in self._blocks()
         )
 
@@ -99,6 +98,9 @@ class WanDiT(nn.Module):
 
         Returns:
             Rows with every block's own table added.
+
+        Raises:
+            ValueError: dt is there and not wanted, or the other way round.
         """
         if (dt is not None) != self.config.has_dt:
             raise ValueError(f"has_dt is {self.config.has_dt} but dt is {dt}")
@@ -139,6 +141,9 @@ class WanDiT(nn.Module):
 
         Returns:
             [C, T, H, W] fp32.
+
+        Raises:
+            ValueError: controls are there and not wanted, or the other way round.
         """
         if (controls is not None) != bool(self.config.adapter_dim):
             raise ValueError("the high-res network needs controls, the draft network none")
@@ -146,7 +151,7 @@ class WanDiT(nn.Module):
         grid = (t, h // PATCH, w // PATCH)
         weight = self.patch_embedding.weight
         # A kernel equal to its stride is a matrix product over patches.
-        x = nn.functional.linear(
+        x = F.linear(
             patchify(latent).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias
         )  # [S, D]
         cos, sin = rope_tables(grid, self.config.head_dim, latent.device)

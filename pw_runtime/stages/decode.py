@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""High-res latent -> frames, one latent frame at a time."""
+"""Latent -> frames, one latent frame at a time."""
 
 from __future__ import annotations
 

@@ -44,6 +44,11 @@ def draft(
         return guide(net(x, cond, modulation), net(x, uncond, modulation), plan.guidance)
 
     x = sample(
-        velocity, noise, schedule, plan.solver, bf16_einsum=compat.bf16_einsum, on_step=on_step
+        velocity,
+        noise,
+        schedule.sigmas,
+        plan.solver,
+        bf16_einsum=compat.bf16_einsum,
+        on_step=on_step,
     )
     return Latent(x=x)

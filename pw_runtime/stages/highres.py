@@ -54,6 +54,11 @@ def highres(
         return guide(v_cond, net(x, uncond, modulation, controls), plan.guidance)
 
     x = sample(
-        velocity, noise, schedule, plan.solver, bf16_einsum=compat.bf16_einsum, on_step=on_step
+        velocity,
+        noise,
+        schedule.sigmas,
+        plan.solver,
+        bf16_einsum=compat.bf16_einsum,
+        on_step=on_step,
     )
     return Latent(x=x)

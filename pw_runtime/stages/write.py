@@ -26,9 +26,7 @@ from av.video.stream import VideoStream
 
 from pw_runtime.atomic import atomic_file, write_failed
 from pw_runtime.errors import BadRequest, WriteFailed
-from pw_runtime.types import FrameChunk
-
-Codec = Literal["h264", "hevc", "av1", "ffv1"]
+from pw_runtime.types import Codec, FrameChunk
 
 MATRIX_RGB: Final = 0  # AVCOL_SPC_RGB, which PyAV does not name
 
@@ -43,7 +41,7 @@ class _Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Clip:
+class _Format:
     width: int  # pixels
     height: int
     frames: int
@@ -111,7 +109,7 @@ def write_video(
     the frames announced. Whatever `chunks` raises passes through.
     """
     check_codec(codec)
-    clip = _Clip(width=width, height=height, frames=frames, fps=fps)
+    clip = _Format(width=width, height=height, frames=frames, fps=fps)
     with atomic_file(path) as partial:
         try:
             _encode(chunks, partial, _RECIPES[codec], clip)
@@ -129,7 +127,7 @@ def write_video(
     return size
 
 
-def _encode(chunks: Iterable[FrameChunk], path: Path, recipe: _Recipe, clip: _Clip) -> None:
+def _encode(chunks: Iterable[FrameChunk], path: Path, recipe: _Recipe, clip: _Format) -> None:
     mp4 = recipe.suffix == ".mp4"
     container = av.open(
         os.fspath(path),
@@ -150,7 +148,7 @@ def _encode(chunks: Iterable[FrameChunk], path: Path, recipe: _Recipe, clip: _Cl
         raise
 
 
-def _open_stream(container: OutputContainer, recipe: _Recipe, clip: _Clip) -> VideoStream:
+def _open_stream(container: OutputContainer, recipe: _Recipe, clip: _Format) -> VideoStream:
     stream = container.add_stream(recipe.encoder, rate=clip.fps, options=dict(recipe.options))
     assert isinstance(stream, VideoStream)
     stream.width, stream.height = clip.width, clip.height
@@ -185,7 +183,7 @@ def _svt_banner_off() -> Iterator[None]:
 
 
 def _video_frames(
-    chunks: Iterable[FrameChunk], clip: _Clip, pix_fmt: str
+    chunks: Iterable[FrameChunk], clip: _Format, pix_fmt: str
 ) -> Iterator[av.VideoFrame]:
     converter = VideoReformatter()
     position = 0
@@ -201,7 +199,7 @@ def _video_frames(
         raise ValueError(f"the frames ended after {position} of {clip.frames}")
 
 
-def _check_chunk(chunk: FrameChunk, position: int, clip: _Clip) -> None:
+def _check_chunk(chunk: FrameChunk, position: int, clip: _Format) -> None:
     shape = tuple(chunk.rgb.shape)
     picture = (clip.height, clip.width, 3)
     if chunk.start != position:

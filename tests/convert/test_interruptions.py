@@ -64,7 +64,7 @@ def test_killed_convert_leaves_no_bundle_and_the_next_one_cleans_up(
     process.send_signal(signal.SIGKILL)
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
-    partial = f".bundle.partial-{process.pid}"
+    partial = f".bundle.{process.pid}.partial"
     assert names(tmp_path) == [partial]
     assert (tmp_path / partial / "draft").is_dir()
 
@@ -76,7 +76,7 @@ def test_killed_convert_leaves_no_bundle_and_the_next_one_cleans_up(
 
 def test_leftover_of_the_own_number_is_removed(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """In containers every run may have the same process number."""
-    (tmp_path / f".bundle.partial-{os.getpid()}" / "draft").mkdir(parents=True)
+    (tmp_path / f".bundle.{os.getpid()}.partial" / "draft").mkdir(parents=True)
     quietly(tmp_path / "bundle", wan=checkpoint.base)
     assert names(tmp_path) == ["bundle"]
 
@@ -84,7 +84,7 @@ def test_leftover_of_the_own_number_is_removed(checkpoint: Checkpoint, tmp_path:
 def test_work_of_a_living_process_and_of_other_names_is_left_alone(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    others = [f".bundle.partial-{os.getppid()}", ".bundle.partial-x", ".bundle2.partial-999999999"]
+    others = [f".bundle.{os.getppid()}.partial", ".bundle.x.partial", ".bundle2.999999999.partial"]
     for other in others:
         (tmp_path / other).mkdir()
     quietly(tmp_path / "bundle", wan=checkpoint.base)

@@ -99,7 +99,7 @@ def test_folder_of_another_layout_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [VAE, T5])
 def test_missing_file_is_named(name: str, wan: Path) -> None:
     (wan / name).unlink()
-    refused(wan, f"{name} cannot be read", "No such file", "download it again")
+    refused(wan, f"{name} cannot be read", "No such file", "check the path")
 
 
 def test_missing_tokenizer_is_named(wan: Path) -> None:
@@ -117,7 +117,7 @@ def test_truncated_shard_is_named(wan: Path) -> None:
 
 def test_missing_shard_of_the_index_is_named(wan: Path) -> None:
     (wan / SHARDS[1]).unlink()
-    refused(wan, f"{SHARDS[1]} cannot be read", "No such file", "download it again")
+    refused(wan, f"{SHARDS[1]} cannot be read", "o such file", "check the path")
 
 
 def test_missing_index_is_named(wan: Path) -> None:
@@ -192,7 +192,7 @@ def test_plain_pickle_is_not_loaded_either(
     [
         ([torch.zeros(1)], "holds no state dict"),
         ({"generator": [torch.zeros(1)]}, "holds no state dict"),
-        ({"step": 7, "weights": {}}, "things that are not tensors"),
+        ({"step": 7, "weights": {}}, "things that are not plain tensors"),
     ],
 )
 def test_pickle_of_something_else_is_refused(
@@ -272,7 +272,7 @@ def test_config_that_contradicts_the_shapes_is_refused(field: str, value: int, w
 
 def test_heads_that_do_not_divide_the_width_are_refused(wan: Path) -> None:
     edit_json(wan / "config.json", num_heads=7)
-    refused(wan, "num_heads = 7", "divides the width")
+    refused(wan, "7 heads do not divide width 96", "config.json")
 
 
 @pytest.mark.parametrize("value", [None, "3"])

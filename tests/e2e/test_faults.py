@@ -67,7 +67,7 @@ def test_neither_or_both_kinds_of_prompts(generate, tmp_path) -> None:
     assert generate().code == 2
     ended = generate("--prompt", "cat", "--prompts", tmp_path / "p.txt")
     assert ended.code == 2
-    assert "either --prompts" in ended.err
+    assert "--prompts FILE or --prompt TEXT" in ended.err
 
 
 def test_unknown_preset_names_the_known_ones(generate) -> None:

@@ -234,24 +234,22 @@ def encode(state: State, video: Tensor) -> Tensor:
 def tile_ranges(width: int, strips: int, overlap: int) -> list[tuple[int, int]]:
     """Latent columns of each tile: equal strips (the last takes the rest), widened inwards."""
     base = width // strips
-    if strips > 1 and base < overlap:
-        raise ValueError(f"{strips} strips of {width} columns are narrower than overlap {overlap}")
     starts = [i * base for i in range(strips)]
     ends = [*starts[1:], width]
     return [
-        (start - overlap * (start > 0), end + overlap * (end < width))
+        (max(0, start - overlap), min(width, end + overlap))
         for start, end in zip(starts, ends, strict=True)
     ]
 
 
-def tile_mask(start: int, end: int, width: int, overlap: int) -> Tensor:
-    """Weight per pixel column of one tile: a cosine ramp on each side that is not the border."""
-    mask = torch.ones(16 * (end - start))
-    pixels = 16 * overlap
+def tile_mask(columns: int, overlap: int, *, is_first: bool, is_last: bool) -> Tensor:
+    """Weight per pixel column of one tile: a cosine ramp on each side that has a neighbour."""
+    mask = torch.ones(16 * columns)
+    pixels = min(16 * overlap, len(mask))
     ramp = 0.5 - 0.5 * torch.cos(math.pi * torch.linspace(0, 1, pixels))
-    if start > 0:
+    if not is_first and pixels:
         mask[:pixels] *= ramp
-    if end < width:
+    if not is_last and pixels:
         mask[-pixels:] *= ramp.flip(0)
     return mask
 
@@ -261,12 +259,12 @@ def decode_tiled(state: State, z: Tensor, strips: int, overlap: int) -> Tensor:
     _, t, h, width = z.shape
     total = torch.zeros(3, 1 + 4 * (t - 1), 16 * h, 16 * width)
     weight = torch.zeros(16 * width)
-    for start, end in tile_ranges(width, strips, overlap):
+    for i, (start, end) in enumerate(tile_ranges(width, strips, overlap)):
         tile = decode(state, z[..., start:end]).clamp(-1, 1).cpu()
-        mask = tile_mask(start, end, width, overlap)
+        mask = tile_mask(end - start, overlap, is_first=i == 0, is_last=i == strips - 1)
         total[..., 16 * start : 16 * end] += tile * mask
         weight[16 * start : 16 * end] += mask
-    return total / weight
+    return total / weight.clamp_min(1e-6)
 
 
 def to_uint8(video: Tensor) -> Tensor:

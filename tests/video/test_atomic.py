@@ -35,8 +35,8 @@ def test_any_exception_keeps_the_earlier_file(tmp_path: Path, error: type[BaseEx
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_partial_left_by_a_killed_run_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / ".a.txt.partial").write_text("from a killed run, and longer")
+def test_partial_left_by_a_killed_run_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.999999999.partial").write_text("from a killed run, and longer")
     write_text(tmp_path / "a.txt", "new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "new")]
 
@@ -72,3 +72,17 @@ def test_error_about_another_file_passes_through(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a.txt"):
         (tmp_path / "weights.safetensors").read_bytes()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_that_write_one_path_do_not_meet(tmp_path: Path) -> None:
+    """Seen: both wrote one partial file, and the first to finish renamed a half-written clip."""
+    other = tmp_path / f".a.txt.{os.getppid()}.partial"
+    other.write_text("half of another process's file")
+    write_text(tmp_path / "a.txt", "ours")
+    assert (tmp_path / "a.txt").read_text() == "ours"
+    assert other.read_text() == "half of another process's file"
+
+
+def test_a_name_the_system_refuses_is_a_write_failure(tmp_path: Path) -> None:
+    with pytest.raises(WriteFailed, match="File name too long"):
+        write_text(tmp_path / ("x" * 300), "text")

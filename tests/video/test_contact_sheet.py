@@ -13,8 +13,8 @@ from PIL import Image
 
 from pw_runtime import contact_sheet
 from pw_runtime.contact_sheet import (
+    Filmstrip,
     SheetRow,
-    Strip,
     Thumb,
     make_thumb,
     sample_frames,
@@ -35,7 +35,7 @@ def row(caption: str, count: int) -> SheetRow:
             make_thumb(i, torch.full((height, width, 3), 10 * i + lighter, dtype=torch.uint8))
             for i in range(1, count + 1)
         )
-        strips.append(Strip(name=name, width=width, height=height, thumbs=thumbs))
+        strips.append(Filmstrip(name=name, width=width, height=height, thumbs=thumbs))
     return SheetRow(caption=caption, strips=tuple(strips))
 
 
