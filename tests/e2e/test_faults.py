@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from pw_runtime import pipeline
 from pw_runtime.errors import WriteFailed
+from pw_runtime.types import Latent
 from tests.e2e.pw import Pw, latent_shapes
 
 
@@ -91,6 +93,28 @@ def test_noise_of_the_wrong_shape(generate, tmp_path) -> None:
     assert ended.code == 2
     assert "[48, 2, 6, 14]" in ended.err
     assert "[48, 2, 6, 12]" in ended.err
+
+
+@pytest.mark.parametrize("bad", [torch.tensor(float("nan")), torch.tensor(1)])
+def test_noise_that_is_not_finite_or_not_float(generate, tmp_path, bad) -> None:
+    noise = {name: torch.zeros(*shape) + bad for name, shape in latent_shapes().items()}
+    noise["draft_noise"] = noise["draft_noise"].to(bad.dtype)
+    save_file(noise, tmp_path / "noise.safetensors")
+    ended = generate("--prompt", "cat", "--noise", tmp_path / "noise.safetensors")
+    assert ended.code == 2
+    assert "no usable noise" in ended.err
+
+
+def test_one_noise_file_for_several_prompts_is_said(generate, tmp_path) -> None:
+    noise = {name: torch.randn(*shape) for name, shape in latent_shapes().items()}
+    save_file(noise, tmp_path / "noise.safetensors")
+    ended = generate(
+        "--prompt", "a", "--prompt", "b", "--noise", tmp_path / "noise.safetensors",
+        "--draft-only", "--quiet",
+    )  # fmt: skip
+    assert ended.code == 0
+    assert ended.err.count("every prompt of this run starts from the noise") == 1
+    assert "starts from the noise" in (tmp_path / "out" / "1.json").read_text()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file at all"])
@@ -176,6 +200,60 @@ def test_a_prompt_that_fails_leaves_the_others_and_its_latents(
     assert "1 of 2 prompts failed: 0" in ended.err
     assert ended.out.split() == [str(out / "1.mp4")]
     assert sorted(p.name for p in out.iterdir()) == ["0.latents.safetensors", "1.json", "1.mp4"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_runs_out_is_one_clear_error(generate, monkeypatch, error) -> None:
+    def run_out(*arguments):
+        raise error
+
+    monkeypatch.setattr(pipeline, "highres", run_out)
+    ended = generate("--prompt", "a cat")
+    assert ended.code == 3
+    assert "memory ran out" in ended.err
+    assert "do this" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_latents_that_are_not_finite_become_no_clip(generate, tmp_path, monkeypatch) -> None:
+    def nan(text, noise, *arguments):
+        return Latent(x=noise * float("nan"))
+
+    monkeypatch.setattr(pipeline, "draft", nan)
+    ended = generate("--prompt", "a cat")
+    assert ended.code == 3
+    assert "NaN or infinity" in ended.err
+    assert nothing_made(tmp_path / "out")
+
+
+def test_a_contact_sheet_that_fails_hides_no_finished_clip(generate, tmp_path) -> None:
+    """Seen: exit 2 and no path, with the clip complete on the disk."""
+    (tmp_path / "out" / "contact_sheet.png").mkdir(parents=True)
+    ended = generate("--prompt", "a cat", "--contact-sheet", "--draft-only")
+    assert ended.code == 3
+    assert ended.out.split() == [str(tmp_path / "out" / "0.mp4")]
+    assert "contact_sheet.png" in ended.err
+
+
+def test_networks_that_do_not_fit_are_found_before_anything_is_computed(
+    generate, bundle_dir, tmp_path
+) -> None:
+    """Seen: a wrong high-res config came to light after all drafts were made."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundle_dir, damaged)
+    manifest = json.loads((damaged / "bundle.json").read_text())
+    manifest["networks"]["highres"]["config"]["control_blocks"] = [2]
+    (damaged / "bundle.json").write_text(json.dumps(manifest))
+    ended = generate("--prompt", "cat", "--model", damaged)
+    assert ended.code == 2
+    assert "zero_layers.2" in ended.err
+    assert "draft 0" not in ended.err
+
+
+def test_empty_path_is_refused(generate) -> None:
+    ended = generate("--prompt", "cat", "--out", "")
+    assert ended.code == 2
+    assert "the path is empty" in ended.err
 
 
 def test_ctrl_c_keeps_finished_clips_and_leaves_no_partial_one(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pw_runtime.errors import BadRequest
-from pw_runtime.noise import latent_shape
+from pw_runtime.noise import latent_shape, resolve_base_seed
 from pw_runtime.presets import PRESETS, check_preset, find_preset
-from pw_runtime.prompts import read_prompts
+from pw_runtime.prompts import make_prompts, read_prompts
 from tests.e2e.pw import write_preset
 
 
@@ -69,6 +69,10 @@ def test_preset_file_is_read_key_by_key(tmp_path: Path) -> None:
         ("steps = 2", "steps = 0", "steps is 0"),
         ("strips = 1", "strips = 13", "decode.strips is 13, wanted 1 to 12"),
         ("[draft]", "[draft", "not a TOML file"),
+        ("guidance = 5.0", "guidance = nan", "draft.guidance is nan"),
+        ("shift = 5.0", "shift = 1e-300", "draft.shift is 1e-300"),
+        ("width = 96", "width = 3200000000", "draft.width is 3200000000"),
+        ("steps = 2", "steps = 1" + "0" * 5000, "not a TOML file"),
         ("fps = 24\n", "", None),
     ],
 )
@@ -97,9 +101,39 @@ def test_json_lines_are_recognised_by_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ['{"id": "x"}', '{"text": ""}', '{"text": 3}', '["a cat"]', '"a cat"']
+    "line",
+    [
+        '{"id": "x"}',
+        '{"text": ""}',
+        '{"text": 3}',
+        '["a cat"]',
+        '"a cat"',
+        "[" * 100_000,
+        '{"id": null, "text": "a"}',
+        '{"id": ["a"], "text": "a"}',
+        '{"id": 1%s, "text": "a"}' % ("0" * 5000),
+    ],
 )
 def test_json_line_without_a_prompt_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "p.jsonl").write_text(line + "\n")
     with pytest.raises(BadRequest, match="line 1"):
         read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("prompt_id", ["", ".", "..", "a/b", "a\\b", "a\n", "字" * 90, "a\ud800"])
+def test_ids_that_cannot_name_a_file_are_refused(prompt_id: str) -> None:
+    """Seen: an id of 270 bytes ended the whole run with a traceback."""
+    with pytest.raises(BadRequest, match="cannot name a file"):
+        make_prompts([(prompt_id, "a cat")])
+
+
+def test_text_that_cannot_be_written_is_refused() -> None:
+    with pytest.raises(BadRequest, match="not text"):
+        make_prompts([("0", "a cat \ud800")])
+
+
+def test_seeds_that_no_generator_takes_are_refused() -> None:
+    with pytest.raises(BadRequest, match="too large"):
+        resolve_base_seed(10**22)
+    assert 0 <= resolve_base_seed(-1) < 2**31
+    assert resolve_base_seed(7) == 7

@@ -15,6 +15,7 @@ from pw_runtime.types import Compat, DecodePlan, Latent
 from tests.closeness import max_abs
 from tests.models.test_vae_golden import config
 from tests.oracle import golden
+from tests.oracle import vae as oracle_vae
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,19 @@ def test_official_strip_borders_equal_official() -> None:
     for width, strips, key in ((160, 3, "tiles_2k_w160_n3"), (240, 4, "tiles_4k_w240_n4")):
         borders = [[s.first, s.last] for s in make_strips(width, strips, 3)]
         assert borders == description[key]
+
+
+@pytest.mark.parametrize(
+    ("width", "strips", "overlap"), [(8, 3, 3), (6, 2, 3), (8, 8, 3), (10, 3, 5), (9, 2, 0)]
+)
+def test_official_strips_narrower_than_their_overlap_equal_official(
+    decoder, width, strips, overlap
+) -> None:
+    """Seen: a second strip that reached column 0 was not ramped there, unlike officially."""
+    z = random_latent(width, frames=1)
+    blend = stage._official(decoder, make_strips(width, strips, overlap), width, overlap)
+    wanted = oracle_vae.decode_tiled(golden.load("vae_tiny_weights"), z, strips, overlap)
+    assert max_abs(blend(z), wanted) <= 1e-5
 
 
 def test_chunks_come_in_order_and_cover_the_clip(decoder) -> None:
