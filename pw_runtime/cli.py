@@ -147,8 +147,7 @@ def read_request(options: dict[str, Any]) -> Any:
     from pw_runtime.presets import find_preset
     from pw_runtime.prompts import make_prompts, read_prompts
     from pw_runtime.request import pick_device
-    from pw_runtime.stages.text import OFFICIAL_NEGATIVE
-    from pw_runtime.types import Request
+    from pw_runtime.types import OFFICIAL_NEGATIVE, Request
 
     texts: tuple[str, ...] = options["prompt_texts"]
     if (options["prompt_file"] is None) == (not texts):

@@ -102,7 +102,7 @@ def describe() -> Machine:
     takes seconds."""
     return Machine(
         python=platform.python_version(),
-        os=platform.platform(),
+        os=_system(),
         cpu=_cpu_model(),
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         memory_bytes=_memory_bytes(),
@@ -237,6 +237,12 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # not on Windows
         return None
+
+
+def _system() -> str:
+    """System and version, without what vendors append to it."""
+    number = re.match(r"[\d.]*", platform.release())
+    return f"{platform.system()} {number[0] if number else ''}".strip()
 
 
 def _proc_field(path: Path, name: str) -> str | None:

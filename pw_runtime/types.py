@@ -209,6 +209,14 @@ Config = DitConfig | VaeConfig | TextEncoderConfig
 # ---- one run ----------------------------------------------------------------------------------
 
 
+# What the official code uses for an empty negative prompt (wan/configs/shared_config.py).
+OFFICIAL_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
+    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """Everything a run is asked to do."""
@@ -216,7 +224,7 @@ class Request:
     prompts: tuple[Prompt, ...]
     preset: Preset
     out: Path
-    negative: str
+    negative: str = OFFICIAL_NEGATIVE
     seed: int = 0  # base seed, not negative
     noise: Path | None = None  # safetensors file that replaces the drawn noise
     codec: Codec = "h264"

@@ -64,6 +64,7 @@ class Result:
     """Content of the result file."""
 
     machine: Machine
+    commit: str
     width: int
     height: int
     clips: list[ClipMemory]
@@ -103,6 +104,15 @@ def measure(model: Path, width: int, height: int, frames: int) -> ClipMemory:
     )
 
 
+def commit() -> str:
+    """The checked-out commit, marked where files differ from it."""
+    try:
+        git = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a checkout"
+
+
 def _sample(pid: int, start: float, samples: list[tuple[float, int]]) -> None:
     process = psutil.Process(pid)
     while True:
@@ -133,7 +143,7 @@ def main(model: Path, out: Path, width: int, height: int, frames: tuple[int, ...
             f"before the decode {clip.peak_before_decode_bytes / 2**20:7.0f} MiB, "
             f"the clip in fp32 {clip.clip_fp32_bytes / 2**20:6.0f} MiB, {clip.seconds:.0f} s"
         )
-    result = Result(machine=describe(), width=width, height=height, clips=clips)
+    result = Result(machine=describe(), commit=commit(), width=width, height=height, clips=clips)
     write_text(out, TypeAdapter(Result).dump_json(result, indent=1).decode() + "\n")
 
 

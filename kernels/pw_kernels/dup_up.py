@@ -24,7 +24,9 @@ def dup_up(x: Tensor, channels: int, time_factor: int, space_factor: int, *, fir
     """
     ft, fs = time_factor, space_factor
     repeats = channels * ft * fs * fs // x.shape[1]
-    x = x.repeat_interleave(repeats, dim=1).unflatten(1, (channels, ft, fs, fs))
+    # Repeats by strides alone wherever r spans whole sub-positions, as in every Wan2.2 decoder.
+    x = x.unsqueeze(2).expand(-1, -1, repeats, -1, -1, -1)
+    x = x.reshape(x.shape[0], channels, ft, fs, fs, *x.shape[3:])
     # [B, C', ft, fs, fs, T, H, W] -> [B, C', T, ft, H, fs, W, fs]
     x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)
     x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
