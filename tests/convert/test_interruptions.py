@@ -141,7 +141,9 @@ def test_unwritable_parent_is_a_write_failure(checkpoint: Checkpoint, tmp_path: 
 
 def test_missing_parents_are_made(checkpoint: Checkpoint, tmp_path: Path) -> None:
     quietly(tmp_path / "a" / "b" / "bundle", wan=checkpoint.base)
-    verify(open_bundle(tmp_path / "a" / "b" / "bundle"))
+    bundle = open_bundle(tmp_path / "a" / "b" / "bundle")
+    verify(bundle)
+    assert bundle.networks.highres is None
 
 
 def test_bundle_that_appeared_meanwhile_is_not_overwritten(

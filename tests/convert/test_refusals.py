@@ -50,7 +50,7 @@ def theirs(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return write_diffusers(tmp_path / "theirs", checkpoint.base)
 
 
-def refused(wan: Path, *parts: str, **sources: object) -> None:
+def expect_refusal(wan: Path, *parts: str, **sources: object) -> None:
     """Converting raises BadWeights whose message holds all `parts` and a remedy."""
     out = wan.parent / "bundle"
     with pytest.raises(BadWeights) as caught:
@@ -93,18 +93,20 @@ def test_bundle_given_as_checkpoint_is_refused(bundle_dir: Path, tmp_path: Path)
 
 def test_folder_of_another_layout_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "not a checkpoint of a known layout", "neither config.json")
+    expect_refusal(tmp_path / "empty", "not a checkpoint of a known layout", "neither config.json")
 
 
 @pytest.mark.parametrize("name", [VAE, T5])
 def test_missing_file_is_named(name: str, wan: Path) -> None:
     (wan / name).unlink()
-    refused(wan, f"{name} cannot be read", "No such file", "check the path")
+    expect_refusal(wan, f"{name} cannot be read", "No such file", "check the path")
 
 
 def test_missing_tokenizer_is_named(wan: Path) -> None:
     shutil.rmtree(wan / "google")
-    refused(wan, "umt5-xxl holds no tokenizer", "got: nothing", "tokenizer.json or spiece.model")
+    expect_refusal(
+        wan, "umt5-xxl holds no tokenizer", "got: nothing", "tokenizer.json or spiece.model"
+    )
 
 
 # ---- shards -------------------------------------------------------------------------------------
@@ -112,43 +114,49 @@ def test_missing_tokenizer_is_named(wan: Path) -> None:
 
 def test_truncated_shard_is_named(wan: Path) -> None:
     cut_in_half(wan / SHARDS[1])
-    refused(wan, f"{SHARDS[1]} cannot be read", "a whole safetensors file", "download it again")
+    expect_refusal(
+        wan, f"{SHARDS[1]} cannot be read", "a whole safetensors file", "download it again"
+    )
 
 
 def test_missing_shard_of_the_index_is_named(wan: Path) -> None:
     (wan / SHARDS[1]).unlink()
-    refused(wan, f"{SHARDS[1]} cannot be read", "o such file", "check the path")
+    expect_refusal(wan, f"{SHARDS[1]} cannot be read", "o such file", "check the path")
 
 
 def test_missing_index_is_named(wan: Path) -> None:
     (wan / INDEX).unlink()
-    refused(wan, "no usable weights", INDEX, "download the folder again")
+    expect_refusal(wan, "no usable weights", INDEX, "download the folder again")
 
 
 def test_damaged_index_is_named(wan: Path) -> None:
     (wan / INDEX).write_text('{"weight_map": {')
-    refused(wan, f"{INDEX} cannot be used", "download it again")
+    expect_refusal(wan, f"{INDEX} cannot be used", "download it again")
 
 
 def test_tensor_that_only_the_index_knows_is_named(wan: Path) -> None:
     edit_shard(wan / SHARDS[0], lambda tensors: tensors.pop("blocks.0.ffn.0.bias"))
-    refused(wan, f"{INDEX} and {SHARDS[0]} disagree", "blocks.0.ffn.0.bias")
+    expect_refusal(wan, f"{INDEX} and {SHARDS[0]} disagree", "blocks.0.ffn.0.bias")
 
 
 def test_tensor_that_the_index_does_not_know_is_named(wan: Path) -> None:
     edit_shard(wan / SHARDS[0], lambda tensors: tensors.update(stray=torch.zeros(1)))
-    refused(wan, f"{INDEX} and {SHARDS[0]} disagree", "stray")
+    expect_refusal(wan, f"{INDEX} and {SHARDS[0]} disagree", "stray")
 
 
 def test_tensor_in_two_shards_is_named(wan: Path) -> None:
     double = load_file(wan / SHARDS[0])["blocks.0.ffn.0.bias"]
     edit_shard(wan / SHARDS[1], lambda tensors: tensors.update({"blocks.0.ffn.0.bias": double}))
-    refused(wan, f"{SHARDS[1]} repeats tensors", "blocks.0.ffn.0.bias", "every tensor in one shard")
+    expect_refusal(
+        wan, f"{SHARDS[1]} repeats tensors", "blocks.0.ffn.0.bias", "every tensor in one shard"
+    )
 
 
 def test_shard_that_the_index_does_not_name_is_refused(wan: Path) -> None:
     save_file({"stray": torch.zeros(1)}, wan / "diffusion_pytorch_model.safetensors")
-    refused(wan, f"{INDEX} does not name", "diffusion_pytorch_model.safetensors", "move away")
+    expect_refusal(
+        wan, f"{INDEX} does not name", "diffusion_pytorch_model.safetensors", "move away"
+    )
 
 
 # ---- pickles ------------------------------------------------------------------------------------
@@ -157,13 +165,13 @@ def test_shard_that_the_index_does_not_name_is_refused(wan: Path) -> None:
 @pytest.mark.parametrize("name", [VAE, T5])
 def test_truncated_archive_is_named(name: str, wan: Path) -> None:
     cut_in_half(wan / name)
-    refused(wan, f"{name} cannot be read", "end of the archive", "download it again")
+    expect_refusal(wan, f"{name} cannot be read", "end of the archive", "download it again")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x02garbage", b"<html>not found</html>"])
 def test_file_that_is_no_checkpoint_is_named(content: bytes, wan: Path) -> None:
     (wan / VAE).write_bytes(content)
-    refused(wan, f"{VAE} cannot be read", "a whole PyTorch checkpoint", "download it again")
+    expect_refusal(wan, f"{VAE} cannot be read", "a whole PyTorch checkpoint", "download it again")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -173,7 +181,7 @@ def test_pickle_that_wants_to_run_code_is_not_loaded(
     monkeypatch.chdir(tmp_path)
     hostile = tmp_path / "hostile.pt"
     torch.save({"generator": RunsCode()}, hostile, _use_new_zipfile_serialization=zipped)
-    refused(wan, "hostile.pt asks to execute code", "system", "tensors only", draft=hostile)
+    expect_refusal(wan, "hostile.pt asks to execute code", "system", "tensors only", draft=hostile)
     assert not (tmp_path / "executed").exists()
 
 
@@ -183,7 +191,7 @@ def test_plain_pickle_is_not_loaded_either(
     monkeypatch.chdir(tmp_path)
     hostile = tmp_path / "hostile.pt"
     hostile.write_bytes(pickle.dumps(RunsCode(), protocol=2))
-    refused(wan, "hostile.pt asks to execute code", draft=hostile)
+    expect_refusal(wan, "hostile.pt asks to execute code", draft=hostile)
     assert not (tmp_path / "executed").exists()
 
 
@@ -199,7 +207,7 @@ def test_pickle_of_something_else_is_refused(
     content: object, part: str, wan: Path, tmp_path: Path
 ) -> None:
     torch.save(content, tmp_path / "odd.pt")
-    refused(wan, "odd.pt", part, draft=tmp_path / "odd.pt")
+    expect_refusal(wan, "odd.pt", part, draft=tmp_path / "odd.pt")
 
 
 # ---- tensors ------------------------------------------------------------------------------------
@@ -209,14 +217,14 @@ def test_pickle_of_something_else_is_refused(
 def test_quantised_tensor_in_a_pickle_is_named(dtype: torch.dtype, wan: Path) -> None:
     name = "decoder.conv1.weight"
     edit_pickle(wan / VAE, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    refused(wan, "integer or quantised", name, str(dtype).removeprefix("torch."))
+    expect_refusal(wan, "integer or quantised", name, str(dtype).removeprefix("torch."))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e5m2])
 def test_quantised_tensor_in_a_shard_is_named(dtype: torch.dtype, wan: Path) -> None:
     name = "blocks.0.ffn.0.bias"
     edit_shard(wan / SHARDS[0], lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    refused(wan, "integer or quantised", name, "bfloat16 or float16 or float32")
+    expect_refusal(wan, "integer or quantised", name, "bfloat16 or float16 or float32")
 
 
 def test_missing_tensors_are_counted_and_the_first_are_named(wan: Path) -> None:
@@ -225,23 +233,23 @@ def test_missing_tensors_are_counted_and_the_first_are_named(wan: Path) -> None:
             del tensors[name]
 
     edit_pickle(wan / VAE, drop)
-    refused(wan, f"{VAE} lacks tensors", "decoder.middle.0.residual.0.gamma", "(17 in all)")
+    expect_refusal(wan, f"{VAE} lacks tensors", "decoder.middle.0.residual.0.gamma", "(17 in all)")
 
 
 def test_unknown_tensor_is_named(wan: Path) -> None:
     edit_pickle(wan / VAE, lambda tensors: tensors.update(stray=torch.zeros(1)))
-    refused(wan, f"{VAE} has tensors of no known use", "stray")
+    expect_refusal(wan, f"{VAE} has tensors of no known use", "stray")
 
 
 def test_unknown_text_encoder_tensor_is_named_as_in_its_file(wan: Path) -> None:
     edit_pickle(wan / T5, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(1)}))
-    refused(wan, f"{T5} has tensors of no known use", "lm_head.weight")
+    expect_refusal(wan, f"{T5} has tensors of no known use", "lm_head.weight")
 
 
 def test_wrong_shape_is_named_with_both_shapes(wan: Path) -> None:
     name = "decoder.middle.0.residual.0.gamma"
     edit_pickle(wan / VAE, lambda tensors: tensors.update({name: torch.zeros(31, 1, 1, 1)}))
-    refused(wan, f"got: {name} [31, 1, 1, 1]", f"wanted: {name} [32, 1, 1, 1]")
+    expect_refusal(wan, f"got: {name} [31, 1, 1, 1]", f"wanted: {name} [32, 1, 1, 1]")
 
 
 def test_two_different_token_tables_are_refused(theirs: Path) -> None:
@@ -250,13 +258,13 @@ def test_two_different_token_tables_are_refused(theirs: Path) -> None:
         theirs / "text_encoder" / "model.safetensors",
         lambda tensors: tensors.update({alias: tensors["shared.weight"] + 1}),
     )
-    refused(theirs, "two different token tables", alias)
+    expect_refusal(theirs, "two different token tables", alias)
 
 
 def test_diffusers_tensor_of_another_model_is_named(theirs: Path) -> None:
     file = theirs / "vae" / "diffusion_pytorch_model.safetensors"
     edit_shard(file, lambda tensors: tensors.update({"decoder.extra.weight": torch.zeros(1)}))
-    refused(theirs, "vae has tensors of no known use", "decoder.extra.weight")
+    expect_refusal(theirs, "vae has tensors of no known use", "decoder.extra.weight")
 
 
 # ---- config files -------------------------------------------------------------------------------
@@ -267,18 +275,18 @@ def test_diffusers_tensor_of_another_model_is_named(theirs: Path) -> None:
 )
 def test_config_that_contradicts_the_shapes_is_refused(field: str, value: int, wan: Path) -> None:
     edit_json(wan / "config.json", **{field: value})
-    refused(wan, "config.json disagrees", f"got: {field} = {value}", f"wanted: {field} = ")
+    expect_refusal(wan, "config.json disagrees", f"got: {field} = {value}", f"wanted: {field} = ")
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(wan: Path) -> None:
     edit_json(wan / "config.json", num_heads=7)
-    refused(wan, "7 heads do not divide width 96", "config.json")
+    expect_refusal(wan, "7 heads do not divide width 96", "config.json")
 
 
 @pytest.mark.parametrize("value", [None, "3"])
 def test_config_without_a_number_of_heads_is_refused(value: str | None, wan: Path) -> None:
     edit_json(wan / "config.json", num_heads=value)
-    refused(wan, "config.json cannot be used", "num_heads")
+    expect_refusal(wan, "config.json cannot be used", "num_heads")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +306,7 @@ def test_diffusers_config_that_contradicts_is_refused(
     file: str, field: str, value: object, theirs: Path
 ) -> None:
     edit_json(theirs / file / "config.json", **{field: value})
-    refused(theirs, str(theirs / file))
+    expect_refusal(theirs, str(theirs / file))
 
 
 def test_unknown_latent_statistics_are_refused(wan: Path) -> None:
@@ -308,7 +316,7 @@ def test_unknown_latent_statistics_are_refused(wan: Path) -> None:
         tensors["conv2.weight"] = torch.zeros(16, 16, 1, 1, 1)
 
     edit_pickle(wan / VAE, narrow)
-    refused(wan, "latent mean and deviation", "16 of each", "vae/config.json")
+    expect_refusal(wan, "latent mean and deviation", "16 of each", "vae/config.json")
 
 
 def test_text_width_that_does_not_fit_the_encoder_is_refused(
@@ -317,7 +325,7 @@ def test_text_width_that_does_not_fit_the_encoder_is_refused(
     state = official_state(checkpoint.base)["draft"]
     state["text_embedding.0.weight"] = torch.zeros(96, 41)
     torch.save({"generator": state}, tmp_path / "d.pt")
-    refused(wan, "does not fit", "41", "one family", draft=tmp_path / "d.pt")
+    expect_refusal(wan, "does not fit", "41", "one family", draft=tmp_path / "d.pt")
 
 
 def test_adapter_width_that_cannot_be_normalised_in_groups_is_refused(
@@ -327,4 +335,4 @@ def test_adapter_width_that_cannot_be_normalised_in_groups_is_refused(
     name = "model.spatial_adapter.backbone.0.weight"
     content["generator"][name] = torch.zeros(47, 48, 1, 1, 1)
     torch.save(content, tmp_path / "h.pt")
-    refused(wan, "impossible widths", "47", highres=tmp_path / "h.pt")
+    expect_refusal(wan, "impossible widths", "47", highres=tmp_path / "h.pt")
