@@ -7,9 +7,7 @@ one transformer is in memory. A prompt that fails does not take the others with 
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +16,7 @@ import torch
 from pw_runtime.bundle import Bundle, verify
 from pw_runtime.clip import Clip, keep_thumbs, start_clip, write_clip_receipt, write_latents
 from pw_runtime.contact_sheet import write_contact_sheet
-from pw_runtime.errors import BadResult, PixelWizardError
+from pw_runtime.faults import others_go_on, require_finite
 from pw_runtime.models import VaeDecoder
 from pw_runtime.networks import check_networks, load_decoder, load_dit, load_text_network
 from pw_runtime.noise import load_noise
@@ -95,7 +93,7 @@ def encode_texts(run: Run) -> None:
             request.negative, net, text_len, lambda cut: notify(run, run.clips, f"negative {cut}")
         )
         for clip in run.clips:
-            with others_go_on(run, clip), clip.watch.stage("text"):
+            with others_go_on(clip, reporter), clip.watch.stage("text"):
                 cond = encode_text(clip.prompt.text, net, text_len, partial(notify, run, (clip,)))
                 clip.text = TextContext(cond=cond, uncond=uncond)
             advance()
@@ -103,15 +101,15 @@ def encode_texts(run: Run) -> None:
 
 def make_drafts(run: Run) -> None:
     """Text contexts -> draft latents."""
-    plan, compat = run.request.preset.draft, run.request.preset.compat
+    plan, compat, reporter = run.request.preset.draft, run.request.preset.compat, run.reporter
     with run.loading.stage("load"):
         net = load_dit(run.bundle, "draft", run.request.precision, run.request.device)
     for clip in run.clips:
         if clip.text is None:
             continue
         with (
-            others_go_on(run, clip),
-            run.reporter.steps(f"draft {clip.prompt.id}", plan.steps) as advance,
+            others_go_on(clip, reporter),
+            reporter.steps(f"draft {clip.prompt.id}", plan.steps) as advance,
             clip.watch.stage("draft"),
         ):
             latent = draft(clip.text, clip.noise_for("draft"), plan, compat, net, advance)
@@ -120,7 +118,7 @@ def make_drafts(run: Run) -> None:
 
 def finish_clips(run: Run) -> None:
     """Draft latents -> high-res latents -> files, one prompt after the other."""
-    request, compat = run.request, run.request.preset.compat
+    request, compat, reporter = run.request, run.request.preset.compat, run.reporter
     plan, net = request.stages.get("highres"), None
     with run.loading.stage("load"):
         vae = load_decoder(run.bundle, request.device)
@@ -129,13 +127,13 @@ def finish_clips(run: Run) -> None:
     for clip in run.clips:
         if clip.text is None or clip.draft is None:
             continue
-        with others_go_on(run, clip):
+        with others_go_on(clip, reporter):
             if plan is not None and net is not None:
                 with clip.watch.stage("condition"):
                     conditioning = condition(clip.draft, plan)
                     noise = clip.noise_for("highres")
                 with (
-                    run.reporter.steps(f"highres {clip.prompt.id}", plan.steps) as advance,
+                    reporter.steps(f"highres {clip.prompt.id}", plan.steps) as advance,
                     clip.watch.stage("highres"),
                 ):
                     latent = highres(clip.text, conditioning, noise, plan, compat, net, advance)
@@ -184,49 +182,6 @@ def preview_draft(clip: Clip, vae: VaeDecoder) -> None:
         chunks = decode(latent, DecodePlan(), clip.request.preset.compat, vae)
         for _ in keep_thumbs(clip, "draft", chunks):
             pass
-
-
-@contextmanager
-def others_go_on(run: Run, clip: Clip) -> Iterator[None]:
-    """Keep a failure inside its prompt, and on disk what was computed for it."""
-    try:
-        yield
-    except Exception as error:
-        known = out_of_memory(error) or error
-        clip.error = str(known) or type(known).__name__
-        if not isinstance(known, PixelWizardError):
-            run.reporter.warn(traceback.format_exc())
-        run.reporter.warn(f"prompt {clip.prompt.id} failed: {clip.error}")
-        if clip.draft is not None and not run.request.save_latents:
-            try:
-                run.reporter.warn(f"its latents are kept in {write_latents(clip)}")
-            except Exception as lost:
-                run.reporter.warn(f"its latents could not be kept: {lost}")
-
-
-def out_of_memory(error: Exception) -> BadResult | None:
-    """The one clear error for what torch and Python raise when memory runs out."""
-    torch_words = ("can't allocate memory", "not enough memory")
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
-        words in str(error) for words in torch_words
-    ):
-        return None
-    return BadResult(
-        "memory ran out",
-        got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        do="take a smaller preset or fewer frames, more [decode] strips, or --precision bf16",
-    )
-
-
-def require_finite(latent: Latent, name: str) -> Latent:
-    """Refuse NaN and infinity, of which no picture can be made. Raises BadResult."""
-    if not latent.x.isfinite().all():
-        raise BadResult(
-            f"the {name} latent holds NaN or infinity",
-            wanted="finite numbers",
-            do="check shift and guidance of the preset, and the checkpoint; try --precision fp32",
-        )
-    return latent
 
 
 def notify(run: Run, clips: Iterable[Clip], text: str) -> None:

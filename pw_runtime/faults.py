@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens when something goes wrong in the middle of a run."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pw_runtime.clip import Clip, write_latents
+from pw_runtime.errors import BadResult, PixelWizardError
+from pw_runtime.progress import Reporter
+from pw_runtime.types import Latent
+
+
+@contextmanager
+def others_go_on(clip: Clip, reporter: Reporter) -> Iterator[None]:
+    """Keep a failure inside its prompt, and on disk what was computed for it."""
+    try:
+        yield
+    except Exception as error:
+        known = out_of_memory(error) or error
+        clip.error = str(known) or type(known).__name__
+        if not isinstance(known, PixelWizardError):
+            reporter.warn(traceback.format_exc())
+        reporter.warn(f"prompt {clip.prompt.id} failed: {clip.error}")
+        if clip.draft is not None and not clip.request.save_latents:
+            try:
+                reporter.warn(f"its latents are kept in {write_latents(clip)}")
+            except Exception as lost:
+                reporter.warn(f"its latents could not be kept: {lost}")
+
+
+def out_of_memory(error: Exception) -> BadResult | None:
+    """The one clear error for what torch and Python raise when memory runs out."""
+    torch_words = ("can't allocate memory", "not enough memory")
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+        words in str(error) for words in torch_words
+    ):
+        return None
+    return BadResult(
+        "memory ran out",
+        got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        do="take a smaller preset or fewer frames, more [decode] strips, or --precision bf16",
+    )
+
+
+def require_finite(latent: Latent, name: str) -> Latent:
+    """Refuse NaN and infinity, of which no picture can be made. Raises BadResult."""
+    if not latent.x.isfinite().all():
+        raise BadResult(
+            f"the {name} latent holds NaN or infinity",
+            wanted="finite numbers",
+            do="check shift and guidance of the preset, and the checkpoint; try --precision fp32",
+        )
+    return latent
