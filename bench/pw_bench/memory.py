@@ -47,12 +47,17 @@ fps = 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipMemory:
-    """One run. Samples are (seconds since start, resident bytes); marks are (seconds, line)."""
+    """One run. Samples are (seconds since start, resident bytes); marks are (seconds, line).
+
+    What the decode adds is `peak_bytes - at_decode_start_bytes`; it should not grow with
+    `frames`, while what the transformer leaves behind does.
+    """
 
     frames: int
     seconds: float
     peak_bytes: int
     peak_before_decode_bytes: int
+    at_decode_start_bytes: int
     clip_fp32_bytes: int  # what holding the decoded clip would take
     frame_fp32_bytes: int
     samples: list[tuple[float, int]]
@@ -97,6 +102,7 @@ def measure(model: Path, width: int, height: int, frames: int) -> ClipMemory:
         seconds=round(samples[-1][0], 1),
         peak_bytes=max(rss for _, rss in samples),
         peak_before_decode_bytes=max(rss for t, rss in samples if t <= decode_start),
+        at_decode_start_bytes=[rss for t, rss in samples if t <= decode_start][-1],
         clip_fp32_bytes=frame * frames,
         frame_fp32_bytes=frame,
         samples=samples[:: max(1, len(samples) // 400)],
@@ -140,7 +146,8 @@ def main(model: Path, out: Path, width: int, height: int, frames: tuple[int, ...
         clips.append(clip)
         click.echo(
             f"{count:4d} frames {width}x{height}: peak {clip.peak_bytes / 2**20:7.0f} MiB, "
-            f"before the decode {clip.peak_before_decode_bytes / 2**20:7.0f} MiB, "
+            f"before the decode {clip.peak_before_decode_bytes / 2**20:5.0f} MiB, "
+            f"added by it {(clip.peak_bytes - clip.at_decode_start_bytes) / 2**20:5.0f} MiB, "
             f"the clip in fp32 {clip.clip_fp32_bytes / 2**20:6.0f} MiB, {clip.seconds:.0f} s"
         )
     result = Result(machine=describe(), commit=commit(), width=width, height=height, clips=clips)
