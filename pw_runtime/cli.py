@@ -46,11 +46,16 @@ def cli() -> None:
 
 
 @cli.command()
-def doctor() -> int:
+@click.option("--kernels", is_flag=True, help="Also list the operations and what each runs on.")
+def doctor(kernels: bool) -> int:
     """Show what is installed, what is missing and what that disables."""
     from pw_runtime.machine import describe, doctor_report
 
     click.echo(doctor_report(describe()))
+    if kernels:
+        from pw_kernels.op import table  # needs torch, which the report does not
+
+        click.echo(f"\n{table()}")
     return DONE
 
 
@@ -116,6 +121,13 @@ def convert(
     help="Of matrix products. [default: fp32 on a CPU, bf16 on a GPU]",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--kernels",
+    type=click.Choice(["reference", "triton"]),
+    default="reference",
+    show_default=True,
+    help="triton: CUDA only, see docs/kernels.md.",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 @click.option(
     "--ckpt_dir", type=FOLDER, help="Official flag: checkpoint folder, converted on first use."
@@ -174,6 +186,7 @@ def read_request(options: dict[str, Any]) -> Any:
         draft_only=options["draft_only"],
         contact_sheet=options["contact_sheet"],
         precision=options["precision"] or ("fp32" if device.type == "cpu" else "bf16"),
+        kernels=options["kernels"],
         device=device,
     )
 

@@ -116,6 +116,7 @@ def write_clip_receipt(clip: Clip, bundle: Bundle, loading: float, video_bytes: 
         "codec": request.codec,
         "precision": request.precision,
         "device": str(request.device),
+        "kernels": request.kernels,
         "draft_only": request.draft_only,
         "save_latents": request.save_latents,
     }

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, verify
 from pw_runtime.clip import Clip, keep_thumbs, start_clip, write_clip_receipt, write_latents
 from pw_runtime.contact_sheet import write_contact_sheet
@@ -72,7 +73,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter)
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
-    with torch.inference_mode():
+    with torch.inference_mode(), using(request.kernels):
         encode_texts(run)
         make_drafts(run)
         finish_clips(run)

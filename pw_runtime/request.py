@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -36,8 +37,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_request(request: Request) -> None:
-    """Check the codec and the output folder, which is made. Raises BadRequest."""
+    """Check codec, kernels and the output folder, which is made. Raises BadRequest."""
     check_codec(request.codec)
+    if request.kernels == "triton":
+        _check_triton(request.device)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,4 +54,18 @@ def check_request(request: Request) -> None:
             f"cannot write into {request.out}",
             got="no permission",
             do="choose another --out",
+        )
+
+
+def _check_triton(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise BadRequest(
+            "Triton kernels need a CUDA device",
+            got=f"device {device}",
+            do="leave --kernels out: the reference runs everywhere",
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise BadRequest(
+            "Triton is not installed",
+            do="pip install 'pixelwizard-runtime[cuda]', or leave --kernels out",
         )

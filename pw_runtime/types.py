@@ -22,6 +22,7 @@ StageName = Literal["draft", "highres"]
 Network = Literal["draft", "highres", "vae", "text_encoder"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["h264", "hevc", "av1", "ffv1"]
+Kernels = Literal["reference", "triton"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
 PATCH = 2  # latent rows and columns in one token
@@ -232,6 +233,7 @@ class Request:
     draft_only: bool = False
     contact_sheet: bool = False
     precision: Precision = "fp32"
+    kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
     @property

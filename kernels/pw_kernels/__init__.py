@@ -1,30 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic worth a kernel, one operation per file.
 
-Every function here is plain PyTorch: what the networks run on a CPU, and the oracle that any
-faster implementation of the same operation is compared with.
+Every operation has a plain PyTorch reference: what the networks run on a CPU, and the oracle of
+the kernels (docs/kernels.md).
 """
 
 from pw_kernels.attention import attention
 from pw_kernels.causal_conv3d import causal_conv3d
 from pw_kernels.channel_norm import channel_norm
-from pw_kernels.dup_up import dup_up
+from pw_kernels.dup_up import dup_up_add
 from pw_kernels.gate_residual import gate_residual
 from pw_kernels.guide import guide
+from pw_kernels.merge_attention import merge_attention
 from pw_kernels.norm_modulate import norm_modulate
 from pw_kernels.pack_frames import pack_frames, unpatchify_pixels
-from pw_kernels.qk_norm_rope import rms_norm, rope
+from pw_kernels.qk_norm_rope import qk_norm_rope, rms_norm, rope
+from pw_kernels.upsample2x import upsample2x_conv
 
 __all__ = [
     "attention",
     "causal_conv3d",
     "channel_norm",
-    "dup_up",
+    "dup_up_add",
     "gate_residual",
     "guide",
+    "merge_attention",
     "norm_modulate",
     "pack_frames",
+    "qk_norm_rope",
     "rms_norm",
     "rope",
     "unpatchify_pixels",
+    "upsample2x_conv",
 ]

@@ -3,26 +3,39 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from pw_kernels.op import Cost, Op, chosen, register, require
 
-def dup_up(x: Tensor, channels: int, time_factor: int, space_factor: int, *, first: bool) -> Tensor:
-    """Spread channels over a finer grid by duplication (official DupUp3D).
 
-    Channel o at sub-position (a, b, c) copies input channel
-    (((o ft + a) fs + b) fs + c) // r, with r = channels ft fs^2 / C repeats.
+def dup_up_add(h: Tensor, x: Tensor, time_factor: int, space_factor: int, *, first: bool) -> Tensor:
+    """Add to h, in place, x spread over h's finer grid by duplication (official DupUp3D).
+
+    Channel o of h at sub-position (a, b, c) gains input channel
+    (((o ft + a) fs + b) fs + c) // r, with r = C' ft fs^2 / C repeats.
 
     Args:
-        x: [B, C, T, H, W].
-        channels: channels of the result.
+        h: [B, C', T ft (- (ft-1) when first), H fs, W fs], overwritten; fp32 or bf16.
+        x: [B, C, T, H, W], same dtype, no memory shared with h.
         time_factor: ft, frames made of one frame.
         space_factor: fs, rows made of one row and columns made of one column.
         first: x starts a clip; its first ft-1 result frames are dropped.
 
     Returns:
-        [B, channels, T ft (- (ft-1) when first), H fs, W fs].
+        h.
     """
+    if chosen(h.device).implementation == "triton":
+        _check(h, x, time_factor, space_factor, first)
+        torch.ops.pw.dup_up_add(h, x, time_factor, space_factor, first)
+        return h
+    return reference(h, x, time_factor, space_factor, first)
+
+
+def reference(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> Tensor:
+    """The oracle of `dup_up_add`: the duplicated tensor is made, then added."""
     ft, fs = time_factor, space_factor
+    channels = h.shape[1]
     repeats = channels * ft * fs * fs // x.shape[1]
     # Repeats by strides alone wherever r spans whole sub-positions, as in every Wan2.2 decoder.
     x = x.unsqueeze(2).expand(-1, -1, repeats, -1, -1, -1)
@@ -30,4 +43,49 @@ def dup_up(x: Tensor, channels: int, time_factor: int, space_factor: int, *, fir
     # [B, C', ft, fs, fs, T, H, W] -> [B, C', T, ft, H, fs, W, fs]
     x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)
     x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-    return x[:, :, ft - 1 :] if first else x
+    return h.add_(x[:, :, ft - 1 :] if first else x)
+
+
+def cost(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> Cost:
+    """One read and one write of h, one read of x."""
+    return Cost(flops=h.numel(), bytes=(2 * h.numel() + x.numel()) * h.element_size())
+
+
+def _check(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> None:
+    name, ft, fs = "dup_up_add", time_factor, space_factor
+    require(h.dim() == 5, name, "h [B, C', T', H', W']", tuple(h.shape))
+    require(x.dim() == 5, name, "x [B, C, T, H, W]", tuple(x.shape))
+    require(x.numel() > 0, name, "at least one position", tuple(x.shape))
+    require(ft >= 1 and fs >= 1, name, "factors of at least 1", (ft, fs))
+    frames, rows, columns = x.shape[2:]
+    frames = frames * ft - (ft - 1) * first
+    grid = (x.shape[0], h.shape[1], frames, rows * fs, columns * fs)
+    require(h.shape == grid, name, f"h of shape {grid}", tuple(h.shape))
+    copies = h.shape[1] * ft * fs * fs
+    wanted = f"channels of x to divide C' ft fs^2 = {copies}"
+    require(copies % x.shape[1] == 0, name, wanted, x.shape[1])
+    for tensor in (h, x):
+        floats = tensor.dtype in (torch.float32, torch.bfloat16)
+        require(floats, name, "fp32 or bf16", tensor.dtype)
+    require(h.dtype == x.dtype, name, f"x of h's dtype {h.dtype}", x.dtype)
+    require(h.device == x.device, name, f"x on {h.device}", x.device)
+
+
+@torch.library.custom_op("pw::dup_up_add", mutates_args=("h",))
+def _op(h: torch.Tensor, x: torch.Tensor, time_factor: int, space_factor: int, first: bool) -> None:
+    reference(h, x, time_factor, space_factor, first)
+
+
+@_op.register_kernel("cuda")
+def _launch(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> None:
+    from pw_kernels._triton.dup_up import launch
+
+    launch(h, x, time_factor, space_factor, first)
+
+
+@_op.register_fake
+def _fake(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> None:
+    return None
+
+
+OP = register(Op("dup_up_add", reference, cost))

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pw_kernels.op import Cost, Op, chosen, register, require
+
 
 def norm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype
@@ -26,6 +28,64 @@ def norm_modulate(
     Returns:
         [S, D].
     """
+    if chosen(x.device).implementation == "triton":
+        _check(x, shift, scale)
+        out: Tensor = torch.ops.pw.norm_modulate(x, shift, scale, eps, out_dtype)
+        return out
+    return reference(x, shift, scale, eps, out_dtype)
+
+
+def reference(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype
+) -> Tensor:
+    """The oracle of `norm_modulate`."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype).float()
     rows = normed.unflatten(0, (shift.shape[0], -1))  # [R, S/R, D]
     return (rows * (1 + scale[:, None]) + shift[:, None]).flatten(0, 1).to(out_dtype)
+
+
+def cost(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Cost:
+    """One read of x, one write of the result; the rows are negligible but counted."""
+    moved = x.numel() * (x.element_size() + out_dtype.itemsize)
+    return Cost(flops=9 * x.numel(), bytes=moved + 2 * shift.numel() * shift.element_size())
+
+
+def _check(x: Tensor, shift: Tensor, scale: Tensor) -> None:
+    name, kinds = "norm_modulate", (torch.float32, torch.bfloat16, torch.float16)
+    require(x.dim() == 2 and x.is_contiguous(), name, "x contiguous [S, D]", tuple(x.shape))
+    require(x.numel() > 0, name, "at least one token", tuple(x.shape))
+    require(x.dtype in kinds, name, "x fp32, bf16 or fp16", x.dtype)
+    for row in (shift, scale):
+        wanted = f"rows [R, {x.shape[1]}] with R dividing the {x.shape[0]} tokens"
+        fits = row.dim() == 2 and row.shape[1] == x.shape[1] and row.shape[0] > 0
+        require(fits and x.shape[0] % row.shape[0] == 0, name, wanted, tuple(row.shape))
+        require(row.dtype == torch.float32, name, "fp32 rows", row.dtype)
+        require(row.stride(1) == 1, name, "rows contiguous along D", row.stride())
+        require(row.device == x.device, name, f"all tensors on {x.device}", row.device)
+    require(shift.shape == scale.shape, name, "shift and scale of one shape", tuple(scale.shape))
+
+
+@torch.library.custom_op("pw::norm_modulate", mutates_args=())
+def _op(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return reference(x, shift, scale, eps, out_dtype)
+
+
+@_op.register_kernel("cuda")
+def _launch(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    from pw_kernels._triton.norm_modulate import launch
+
+    return launch(x, shift, scale, eps, out_dtype)
+
+
+@_op.register_fake
+def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=out_dtype)
+
+
+OP = register(Op("norm_modulate", reference, cost))

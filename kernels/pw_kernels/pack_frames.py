@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pw_kernels.op import Cost, Op, chosen, register, require
+
 
 def unpatchify_pixels(x: Tensor) -> Tensor:
     """Spread 2x2 pixel blocks: channel (c*2 + column)*2 + row goes to (row, column).
@@ -23,7 +25,7 @@ def unpatchify_pixels(x: Tensor) -> Tensor:
 
 
 def pack_frames(video: Tensor, *, truncate: bool) -> Tensor:
-    """Turn [-1, 1] values into 8-bit RGB.
+    """Turn [-1, 1] values into 8-bit RGB: clamp((v + 1) / 2 * 255, 0, 255), rounded half to even.
 
     Args:
         video: [3, F, height, width] fp32.
@@ -32,7 +34,50 @@ def pack_frames(video: Tensor, *, truncate: bool) -> Tensor:
     Returns:
         [F, height, width, 3] uint8, contiguous.
     """
+    if chosen(video.device).implementation == "triton":
+        _check(video)
+        out: Tensor = torch.ops.pw.pack_frames(video, truncate)
+        return out
+    return reference(video, truncate)
+
+
+def reference(video: Tensor, truncate: bool) -> Tensor:
+    """The oracle of `pack_frames`."""
     scaled = ((video + 1) / 2 * 255).clamp(0, 255)
     if not truncate:
         scaled = scaled.round()
     return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def cost(video: Tensor, truncate: bool) -> Cost:
+    """One read of the values, one byte written for each; add, halve, scale, clamp twice, round."""
+    flops = (5 if truncate else 6) * video.numel()
+    return Cost(flops=flops, bytes=video.numel() * (video.element_size() + 1))
+
+
+def _check(video: Tensor) -> None:
+    name, shape = "pack_frames", tuple(video.shape)
+    require(video.dim() == 4 and shape[0] == 3, name, "video [3, F, height, width]", shape)
+    require(video.numel() > 0, name, "at least one pixel", shape)
+    require(video.dtype == torch.float32, name, "fp32", video.dtype)
+    require(video.is_contiguous(), name, "video contiguous", video.stride())
+
+
+@torch.library.custom_op("pw::pack_frames", mutates_args=())
+def _op(video: torch.Tensor, truncate: bool) -> torch.Tensor:
+    return reference(video, truncate)
+
+
+@_op.register_kernel("cuda")
+def _launch(video: Tensor, truncate: bool) -> Tensor:
+    from pw_kernels._triton.pack_frames import launch
+
+    return launch(video, truncate)
+
+
+@_op.register_fake
+def _fake(video: Tensor, truncate: bool) -> Tensor:
+    return video.new_empty((*video.shape[1:], 3), dtype=torch.uint8)
+
+
+OP = register(Op("pack_frames", reference, cost))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pw_kernels import attention, gate_residual, norm_modulate, rms_norm, rope
+from pw_kernels import attention, gate_residual, norm_modulate, qk_norm_rope, rms_norm
 from pw_runtime.models.embeddings import project, run_mlp
 from pw_runtime.types import DitConfig
 
@@ -70,6 +70,13 @@ class Attention(nn.Module):
         keys = rms_norm(project(self.k, x), self.norm_k.weight, self.eps)
         return self.heads(keys), self.heads(project(self.v, x))
 
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[S, D] -> normalised and rotated queries and keys, plain values, [S, N, K] each."""
+        gains = (self.norm_q.weight, self.norm_k.weight)
+        q, k = project(self.q, x), project(self.k, x)
+        q, k = qk_norm_rope(q, k, *gains, cos, sin, self.num_heads, self.eps)
+        return q, k, self.heads(project(self.v, x))
+
     def output(self, heads: Tensor) -> Tensor:
         """[S, N, K] -> [S, D]."""
         return project(self.o, heads.flatten(1))
@@ -115,9 +122,7 @@ class Block(nn.Module):
         dtype = self.self_attn.q.weight.dtype
 
         h = norm_modulate(x, shift1, scale1, self.eps, dtype)
-        q = rope(self.self_attn.queries(h), cos, sin)
-        k, v = self.self_attn.keys_values(h)
-        k = rope(k, cos, sin)
+        q, k, v = self.self_attn.rotated(h, cos, sin)
         x = gate_residual(x, self.self_attn.output(attention(q, k, v)), gate1)
 
         h = F.layer_norm(x, x.shape[-1:], self.norm3.weight, self.norm3.bias, self.eps)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pw_kernels import attention, causal_conv3d, channel_norm, dup_up
+from pw_kernels import causal_conv3d, channel_norm, dup_up_add, upsample2x_conv
+from pw_kernels.attention import reference as attention_reference
 
 
 @dataclass(slots=True)
@@ -86,7 +87,8 @@ class AttentionBlock(nn.Module):
     def _frame(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x, silu=False))  # [1, 3C, H, W]
         q, k, v = qkv[0].flatten(1).T.unsqueeze(1).chunk(3, dim=-1)  # [HW, 1, C]
-        y = attention(q, k, v)[:, 0].T.reshape(x.shape)
+        # A head as wide as all channels (1024): no attention kernel takes that.
+        y = attention_reference(q, k, v)[:, 0].T.reshape(x.shape)
         out: Tensor = x + self.proj(y)
         return out
 
@@ -106,8 +108,9 @@ class Upsample(nn.Module):
             x = self.time_conv(x, cache)  # channels: even frames, then odd frames
             x = torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
         frames = x[0].transpose(0, 1)  # [T, C, H, W]
-        frames = self.resample["1"](F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
-        return frames.transpose(0, 1)[None]
+        conv = self.resample["1"]
+        assert isinstance(conv, nn.Conv2d)
+        return upsample2x_conv(frames, conv.weight, conv.bias).transpose(0, 1)[None]
 
 
 class UpStage(nn.Module):
@@ -120,7 +123,7 @@ class UpStage(nn.Module):
         if up:
             layers.append(Upsample(c_out, temporal=temporal))
         self.upsamples = nn.ModuleList(layers)
-        self.up, self.channels, self.time_factor = up, c_out, 2 if temporal else 1
+        self.up, self.time_factor = up, 2 if temporal else 1
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         """[1, C, T, H, W] -> [1, C', T', H', W']."""
@@ -128,7 +131,7 @@ class UpStage(nn.Module):
         for layer in self.upsamples:
             h = layer(h, cache)
         if self.up:
-            h += dup_up(x, self.channels, self.time_factor, 2, first=cache.first)
+            h = dup_up_add(h, x, self.time_factor, 2, first=cache.first)
         return h
 
 

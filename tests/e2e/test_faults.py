@@ -167,6 +167,12 @@ def test_device_that_is_not_there(generate) -> None:
     assert "cuda:63" in ended.err
 
 
+def test_kernels_without_a_gpu_are_refused(generate) -> None:
+    ended = generate("--prompt", "cat", "--kernels", "triton", "--device", "cpu")
+    assert ended.code == 2
+    assert "CUDA device" in ended.err
+
+
 def test_ids_that_cannot_name_a_file(generate, tmp_path) -> None:
     (tmp_path / "p.jsonl").write_text('{"id": "../up", "text": "a cat"}\n')
     ended = generate("--prompts", tmp_path / "p.jsonl")

@@ -54,6 +54,7 @@ def test_every_prompt_gets_a_clip_and_a_receipt(
     assert receipt["peak_memory_bytes"]["host"] > 0
     assert receipt["bundle"]["digest"]
     assert receipt["options"]["precision"] == "fp32"
+    assert receipt["options"]["kernels"] == "reference"
     assert receipt["versions"]["torch"] == torch.__version__
 
 
@@ -147,6 +148,13 @@ def test_stages_are_told_as_plain_lines_off_a_terminal(
     for start in ("text: 1/1", "draft 0: 2/2", "highres 0: 2/2", "decode 0: 5/5"):
         assert any(line.startswith(start) for line in lines), ended.err
     assert "\x1b" not in ended.err
+
+
+def test_doctor_lists_the_operations_and_what_runs(pw: Pw) -> None:
+    ended = pw("doctor", "--kernels")
+    assert ended.code == 0
+    assert "attention            reference, triton" in ended.out
+    assert "merge_attention      reference\n" in ended.out
 
 
 def test_seeds_depend_on_the_position_alone() -> None:

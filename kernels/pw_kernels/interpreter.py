@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's interpreter, made exact for bf16 and fp8.
+
+The stock interpreter (TRITON_INTERPRET=1) keeps bf16 and fp8 as their bits in unsigned integers.
+It truncates where a GPU rounds to the nearest even, and it adds, compares and multiplies the bits
+as integers, without a word. `install_exact_casts` mends that: narrow floats are widened to fp32
+for every operation and rounded once afterwards, as a GPU does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+TESTED = ("3.6", "3.7")
+
+_ARITHMETIC = (
+    "create_fadd",
+    "create_fsub",
+    "create_fmul",
+    "create_fdiv",
+    "create_frem",
+    "create_precise_divf",
+    "create_fma",
+    "create_clampf",
+    "create_minimumf",
+    "create_minnumf",
+    "create_maximumf",
+    "create_maxnumf",
+)
+_COMPARISONS = tuple(
+    f"create_fcmp{order}{relation}"
+    for order in "OU"
+    for relation in ("LT", "GT", "LE", "GE", "EQ", "NE")
+)
+_REPLACED = ("cast_impl", "create_fp_to_fp", "create_dot", *_ARITHMETIC, *_COMPARISONS)
+
+
+def install_exact_casts() -> None:
+    """Make Triton's interpreter round and compute bf16 and fp8 as a GPU does.
+
+    Call it once before the first kernel runs; more calls change nothing.
+
+    Raises:
+        RuntimeError: Triton does not interpret, or is a version this was never tested with.
+    """
+    try:
+        import triton.runtime.interpreter as stock
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "the Triton interpreter needs Triton: pip install 'triton==3.7.1'"
+        ) from error
+    builder = stock.InterpreterBuilder
+    if getattr(builder, "pw_exact", False):
+        return
+    _check(stock)
+    narrow = _NarrowFloats(stock)
+    builder.cast_impl = narrow.cast
+    builder.create_fp_to_fp = narrow.convert
+    builder.create_dot = narrow.dot(builder.create_dot)
+    for name in _ARITHMETIC:
+        setattr(builder, name, narrow.arithmetic(getattr(builder, name)))
+    for name in _COMPARISONS:
+        setattr(builder, name, narrow.comparison(getattr(builder, name)))
+    stock.ReduceOps.sum = narrow.refuse(stock.ReduceOps.sum, "tl.sum")
+    stock.ScanOps.cumsum = narrow.refuse(stock.ScanOps.cumsum, "tl.cumsum")
+    builder.create_atomic_rmw = narrow.refuse(builder.create_atomic_rmw, "an atomic")
+    builder.pw_exact = True
+
+
+def _check(stock: Any) -> None:
+    """Raise RuntimeError where the names this file replaces cannot be relied on."""
+    import triton
+
+    if triton.__version__.rpartition(".")[0] not in TESTED:
+        raise RuntimeError(
+            f"exact casts replace private names of Triton {' and '.join(TESTED)}, "
+            f"got {triton.__version__}: pip install 'triton==3.7.1'"
+        )
+    missing = [name for name in _REPLACED if not hasattr(stock.InterpreterBuilder, name)]
+    if missing:
+        raise RuntimeError(f"Triton {triton.__version__}'s interpreter lacks {missing}")
+    if not isinstance(triton.language.cdiv, stock.InterpretedFunction):
+        raise RuntimeError(
+            "Triton was imported to compile, not to interpret: "
+            "set TRITON_INTERPRET=1 before anything imports triton"
+        )
+
+
+class _NarrowFloats:
+    """Replacements for the methods of InterpreterBuilder; `handle`s hold bits and a type."""
+
+    def __init__(self, stock: Any) -> None:
+        import torch
+        import triton.language as tl
+
+        self.handle_type = stock.TensorHandle
+        self.stock_convert = stock._convert_float
+        self.numpy_dtype = stock._get_np_dtype
+        self.truncate = stock._ir.ROUNDING_MODE.RTZ
+        self.float32, self.float64, self.boolean = tl.float32, tl.float64, tl.int1
+        self.unknown = tl.float8e4b15  # torch has no such type
+        self.torch_dtype = {
+            tl.bfloat16: torch.bfloat16,
+            tl.float8e4nv: torch.float8_e4m3fn,
+            tl.float8e5: torch.float8_e5m2,
+            tl.float8e4b8: torch.float8_e4m3fnuz,
+            tl.float8e5b16: torch.float8_e5m2fnuz,
+        }
+        self.fp8 = set(self.torch_dtype) - {tl.bfloat16}
+
+    def is_narrow(self, dtype: Any) -> bool:
+        """Whether the interpreter holds numbers of this type as integers."""
+        return dtype.scalar in self.torch_dtype
+
+    def widen(self, handle: Any) -> Any:
+        """A narrow float as fp32, exactly; anything else as it is."""
+        import torch
+
+        if not self.is_narrow(handle.dtype):
+            return handle
+        bits = torch.from_numpy(handle.data.copy())
+        values = bits.view(self.torch_dtype[handle.dtype.scalar]).float().numpy()
+        return self.handle_type(values.reshape(handle.data.shape), self.float32)
+
+    def narrow(self, values: Any, dtype: Any) -> Any:
+        """An array of numbers as bits of the narrow `dtype`, rounded to nearest even.
+
+        Beyond the range of fp8 the largest finite number results, as of PTX's cvt.satfinite.
+        """
+        import torch
+
+        target = self.torch_dtype[dtype]
+        wide = torch.from_numpy(values.astype("float32"))
+        if dtype in self.fp8:
+            limit = torch.finfo(target).max
+            wide = wide.clamp(-limit, limit)
+        integer = torch.uint8 if target.itemsize == 1 else torch.uint16
+        bits = wide.to(target).view(integer).numpy().reshape(values.shape)
+        return self.handle_type(bits, dtype)
+
+    def cast(self, src: Any, dst_type: Any) -> Any:
+        """cast_impl: any number to any number."""
+        src, dst = self.widen(src), dst_type.scalar
+        if self.is_narrow(dst):
+            return self.narrow(src.data, dst)
+        return self.handle_type(src.data.astype(self.numpy_dtype(dst_type)), dst)
+
+    def convert(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        """create_fp_to_fp: float to float; one of them is fp8, or bits are to be cut off."""
+        src_dtype, dst = src.dtype.scalar, dst_type.scalar
+        if rounding_mode == self.truncate or self.unknown in (src_dtype, dst):
+            data = self.stock_convert(src.data, src_dtype, dst, rounding_mode)
+            return self.handle_type(data.view(self.numpy_dtype(dst_type)), dst)
+        return self.cast(src, dst_type)
+
+    def dot(self, stock_dot: Callable[..., Any]) -> Callable[..., Any]:
+        """create_dot with floats multiplied in fp32."""
+        import torch
+
+        def create_dot(builder: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+            if not (a.dtype.is_floating() and b.dtype.is_floating()) or a.dtype == self.float64:
+                return stock_dot(builder, a, b, d, precision, imprecise)
+            left, right = (
+                torch.from_numpy(self.widen(side).data.astype("float32")) for side in (a, b)
+            )
+            total = torch.matmul(left, right).numpy() + d.data
+            return self.handle_type(total.astype(d.data.dtype), d.dtype.scalar)
+
+        return create_dot
+
+    def arithmetic(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """A float operation, computed in fp32 where its operands are narrow."""
+
+        def create(builder: Any, *operands: Any) -> Any:
+            dtype = operands[0].dtype.scalar
+            if not self.is_narrow(dtype):
+                return stock(builder, *operands)
+            # The flags of clampf and fma are no handles and pass through.
+            wide = [self.widen(o) if hasattr(o, "dtype") else o for o in operands]
+            return self.narrow(stock(builder, *wide).data, dtype)
+
+        return create
+
+    def comparison(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """A float comparison, made in fp32 where its operands are narrow."""
+
+        def create(builder: Any, left: Any, right: Any) -> Any:
+            if not self.is_narrow(left.dtype):
+                return stock(builder, left, right)
+            return self.handle_type(
+                stock(builder, self.widen(left), self.widen(right)).data, self.boolean
+            )
+
+        return create
+
+    def refuse(self, stock: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """An operation that raises where it would add the bits of narrow floats."""
+
+        def create(owner: Any, *operands: Any) -> Any:
+            for operand in operands:
+                if hasattr(operand, "dtype") and self.is_narrow(operand.dtype):
+                    raise ValueError(f"{name} wants fp32 when interpreted, got {operand.dtype}")
+            return stock(owner, *operands)
+
+        return create

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention: both Triton kernels, in the interpreter, against fp64; the operator; bad input."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pw_kernels._triton.attention import HOPPER, LARGE, SMALL, Variant, run
+from pw_kernels.attention import OP, _check_for_triton, attention, reference
+from pw_kernels.op import using
+from tests.closeness import max_abs
+from tests.kernels.accuracy import assert_as_accurate
+
+HEADS = 2
+SIZES = (1, 63, 64, 127, 128, 129, 200)
+NAMES = ["64-portable", "64-hopper", "128-portable", "128-portable-small", "128-hopper"]
+VARIANTS = [
+    (64, LARGE[64]),
+    (64, HOPPER[64]),
+    (128, LARGE[128]),
+    (128, SMALL[128]),
+    (128, HOPPER[128]),
+]
+RAGGED = [(129, size) for size in SIZES] + [(size, 63) for size in SIZES]
+each_variant = pytest.mark.parametrize(("width", "variant"), VARIANTS, ids=NAMES)
+each_kernel = pytest.mark.parametrize("variant", [LARGE[64], HOPPER[64]], ids=NAMES[:2])
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def inputs(queries: int, keys: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v as views of wider rows, NaN before, between and behind them."""
+    generator = torch.Generator().manual_seed(queries * 1000 + keys)
+    found = []
+    for tokens in (queries, keys, keys):
+        rows = torch.full((tokens + 130, 3 * HEADS * width), math.nan, dtype=dtype)
+        view = rows[1 : tokens + 1, HEADS * width : 2 * HEADS * width].unflatten(1, (HEADS, width))
+        view.copy_(torch.randn(view.shape, generator=generator))
+        found.append(view)
+    return found
+
+
+def check(variant: Variant, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[float] = ()) -> None:
+    """As accurate as SDPA in the same precision; the log-sum-exp to fp32 precision."""
+    oracle = reference(q.double(), k.double(), v.double(), biases)
+    wanted, wanted_lse = reference(q, k, v, biases, return_lse=True)
+    out, lse = run(variant, q, k, v, biases)
+    assert out.is_contiguous()
+    assert_as_accurate(out, wanted, oracle)
+    assert lse.dtype == torch.float32
+    assert max_abs(lse, wanted_lse) <= 4e-6 * max(1.0, wanted_lse.abs().max().item())
+
+
+@each_variant
+@each_dtype
+def test_ragged_lengths(width: int, variant: Variant, dtype: torch.dtype) -> None:
+    for queries, keys in RAGGED:
+        check(variant, *inputs(queries, keys, width, dtype))
+
+
+@each_variant
+@pytest.mark.parametrize("keys", [4, 64, 66, 129, 130])  # the biases within a tile and across two
+def test_last_biases(width: int, variant: Variant, keys: int) -> None:
+    q, k, v = inputs(70, keys, width, torch.bfloat16)
+    for biases in ((5.0,), (3.0, -1.5), (0.5, 4.0, 2.0), (1.0, 2.0, -3.0, 4.0)):
+        check(variant, q, k, v, biases)
+
+
+@each_kernel
+def test_one_biased_key_stands_for_many(variant: Variant) -> None:
+    q, k, v = inputs(40, 60, 64, torch.float16)
+    many = [torch.cat([x, x[-1:].expand(449, -1, -1)]) for x in (k, v)]
+    out, lse = run(variant, q, k, v, (math.log(450),))
+    wanted, wanted_lse = reference(q.double(), *(x.double() for x in many), return_lse=True)
+    assert max_abs(out, wanted) < 1e-3
+    assert max_abs(lse, wanted_lse) < 1e-5
+
+
+@each_kernel
+@pytest.mark.parametrize("keys", [63, 129])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits(variant: Variant, keys: int, sign: int) -> None:
+    """Logits near 1000 or -1000: beside these, a key past the end with logit 0 would be all."""
+    q, k, v = inputs(33, keys, 64, torch.bfloat16)
+    q = q * 0.25 + 11
+    k = sign * (k * 0.25 + 11)
+    check(variant, q, k, v)
+
+
+@each_kernel
+def test_one_head_of_one_token(variant: Variant) -> None:
+    """Such tensors may have any stride in PyTorch."""
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0)).half()
+    x = x.as_strided((1, 1, 64), (7, 3, 1))
+    _check_for_triton(x, x, x, ())
+    out, _ = run(variant, x, x, x)
+    assert torch.equal(out, x)
+
+
+@each_kernel
+def test_offsets_past_32_bits(variant: Variant) -> None:
+    """Tokens as far apart as allowed, so that the third tile of 128 starts past 2^31 elements."""
+    tokens, stride, width = 260, 2**24 - 16, 64
+    assert 256 * stride > 2**31
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # 8.7 GB of which 3 MB are touched
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    with mmap.mmap(-1, 2 * tokens * stride, flags=flags) as memory:
+        rows = torch.frombuffer(memory, dtype=torch.bfloat16).view(tokens, stride)
+        views = [rows[:, i * width : (i + 1) * width].unflatten(1, (1, width)) for i in range(3)]
+        generator = torch.Generator().manual_seed(0)
+        for view in views:
+            view.copy_(torch.randn(view.shape, generator=generator))
+        _check_for_triton(*views, ())
+        out, _ = run(variant, *views)
+        wanted, _ = run(variant, *(view.contiguous() for view in views))
+        del rows, views, view
+    assert torch.equal(out, wanted)
+
+
+def test_4k_self_attention_on_meta() -> None:
+    """The packed projections of a 4K clip need 64-bit offsets, and are within what is checked."""
+    tokens, heads, width = 249_240, 24, 128
+    packed = torch.empty(tokens, 3, heads, width, dtype=torch.bfloat16, device="meta")
+    assert packed.numel() > 2**31
+    q, k, v = packed.unbind(1)
+    _check_for_triton(q, k, v, ())
+    out, lse = torch.ops.pw.attention(q, k, v, [])
+    assert out.shape == (tokens, heads, width)
+    assert out.is_contiguous()
+    assert lse.shape == (tokens, heads)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(("tokens", "tflop"), [(111_600, 153.04), (249_240, 763.33)])
+def test_cost_of_self_attention(tokens: int, tflop: float) -> None:
+    """4 S^2 D: 4 * 111600^2 * 3072 = 1.5304e14 and 4 * 249240^2 * 3072 = 7.6333e14."""
+    x = torch.empty(tokens, 24, 128, dtype=torch.bfloat16, device="meta")
+    cost = OP.cost(x, x, x)
+    assert cost.flops == 4 * tokens**2 * 3072
+    assert cost.flops / 1e12 == pytest.approx(tflop, abs=0.01)
+    assert cost.bytes == 4 * tokens * 3072 * 2
+    assert OP.cost(x, x, x, return_lse=True).bytes == cost.bytes + 4 * tokens * 24
+
+
+def test_operator() -> None:
+    q, k, v = (x.contiguous() for x in inputs(9, 12, 64, torch.bfloat16))
+    torch.library.opcheck(torch.ops.pw.attention.default, (q, k, v, [1.0, 2.0]))
+
+
+def test_reference_lse() -> None:
+    q, k, v = inputs(9, 12, 128, torch.float16)
+    out, lse = attention(q, k, v, (1.0, 2.0), return_lse=True)
+    assert torch.equal(out, attention(q, k, v, (1.0, 2.0)))
+    logits = torch.einsum("snk,enk->nse", q.double(), k.double()) / math.sqrt(128)
+    logits[..., -2:] += torch.tensor([1.0, 2.0])
+    assert max_abs(lse.T, logits.exp().sum(-1).log()) < 1e-5
+
+
+GOOD = torch.zeros(5, 2, 64, dtype=torch.bfloat16)
+BAD: list[tuple[str, tuple[Any, ...], str]] = [
+    ("two dimensions", (GOOD[0], GOOD, GOOD), r"q \[S, N, K\], got \(2, 64\)"),
+    ("keys of other heads", (GOOD, GOOD[:, :1], GOOD[:, :1]), r"keys \[E, 2, 64\]"),
+    ("values of other length", (GOOD, GOOD, GOOD[:4]), r"v of k's shape \(5, 2, 64\), got \(4, "),
+    ("no query", (GOOD[:0], GOOD, GOOD), "at least one query"),
+    ("no key", (GOOD, GOOD[:0], GOOD[:0]), "at least one key"),
+    ("mixed dtypes", (GOOD, GOOD, GOOD.half()), "of one dtype, torch.bfloat16, got torch.float16"),
+    ("mixed devices", (GOOD, GOOD.to("meta"), GOOD), "all tensors on cpu, got meta"),
+    ("more biases than keys", (GOOD, GOOD, GOOD, (1.0,) * 6), "at most 5 last biases.*got 6"),
+]
+FAR = torch.empty(2, 2**24, dtype=torch.bfloat16, device="meta")[:, :128].unflatten(1, (2, 64))
+WIDE = torch.zeros(5, 1, 1024, dtype=torch.bfloat16)
+BAD_FOR_TRITON: list[tuple[str, tuple[Any, ...], str]] = [
+    ("head width", (WIDE, WIDE, WIDE, ()), "64 or 128 .pw_kernels.attention.reference.*got 1024"),
+    ("fp32", (GOOD.float(),) * 3 + ((),), "bf16 or fp16 .*got torch.float32"),
+    ("five biases", (GOOD, GOOD, GOOD, (1.0,) * 5), "at most 4 last biases.*got 5"),
+    ("infinite bias", (GOOD, GOOD, GOOD, (math.inf,)), "finite last biases, got"),
+    ("head-major", (GOOD.transpose(0, 1).contiguous().transpose(0, 1),) * 3 + ((),), "side by"),
+    ("odd rows", (GOOD.new_zeros(5, 129)[:, :128].unflatten(1, (2, 64)),) * 3 + ((),), "got 129"),
+    ("far tokens", (FAR, FAR, FAR, ()), "token stride of 0 to 2.24.*got 16777216"),
+]
+
+
+@pytest.mark.parametrize(("args", "match"), [case[1:] for case in BAD], ids=[c[0] for c in BAD])
+def test_bad_input(args: tuple[Any, ...], match: str) -> None:
+    with pytest.raises(ValueError, match=f"pw::attention wants .*{match}"):
+        attention(*args)
+
+
+@pytest.mark.parametrize(
+    ("args", "match"), [case[1:] for case in BAD_FOR_TRITON], ids=[c[0] for c in BAD_FOR_TRITON]
+)
+def test_input_only_the_reference_takes(args: tuple[Any, ...], match: str) -> None:
+    with pytest.raises(ValueError, match=f"pw::attention wants .*{match}"):
+        _check_for_triton(*args)
+
+
+def test_triton_on_cpu_is_refused() -> None:
+    with using("triton"), pytest.raises(ValueError, match="CUDA device, got cpu"):
+        attention(GOOD, GOOD, GOOD)
