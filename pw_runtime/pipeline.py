@@ -66,7 +66,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     if request.noise is not None:
         noise = load_noise(request.noise, request.stages, request.preset.video)
     reporter.say(f"checking the files of {bundle.root}")
-    check_networks(bundle, request.stages)
+    check_networks(bundle, request.stages, request.kernels)
     verify(bundle)
     reset_peak_memory(request.device)
     clips = tuple(start_clip(request, prompt, noise) for prompt in request.prompts)

@@ -40,7 +40,7 @@ def check_request(request: Request) -> None:
     """Check codec, kernels and the output folder, which is made. Raises BadRequest."""
     check_codec(request.codec)
     if request.kernels == "triton":
-        _check_triton(request.device)
+        _check_triton(request)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,12 +57,18 @@ def check_request(request: Request) -> None:
         )
 
 
-def _check_triton(device: torch.device) -> None:
-    if device.type != "cuda":
+def _check_triton(request: Request) -> None:
+    if request.device.type != "cuda":
         raise BadRequest(
             "Triton kernels need a CUDA device",
-            got=f"device {device}",
+            got=f"device {request.device}",
             do="leave --kernels out: the reference runs everywhere",
+        )
+    if request.precision != "bf16":
+        raise BadRequest(
+            "the Triton attention computes in bf16",
+            got=f"precision {request.precision}",
+            do="add --precision bf16, or leave --kernels out",
         )
     if importlib.util.find_spec("triton") is None:
         raise BadRequest(

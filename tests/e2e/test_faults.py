@@ -13,8 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from pw_runtime import pipeline
-from pw_runtime.errors import WriteFailed
-from pw_runtime.types import Latent
+from pw_runtime.bundle import open_bundle
+from pw_runtime.errors import BadRequest, WriteFailed
+from pw_runtime.networks import check_networks
+from pw_runtime.presets import PRESETS
+from pw_runtime.request import check_request
+from pw_runtime.types import Latent, Request
 from tests.e2e.pw import Pw, latent_shapes
 
 
@@ -281,3 +285,18 @@ def test_ctrl_c_keeps_finished_clips_and_leaves_no_partial_one(
     assert ended.code == 130
     assert "interrupted" in ended.err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.json", "0.mp4"]
+
+
+def test_what_the_triton_kernels_cannot_take_is_refused_before_anything_is_computed(
+    bundle_dir,
+) -> None:
+    """The test model has 32-wide heads; the rest of the check needs no GPU either."""
+    bundle = open_bundle(bundle_dir)
+    with pytest.raises(BadRequest, match="heads of the draft network"):
+        check_networks(bundle, ["draft"], "triton")
+    request = Request(
+        prompts=(), preset=PRESETS["draft"], out=Path(), kernels="triton",
+        device=torch.device("cuda"), precision="fp32",
+    )  # fmt: skip
+    with pytest.raises(BadRequest, match="computes in bf16"):
+        check_request(request)
