@@ -90,11 +90,12 @@ def measure(model: Path, width: int, height: int, frames: int) -> ClipMemory:
         sampler = threading.Thread(target=_sample, args=(child.pid, start, samples))
         sampler.start()
         assert child.stderr is not None
-        marks = [(round(time.monotonic() - start, 2), line.strip()) for line in child.stderr]
+        lines = [(round(time.monotonic() - start, 2), line.strip()) for line in child.stderr]
         code = child.wait()
         sampler.join()
     if code != 0:
-        raise SystemExit(f"pw generate ended with {code}: {[line for _, line in marks]}")
+        raise SystemExit(f"pw generate ended with {code}: {[line for _, line in lines]}")
+    marks = [(t, line) for t, line in lines if ": " in line]  # progress, not paths
     decode_start = next(t for t, line in marks if line.startswith("highres"))
     frame = 3 * width * height * 4
     return ClipMemory(
