@@ -30,7 +30,7 @@ CLIP = VideoPlan(frames=121, fps=24)
 # The built-in model: the same two stages at a size that a laptop runs in seconds.
 NANO_DRAFT = StagePlan(width=224, height=128, steps=12, shift=5.0, guidance=5.0)
 NANO = StagePlan(width=448, height=256, steps=4, shift=5.5, guidance=5.0)
-NANO_CLIP = VideoPlan(frames=17, fps=12)
+NANO_CLIP = VideoPlan(frames=13, fps=12)
 
 PRESETS: dict[str, Preset] = {
     "draft": Preset(draft=DRAFT, video=CLIP),
