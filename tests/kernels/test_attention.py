@@ -46,7 +46,9 @@ def inputs(queries: int, keys: int, width: int, dtype: torch.dtype) -> list[Tens
     return found
 
 
-def check(variant: Variant, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[float] = ()) -> None:
+def check_variant(
+    variant: Variant, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[float] = ()
+) -> None:
     """As accurate as SDPA in the same precision; the log-sum-exp to fp32 precision."""
     oracle = reference(q.double(), k.double(), v.double(), biases)
     wanted, wanted_lse = reference(q, k, v, biases, return_lse=True)
@@ -61,7 +63,7 @@ def check(variant: Variant, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[fl
 @each_dtype
 def test_ragged_lengths(width: int, variant: Variant, dtype: torch.dtype) -> None:
     for queries, keys in RAGGED:
-        check(variant, *inputs(queries, keys, width, dtype))
+        check_variant(variant, *inputs(queries, keys, width, dtype))
 
 
 @each_variant
@@ -69,7 +71,7 @@ def test_ragged_lengths(width: int, variant: Variant, dtype: torch.dtype) -> Non
 def test_last_biases(width: int, variant: Variant, keys: int) -> None:
     q, k, v = inputs(70, keys, width, torch.bfloat16)
     for biases in ((5.0,), (3.0, -1.5), (0.5, 4.0, 2.0), (1.0, 2.0, -3.0, 4.0)):
-        check(variant, q, k, v, biases)
+        check_variant(variant, q, k, v, biases)
 
 
 @each_kernel
@@ -90,7 +92,7 @@ def test_large_logits(variant: Variant, keys: int, sign: int) -> None:
     q, k, v = inputs(33, keys, 64, torch.bfloat16)
     q = q * 0.25 + 11
     k = sign * (k * 0.25 + 11)
-    check(variant, q, k, v)
+    check_variant(variant, q, k, v)
 
 
 @each_kernel
