@@ -336,3 +336,18 @@ def test_adapter_width_that_cannot_be_normalised_in_groups_is_refused(
     content["generator"][name] = torch.zeros(47, 48, 1, 1, 1)
     torch.save(content, tmp_path / "h.pt")
     expect_refusal(wan, "impossible widths", "47", highres=tmp_path / "h.pt")
+
+
+@pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.empty(3, device="meta")])
+def test_tensors_without_plain_data_are_refused(wan: Path, odd: torch.Tensor) -> None:
+    """Seen: a sparse tensor ended the conversion with a traceback."""
+    state = torch.load(wan / "Wan2.2_VAE.pth", weights_only=True)
+    torch.save(state | {"odd": odd}, wan / "Wan2.2_VAE.pth")
+    expect_refusal(wan, "things that are not plain tensors", "odd")
+
+
+@pytest.mark.parametrize(("key", "value"), [("text_len", 0), ("eps", -1e-6), ("num_heads", 32)])
+def test_config_that_makes_no_transformer_is_refused(wan: Path, key: str, value: float) -> None:
+    """Seen: these converted, and failed in the middle of a generation (32 heads: odd width 3)."""
+    edit_json(wan / "config.json", **{key: value})
+    expect_refusal(wan, "make no transformer", "config.json")

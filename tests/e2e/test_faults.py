@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from pw_runtime import pipeline
 from pw_runtime.bundle import open_bundle
-from pw_runtime.errors import BadRequest, WriteFailed
-from pw_runtime.networks import check_networks
+from pw_runtime.errors import BadRequest, BadWeights, WriteFailed
+from pw_runtime.networks import check_networks, load_text_network
 from pw_runtime.presets import PRESETS
 from pw_runtime.request import check_request
 from pw_runtime.types import Latent, Request
@@ -300,3 +300,18 @@ def test_what_the_triton_kernels_cannot_take_is_refused_before_anything_is_compu
     )  # fmt: skip
     with pytest.raises(BadRequest, match="computes in bf16"):
         check_request(request)
+
+
+def test_damaged_tokenizer_is_one_clear_error(bundle_dir, tmp_path) -> None:
+    """Seen: a tokenizer.json of {} raised a KeyError."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundle_dir, damaged)
+    (damaged / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadWeights, match="cannot read the tokenizer"):
+        load_text_network(open_bundle(damaged), "fp32", torch.device("cpu"))
+
+
+def test_version_is_told_from_a_source_checkout_too(pw) -> None:
+    ended = pw("--version")
+    assert ended.code == 0
+    assert ended.out.startswith("pw, version ")

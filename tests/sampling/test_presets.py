@@ -137,3 +137,9 @@ def test_seeds_that_no_generator_takes_are_refused() -> None:
         resolve_base_seed(10**22)
     assert 0 <= resolve_base_seed(-1) < 2**31
     assert resolve_base_seed(7) == 7
+
+
+def test_preset_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = write_preset(tmp_path / "p.toml")
+    file.write_text("\ufeff" + file.read_text())
+    assert find_preset(str(file)).draft.width == 96

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pw_runtime.atomic import atomic_file, write_text
+from pw_runtime.atomic import atomic_file, write_failed, write_text
 from pw_runtime.errors import WriteFailed
 
 
@@ -86,3 +86,9 @@ def test_two_processes_that_write_one_path_do_not_meet(tmp_path: Path) -> None:
 def test_a_name_the_system_refuses_is_a_write_failure(tmp_path: Path) -> None:
     with pytest.raises(WriteFailed, match="File name too long"):
         write_text(tmp_path / ("x" * 300), "text")
+
+
+def test_a_full_disk_is_understood_in_the_words_of_safetensors(tmp_path: Path) -> None:
+    """Its errors have no errno, so the remedy used to be "run the same command again"."""
+    error = RuntimeError("I/O error: No space left on device (os error 28)")
+    assert "free some space" in str(write_failed(tmp_path / "a", error))
