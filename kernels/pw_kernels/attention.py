@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pw_kernels.attention_variants import run, variant_for
+from pw_kernels.launcher import capability
 from pw_kernels.op import Cost, Op, chosen, register, require
 
 HEAD_WIDTHS = (64, 128)  # of the Triton kernels
@@ -70,7 +72,7 @@ def attention(
             than keys; and where the Triton kernel was asked for, what it does not take.
     """
     _check(q, k, v, last_biases)
-    if chosen(q.device).implementation == "triton":
+    if chosen(_NAME, q.device).implementation == "triton":
         _check_for_triton(q, k, v, last_biases)
         out, lse = torch.ops.pw.attention(q, k, v, list(last_biases))
         return (out, lse) if return_lse else out
@@ -197,10 +199,12 @@ def _op(
 
 
 @_op.register_kernel("cuda")
-def _launch(q: Tensor, k: Tensor, v: Tensor, last_biases: Sequence[float]) -> tuple[Tensor, Tensor]:
-    from pw_kernels._triton.attention import launch
-
-    return launch(q, k, v, last_biases)
+def run_kernel(
+    q: Tensor, k: Tensor, v: Tensor, last_biases: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel; the input was checked by the caller."""
+    variant = variant_for(capability(q.device), q.shape[2])
+    return run(variant, q, k, v, last_biases)
 
 
 @_op.register_fake

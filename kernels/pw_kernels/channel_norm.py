@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pw_kernels.launcher import Kernel, cdiv, launch, next_power_of_2
 from pw_kernels.op import Cost, Op, chosen, register, require
+
+_KERNEL = Kernel("channel_norm")
+TILE = 16384  # elements a program keeps in registers: 64 a thread with 8 warps
 
 
 def channel_norm(x: Tensor, gamma: Tensor, *, silu: bool) -> Tensor:
@@ -26,7 +30,7 @@ def channel_norm(x: Tensor, gamma: Tensor, *, silu: bool) -> Tensor:
     Returns:
         Same shape, dtype and order of dimensions in memory as x.
     """
-    if chosen(x.device).implementation == "triton":
+    if chosen("channel_norm", x.device).implementation == "triton":
         _check(x, gamma)
         out: Tensor = torch.ops.pw.channel_norm(x, gamma, silu)
         return out
@@ -85,10 +89,54 @@ def _op(x: torch.Tensor, gamma: torch.Tensor, silu: bool) -> torch.Tensor:
 
 
 @_op.register_kernel("cuda")
-def _launch(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
-    from pw_kernels._triton.channel_norm import launch
+def run_kernel(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
+    """Launch the kernel; the input was checked by the caller."""
+    out = torch.empty_like(x)
+    clip, last = as_clip(x), channels_last(as_clip(x))
+    assert last is not None
+    strides, out_strides = _strides(clip, last), _strides(as_clip(out), last)
+    assert out_strides is not None
+    if strides is None:
+        clip, strides = as_clip(torch.empty_like(x).copy_(x)), out_strides
+    batches, channels, frames, rows, columns = clip.shape
+    block_c = next_power_of_2(channels)
+    block_p = tile_positions(block_c)
+    sides = ("batch", "frame", "row")
+    launch(
+        _KERNEL,
+        (cdiv(rows * columns, block_p), frames, batches),
+        {
+            "x_ptr": clip,
+            "gamma_ptr": gamma,
+            "out_ptr": out,
+            "positions": rows * columns,
+            **{f"x_{side}": stride for side, stride in zip(sides, strides, strict=True)},
+            **{f"out_{side}": stride for side, stride in zip(sides, out_strides, strict=True)},
+            "root": channels**0.5,
+        },
+        {"C": channels, "BLOCK_C": block_c, "BLOCK_P": block_p, "LAST": last, "SILU": silu},
+        num_warps=8,
+    )
+    return out
 
-    return launch(x, gamma, silu)
+
+def tile_positions(block_c: int) -> int:
+    """Positions of a tile: as many as registers hold, 16 of the widest."""
+    return min(256, TILE // block_c)
+
+
+def _strides(clip: Tensor, last: bool) -> tuple[int, int, int] | None:
+    """Strides of batch, frame and row; None where the positions of a frame have no one stride."""
+    batch, channel, frame, row, column = clip.stride()
+    channels, rows, columns = clip.shape[1], *clip.shape[3:]
+    if rows > 1 and columns > 1 and row != columns * column:
+        return None
+    step = column if columns > 1 else row
+    if rows == columns == 1:
+        step = channels if last else 1
+    if last:
+        return (batch, frame, step) if channel == 1 else None
+    return (batch, frame, channel) if step == 1 else None
 
 
 @_op.register_fake

@@ -6,7 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pw_kernels.launcher import Kernel, cdiv, launch, next_power_of_2
 from pw_kernels.op import Cost, Op, chosen, register, require
+
+_KERNEL = Kernel("dup_up", any_number=frozenset({"frames", "rows"}))
 
 
 def dup_up_add(h: Tensor, x: Tensor, time_factor: int, space_factor: int, *, first: bool) -> Tensor:
@@ -25,7 +28,7 @@ def dup_up_add(h: Tensor, x: Tensor, time_factor: int, space_factor: int, *, fir
     Returns:
         h.
     """
-    if chosen(h.device).implementation == "triton":
+    if chosen("dup_up_add", h.device).implementation == "triton":
         _check(h, x, time_factor, space_factor, first)
         torch.ops.pw.dup_up_add(h, x, time_factor, space_factor, first)
         return h
@@ -77,10 +80,43 @@ def _op(h: torch.Tensor, x: torch.Tensor, time_factor: int, space_factor: int, f
 
 
 @_op.register_kernel("cuda")
-def _launch(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> None:
-    from pw_kernels._triton.dup_up import launch
+def run_kernel(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> None:
+    """Launch the kernel; the input was checked by the caller."""
+    batches, channels, frames, rows, columns = h.shape
+    block_c, block_w = tile_shape(h)
+    tiles = cdiv(channels, block_c) * cdiv(columns, block_w)
+    sides = ("batch", "channel", "frame", "row", "column")
+    launch(
+        _KERNEL,
+        (batches * frames * rows * tiles,),
+        {
+            "h_ptr": h,
+            "x_ptr": x,
+            "channels": channels,
+            "frames": frames,
+            "rows": rows,
+            "columns": columns,
+            **{f"h_{side}": stride for side, stride in zip(sides, h.stride(), strict=True)},
+            **{f"x_{side}": stride for side, stride in zip(sides, x.stride(), strict=True)},
+        },
+        {
+            "FT": time_factor,
+            "FS": space_factor,
+            "REPEATS": channels * time_factor * space_factor**2 // x.shape[1],
+            "DROPPED": time_factor - 1 if first else 0,
+            "BLOCK_C": block_c,
+            "BLOCK_W": block_w,
+        },
+        num_warps=4,
+    )
 
-    launch(h, x, time_factor, space_factor, first)
+
+def tile_shape(h: Tensor) -> tuple[int, int]:
+    """Channels and columns of a tile of 1024 elements, longer along what is contiguous."""
+    if h.stride(4) == 1:
+        wide = min(256, max(32, next_power_of_2(h.shape[4])))
+        return 1024 // wide, wide
+    return 128, 8
 
 
 @_op.register_fake

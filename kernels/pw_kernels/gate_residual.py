@@ -6,7 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pw_kernels.launcher import Kernel, launch
 from pw_kernels.op import Cost, Op, chosen, register, require
+from pw_kernels.row_block import row_block
+
+_KERNEL = Kernel("gate_residual", any_number=frozenset({"tokens_per_row"}))
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -20,7 +24,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     Returns:
         [S, D] fp32: the residual stream is fp32 from the first gated addition on.
     """
-    if chosen(x.device).implementation == "triton":
+    if chosen("gate_residual", x.device).implementation == "triton":
         _check(x, y, gate)
         out: Tensor = torch.ops.pw.gate_residual(x, y, gate)
         return out
@@ -67,10 +71,26 @@ def _op(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 
 @_op.register_kernel("cuda")
-def _launch(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    from pw_kernels._triton.gate_residual import launch
-
-    return launch(x, y, gate)
+def run_kernel(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Launch the kernel; the input was checked by the caller."""
+    tokens, dim = x.shape
+    out = torch.empty_like(x, dtype=torch.float32)
+    block, num_warps = row_block(dim)
+    launch(
+        _KERNEL,
+        (tokens,),
+        {
+            "x_ptr": x,
+            "y_ptr": y,
+            "gate_ptr": gate,
+            "out_ptr": out,
+            "tokens_per_row": tokens // gate.shape[0],
+            "row_stride": gate.stride(0),
+        },
+        {"D": dim, "BLOCK": block},
+        num_warps=num_warps,
+    )
+    return out
 
 
 @_op.register_fake

@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pw_kernels.launcher import Kernel, launch
 from pw_kernels.op import Cost, Op, chosen, register, require
+from pw_kernels.row_block import row_block
+
+_KERNEL = Kernel("norm_modulate", any_number=frozenset({"tokens_per_row"}))
 
 
 def norm_modulate(
@@ -28,7 +32,7 @@ def norm_modulate(
     Returns:
         [S, D].
     """
-    if chosen(x.device).implementation == "triton":
+    if chosen("norm_modulate", x.device).implementation == "triton":
         _check(x, shift, scale)
         out: Tensor = torch.ops.pw.norm_modulate(x, shift, scale, eps, out_dtype)
         return out
@@ -77,10 +81,31 @@ def _op(
 
 
 @_op.register_kernel("cuda")
-def _launch(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-    from pw_kernels._triton.norm_modulate import launch
-
-    return launch(x, shift, scale, eps, out_dtype)
+def run_kernel(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype
+) -> Tensor:
+    """Launch the kernel; the input was checked by the caller."""
+    tokens, dim = x.shape
+    if scale.stride() != shift.stride():  # rows are views into one modulation tensor, usually
+        shift, scale = shift.contiguous(), scale.contiguous()
+    out = torch.empty_like(x, dtype=out_dtype)
+    block, num_warps = row_block(dim)
+    launch(
+        _KERNEL,
+        (tokens,),
+        {
+            "x_ptr": x,
+            "shift_ptr": shift,
+            "scale_ptr": scale,
+            "out_ptr": out,
+            "tokens_per_row": tokens // shift.shape[0],
+            "row_stride": shift.stride(0),
+            "eps": eps,
+        },
+        {"D": dim, "BLOCK": block},
+        num_warps=num_warps,
+    )
+    return out
 
 
 @_op.register_fake

@@ -3,7 +3,8 @@
 
 Every operation has a plain PyTorch `reference`: what a CPU runs, what export traces, and the
 oracle of everything faster. Some also have a Triton kernel behind a torch operator
-(`torch.ops.pw.<name>`). A public function checks its input, asks `chosen`, and calls one of them.
+(`torch.ops.pw.<name>`); attention has others besides. A public function checks its input, asks
+`chosen`, and calls one of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-Implementation = Literal["reference", "triton"]
+Implementation = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,12 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """An operation: its name, its oracle, and its cost as a function of the same arguments."""
+    """An operation: its name, its oracle, its cost as a function of the same arguments."""
 
     name: str
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
-    triton: bool = True  # there is a Triton kernel
+    others: tuple[Implementation, ...] = ("triton",)  # besides the reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Choice:
 
 
 OPS: dict[str, Op] = {}
-_wanted: Implementation = "reference"  # a plain global: torch.compile guards it
+_wanted: dict[str, Implementation] = {}  # operation -> what was asked for; a global: dynamo guards
 
 
 def register(op: Op) -> Op:
@@ -56,26 +57,40 @@ def register(op: Op) -> Op:
 
 
 @contextmanager
-def using(implementation: Implementation) -> Iterator[None]:
-    """Run the block with this implementation of every operation that has it (process-wide)."""
+def using(implementation: Implementation, **by_op: Implementation) -> Iterator[None]:
+    """Run the block with this implementation of every operation that has it (process-wide).
+
+    `by_op` says otherwise for single operations: using("triton", attention="cudnn").
+
+    Raises ValueError for an operation there is not, or that has no such implementation.
+    """
     global _wanted
-    before, _wanted = _wanted, implementation
+    for name, one in by_op.items():
+        if name not in OPS:
+            raise ValueError(f"no operation {name} among {', '.join(sorted(OPS))}")
+        have = ("reference", *OPS[name].others)
+        require(one in have, name, f"one of {', '.join(have)}", one)
+    general = {op.name: implementation for op in OPS.values() if implementation in op.others}
+    before, _wanted = _wanted, general | by_op
     try:
         yield
     finally:
         _wanted = before
 
 
-def chosen(device: torch.device) -> Choice:
-    """What runs for tensors on `device`, and why.
+def chosen(name: str, device: torch.device) -> Choice:
+    """What runs of operation `name` for tensors on `device`, and why.
 
-    Raises ValueError where Triton was asked for and `device` cannot run it.
+    Raises ValueError where an implementation was asked for that `device` cannot run.
     """
-    if _wanted == "reference":
+    if name not in OPS or "triton" not in OPS[name].others:
+        return Choice("reference", "the only one")
+    wanted = _wanted.get(name, "reference")
+    if wanted == "reference":
         return Choice("reference", "the default; kernels are asked for with --kernels triton")
     if device.type != "cuda":
-        raise ValueError(f"Triton kernels need a CUDA device, got {device}; use the reference")
-    return Choice("triton", "asked for")
+        raise ValueError(f"pw::{name} as {wanted} needs a CUDA device, got {device}")
+    return Choice(wanted, "asked for")
 
 
 def require(condition: bool, op: str, what: str, got: object) -> None:
@@ -87,8 +102,8 @@ def require(condition: bool, op: str, what: str, got: object) -> None:
 def table() -> str:
     """Every operation, its implementations, and what runs on this machine unless asked."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choice = chosen(device)
-    lines = [f"operations on {device}: {choice.implementation} ({choice.reason})", ""]
+    lines = [f"operations on {device}: the one that runs unless asked, then what can be asked", ""]
     for op in sorted(OPS.values(), key=lambda op: op.name):
-        lines.append(f"  {op.name:<20} reference{', triton' if op.triton else ''}")
+        choice = chosen(op.name, device)
+        lines.append(f"  {op.name:<20} {choice.implementation:<10} {', '.join(op.others)}".rstrip())
     return "\n".join(lines)

@@ -6,7 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pw_kernels.launcher import Kernel, cdiv, launch
 from pw_kernels.op import Cost, Op, chosen, register, require
+
+_KERNEL = Kernel("pack_frames")
+BLOCK = 1024  # pixels a program packs
 
 
 def unpatchify_pixels(x: Tensor) -> Tensor:
@@ -34,7 +38,7 @@ def pack_frames(video: Tensor, *, truncate: bool) -> Tensor:
     Returns:
         [F, height, width, 3] uint8, contiguous.
     """
-    if chosen(video.device).implementation == "triton":
+    if chosen("pack_frames", video.device).implementation == "triton":
         _check(video)
         out: Tensor = torch.ops.pw.pack_frames(video, truncate)
         return out
@@ -69,10 +73,18 @@ def _op(video: torch.Tensor, truncate: bool) -> torch.Tensor:
 
 
 @_op.register_kernel("cuda")
-def _launch(video: Tensor, truncate: bool) -> Tensor:
-    from pw_kernels._triton.pack_frames import launch
-
-    return launch(video, truncate)
+def run_kernel(video: Tensor, truncate: bool) -> Tensor:
+    """Launch the kernel; the input was checked by the caller."""
+    out = torch.empty((*video.shape[1:], 3), dtype=torch.uint8, device=video.device)
+    pixels = video[0].numel()
+    launch(
+        _KERNEL,
+        (cdiv(pixels, BLOCK),),
+        {"video_ptr": video, "out_ptr": out, "pixels": pixels},
+        {"TRUNCATE": truncate, "BLOCK": BLOCK},
+        num_warps=4,
+    )
+    return out
 
 
 @_op.register_fake

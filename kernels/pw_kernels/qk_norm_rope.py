@@ -6,7 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pw_kernels.launcher import Kernel, launch
 from pw_kernels.op import Cost, Op, chosen, register, require
+from pw_kernels.row_block import row_block
+
+_KERNEL = Kernel("qk_norm_rope")
 
 
 def qk_norm_rope(
@@ -34,7 +38,7 @@ def qk_norm_rope(
     Returns:
         q and k, [S, N, K] each in q's dtype.
     """
-    if chosen(q.device).implementation == "triton":
+    if chosen("qk_norm_rope", q.device).implementation == "triton":
         _check(q, k, gain_q, gain_k, cos, sin, num_heads)
         outs: tuple[Tensor, Tensor] = torch.ops.pw.qk_norm_rope(
             q, k, gain_q, gain_k, cos, sin, num_heads, eps
@@ -161,7 +165,7 @@ def _op(
 
 
 @_op.register_kernel("cuda")
-def _launch(
+def run_kernel(
     q: Tensor,
     k: Tensor,
     gain_q: Tensor,
@@ -171,9 +175,31 @@ def _launch(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    from pw_kernels._triton.qk_norm_rope import launch
-
-    return launch(q, k, gain_q, gain_k, cos, sin, num_heads, eps)
+    """Launch the kernel; the input was checked by the caller."""
+    tokens, dim = q.shape
+    q_out = q.new_empty(tokens, num_heads, dim // num_heads)
+    k_out = torch.empty_like(q_out)
+    block, num_warps = row_block(dim)
+    launch(
+        _KERNEL,
+        (tokens,),
+        {
+            "q_ptr": q,
+            "k_ptr": k,
+            "gain_q_ptr": gain_q,
+            "gain_k_ptr": gain_k,
+            "cos_ptr": cos,
+            "sin_ptr": sin,
+            "q_out_ptr": q_out,
+            "k_out_ptr": k_out,
+            "q_stride": q.stride(0),
+            "k_stride": k.stride(0),
+            "eps": eps,
+        },
+        {"D": dim, "PAIRS": dim // num_heads // 2, "BLOCK": block},
+        num_warps=num_warps,
+    )
+    return q_out, k_out
 
 
 @_op.register_fake

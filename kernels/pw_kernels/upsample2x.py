@@ -67,4 +67,4 @@ def _doubled(part: Tensor) -> Tensor:
     )
 
 
-OP = register(Op("upsample2x_conv", upsample2x_conv, cost, triton=False))
+OP = register(Op("upsample2x_conv", upsample2x_conv, cost, others=()))

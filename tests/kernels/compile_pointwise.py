@@ -11,8 +11,8 @@ import re
 from typing import Any
 
 from pw_kernels._triton import gate_residual, norm_modulate, qk_norm_rope
-from pw_kernels._triton.row_block import row_block
 from pw_kernels.ahead_of_time import SHARED_LIMITS, compile_kernel
+from pw_kernels.row_block import row_block
 
 DIM, HEADS = 3072, 24
 

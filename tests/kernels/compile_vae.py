@@ -12,6 +12,8 @@ from typing import Any
 
 from pw_kernels._triton import channel_norm, dup_up, pack_frames
 from pw_kernels.ahead_of_time import SHARED_LIMITS, compile_kernel
+from pw_kernels.channel_norm import tile_positions
+from pw_kernels.pack_frames import BLOCK
 
 WIDTH = 1024  # the widest channels of the decoder
 H_STRIDES = [f"h_{of}" for of in ("batch", "channel", "frame", "row", "column")]
@@ -23,7 +25,7 @@ def norm(dtype: str, *, last: bool) -> tuple[Any, dict[str, str], dict[str, obje
     tensors = dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}") | {"gamma_ptr": "*fp32"}
     strides = [f"{of}_{what}" for of in ("x", "out") for what in ("batch", "frame", "row")]
     sizes = dict.fromkeys(("positions", *strides), "i64") | {"root": "fp32"}
-    constants = {"C": WIDTH, "BLOCK_C": WIDTH, "BLOCK_P": channel_norm.tile_positions(WIDTH)}
+    constants = {"C": WIDTH, "BLOCK_C": WIDTH, "BLOCK_P": tile_positions(WIDTH)}
     return channel_norm.kernel, tensors | sizes, constants | {"LAST": last, "SILU": True}, 8
 
 
@@ -48,7 +50,7 @@ KERNELS = {
     "pack_frames": (
         pack_frames.kernel,
         {"video_ptr": "*fp32", "out_ptr": "*u8", "pixels": "i32"},
-        {"TRUNCATE": False, "BLOCK": pack_frames.BLOCK},
+        {"TRUNCATE": False, "BLOCK": BLOCK},
         4,
     ),
 }

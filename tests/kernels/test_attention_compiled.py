@@ -18,7 +18,8 @@ TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"
 CASES = [(128, "bf16", 0), (64, "fp16", 4)]  # width, dtype, biases
 COMPILE = """
 import json, re
-from pw_kernels._triton.attention import variant_for
+from importlib import import_module
+from pw_kernels.attention_variants import variant_for
 from pw_kernels.ahead_of_time import compile_kernel
 
 found = []
@@ -36,8 +37,9 @@ for arch, capability in ARCHS.items():
         )
         constants = {"K": width, "N_BIASES": biases}
         constants |= {"BLOCK_M": variant.queries, "BLOCK_N": variant.keys}
+        body = import_module("pw_kernels._triton." + variant.kernel.name).kernel
         built = compile_kernel(
-            variant.kernel, signature, constants, arch=arch, num_warps=variant.num_warps,
+            body, signature, constants, arch=arch, num_warps=variant.num_warps,
             num_stages=variant.num_stages, divisible_by_16=pointers + strides,
         )
         instructions = sorted(set(re.findall(r"\\b[A-Z][A-Z0-9]{2,}\\b", built.sass())))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pw_kernels._triton.attention import LARGE, run
 from pw_kernels.attention import attention, reference
+from pw_kernels.attention_variants import LARGE, run
 from pw_kernels.merge_attention import OP, merge_attention
 from tests.closeness import max_abs
 

@@ -6,8 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pw_kernels._triton.gate_residual import launch
-from pw_kernels.gate_residual import reference
+from pw_kernels.gate_residual import reference, run_kernel
 from tests.kernels.accuracy import assert_as_accurate, normal
 
 
@@ -22,7 +21,7 @@ def test_kernel(
 ) -> None:
     x, y = normal(tokens, dim, dtype=x_dtype), normal(tokens, dim, dtype=y_dtype, seed=1)
     gate = normal(rows, 6, dim, seed=2)[:, 5]  # strided, as in the network
-    got = launch(x, y, gate)
+    got = run_kernel(x, y, gate)
     wide = gate.double().repeat_interleave(tokens // rows, 0)
     assert got.dtype == torch.float32
     assert_as_accurate(got, reference(x, y, gate), x.double() + y.double() * wide)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pw_kernels._triton.norm_modulate import launch
-from pw_kernels.norm_modulate import reference
+from pw_kernels.norm_modulate import reference, run_kernel
 from tests.kernels.accuracy import assert_as_accurate, assert_same_roundings, normal
 
 EPS = 1e-6
@@ -33,7 +32,7 @@ def test_kernel(
 ) -> None:
     x = 3 * normal(tokens, dim, dtype=dtype) + 1
     shift, scale = normal(rows, 6, dim, seed=1).unbind(1)[:2]  # strided, as in the network
-    got = launch(x, shift, scale, EPS, out_dtype)
+    got = run_kernel(x, shift, scale, EPS, out_dtype)
     wanted = reference(x, shift, scale, EPS, out_dtype)
     assert_as_accurate(got, wanted, oracle(x, shift, scale))
     if dtype == out_dtype == torch.bfloat16:
@@ -43,12 +42,12 @@ def test_kernel(
 def test_shift_and_scale_of_different_strides() -> None:
     x, shift = normal(6, 64), normal(2, 64, seed=1)
     scale = normal(2, 6, 64, seed=2)[:, 3]
-    got = launch(x, shift, scale, EPS, torch.float32)
+    got = run_kernel(x, shift, scale, EPS, torch.float32)
     wanted = reference(x, shift, scale, EPS, torch.float32)
     assert_as_accurate(got, wanted, oracle(x, shift, scale))
 
 
 def test_a_constant_token_gives_the_shift() -> None:
     x, shift, scale = torch.full((3, 192), 7.0), normal(1, 192), normal(1, 192, seed=1)
-    got = launch(x, shift, scale, EPS, torch.float32)
+    got = run_kernel(x, shift, scale, EPS, torch.float32)
     torch.testing.assert_close(got, shift.expand(3, -1), rtol=0, atol=2e-3)

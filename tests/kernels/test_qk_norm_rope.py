@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pw_kernels._triton.qk_norm_rope import launch
-from pw_kernels.qk_norm_rope import reference, rms_norm, rope
+from pw_kernels.qk_norm_rope import reference, rms_norm, rope, run_kernel
 from tests.kernels.accuracy import assert_as_accurate, assert_same_roundings, normal
 
 EPS = 1e-6
@@ -36,7 +35,7 @@ def test_kernel(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     q, k = 3 * normal(tokens, dim, dtype=dtype), normal(tokens, dim, dtype=dtype, seed=1)
     gains = [1 + normal(dim, dtype=dtype, seed=seed) / 4 for seed in (2, 3)]
     cos, sin = angles(tokens, dim // heads // 2)
-    got = launch(q, k, *gains, cos, sin, heads, EPS)
+    got = run_kernel(q, k, *gains, cos, sin, heads, EPS)
     wanted = reference(q, k, *gains, cos, sin, heads, EPS)
     for x, gain, ours, theirs in zip((q, k), gains, got, wanted, strict=True):
         assert ours.shape == (tokens, heads, dim // heads)
@@ -51,8 +50,8 @@ def test_rows_of_a_packed_projection() -> None:
     q, k, _ = packed.split(64, dim=1)
     gain = torch.ones(64, dtype=torch.bfloat16)
     cos, sin = angles(5, 16)
-    got = launch(q, k, gain, gain, cos, sin, 2, EPS)
-    wanted = launch(q.contiguous(), k.contiguous(), gain, gain, cos, sin, 2, EPS)
+    got = run_kernel(q, k, gain, gain, cos, sin, 2, EPS)
+    wanted = run_kernel(q.contiguous(), k.contiguous(), gain, gain, cos, sin, 2, EPS)
     assert torch.equal(got[0], wanted[0])
     assert torch.equal(got[1], wanted[1])
 

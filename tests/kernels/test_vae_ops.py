@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pw_kernels import channel_norm, dup_up_add, pack_frames, upsample2x_conv
-from pw_kernels._triton import channel_norm as norm_kernel
-from pw_kernels._triton import dup_up as dup_kernel
-from pw_kernels._triton import pack_frames as pack_kernel
 from pw_kernels.channel_norm import reference as norm_reference
+from pw_kernels.channel_norm import run_kernel as norm_kernel
 from pw_kernels.dup_up import reference as dup_reference
+from pw_kernels.dup_up import run_kernel as dup_kernel
 from pw_kernels.op import OPS, Choice, using
 from pw_kernels.pack_frames import reference as pack_reference
+from pw_kernels.pack_frames import run_kernel as pack_kernel
 from tests.oracle import vae as oracle
 
 
@@ -68,7 +68,7 @@ NORM_INPUTS = {
 def test_channel_norm_kernel(name: str, dtype: torch.dtype, silu: bool) -> None:
     x = NORM_INPUTS[name]().mul(3).to(dtype)
     gamma = gamma_of(x.shape[1], x.dim() - 2)
-    got, wanted = norm_kernel.launch(x, gamma, silu), norm_reference(x, gamma, silu)
+    got, wanted = norm_kernel(x, gamma, silu), norm_reference(x, gamma, silu)
     assert (got.dtype, got.shape) == (dtype, x.shape)
     assert got.stride() == torch.empty_like(x).stride()
     # bf16: both round once, so they part by one step, 2^-7 at most, and seldom
@@ -84,7 +84,7 @@ def test_channel_norm_of_nothing_and_of_little() -> None:
     for scale in (0.0, 1e-30, 1e-13, 1e-10):
         x = torch.full((1, 8, 1, 1, 2), scale)
         wanted = scale / max(scale * 8**0.5, 1e-12) * 8**0.5
-        for got in (norm_reference(x, gamma, False), norm_kernel.launch(x, gamma, False)):
+        for got in (norm_reference(x, gamma, False), norm_kernel(x, gamma, False)):
             torch.testing.assert_close(got, torch.full_like(x, wanted), rtol=1e-5, atol=0)
 
 
@@ -107,7 +107,7 @@ def test_dup_up_add_kernel(c_in: int, c_out: int, ft: int, fs: int, first: bool)
     h = values(1, c_out, frames, fs, 3 * fs, seed=1)
     wanted = h + dup_oracle(x, c_out, ft, fs, first)
     for order in (torch.clone, last):
-        for add in (dup_reference, dup_kernel.launch):
+        for add in (dup_reference, dup_kernel):
             got = order(h).clone()
             add(got, order(x), ft, fs, first)
             assert torch.equal(got, wanted)
@@ -118,14 +118,14 @@ def test_dup_up_add_kernel_in_bf16_and_two_orders(order_h, order_x) -> None:
     x, h = values(1, 8, 1, 2, 3).bfloat16(), values(1, 4, 1, 4, 6, seed=1).bfloat16()
     wanted = h + dup_oracle(x, 4, 1, 2, False)
     got = order_h(h).clone()
-    dup_kernel.launch(got, order_x(x), 1, 2, False)
+    dup_kernel(got, order_x(x), 1, 2, False)
     assert torch.equal(got, wanted)
 
 
 def test_dup_up_add_kernel_over_batches() -> None:
     x, h = values(2, 4, 1, 1, 2), values(2, 2, 2, 2, 4, seed=1)
     wanted = h + dup_oracle(x, 2, 2, 2, False)
-    dup_kernel.launch(h, x, 2, 2, False)
+    dup_kernel(h, x, 2, 2, False)
     assert torch.equal(h, wanted)
 
 
@@ -134,7 +134,7 @@ def test_dup_up_add_kernel_over_several_tiles_and_in_a_strip() -> None:
     h = values(1, 132, 1, 1, 30, seed=1)
     wanted = h + dup_oracle(x, 132, 1, 1, False)
     for got in (h.clone(), last(h).clone()):
-        dup_kernel.launch(got, x, 1, 1, False)
+        dup_kernel(got, x, 1, 1, False)
         assert torch.equal(got, wanted)
 
 
@@ -152,7 +152,7 @@ def test_pack_frames_kernel(shape: tuple[int, ...], truncate: bool) -> None:
     # every half step, where rounding half up and half to even part
     steps = torch.arange(min(video[0].numel(), 511)) / 2
     video[1].view(-1)[: len(steps)] = steps / 255 * 2 - 1
-    got = pack_kernel.launch(video, truncate)
+    got = pack_kernel(video, truncate)
     assert got.is_contiguous()
     assert torch.equal(got, pack_reference(video, truncate))
 
@@ -291,11 +291,11 @@ def test_bad_input_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, call, message = BAD[case]
     module = sys.modules[OPS[name].reference.__module__]
     choice = Choice("triton", "asked for")
-    monkeypatch.setattr(module, "chosen", lambda device: choice, raising=False)
+    monkeypatch.setattr(module, "chosen", lambda *_: choice, raising=False)
     with pytest.raises(ValueError, match=f"^pw::{name} wants .*{message}"):
         call()
 
 
 def test_public_functions_refuse_triton_on_a_cpu() -> None:
-    with using("triton"), pytest.raises(ValueError, match="need a CUDA device, got cpu"):
+    with using("triton"), pytest.raises(ValueError, match="needs a CUDA device, got cpu"):
         channel_norm(values(1, 8, 3), gamma_of(8, 1), silu=True)

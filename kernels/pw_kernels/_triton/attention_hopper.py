@@ -16,7 +16,7 @@ import triton.language as tl
 from pw_kernels._triton.attention_portable import LN2, key_biases
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_heads"])
 def kernel(
     q_ptr,
     k_ptr,

@@ -81,7 +81,7 @@ def add_keys(
     return m_new, total, tl.dot(p.to(v.dtype), v, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_heads"])
 def kernel(
     q_ptr,
     k_ptr,

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "rows"])
 def kernel(
     h_ptr,
     x_ptr,
@@ -60,35 +59,3 @@ def kernel(
     h = tl.load(h_at, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     tl.store(h_at, (h + x).to(h_ptr.dtype.element_ty), mask=inside)
-
-
-def launch(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> None:
-    """Run the kernel; the input was checked by the caller."""
-    batches, channels, frames, rows, columns = h.shape
-    block_c, block_w = tile_shape(h)
-    tiles = triton.cdiv(channels, block_c) * triton.cdiv(columns, block_w)
-    kernel[(batches * frames * rows * tiles,)](
-        h,
-        x,
-        channels,
-        frames,
-        rows,
-        columns,
-        *h.stride(),
-        *x.stride(),
-        FT=time_factor,
-        FS=space_factor,
-        REPEATS=channels * time_factor * space_factor**2 // x.shape[1],
-        DROPPED=time_factor - 1 if first else 0,
-        BLOCK_C=block_c,
-        BLOCK_W=block_w,
-        num_warps=4,
-    )
-
-
-def tile_shape(h: Tensor) -> tuple[int, int]:
-    """Channels and columns of a tile of 1024 elements, longer along what is contiguous."""
-    if h.stride(4) == 1:
-        wide = min(256, max(32, triton.next_power_of_2(h.shape[4])))
-        return 1024 // wide, wide
-    return 128, 8

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from pw_kernels._triton.row_block import row_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_per_row"])
 def kernel(
     x_ptr,
     y_ptr,
@@ -32,23 +28,3 @@ def kernel(
     y = tl.load(y_ptr + token * D + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row + column, mask=inside, other=0.0)
     tl.store(out_ptr + token * D + column, x + y * gate, mask=inside)
-
-
-def launch(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """Run the kernel; the input was checked by the caller."""
-    tokens, dim = x.shape
-    out = torch.empty_like(x, dtype=torch.float32)
-    block, num_warps = row_block(dim)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever x is on
-        kernel[(tokens,)](
-            x,
-            y,
-            gate,
-            out,
-            tokens // gate.shape[0],
-            gate.stride(0),
-            D=dim,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
-    return out

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from pw_kernels._triton.row_block import row_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_per_row"])
 def kernel(
     x_ptr,
     shift_ptr,
@@ -40,26 +36,3 @@ def kernel(
     shift = tl.load(shift_ptr + row + column, mask=inside, other=0.0)
     result = normed * (1.0 + scale) + shift
     tl.store(out_ptr + token * D + column, result.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def launch(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-    """Run the kernel; the input was checked by the caller."""
-    tokens, dim = x.shape
-    if scale.stride() != shift.stride():  # rows are views into one modulation tensor, usually
-        shift, scale = shift.contiguous(), scale.contiguous()
-    out = torch.empty_like(x, dtype=out_dtype)
-    block, num_warps = row_block(dim)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever x is on
-        kernel[(tokens,)](
-            x,
-            shift,
-            scale,
-            out,
-            tokens // shift.shape[0],
-            shift.stride(0),
-            eps,
-            D=dim,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
-    return out

@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-BLOCK = 1024  # pixels a program packs
 
 
 @triton.jit
@@ -31,13 +27,3 @@ def kernel(video_ptr, out_ptr, pixels, TRUNCATE: tl.constexpr, BLOCK: tl.constex
             # Adding 1.5 * 2^23 leaves no fraction bits: fp32 itself rounds, half to even.
             scaled = (scaled + 12582912.0) - 12582912.0
         tl.store(out_ptr + place, scaled.to(tl.int32).to(tl.uint8), mask=inside)
-
-
-def launch(video: Tensor, truncate: bool) -> Tensor:
-    """Run the kernel; the input was checked by the caller."""
-    out = torch.empty((*video.shape[1:], 3), dtype=torch.uint8, device=video.device)
-    pixels = video[0].numel()
-    kernel[(triton.cdiv(pixels, BLOCK),)](
-        video, out, pixels, TRUNCATE=truncate, BLOCK=BLOCK, num_warps=4
-    )
-    return out

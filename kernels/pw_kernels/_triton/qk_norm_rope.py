@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from pw_kernels._triton.row_block import row_block
 
 
 @triton.jit
@@ -64,39 +60,3 @@ def kernel(
     q, k = q_ptr + token * q_stride, k_ptr + token * k_stride
     rotated_norm(q, gain_q_ptr, q_out_ptr + out, cos, sin, eps, D, BLOCK)
     rotated_norm(k, gain_k_ptr, k_out_ptr + out, cos, sin, eps, D, BLOCK)
-
-
-def launch(
-    q: Tensor,
-    k: Tensor,
-    gain_q: Tensor,
-    gain_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Run the kernel; the input was checked by the caller."""
-    tokens, dim = q.shape
-    q_out = q.new_empty(tokens, num_heads, dim // num_heads)
-    k_out = torch.empty_like(q_out)
-    block, num_warps = row_block(dim)
-    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever q is on
-        kernel[(tokens,)](
-            q,
-            k,
-            gain_q,
-            gain_k,
-            cos,
-            sin,
-            q_out,
-            k_out,
-            q.stride(0),
-            k.stride(0),
-            eps,
-            D=dim,
-            PAIRS=dim // num_heads // 2,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
-    return q_out, k_out
