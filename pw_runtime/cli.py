@@ -53,9 +53,17 @@ def doctor(kernels: bool) -> int:
 
     click.echo(doctor_report(describe()))
     if kernels:
-        from pw_kernels.op import table  # needs torch, which the report does not
+        # here: they need torch, which the report does not
+        from pw_kernels.library import library, status
+        from pw_kernels.op import table
 
-        click.echo(f"\n{table()}")
+        try:
+            compiled = library()
+        except RuntimeError as error:
+            raise click.ClickException(str(error)) from error
+        click.echo(f"\n{table()}\n\nkernels: {status()}")
+        if compiled is not None:
+            click.echo(f"\n{compiled.table()}")
     return DONE
 
 
@@ -128,6 +136,11 @@ def convert(
     show_default=True,
     help="triton: CUDA only, see docs/kernels.md.",
 )
+@click.option(
+    "--attention",
+    type=click.Choice(["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]),
+    help="Attention alone; all but reference: CUDA and bf16 only. [default: as --kernels]",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 @click.option(
     "--ckpt_dir", type=FOLDER, help="Official flag: checkpoint folder, converted on first use."
@@ -187,6 +200,7 @@ def read_request(options: dict[str, Any]) -> Any:
         contact_sheet=options["contact_sheet"],
         precision=options["precision"] or ("fp32" if device.type == "cpu" else "bf16"),
         kernels=options["kernels"],
+        attention=options["attention"],
         device=device,
     )
 

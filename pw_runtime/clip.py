@@ -117,6 +117,7 @@ def write_clip_receipt(clip: Clip, bundle: Bundle, loading: float, video_bytes: 
         "precision": request.precision,
         "device": str(request.device),
         "kernels": request.kernels,
+        "attention": request.attention_kernel,
         "draft_only": request.draft_only,
         "save_latents": request.save_latents,
     }

@@ -48,7 +48,7 @@ _KNOWN: Final = (
     _Known("rich", "rich", "base", "progress and tables"),
     _Known("pydantic", "pydantic", "base", "reading bundles, presets and prompt files"),
     _Known("pillow", "PIL", "base", "contact sheets"),
-    _Known("triton", "triton", "cuda", "nothing yet: no GPU kernels in this version"),
+    _Known("triton", "triton", "cuda", "--kernels triton, where no compiled library is installed"),
     _Known("nvidia-ml-py", "pynvml", "cuda", "the driver's version in reports"),
     _Known("tensorrt", "tensorrt", "tensorrt", "nothing yet: no engines in this version"),
     _Known(
@@ -59,7 +59,7 @@ _KNOWN: Final = (
         "flash-attn",
         "flash_attn",
         "optional",
-        "nothing: attention runs on PyTorch's own kernels",
+        "--attention flash-attn",
         "--no-build-isolation ",
     ),
 )

@@ -14,7 +14,7 @@ from pw_runtime.errors import BadRequest, BadWeights
 from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.models.text_encoder import TIED_KEY, TextNetwork
-from pw_runtime.types import DitConfig, Kernels, Network, Precision, StageName
+from pw_runtime.types import AttentionKernel, DitConfig, Network, Precision, StageName
 
 ALWAYS_NEEDED: tuple[Network, ...] = ("text_encoder", "vae")
 
@@ -31,19 +31,19 @@ def require_dit(bundle: Bundle, network: StageName) -> DitConfig:
     return entry.config
 
 
-def check_networks(bundle: Bundle, stages: Iterable[StageName], kernels: Kernels) -> None:
+def check_networks(bundle: Bundle, stages: Iterable[StageName], attention: AttentionKernel) -> None:
     """Check names and shapes of every tensor that the stages will need, from file headers alone.
 
-    Raises BadWeights, and BadRequest for heads that the kernels cannot take.
+    Raises BadWeights, and BadRequest for heads that the attention cannot take.
     """
     for stage in stages:
         width = require_dit(bundle, stage).head_dim
-        if kernels == "triton" and width not in HEAD_WIDTHS:
+        if attention in ("triton", "gluon") and width not in HEAD_WIDTHS:
             raise BadRequest(
-                f"the Triton attention does not take the heads of the {stage} network",
+                f"attention as {attention} does not take the heads of the {stage} network",
                 got=f"width {width}",
                 wanted=f"width {' or '.join(map(str, HEAD_WIDTHS))}",
-                do="leave --kernels out",
+                do="add --attention reference",
             )
     for network in (*stages, *ALWAYS_NEEDED):
         load_tensors(bundle, network)

@@ -66,14 +66,17 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     if request.noise is not None:
         noise = load_noise(request.noise, request.stages, request.preset.video)
     reporter.say(f"checking the files of {bundle.root}")
-    check_networks(bundle, request.stages, request.kernels)
+    check_networks(bundle, request.stages, request.attention_kernel)
     verify(bundle)
     reset_peak_memory(request.device)
     clips = tuple(start_clip(request, prompt, noise) for prompt in request.prompts)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter)
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
-    with torch.inference_mode(), using(request.kernels):
+    with (
+        torch.inference_mode(),
+        using(request.kernels, attention=request.attention_kernel),
+    ):
         encode_texts(run)
         make_drafts(run)
         finish_clips(run)

@@ -8,6 +8,8 @@ import os
 
 import torch
 
+from pw_kernels.attention_libraries import available
+from pw_kernels.library import library, status
 from pw_runtime.errors import BadRequest
 from pw_runtime.stages.write import check_codec
 from pw_runtime.types import Request
@@ -39,8 +41,8 @@ def pick_device(name: str) -> torch.device:
 def check_request(request: Request) -> None:
     """Check codec, kernels and the output folder, which is made. Raises BadRequest."""
     check_codec(request.codec)
-    if request.kernels == "triton":
-        _check_triton(request)
+    if (request.kernels, request.attention_kernel) != ("reference", "reference"):
+        _check_kernels(request)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,21 +59,34 @@ def check_request(request: Request) -> None:
         )
 
 
-def _check_triton(request: Request) -> None:
+def _check_kernels(request: Request) -> None:
+    """Raise BadRequest where kernels are asked for that could not run."""
+    attention = request.attention_kernel
     if request.device.type != "cuda":
         raise BadRequest(
-            "Triton kernels need a CUDA device",
+            "kernels other than the reference need a CUDA device",
             got=f"device {request.device}",
-            do="leave --kernels out: the reference runs everywhere",
+            do="leave --kernels and --attention out: the reference runs everywhere",
         )
-    if request.precision != "bf16":
+    if attention != "reference" and request.precision != "bf16":
         raise BadRequest(
-            "the Triton attention computes in bf16",
+            f"attention as {attention} computes in bf16",
             got=f"precision {request.precision}",
-            do="add --precision bf16, or leave --kernels out",
+            do="add --precision bf16, or --attention reference",
         )
-    if importlib.util.find_spec("triton") is None:
+    if not available(attention):
         raise BadRequest(
-            "Triton is not installed",
+            f"{attention} is not installed", do=f"pip install {attention}, or choose another one"
+        )
+    if not {request.kernels, attention} & {"triton", "gluon"}:
+        return
+    try:
+        compiled = library()
+    except RuntimeError as error:
+        raise BadRequest(str(error), do="unset it, or build the library again") from error
+    if compiled is None and importlib.util.find_spec("triton") is None:
+        raise BadRequest(
+            "there is neither a compiled library of kernels nor Triton",
+            got=status(),
             do="pip install 'pixelwizard-runtime[cuda]', or leave --kernels out",
         )

@@ -23,6 +23,7 @@ Network = Literal["draft", "highres", "vae", "text_encoder"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["h264", "hevc", "av1", "ffv1"]
 Kernels = Literal["reference", "triton"]
+AttentionKernel = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
 PATCH = 2  # latent rows and columns in one token
@@ -234,7 +235,13 @@ class Request:
     contact_sheet: bool = False
     precision: Precision = "fp32"
     kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
+    attention: AttentionKernel | None = None  # of attention alone; None: as `kernels`
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+
+    @property
+    def attention_kernel(self) -> AttentionKernel:
+        """The implementation of attention."""
+        return self.attention or self.kernels
 
     @property
     def stages(self) -> dict[StageName, StagePlan]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pw_kernels.attention_libraries import LIBRARIES
 from pw_kernels.attention_variants import run, variant_for
 from pw_kernels.launcher import capability
 from pw_kernels.op import Cost, Op, chosen, register, require
@@ -56,6 +57,9 @@ def attention(
     A bias lets one key stand for n identical ones (b = ln n): the softmax of the zero-padded
     text is then exact without attending to every pad row.
 
+    Other people's kernels (cudnn, flash, flash-attn) know neither biases nor the log-sum-exp: what
+    asks for those, the short attention to the text, runs the reference beside them.
+
     Args:
         q: [S, N, K] queries.
         k: [E, N, K] keys.
@@ -72,9 +76,12 @@ def attention(
             than keys; and where the Triton kernel was asked for, what it does not take.
     """
     _check(q, k, v, last_biases)
-    if chosen(_NAME, q.device).implementation == "triton":
+    implementation = chosen(_NAME, q.device).implementation
+    if implementation in LIBRARIES and not last_biases and not return_lse:
+        return LIBRARIES[implementation](q, k, v)
+    if implementation in ("triton", "gluon"):
         _check_for_triton(q, k, v, last_biases)
-        out, lse = torch.ops.pw.attention(q, k, v, list(last_biases))
+        out, lse = torch.ops.pw.attention(q, k, v, list(last_biases), implementation == "gluon")
         return (out, lse) if return_lse else out
     return reference(q, k, v, last_biases, return_lse=return_lse)
 
@@ -192,7 +199,11 @@ def _check_for_triton(q: Tensor, k: Tensor, v: Tensor, last_biases: Sequence[flo
 
 @torch.library.custom_op("pw::attention", mutates_args=())
 def _op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, last_biases: Sequence[float]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    last_biases: Sequence[float],
+    gluon: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = reference(q, k, v, last_biases, return_lse=True)
     return out.contiguous(), lse
@@ -200,16 +211,20 @@ def _op(
 
 @_op.register_kernel("cuda")
 def run_kernel(
-    q: Tensor, k: Tensor, v: Tensor, last_biases: Sequence[float]
+    q: Tensor, k: Tensor, v: Tensor, last_biases: Sequence[float], gluon: bool
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel; the input was checked by the caller."""
-    variant = variant_for(capability(q.device), q.shape[2])
+    variant = variant_for(capability(q.device), q.shape[2], gluon=gluon)
     return run(variant, q, k, v, last_biases)
 
 
 @_op.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, last_biases: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, last_biases: Sequence[float], gluon: bool
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-OP = register(Op("attention", reference, cost))
+OP = register(
+    Op("attention", reference, cost, others=("triton", "gluon", "cudnn", "flash", "flash-attn"))
+)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pw_kernels.launcher import Kernel, cdiv, launch
+from pw_kernels.op import require
 
 LOG2E = math.log2(math.e)
 
@@ -37,11 +38,18 @@ LARGE = {64: Variant(_PORTABLE, 128, 64, 8, 3), 128: Variant(_PORTABLE, 128, 64,
 SMALL = {64: Variant(_PORTABLE, 128, 64, 8, 3), 128: Variant(_PORTABLE, 128, 32, 8, 2)}
 # 4 warps and 128 queries are what the compiler specialises, see attention_hopper; 193 KB.
 HOPPER = {64: Variant(_HOPPER, 128, 128, 4, 2), 128: Variant(_HOPPER, 128, 128, 4, 2)}
+GLUON = HOPPER
 _SMALL_CAPABILITIES = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
-def variant_for(gpu: tuple[int, int], width: int) -> Variant:
-    """The kernel for a GPU of this compute capability and heads of this width."""
+def variant_for(gpu: tuple[int, int], width: int, *, gluon: bool = False) -> Variant:
+    """The kernel for a GPU of this compute capability and heads of this width.
+
+    Raises ValueError where the Gluon kernel is asked for on anything but Hopper.
+    """
+    if gluon:
+        require(gpu == (9, 0), "attention", "compute capability 9.0 for gluon", gpu)
+        return GLUON[width]
     if gpu[0] == 9:
         return HOPPER[width]
     return (SMALL if gpu in _SMALL_CAPABILITIES else LARGE)[width]

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pw_kernels.library import library, status
+
 POINTERS: Mapping[torch.dtype, str] = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -136,7 +138,13 @@ def launch(
         return
     one = next(x for x in arguments.values() if isinstance(x, Tensor))
     with torch.cuda.device_of(one):  # a launch goes to the current device, whatever holds tensors
-        _jit(variant, grid, arguments)
+        held = library() if one.is_cuda else None
+        compiled = held.find(variant, capability(one.device)) if held else None
+        if held and compiled:
+            held.launch(compiled, grid, variant, arguments)
+        else:
+            _jit(variant, grid, arguments)
+    tally[kernel.name, "library" if compiled else "jit"] += 1
 
 
 def _type(value: Argument, any_number: bool) -> str:
@@ -158,7 +166,7 @@ def _jit(variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Argume
         import triton
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"kernel {variant.kernel} is not in a compiled library and Triton is not installed: "
+            f"no machine code for {variant.key} and no Triton to compile it ({status()}): "
             "pip install 'triton==3.7.1', or use --kernels reference"
         ) from error
     triton.set_allocator(_scratch)
@@ -169,7 +177,6 @@ def _jit(variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Argume
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
     )
-    tally[variant.kernel, "jit"] += 1
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

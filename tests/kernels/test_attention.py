@@ -132,7 +132,7 @@ def test_4k_self_attention_on_meta() -> None:
     assert packed.numel() > 2**31
     q, k, v = packed.unbind(1)
     _check_for_triton(q, k, v, ())
-    out, lse = torch.ops.pw.attention(q, k, v, [])
+    out, lse = torch.ops.pw.attention(q, k, v, [], False)
     assert out.shape == (tokens, heads, width)
     assert out.is_contiguous()
     assert lse.shape == (tokens, heads)
@@ -152,7 +152,7 @@ def test_cost_of_self_attention(tokens: int, tflop: float) -> None:
 
 def test_operator() -> None:
     q, k, v = (x.contiguous() for x in inputs(9, 12, 64, torch.bfloat16))
-    torch.library.opcheck(torch.ops.pw.attention.default, (q, k, v, [1.0, 2.0]))
+    torch.library.opcheck(torch.ops.pw.attention.default, (q, k, v, [1.0, 2.0], False))
 
 
 def test_reference_lse() -> None:
