@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines compiled by AOTInductor: a package of machine code that PyTorch opens."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pw_engines.engine import EngineError
+from pw_engines.spec import DTYPES, SMALLEST, Backend, EngineSpec
+
+FILE = "engine.pt2"
+
+
+def aoti_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
+    """What a package depends on: it holds machine code for this processor and this PyTorch."""
+    found = {"torch": torch.__version__, "machine": platform.machine()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": str(torch.version.cuda),
+        }
+    else:
+        found["cpu"] = torch.backends.cpu.get_cpu_capability()
+    return tuple(sorted(found.items()))
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why packages cannot be built here; None where they can."""
+    if device.type == "cpu" and shutil.which("c++") is None:
+        return "AOTInductor compiles C++ for a CPU and there is no C++ compiler: install g++"
+    return None
+
+
+def build(spec: EngineSpec, segment: nn.Module, path: Path, device: torch.device) -> None:
+    """Compile a segment into the package `path`, for every size up to the limits of the spec.
+
+    Raises EngineError with Inductor's words.
+    """
+    # A size that is neither a limit nor a power of two, so that nothing is specialised for it.
+    sizes = {name: max(SMALLEST, limit * 3 // 5) for name, limit in spec.limits}
+    dims = {name: torch.export.Dim(name, min=SMALLEST, max=limit) for name, limit in spec.limits}
+    examples = tuple(
+        torch.randn(one.sized(sizes)).to(DTYPES[one.dtype]).to(device) for one in spec.inputs
+    )
+    varying = tuple(
+        {axis: dims[dim] for axis, dim in enumerate(one.shape) if isinstance(dim, str)}
+        for one in spec.inputs
+    )
+    try:
+        program = torch.export.export(segment, examples, dynamic_shapes=(varying,), strict=False)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:  # Inductor raises what it likes: all of it belongs to the build
+        raise EngineError(f"AOTInductor cannot compile {spec.segment}: {error}") from error
+
+
+def load(spec: EngineSpec, path: Path, device: torch.device) -> AotiEngine:
+    """Open a package that the store has verified. Raises EngineError."""
+    return AotiEngine(spec, path)
+
+
+class AotiEngine:
+    """A loaded package."""
+
+    backend: Backend = "aoti"
+    padded = False
+
+    def __init__(self, spec: EngineSpec, package: Path) -> None:
+        """Open a package that the store has verified. Raises EngineError."""
+        self.spec = spec
+        try:
+            self._model: Any = torch._inductor.aoti_load_package(str(package))
+        except RuntimeError as error:
+            raise EngineError(f"PyTorch cannot open {package}: {error}") from error
+
+    def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Compute `outputs`. Raises ValueError for tensors that the spec does not allow.
+
+        The check comes first: a package reads past the end of a tensor that is too small.
+        """
+        self.spec.check_outputs(outputs, self.spec.sizes(inputs))
+        for index, x in enumerate(inputs):
+            if not x.is_contiguous():
+                name = self.spec.inputs[index].name
+                raise ValueError(f"{self.spec.segment}, tensor {name}: wanted contiguous")
+        try:
+            results = self._model(*inputs)
+        except RuntimeError as error:
+            raise EngineError(f"{self.spec.segment} failed in AOTInductor: {error}") from error
+        for target, result in zip(outputs, results, strict=True):
+            target.copy_(result)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine computes, where it runs, and the key that both make."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+SMALLEST: Final = 2  # of a named dimension: compilers take 1 for a dimension to broadcast
+Backend = Literal["eager", "aoti", "tensorrt"]
+DType = Literal["fp32", "bf16", "fp16", "int64"]
+
+DTYPES: Final[Mapping[DType, torch.dtype]] = MappingProxyType(
+    {
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "int64": torch.int64,
+    }
+)
+_NAMES: Final[Mapping[torch.dtype, DType]] = MappingProxyType(
+    {dtype: name for name, dtype in DTYPES.items()}
+)
+
+
+def dtype_name(dtype: torch.dtype) -> DType:
+    """fp32 of torch.float32 and so on. Raises ValueError for a dtype that engines do not take."""
+    if dtype not in _NAMES:
+        raise ValueError(f"engines take {', '.join(DTYPES)}, got {dtype}")
+    return _NAMES[dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One input or output. A dimension is a number, or the name of one that varies per call."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with its named dimensions filled in."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """A segment of a network over at most so many tokens.
+
+    Where weights are inputs, one engine serves every block and every checkpoint of these shapes.
+    """
+
+    segment: str  # "block_in"
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    limits: tuple[tuple[str, int], ...]  # largest value of every named dimension
+    sources: str  # digest of the code that defines the arithmetic
+    weights: str | None = None  # digest of the weights, where they are part of the engine
+
+    def __post_init__(self) -> None:
+        names = {dim for one in (*self.inputs, *self.outputs) for dim in one.shape}
+        unknown = {dim for dim in names if isinstance(dim, str)} - dict(self.limits).keys()
+        if unknown:
+            raise ValueError(f"{self.segment} has no limit for {', '.join(sorted(unknown))}")
+
+    def sizes(self, inputs: Sequence[Tensor]) -> dict[str, int]:
+        """Check the inputs of a call; give the value of every named dimension.
+
+        Raises ValueError naming the tensor, what was wanted and what was got.
+        """
+        if len(inputs) != len(self.inputs):
+            raise ValueError(f"{self.segment} takes {len(self.inputs)} tensors, got {len(inputs)}")
+        sizes: dict[str, int] = {}
+        limits = dict(self.limits)
+        for spec, x in zip(self.inputs, inputs, strict=True):
+            self._require(x.dtype == DTYPES[spec.dtype], spec, spec.dtype, x.dtype)
+            self._require(x.dim() == len(spec.shape), spec, f"shape {spec.shape}", tuple(x.shape))
+            for dim, size in zip(spec.shape, x.shape, strict=True):
+                wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+                self._require(size == wanted, spec, f"{dim} of {wanted}", tuple(x.shape))
+                if isinstance(dim, str):
+                    fits = SMALLEST <= size <= limits[dim]
+                    self._require(fits, spec, f"{dim} from {SMALLEST} to {limits[dim]}", size)
+        return sizes
+
+    def check_outputs(self, outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> None:
+        """Raise ValueError where a tensor to write into has another dtype or shape."""
+        if len(outputs) != len(self.outputs):
+            raise ValueError(
+                f"{self.segment} gives {len(self.outputs)} tensors, got {len(outputs)} to fill"
+            )
+        for spec, x in zip(self.outputs, outputs, strict=True):
+            shape = spec.sized(sizes)
+            self._require(x.dtype == DTYPES[spec.dtype], spec, spec.dtype, x.dtype)
+            self._require(tuple(x.shape) == shape, spec, f"shape {shape}", tuple(x.shape))
+
+    def _require(self, condition: bool, spec: TensorSpec, wanted: object, got: object) -> None:
+        if not condition:
+            raise ValueError(f"{self.segment}, tensor {spec.name}: wanted {wanted}, got {got}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKey:
+    """What must be equal for a stored engine to be the one that is wanted."""
+
+    spec: EngineSpec
+    backend: Backend
+    platform: tuple[tuple[str, str], ...]  # versions, device: of the backend
+    options: tuple[tuple[str, str], ...] = ()  # of the build, where they change the result
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """Name of the engine's folder in the store."""
+        return f"{self.spec.segment}-{self.backend}-{self.digest[:16]}"
+
+
+def digest_of(texts: Iterable[bytes]) -> str:
+    """SHA-256 over byte strings, each with its length, in order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Built engines on disk: found by key, verified, published whole or not at all.
+
+    ROOT/<segment>-<backend>-<digest>/   manifest.json and the engine's file
+    ROOT/.locks/<...>                    held by whoever builds it; a dead builder holds nothing
+    ROOT/.building-*                     what a build leaves when it is killed; pruned
+
+An engine is used only if its manifest holds the very key that is asked for and its file the very
+bytes that were published.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pw_engines.spec import EngineKey
+
+FORMAT: Final = 1
+MANIFEST: Final = "manifest.json"
+State = Literal["fresh", "missing", "damaged"]
+
+
+class StoreError(Exception):
+    """The store cannot be read or written; the message says what, why and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What the store has for a key: a file to load, or why there is none."""
+
+    state: State
+    path: Path | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One folder of the store."""
+
+    folder: str
+    segment: str
+    backend: str
+    bytes: int
+    seconds: float  # that its build took
+    key: dict[str, Any]  # as JSON; empty where the manifest cannot be read
+    damage: str = ""
+
+
+def default_root() -> Path:
+    """$PW_CACHE/engines, else the user's cache directory."""
+    named = os.environ.get("PW_CACHE")
+    if named:
+        return Path(named) / "engines"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pixelwizard" / "engines"
+
+
+class EngineStore:
+    """A folder of engines. Nothing is created before the first build."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = default_root() if root is None else root
+
+    def find(self, key: EngineKey) -> Found:
+        """The verified file of an engine, or the reason why it has to be built."""
+        folder = self.root / key.folder
+        if not folder.is_dir():
+            return Found(state="missing", reason="not built yet")
+        manifest, damage = _read_manifest(folder)
+        if not damage and manifest["key"] != _as_json(key):
+            damage = "its manifest holds another key"
+        if not damage:
+            damage = _verify(folder, manifest)
+        if damage:
+            return Found(state="damaged", reason=f"{folder}: {damage}")
+        return Found(state="fresh", path=folder / manifest["file"])
+
+    @contextmanager
+    def locked(self, key: EngineKey, *, wait: bool = True) -> Iterator[bool]:
+        """Hold the right to build an engine; yields False if another process does (wait=False).
+
+        The system lets go of the lock when its holder dies. Raises StoreError.
+        """
+        self._make_root()
+        with _open_lock(self.root / ".locks" / key.folder) as descriptor:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    @contextmanager
+    def publishing(self, key: EngineKey, name: str) -> Iterator[Path]:
+        """Path of a file to build; once the block ends well, the engine is in the store.
+
+        Call with the lock held. Nothing is found where the block fails or the process dies.
+        Raises StoreError where the disk refuses.
+        """
+        self._make_root()
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=self.root))
+        try:
+            start = time.monotonic()
+            yield building / name
+            seconds = time.monotonic() - start
+            try:
+                _publish(building, self.root / key.folder, key, name, seconds)
+            except OSError as error:
+                raise StoreError(
+                    f"cannot publish {key.folder} in {self.root}: {error.strerror or error}; "
+                    "free some space or name another folder with PW_CACHE"
+                ) from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+    def entries(self, *, verify: bool) -> list[Entry]:
+        """Everything in the store, by name; `verify` reads every file and compares its digest."""
+        if not self.root.is_dir():
+            return []
+        folders = sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != ".")
+        return [_entry(folder, verify) for folder in folders]
+
+    def remove(self, folder: str) -> None:
+        """Remove one engine. Raises StoreError."""
+        try:
+            shutil.rmtree(self.root / folder)
+        except OSError as error:
+            raise StoreError(f"cannot remove {self.root / folder}: {error.strerror}") from error
+
+    def leftovers(self) -> list[Path]:
+        """Folders of builds that were killed."""
+        return sorted(self.root.glob(".building-*")) if self.root.is_dir() else []
+
+    def _make_root(self) -> None:
+        try:
+            (self.root / ".locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"cannot make the engine store {self.root}: {error.strerror}; "
+                "name another folder with PW_CACHE"
+            ) from error
+
+
+def _publish(building: Path, folder: Path, key: EngineKey, name: str, seconds: float) -> None:
+    """Write the manifest, bring everything to disk, rename the folder into place."""
+    path = building / name
+    manifest = {
+        "format": FORMAT,
+        "file": name,
+        "bytes": path.stat().st_size,
+        "sha256": _sha256(path),
+        "seconds": round(seconds, 3),
+        "key": asdict(key),
+    }
+    (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for one in (path, building / MANIFEST, building):
+        _sync(one)
+    if folder.exists():  # damaged: rename cannot replace a folder that is not empty
+        shutil.rmtree(folder)
+    building.rename(folder)
+    _sync(folder.parent)
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
+    """The manifest, and what is wrong with it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            return {}, f"format {manifest['format']}, wanted {FORMAT}"
+        if not {"file", "bytes", "sha256", "key", "seconds"} <= manifest.keys():
+            return {}, "its manifest is incomplete"
+    except FileNotFoundError:
+        return {}, "it has no manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, f"its manifest cannot be read ({error})"
+    return manifest, ""
+
+
+def _verify(folder: Path, manifest: dict[str, Any]) -> str:
+    """What is wrong with the engine's file; empty if nothing is."""
+    path = folder / manifest["file"]
+    try:
+        size = path.stat().st_size
+        if size != manifest["bytes"]:
+            return f"{path.name} has {size} bytes, wanted {manifest['bytes']}"
+        if _sha256(path) != manifest["sha256"]:
+            return f"{path.name} is not the file that was published (SHA-256 differs)"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return ""
+
+
+def _entry(folder: Path, verify: bool) -> Entry:
+    manifest, damage = _read_manifest(folder)
+    if verify and not damage:
+        damage = _verify(folder, manifest)
+    key = manifest.get("key", {})
+    return Entry(
+        folder=folder.name,
+        segment=key.get("spec", {}).get("segment", "?"),
+        backend=key.get("backend", "?"),
+        bytes=sum(path.stat().st_size for path in folder.iterdir()),
+        seconds=manifest.get("seconds", 0.0),
+        key=key,
+        damage=damage,
+    )
+
+
+def _as_json(key: EngineKey) -> Any:
+    """The key as it comes back from a manifest: tuples are lists there."""
+    return json.loads(json.dumps(asdict(key)))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _open_lock(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise StoreError(f"cannot lock {path}: {error.strerror}") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
