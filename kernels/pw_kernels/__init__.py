@@ -8,25 +8,34 @@ the kernels (docs/kernels.md).
 from pw_kernels.attention import attention
 from pw_kernels.causal_conv3d import causal_conv3d
 from pw_kernels.channel_norm import channel_norm
+from pw_kernels.chunked_attention import chunked_attention
 from pw_kernels.dup_up import dup_up_add
 from pw_kernels.gate_residual import gate_residual
-from pw_kernels.guide import guide
+from pw_kernels.gate_residual_norm import gate_residual_norm
+from pw_kernels.guided_update import Update, guided_update
 from pw_kernels.merge_attention import merge_attention
 from pw_kernels.norm_modulate import norm_modulate
 from pw_kernels.pack_frames import pack_frames, unpatchify_pixels
-from pw_kernels.qk_norm_rope import qk_norm_rope, rms_norm, rope
-from pw_kernels.upsample2x import upsample2x_conv
+from pw_kernels.pack_yuv import pack_yuv
+from pw_kernels.qk_norm_rope import axis_pairs, qk_norm_rope, rms_norm, rope
+from pw_kernels.upsample2x import phase_taps, upsample2x_conv
 
 __all__ = [
+    "Update",
     "attention",
+    "axis_pairs",
     "causal_conv3d",
     "channel_norm",
+    "chunked_attention",
     "dup_up_add",
     "gate_residual",
-    "guide",
+    "gate_residual_norm",
+    "guided_update",
     "merge_attention",
     "norm_modulate",
     "pack_frames",
+    "pack_yuv",
+    "phase_taps",
     "qk_norm_rope",
     "rms_norm",
     "rope",

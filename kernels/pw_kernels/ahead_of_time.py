@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -10,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pw_kernels.launcher import Variant
 
 SHARED_LIMITS: Mapping[int, int] = {
     80: 163 * 1024,
@@ -102,6 +105,21 @@ def compile_kernel(
         scratch_bytes=built.metadata.global_scratch_size,
         registers=registers,
         stack_bytes=stack,
+    )
+
+
+def compile_variant(variant: Variant, arch: int) -> Compiled:
+    """Compile what a launch would need. Raises what `compile_kernel` raises."""
+    types = dict(variant.types)
+    ones = {name: 1 for name, kind in types.items() if kind == "1"}
+    return compile_kernel(
+        importlib.import_module(f"pw_kernels._triton.{variant.kernel}").kernel,
+        {name: kind.removesuffix(":16") for name, kind in types.items() if name not in ones},
+        dict(variant.constants) | ones,
+        arch=arch,
+        num_warps=variant.num_warps,
+        num_stages=variant.num_stages,
+        divisible_by_16=[name for name, kind in types.items() if kind.endswith(":16")],
     )
 
 

@@ -94,6 +94,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return _recorder.capability if _recorder else torch.cuda.get_device_capability(device)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors `device` has; what is recorded does not depend on it."""
+    return 1 if _recorder else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def cdiv(n: int, block: int) -> int:
     """How many blocks hold n."""
     return -(-n // block)

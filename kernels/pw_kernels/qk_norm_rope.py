@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from pw_kernels.launcher import Kernel, launch
+from pw_kernels.launcher import Kernel, launch, next_power_of_2
 from pw_kernels.op import Cost, Op, chosen, register, require
-from pw_kernels.row_block import row_block
 
-_KERNEL = Kernel("qk_norm_rope")
+_KERNEL = Kernel("qk_norm_rope", any_number=frozenset({"first_token", "rows", "columns"}))
 
 
 def qk_norm_rope(
@@ -20,31 +21,31 @@ def qk_norm_rope(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
+    grid: tuple[int, int, int],
     num_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """`rms_norm`, then `rope`, of the queries and keys of self-attention.
+    first_token: int = 0,
+) -> None:
+    """`rms_norm`, then `rope`, of the queries and keys of self-attention, in place.
 
     Args:
-        q: [S, D] projected queries; rows may be strided, as in a packed projection.
-        k: [S, D] projected keys.
+        q: [S, D] projected queries, overwritten; rows may be strided, as in a packed projection.
+        k: [S, D] projected keys, overwritten; no memory shared with q.
         gain_q: [D], in q's dtype.
         gain_k: [D].
-        cos: [S, K/2] fp32.
-        sin: [S, K/2] fp32.
+        cos: [L, K/2] fp32, L at least the longest side of the grid: column j of row p is the
+            cosine for pair j at position p along the axis that pair j turns with (`axis_pairs`).
+        sin: [L, K/2] fp32.
+        grid: tokens of the clip as (T, H/2, W/2).
         num_heads: N; D = N * K.
         eps: added to the mean square.
-
-    Returns:
-        q and k, [S, N, K] each in q's dtype.
+        first_token: place in the clip of the first row of q, where q is a part of the tokens.
     """
     if chosen("qk_norm_rope", q.device).implementation == "triton":
-        _check(q, k, gain_q, gain_k, cos, sin, num_heads)
-        outs: tuple[Tensor, Tensor] = torch.ops.pw.qk_norm_rope(
-            q, k, gain_q, gain_k, cos, sin, num_heads, eps
-        )
-        return outs
-    return reference(q, k, gain_q, gain_k, cos, sin, num_heads, eps)
+        _check(q, k, gain_q, gain_k, cos, sin, grid, num_heads, first_token)
+        torch.ops.pw.qk_norm_rope(q, k, gain_q, gain_k, cos, sin, grid, num_heads, eps, first_token)
+    else:
+        reference(q, k, gain_q, gain_k, cos, sin, grid, num_heads, eps, first_token)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -63,6 +64,21 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * gain
+
+
+def axis_pairs(pairs: int) -> tuple[int, int, int]:
+    """How many of a head's channel pairs turn with time, row and column, in this order."""
+    third = pairs // 3
+    return pairs - 2 * third, third, third
+
+
+def angles_of_tokens(table: Tensor, grid: Sequence[int], first_token: int, tokens: int) -> Tensor:
+    """[L, K/2] by position along an axis -> [S, K/2] by token, S tokens from `first_token` on."""
+    place = torch.arange(first_token, first_token + tokens, device=table.device)
+    _, rows, columns = grid
+    positions = (place // (rows * columns), place // columns % rows, place % columns)
+    parts = table.split(axis_pairs(table.shape[1]), dim=1)
+    return torch.cat([part[at] for part, at in zip(parts, positions, strict=True)], dim=1)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,15 +105,16 @@ def reference(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
+    grid: Sequence[int],
     num_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    first_token: int = 0,
+) -> None:
     """The oracle of `qk_norm_rope`."""
-    heads = (num_heads, -1)
-    return (
-        rope(rms_norm(q, gain_q, eps).unflatten(-1, heads), cos, sin),
-        rope(rms_norm(k, gain_k, eps).unflatten(-1, heads), cos, sin),
-    )
+    cos, sin = (angles_of_tokens(table, grid, first_token, q.shape[0]) for table in (cos, sin))
+    for x, gain in ((q, gain_q), (k, gain_k)):
+        heads = rms_norm(x, gain, eps).unflatten(-1, (num_heads, -1))
+        x.copy_(rope(heads, cos, sin).flatten(1))
 
 
 def cost(
@@ -107,10 +124,12 @@ def cost(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
+    grid: Sequence[int],
     num_heads: int,
     eps: float,
+    first_token: int = 0,
 ) -> Cost:
-    """One read and one write of q and k, one read of the angles; the gains are counted too."""
+    """One read and one write of q and k; the tables and gains are negligible but counted."""
     moved = 2 * (q.numel() + k.numel()) * q.element_size()
     angles = (cos.numel() + sin.numel()) * cos.element_size()
     gains = (gain_q.numel() + gain_k.numel()) * gain_q.element_size()
@@ -124,7 +143,9 @@ def _check(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
+    grid: tuple[int, int, int],
     num_heads: int,
+    first_token: int,
 ) -> None:
     name, kinds = "qk_norm_rope", (torch.float32, torch.bfloat16, torch.float16)
     require(q.dim() == 2, name, "q [S, D]", tuple(q.shape))
@@ -136,21 +157,29 @@ def _check(
     require(num_heads > 0 and dim % (2 * num_heads) == 0, name, wanted, num_heads)
     for row in (q, k):
         require(row.stride(1) == 1, name, "q and k contiguous along D", row.stride())
+        require(row.stride(0) >= dim, name, "rows of q and k apart", row.stride())
     for gain in (gain_q, gain_k):
         require(gain.shape == (dim,), name, f"gains of shape ({dim},)", tuple(gain.shape))
         require(gain.is_contiguous(), name, "contiguous gains", gain.stride())
     for other in (k, gain_q, gain_k):
         require(other.dtype == q.dtype, name, f"k and gains in q's {q.dtype}", other.dtype)
-    table = (tokens, dim // num_heads // 2)
-    for angles in (cos, sin):
-        require(angles.shape == table, name, f"cos and sin of shape {table}", tuple(angles.shape))
-        require(angles.dtype == torch.float32, name, "cos and sin in fp32", angles.dtype)
-        require(angles.is_contiguous(), name, "contiguous cos and sin", angles.stride())
+    require(min(grid) > 0, name, "a grid of positive sides", grid)
+    last = grid[0] * grid[1] * grid[2] - tokens
+    wanted = f"first_token from 0 to {last}: {tokens} tokens on the grid {grid}"
+    require(0 <= first_token <= last, name, wanted, first_token)
+    pairs = dim // num_heads // 2
+    for table in (cos, sin):
+        fits = table.dim() == 2 and table.shape[0] >= max(grid) and table.shape[1] == pairs
+        wanted = f"cos and sin of shape ({max(grid)} or more, {pairs})"
+        require(fits, name, wanted, tuple(table.shape))
+        require(table.dtype == torch.float32, name, "cos and sin in fp32", table.dtype)
+        require(table.is_contiguous(), name, "contiguous cos and sin", table.stride())
+    require(cos.shape == sin.shape, name, "cos and sin of one shape", tuple(sin.shape))
     for other in (k, gain_q, gain_k, cos, sin):
         require(other.device == q.device, name, f"all tensors on {q.device}", other.device)
 
 
-@torch.library.custom_op("pw::qk_norm_rope", mutates_args=())
+@torch.library.custom_op("pw::qk_norm_rope", mutates_args=("q", "k"))
 def _op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -158,10 +187,12 @@ def _op(
     gain_k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    grid: Sequence[int],
     num_heads: int,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference(q, k, gain_q, gain_k, cos, sin, num_heads, eps)
+    first_token: int = 0,
+) -> None:
+    reference(q, k, gain_q, gain_k, cos, sin, grid, num_heads, eps, first_token)
 
 
 @_op.register_kernel("cuda")
@@ -172,14 +203,16 @@ def run_kernel(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
+    grid: Sequence[int],
     num_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    first_token: int = 0,
+) -> None:
     """Launch the kernel; the input was checked by the caller."""
     tokens, dim = q.shape
-    q_out = q.new_empty(tokens, num_heads, dim // num_heads)
-    k_out = torch.empty_like(q_out)
-    block, num_warps = row_block(dim)
+    width = dim // num_heads
+    time, row, _ = axis_pairs(width // 2)
+    block_n, block_k = next_power_of_2(num_heads), next_power_of_2(width)
     launch(
         _KERNEL,
         (tokens,),
@@ -190,16 +223,27 @@ def run_kernel(
             "gain_k_ptr": gain_k,
             "cos_ptr": cos,
             "sin_ptr": sin,
-            "q_out_ptr": q_out,
-            "k_out_ptr": k_out,
             "q_stride": q.stride(0),
             "k_stride": k.stride(0),
+            "first_token": first_token,
+            "rows": grid[1],
+            "columns": grid[2],
             "eps": eps,
         },
-        {"D": dim, "PAIRS": dim // num_heads // 2, "BLOCK": block},
-        num_warps=num_warps,
+        {
+            **{"N": num_heads, "K": width, "TIME": time, "ROW": row},
+            **{"BLOCK_N": block_n, "BLOCK_K": block_k},
+        },
+        num_warps=num_warps(block_n * block_k),
     )
-    return q_out, k_out
+
+
+def num_warps(block: int) -> int:
+    """Warps of a program for a token of up to `block` channels, padding included.
+
+    1024 channels a warp: the 24 heads of 128 channels are three passes of 4 warps, all busy.
+    """
+    return min(16, max(1, block // 1024))
 
 
 @_op.register_fake
@@ -210,11 +254,12 @@ def _fake(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
+    grid: Sequence[int],
     num_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    shape = (q.shape[0], num_heads, q.shape[1] // num_heads)
-    return q.new_empty(shape), k.new_empty(shape)
+    first_token: int = 0,
+) -> None:
+    return None
 
 
 OP = register(Op("qk_norm_rope", reference, cost))

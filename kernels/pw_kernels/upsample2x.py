@@ -10,7 +10,7 @@ from torch import Tensor
 from pw_kernels.op import Cost, Op, register, require
 
 
-def upsample2x_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def upsample2x_conv(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     """conv3x3(nearest x2 of x), zero-padded by 1, as four 2x2 convolutions of x itself.
 
     Of the three taps along an axis, two fall on the same element of x: the even results see
@@ -19,39 +19,62 @@ def upsample2x_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         x: [B, C, H, W].
-        weight: [C', C, 3, 3].
+        taps: [4, C', C, 2, 2] from `phase_taps`.
         bias: [C'] or None.
 
     Returns:
         [B, C', 2H, 2W], channels last in memory where the convolution leaves them so.
+
+    Raises:
+        ValueError: taps of another shape.
     """
-    shape = tuple(weight.shape)
-    require(shape[1:] == (x.shape[1], 3, 3), "upsample2x_conv", "weight [C', C, 3, 3]", shape)
+    shape = tuple(taps.shape)
+    fits = taps.dim() == 5 and (shape[0], *shape[2:]) == (4, x.shape[1], 2, 2)
+    require(fits, "upsample2x_conv", f"taps [4, C', {x.shape[1]}, 2, 2]", shape)
     height, width = x.shape[2:]
-    channels_last = weight.stride(1) < weight.stride(3)
-    order = torch.channels_last if channels_last else torch.contiguous_format
     out: Tensor | None = None
-    for row, rows in enumerate(_phases(weight, 2)):
-        for column, taps in enumerate(_phases(rows, 3)):
-            # Padded by the convolution on all sides and cropped: no padded copy of x.
-            part = F.conv2d(x, taps.contiguous(memory_format=order), bias, padding=1)
-            part = part[:, :, row : row + height, column : column + width]
-            if out is None:
-                out = _doubled(part)
-            out[:, :, row::2, column::2] = part
+    for phase in range(4):
+        row, column = divmod(phase, 2)
+        # Padded by the convolution on all sides and cropped: no padded copy of x.
+        part = F.conv2d(x, taps[phase], bias, padding=1)
+        part = part[:, :, row : row + height, column : column + width]
+        if out is None:
+            out = _doubled(part)
+        out[:, :, row::2, column::2] = part
     assert out is not None
     return out
 
 
-def cost(x: Tensor, weight: Tensor, bias: Tensor | None) -> Cost:
-    """Four taps a result; x, weight and bias read once, the result written once."""
-    results = x.shape[0] * weight.shape[0] * 4 * x.shape[2] * x.shape[3]
-    flops = results * (2 * 4 * weight.shape[1] + (bias is not None))
-    moved = x.numel() + weight.numel() + results + (0 if bias is None else bias.numel())
+def phase_taps(weight: Tensor) -> Tensor:
+    """The weights of the four convolutions, which a network makes once.
+
+    Args:
+        weight: [C', C, 3, 3] of the convolution after the doubling.
+
+    Returns:
+        [4, C', C, 2, 2]: even rows' even and odd columns, odd rows' even and odd columns; each
+        of the four in the memory format of `weight`.
+
+    Raises:
+        ValueError: a weight of another shape.
+    """
+    require(weight.shape[2:] == (3, 3), "upsample2x_conv", "weight [C', C, 3, 3]", weight.shape)
+    phases = [taps for rows in _halves(weight, 2) for taps in _halves(rows, 3)]
+    if weight.stride(1) < weight.stride(3):
+        phases = [taps.movedim(1, 3) for taps in phases]  # [C', 2, 2, C]
+        return torch.stack(phases).movedim(4, 2)
+    return torch.stack(phases)
+
+
+def cost(x: Tensor, taps: Tensor, bias: Tensor | None) -> Cost:
+    """Four taps a result; x, taps and bias read once, the result written once."""
+    results = x.shape[0] * taps.shape[1] * 4 * x.shape[2] * x.shape[3]
+    flops = results * (2 * 4 * taps.shape[2] + (bias is not None))
+    moved = x.numel() + taps.numel() + results + (0 if bias is None else bias.numel())
     return Cost(flops=flops, bytes=moved * x.element_size())
 
 
-def _phases(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The two taps of even and of odd results along `dim`."""
     first, middle, last = weight.unbind(dim)
     return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gluon kernel of `pw_kernels.attention` for Hopper, scheduled by hand as FlashAttention-3 is.
+"""Gluon kernel of `pw_kernels.attention` for Hopper, scheduled by hand as in FlashAttention-3.
 
-Arithmetic and arguments are those of `attention_portable`; the grid is one program for each SM.
+Arithmetic and arguments are those of `attention_hopper`; the grid is one program for each
+multiprocessor, or for each tile of queries of each head where those are fewer. It is compiled with
+num_warps=4 and has 12: one of them fetches by TMA. Two warpgroups, consumers, own 64 queries each;
+each computes the exponentials of a tile of keys while its tensor cores add the values of the tile
+before. tests/kernels/gluon_model.py runs these very functions over modelled barriers;
+tests/kernels/test_attention_gluon.py looks at the machine code.
 """
 
 from __future__ import annotations
@@ -18,217 +23,207 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from pw_kernels._triton import attention_portable
 
 LN2 = attention_portable.LN2
-ROWS = gl.constexpr(64)  # queries of a warpgroup
-key_biases = gluon.jit(attention_portable.key_biases.fn)
+ROWS = gl.constexpr(64)  # queries of a consumer
+CONSUMERS = gl.constexpr(2)
+
+# A ring is (tiles, full, empty): slots of shared memory, each with a barrier that its filling
+# completes and one that the consumers' last use of it completes. The n-th tile that passes
+# through a ring of s slots lies in slot n % s; the parity to wait for changes each time round.
 
 
 @gluon.jit
-def phase_of(n, STAGES: gl.constexpr):
-    """Parity of the n-th filling of a ring of STAGES slots: it changes each time round."""
-    return n // STAGES & 1
+def make_ring(
+    dtype: gl.constexpr,
+    slots: gl.constexpr,
+    rows: gl.constexpr,
+    K: gl.constexpr,
+    readers: gl.constexpr,
+):
+    """An empty ring of tiles [rows, K], each for a number of consumers to read."""
+    tiles = gl.allocate_shared_memory(dtype, [slots, rows, K], gl.NVMMASharedLayout(128, 16, 2))
+    full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(slots):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=readers)
+    return tiles, full, empty
 
 
 @gluon.jit
-def fetch(rows, row, column, full, empty, tiles, slot, phase):
-    """Fill a slot once the consumers have emptied it."""
-    mbarrier.wait(empty.index(slot), phase ^ 1)
+def fetch(ring, n, rows, row, column):
+    """Fill the slot of tile n once it is empty; a new ring's slots count as emptied."""
+    tiles, full, empty = ring
+    slots: gl.constexpr = tiles.shape[0]
+    slot = n % slots
+    mbarrier.wait(empty.index(slot), (n // slots & 1) ^ 1)
     mbarrier.expect(full.index(slot), rows.block_type.nbytes)
     tma.async_copy_global_to_shared(rows, [row, column], full.index(slot), tiles.index(slot))
 
 
 @gluon.jit
+def wait_for(ring, n):
+    """Return when tile n has arrived."""
+    tiles, full, _empty = ring
+    slots: gl.constexpr = tiles.shape[0]
+    mbarrier.wait(full.index(n % slots), n // slots & 1)
+
+
+@gluon.jit
+def tile(ring, n):
+    """Tile n, where it lies."""
+    tiles, _full, _empty = ring
+    return tiles.index(n % tiles.shape[0])
+
+
+@gluon.jit
+def release(ring, n):
+    """This consumer has read tile n: its products are complete."""
+    tiles, _full, empty = ring
+    mbarrier.arrive(empty.index(n % tiles.shape[0]))
+
+
+@gluon.jit
 def produce(
     pointers,
-    counts,
     strides,
-    tiles,
-    barriers,
+    counts,
+    rings,
     K: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
-    """Fetch the queries, keys and values of this program's tiles in the order of their use."""
+    """Fetch what this program's consumers read, in the order in which they read it."""
     q_ptr, k_ptr, v_ptr = pointers
-    n_queries, n_keys, n_heads = counts
     q_stride, k_stride, v_stride = strides
-    q_tiles, k_tiles, v_tiles = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    n_queries, n_keys, n_heads = counts
+    q_ring, k_ring, v_ring = rings
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    # One descriptor for all heads: they lie side by side in a token's row, and what has to read
+    # as zeros is past the last row. Made here, because the warp that uses one has to make it
+    # visible to its own TMA unit.
     width = n_heads * K
-    layout: gl.constexpr = k_tiles.type.layout
-    q_rows = tma.make_tensor_descriptor(
-        q_ptr, [n_queries, width], [q_stride, 1], [ROWS, K], layout
-    )
+    q_rows = tma.make_tensor_descriptor(q_ptr, [n_queries, width], [q_stride, 1], [ROWS, K], layout)
     k_rows = tma.make_tensor_descriptor(k_ptr, [n_keys, width], [k_stride, 1], [BLOCK_N, K], layout)
     v_rows = tma.make_tensor_descriptor(v_ptr, [n_keys, width], [v_stride, 1], [BLOCK_N, K], layout)
     query_tiles = gl.cdiv(n_queries, BLOCK_M)
     key_tiles = gl.cdiv(n_keys, BLOCK_N)
-    n = 0
-    q_phase = 0
-    for tile in range(gl.program_id(0), query_tiles * n_heads, gl.num_programs(0)):
-        first = tile % query_tiles * BLOCK_M
-        column = tile // query_tiles * K
-        for group in gl.static_range(2):
-            fetch(q_rows, first + group * ROWS, column, q_full, q_empty, q_tiles, group, q_phase)
-        q_phase ^= 1
+    n = 0  # tiles of keys so far
+    n_q = 0  # tiles of queries so far, CONSUMERS at a time
+    for work in range(gl.program_id(0), query_tiles * n_heads, gl.num_programs(0)):
+        column = work // query_tiles * K
+        first = work % query_tiles * BLOCK_M
+        for consumer in gl.static_range(CONSUMERS):
+            fetch(q_ring, n_q + consumer, q_rows, first + consumer * ROWS, column)
+        n_q += CONSUMERS
         for i in range(key_tiles):
             start = (key_tiles - 1 - i) * BLOCK_N
-            slot = n % STAGES
-            phase = phase_of(n, STAGES)
-            fetch(k_rows, start, column, k_full, k_empty, k_tiles, slot, phase)
-            fetch(v_rows, start, column, v_full, v_empty, v_tiles, slot, phase)
+            fetch(k_ring, n, k_rows, start, column)
+            fetch(v_ring, n, v_rows, start, column)
             n += 1
 
 
 @gluon.jit
-def issue_logits(q, n, k_tiles, k_full, STAGES: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Start the product of the queries with the n-th tile of keys."""
+def start_logits(q, k_ring, n, BLOCK_N: gl.constexpr):
+    """Issue the product of the queries with the keys of tile n."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    slot = n % STAGES
-    mbarrier.wait(k_full.index(slot), phase_of(n, STAGES))
     blank = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
-    k = k_tiles.index(slot).permute((1, 0))
-    return warpgroup_mma(q, k, blank, use_acc=False, is_async=True)
+    wait_for(k_ring, n)
+    return warpgroup_mma(q, tile(k_ring, n).permute((1, 0)), blank, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def issue_values(p, acc, n, v_tiles, v_full, STAGES: gl.constexpr):
-    """Start adding the n-th tile of values, weighed by p, to acc."""
-    slot = n % STAGES
-    mbarrier.wait(v_full.index(slot), phase_of(n, STAGES))
-    return warpgroup_mma(p, v_tiles.index(slot), acc, is_async=True)
-
-
-@gluon.jit
-def weigh(s, m, n_left, scale, biases, N_BIASES: gl.constexpr, IS_LAST: gl.constexpr):
-    """exp2 of the logits less their running maximum, and that maximum."""
-    if IS_LAST:
-        column = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-        b0, b1, b2, b3 = biases
-        added = key_biases(n_left, column, b0, b1, b2, b3, N_BIASES)
-        s = s * scale + added[None, :]
-        m_new = gl.maximum(m, gl.max(s, 1))
-        p = gl.exp2(s - m_new[:, None])
-    else:
-        m_new = gl.maximum(m, gl.max(s, 1) * scale)
-        p = gl.exp2(s * scale - m_new[:, None])
-    return p, m_new
-
-
-@gluon.jit
-def add_keys(
-    q,
-    p,
+def weigh(
+    s,
     m,
-    total,
-    acc,
-    n,
-    n_left,
+    start,
+    n_keys,
     scale,
-    biases,
-    kv_tiles,
-    barriers,
-    N_BIASES: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
     IS_LAST: gl.constexpr,
 ):
-    """Weigh the n-th tile of keys while the values of the tile before it are added to acc."""
-    k_tiles, v_tiles = kv_tiles
-    k_full, k_empty, v_full, v_empty = barriers
-    s = issue_logits(q, n, k_tiles, k_full, STAGES, BLOCK_N)
-    acc = issue_values(p, acc, n - 1, v_tiles, v_full, STAGES)
-    s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(k_empty.index(n % STAGES))
-    w, m_new = weigh(s, m, n_left, scale, biases, N_BIASES, IS_LAST)
-    grown = gl.exp2(m - m_new)
-    total = total * grown + gl.sum(w, 1)
-    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    mbarrier.arrive(v_empty.index((n - 1) % STAGES))
-    by_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    acc = acc * gl.convert_layout(grown, by_row)[:, None]
-    p = gl.convert_layout(w.to(p.dtype), p.type.layout)
-    return p, m_new, total, acc
+    """exp2 of the logits less their running maximum, and that; IS_LAST: perhaps past the end."""
+    if IS_LAST:
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+        inside = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout)) < n_keys
+        s = gl.where(inside[None, :], s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    return gl.exp2(s * scale - m_new[:, None]), m_new
 
 
 @gluon.jit
 def consume(
-    group: gl.constexpr,
+    consumer: gl.constexpr,
     pointers,
     counts,
     scale,
-    biases,
-    tiles,
-    barriers,
+    rings,
     K: gl.constexpr,
-    N_BIASES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
-    """Attention of one half of the queries of each of this program's tiles."""
+    """Attention of this consumer's queries in each of the program's tiles.
+
+    Keys are read from the last to the first, so that the mask is needed before the loop only.
+    """
     out_ptr, lse_ptr = pointers
     n_queries, n_keys, n_heads = counts
-    q_tiles, k_tiles, v_tiles = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_ring, k_ring, v_ring = rings
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
-    row = gl.arange(0, ROWS, by_row)
-    column = gl.arange(0, K, gl.SliceLayout(0, acc_layout))
-    q = q_tiles.index(group)
     query_tiles = gl.cdiv(n_queries, BLOCK_M)
     key_tiles = gl.cdiv(n_keys, BLOCK_N)
-    plain = (n_keys - N_BIASES) // BLOCK_N
+    last = (key_tiles - 1) * BLOCK_N
     n = 0
-    q_phase = 0
-    for tile in range(gl.program_id(0), query_tiles * n_heads, gl.num_programs(0)):
-        head = tile // query_tiles
-        first = tile % query_tiles * BLOCK_M + group * ROWS
-        mbarrier.wait(q_full.index(group), q_phase)
-        q_phase ^= 1
-        s = issue_logits(q, n, k_tiles, k_full, STAGES, BLOCK_N)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_empty.index(n % STAGES))
-        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
-        left = n_keys - (key_tiles - 1) * BLOCK_N
-        w, m = weigh(s, m, left, scale, biases, N_BIASES, True)
-        total = gl.sum(w, 1)
-        p = gl.convert_layout(w.to(q.dtype), p_layout)
+    n_q = consumer
+    for work in range(gl.program_id(0), query_tiles * n_heads, gl.num_programs(0)):
+        wait_for(q_ring, n_q)
+        q = tile(q_ring, n_q)
+        s = warpgroup_mma_wait(0, deps=[start_logits(q, k_ring, n, BLOCK_N)])
+        release(k_ring, n)
+        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+        weights, m = weigh(s, m, last, n_keys, scale, BLOCK_N, True)
+        total = gl.sum(weights, 1)
+        p = gl.convert_layout(weights.to(q.dtype), p_layout)
         acc = gl.zeros([ROWS, K], gl.float32, acc_layout)
-        n += 1
-        if N_BIASES > 1:
-            for i in range(1, key_tiles - plain):
-                p, m, total, acc = add_keys(
-                    q, p, m, total, acc, n, left + i * BLOCK_N, scale, biases,
-                    (k_tiles, v_tiles), (k_full, k_empty, v_full, v_empty),
-                    N_BIASES, BLOCK_N, STAGES, True,
-                )  # fmt: skip
-                n += 1
-            n_plain = gl.minimum(plain, key_tiles - 1)
-        else:
-            n_plain = key_tiles - 1
-        for i in range(n_plain):
-            p, m, total, acc = add_keys(
-                q, p, m, total, acc, n, 0, scale, biases,
-                (k_tiles, v_tiles), (k_full, k_empty, v_full, v_empty),
-                N_BIASES, BLOCK_N, STAGES, False,
-            )  # fmt: skip
+        wait_for(v_ring, n)
+        for i in range(1, key_tiles):
             n += 1
-        mbarrier.arrive(q_empty.index(group))
-        acc = issue_values(p, acc, n - 1, v_tiles, v_full, STAGES)
+            started = start_logits(q, k_ring, n, BLOCK_N)
+            acc = warpgroup_mma(p, tile(v_ring, n - 1), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[started])
+            release(k_ring, n)
+            weights, m_new = weigh(s, m, last - i * BLOCK_N, n_keys, scale, BLOCK_N, False)
+            grown = gl.exp2(m - m_new)
+            total = total * grown + gl.sum(weights, 1)
+            m = m_new
+            # Waiting for the next values here and not where they are used splits the machine code
+            # in two blocks. In one, ptxas moves the wait for acc up before all exponentials.
+            wait_for(v_ring, n)
+            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+            release(v_ring, n - 1)
+            acc = acc * gl.convert_layout(grown, by_row)[:, None]
+            p = gl.convert_layout(weights.to(q.dtype), p_layout)
+        release(q_ring, n_q)
+        acc = warpgroup_mma(p, tile(v_ring, n), acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-        mbarrier.arrive(v_empty.index((n - 1) % STAGES))
+        release(v_ring, n)
+        n += 1
+        n_q += CONSUMERS
         m = gl.convert_layout(m, by_row)
         total = gl.convert_layout(total, by_row)
-        inside = row < n_queries - first
-        offset = first.to(gl.int64) * n_heads + head
-        gl.store(lse_ptr + offset + row * n_heads, (m + gl.log2(total)) * LN2, mask=inside)
-        out_ptrs = out_ptr + offset * K + (row[:, None] * (n_heads * K) + column[None, :])
+        first = work % query_tiles * BLOCK_M + consumer * ROWS
+        rows = first + gl.arange(0, ROWS, by_row)
+        inside = rows < n_queries
+        places = rows.to(gl.int64) * n_heads + work // query_tiles
+        gl.store(lse_ptr + places, (m + gl.log2(total)) * LN2, mask=inside)
+        column = gl.arange(0, K, gl.SliceLayout(0, acc_layout))
+        out_ptrs = out_ptr + (places * K)[:, None] + column[None, :]
         gl.store(out_ptrs, (acc / total[:, None]).to(q.dtype), mask=inside[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["n_queries", "n_keys", "n_heads"])
 def kernel(
     q_ptr,
     k_ptr,
@@ -242,48 +237,31 @@ def kernel(
     k_stride,
     v_stride,
     scale,
-    b0,
-    b1,
-    b2,
-    b3,
     K: gl.constexpr,
-    N_BIASES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """out [S, N, K] and lse [S, N] of attention; strides are those from token to token."""
-    gl.static_assert(BLOCK_M == 2 * ROWS)
+    gl.static_assert(BLOCK_M == ROWS * CONSUMERS)
+    # A consumer waits for the next values before it gives back those it has.
+    gl.static_assert(STAGES >= 2)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, K], layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, K], layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, K], layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for group in gl.static_range(2):
-        mbarrier.init(q_full.index(group), count=1)
-        mbarrier.init(q_empty.index(group), count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(slot), count=1)
-        mbarrier.init(k_empty.index(slot), count=2)
-        mbarrier.init(v_full.index(slot), count=1)
-        mbarrier.init(v_empty.index(slot), count=2)
+    rings = (
+        make_ring(dtype, CONSUMERS, ROWS, K, 1),
+        make_ring(dtype, STAGES, BLOCK_N, K, CONSUMERS),
+        make_ring(dtype, STAGES, BLOCK_N, K, CONSUMERS),
+    )
+    inputs = (q_ptr, k_ptr, v_ptr)
+    others = (out_ptr, lse_ptr)
+    strides = (q_stride, k_stride, v_stride)
     counts = (n_queries, n_keys, n_heads)
-    biases = (b0, b1, b2, b3)
-    tiles = (q_tiles, k_tiles, v_tiles)
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    results = (out_ptr, lse_ptr)
     gl.warp_specialize(
         [
-            (consume, (gl.constexpr(0), results, counts, scale, biases, tiles, barriers, K, N_BIASES, BLOCK_M, BLOCK_N, STAGES)),
-            (consume, (gl.constexpr(1), results, counts, scale, biases, tiles, barriers, K, N_BIASES, BLOCK_M, BLOCK_N, STAGES)),
-            (produce, ((q_ptr, k_ptr, v_ptr), counts, (q_stride, k_stride, v_stride), tiles, barriers, K, BLOCK_M, BLOCK_N, STAGES)),
+            (consume, (0, others, counts, scale, rings, K, BLOCK_M, BLOCK_N)),
+            (consume, (1, others, counts, scale, rings, K, BLOCK_M, BLOCK_N)),
+            (produce, (inputs, strides, counts, rings, K, BLOCK_M, BLOCK_N)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1],  # warps; the first has those of the kernel
+        [240, 24],  # registers; the first has what is left of 3 * 168, 240
     )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernel of `pw_kernels.attention` for Hopper: TMA and warp specialisation.
 
-Arithmetic and arguments are those of `attention_portable`. The compiler makes 12 warps out of 4:
+Arithmetic and arguments are those of `attention_portable`, without a bias: the compiler gives up on
+a loop that loads through pointers. The compiler makes 12 warps out of 4:
 four that fetch keys and values by TMA and twice four that own 64 queries each, so that the
 exponentials of one half run under the products of the other. Triton 3.7 does so only for one loop
 over descriptors, num_warps=4 and 128 queries; tests/kernels/test_attention_compiled.py looks at
@@ -13,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pw_kernels._triton.attention_portable import LN2, key_biases
+from pw_kernels._triton.attention_portable import LN2
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "n_heads"])
@@ -30,12 +31,7 @@ def kernel(
     k_stride,
     v_stride,
     scale,
-    b0,
-    b1,
-    b2,
-    b3,
     K: tl.constexpr,
-    N_BIASES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -64,15 +60,9 @@ def kernel(
         s = tl.dot(q, k_rows.load([start, 0]).T)
         # A key past the end reads as zeros: a logit of 0, which still has to become -inf. Here
         # for every tile: with a second loop or a branch the warps are not specialised.
-        if N_BIASES == 0:
-            s = tl.where((column < n_keys - start)[None, :], s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            p = tl.exp2(s * scale - m_new[:, None])
-        else:
-            biases = key_biases(n_keys - start, column, b0, b1, b2, b3, N_BIASES)
-            s = s * scale + biases[None, :]
-            m_new = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - m_new[:, None])
+        s = tl.where((column < n_keys - start)[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - m_new[:, None])
         grown = tl.exp2(m - m_new)
         p_sum = tl.sum(p, 1)
         v = v_rows.load([start, 0])

@@ -14,22 +14,19 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(math.log(2))
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def key_biases(n_left, column, b0, b1, b2, b3, N_BIASES: tl.constexpr):
-    """[keys] times log2(e): the bias of each key of a tile, -inf past the last of n_left keys."""
-    from_end = n_left - column
-    biases = tl.where(from_end > 0, 0.0, float("-inf"))
-    if N_BIASES >= 1:
-        biases = tl.where(from_end == N_BIASES, b0, biases)
-    if N_BIASES >= 2:
-        biases = tl.where(from_end == N_BIASES - 1, b1, biases)
-    if N_BIASES >= 3:
-        biases = tl.where(from_end == N_BIASES - 2, b2, biases)
-    if N_BIASES >= 4:
-        biases = tl.where(from_end == N_BIASES - 3, b3, biases)
-    return biases
+def key_biases(bias_ptr, start, n_keys, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """[keys] times log2(e): the bias of each key of a tile, -inf past the last of n_keys."""
+    key = start + tl.arange(0, BLOCK_N)
+    inside = key < n_keys
+    if HAS_BIAS:
+        biases = tl.load(bias_ptr + key, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    else:
+        biases = tl.zeros([BLOCK_N], tl.float32)
+    return tl.where(inside, biases, float("-inf"))
 
 
 @triton.jit
@@ -40,18 +37,15 @@ def add_keys(
     acc,
     k_ptr,
     v_ptr,
+    bias_ptr,
     start,
     n_keys,
     k_stride,
     v_stride,
     scale,
-    b0,
-    b1,
-    b2,
-    b3,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    N_BIASES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     IS_LAST: tl.constexpr,
 ):
     """m, total and acc with the keys from `start`; IS_LAST: past the end or with biases."""
@@ -65,8 +59,7 @@ def add_keys(
     if IS_LAST:
         inside = row < n_keys - start
         s = tl.dot(q, tl.load(k_ptrs, mask=inside[None, :], other=0.0))
-        biases = key_biases(n_keys - start, row, b0, b1, b2, b3, N_BIASES)
-        s = s * scale + biases[None, :]
+        s = s * scale + key_biases(bias_ptr, start, n_keys, BLOCK_N, HAS_BIAS)[None, :]
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_new[:, None])
     else:
@@ -95,16 +88,16 @@ def kernel(
     k_stride,
     v_stride,
     scale,
-    b0,
-    b1,
-    b2,
-    b3,
+    bias_ptr,
     K: tl.constexpr,
-    N_BIASES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    """out [S, N, K] and lse [S, N] of attention; strides are those from token to token."""
+    """out [S, N, K] and lse [S, N] of attention; strides are those from token to token.
+
+    bias [E] is read where HAS_BIAS.
+    """
     # All query tiles of a head in a row: its keys and values stay in L2.
     tiles = tl.cdiv(n_queries, BLOCK_M)
     head = tl.program_id(0) // tiles
@@ -121,17 +114,18 @@ def kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, K], tl.float32)
-    # The mask and the biases cost only the last tiles anything: the first loop has neither.
-    plain = (n_keys - N_BIASES) // BLOCK_N * BLOCK_N
+    # The mask costs only the last tile anything: the first loop has none. Biases are for the text,
+    # a few tiles of keys, where it does not matter.
+    plain = 0 if HAS_BIAS else n_keys // BLOCK_N * BLOCK_N
     for start in tl.range(0, plain, BLOCK_N):
         m, total, acc = add_keys(
-            q, m, total, acc, k_ptr, v_ptr, start, n_keys, k_stride, v_stride, scale,
-            b0, b1, b2, b3, K, BLOCK_N, N_BIASES, False,
+            q, m, total, acc, k_ptr, v_ptr, bias_ptr, start, n_keys, k_stride, v_stride, scale,
+            K, BLOCK_N, HAS_BIAS, False,
         )  # fmt: skip
     for start in tl.range(plain, n_keys, BLOCK_N, num_stages=1):
         m, total, acc = add_keys(
-            q, m, total, acc, k_ptr, v_ptr, start, n_keys, k_stride, v_stride, scale,
-            b0, b1, b2, b3, K, BLOCK_N, N_BIASES, True,
+            q, m, total, acc, k_ptr, v_ptr, bias_ptr, start, n_keys, k_stride, v_stride, scale,
+            K, BLOCK_N, HAS_BIAS, True,
         )  # fmt: skip
     lse_ptr += token * n_heads + head
     tl.store(lse_ptr + row * n_heads, (m + tl.log2(total)) * LN2, mask=inside)

@@ -15,21 +15,22 @@ def kernel(
     positions,
     x_batch,
     x_frame,
-    x_row,
+    x_position,
+    x_channel,
     out_batch,
     out_frame,
-    out_row,
+    out_position,
+    out_channel,
     root,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    LAST: tl.constexpr,
     SILU: tl.constexpr,
 ):
     """out[:, p] = x[:, p] / max(|x[:, p]|, 1e-12) * root * gamma, then SiLU.
 
-    `x_row` is the stride between positions where channels are last, else between channels; the
-    other of the two has stride 1.
+    One of x's strides of positions and of channels is 1, and so is one of out's, not always the
+    same: what comes channels first may leave channels last.
     """
     # int64 throughout: a channel times the positions of a 4K chunk passes 2^31.
     position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
@@ -38,12 +39,8 @@ def kernel(
     out_ptr += batch * out_batch + frame * out_frame
     channel = tl.arange(0, BLOCK_C)[:, None]
     inside = (channel < C) & (position < positions)
-    if LAST:
-        x_offset = position * x_row + channel
-        out_offset = position * out_row + channel
-    else:
-        x_offset = channel.to(tl.int64) * x_row + position
-        out_offset = channel.to(tl.int64) * out_row + position
+    x_offset = position * x_position + channel.to(tl.int64) * x_channel
+    out_offset = position * out_position + channel.to(tl.int64) * out_channel
     x = tl.load(x_ptr + x_offset, mask=inside, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(x * x, axis=0))
     scale = root / tl.maximum(norm, 1e-12)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernel of `pw_kernels.pack_frames`: planes of colours to interleaved bytes."""
+"""Triton kernel of `pw_kernels.pack_frames`: 2x2 pixel blocks to interleaved bytes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,41 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(video_ptr, out_ptr, pixels, TRUNCATE: tl.constexpr, BLOCK: tl.constexpr):
-    """out[3 p + colour] = byte of video[colour, p].
+def kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    width,
+    x_channel,
+    x_frame,
+    x_row,
+    x_column,
+    WEIGHTED: tl.constexpr,
+    TRUNCATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[frame, y, x, c] = byte of x[(2 c + x % 2) 2 + y % 2, frame, y // 2, x // 2].
 
-    Programs walk the bytes in their order, so that stores are wide; the three planes are read
-    through the cache.
+    A program has BLOCK pixels of one row and walks its bytes in their order, so that stores are
+    wide; the twelve channels are read through the cache.
     """
-    start = tl.program_id(0).to(tl.int64) * BLOCK  # int64: three planes may pass 2^31
+    row, frame = tl.program_id(1), tl.program_id(2)
+    rows = tl.num_programs(1)
+    start = tl.program_id(0) * BLOCK
+    # int64: a chunk's values and bytes may pass 2^31.
+    x_ptr += frame.to(tl.int64) * x_frame + (row // 2).to(tl.int64) * x_row
+    out_ptr += (frame.to(tl.int64) * rows + row) * width * 3
     for third in tl.static_range(3):
         at = third * BLOCK + tl.arange(0, BLOCK)
         place, pixel = 3 * start + at, start + at // 3
-        inside = place < 3 * pixels  # of the bytes, so that a mask covers whole words of them
-        plane = (at % 3).to(tl.int64) * pixels
-        value = tl.load(video_ptr + plane + pixel, mask=inside, other=0.0)
+        inside = place < 3 * width  # of the bytes, so that a mask covers whole words of them
+        channel = (at % 3 * 2 + pixel % 2) * 2 + row % 2
+        offset = channel.to(tl.int64) * x_channel + (pixel // 2).to(tl.int64) * x_column
+        value = tl.load(x_ptr + offset, mask=inside, other=0.0)
+        if WEIGHTED:
+            value = tl.div_rn(value, tl.load(weight_ptr + pixel, mask=inside, other=1.0))
+        value = tl.minimum(tl.maximum(value, -1.0), 1.0)
         scaled = (value + 1.0) * 0.5 * 255.0
-        scaled = tl.minimum(tl.maximum(scaled, 0.0), 255.0)
         if not TRUNCATE:
             # Adding 1.5 * 2^23 leaves no fraction bits: fp32 itself rounds, half to even.
             scaled = (scaled + 12582912.0) - 12582912.0

@@ -8,32 +8,34 @@ import triton.language as tl
 
 
 @triton.jit
-def rotated_norm(
+def norm_and_turn(
     x_ptr,
     gain_ptr,
-    out_ptr,
     cos,
     sin,
     eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """out = rope(rms_norm(x)) of one token, D channels; cos and sin [BLOCK/2]."""
-    column = tl.arange(0, BLOCK)
-    inside = column < D
-    stored = tl.load(x_ptr + column, mask=inside, other=0.0)
+    """x = rope(rms_norm(x)) of one token, N heads of K channels; cos and sin [1, BLOCK_K/2]."""
+    head, lane = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    channel, inside = head * K + lane, (head < N) & (lane < K)
+    stored = tl.load(x_ptr + channel, mask=inside, other=0.0)
     dtype = stored.dtype
     x = stored.to(tl.float32)
-    normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
-    gain = tl.load(gain_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    square = tl.sum(tl.sum(x * x, axis=1), axis=0) / (N * K)
+    gain = tl.load(gain_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     # Rounded before and after the gain, as WanRMSNorm does.
-    normed = (normed.to(dtype).to(tl.float32) * gain).to(dtype).to(tl.float32)
-    even, odd = tl.split(tl.reshape(normed, (BLOCK // 2, 2)))
+    normed = (x * tl.rsqrt(square + eps)).to(dtype).to(tl.float32)
+    normed = (normed * gain).to(dtype).to(tl.float32)
+    even, odd = tl.split(tl.reshape(normed, (BLOCK_N, BLOCK_K // 2, 2)))
     pairs = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-    tl.store(out_ptr + column, tl.reshape(pairs, (BLOCK,)).to(dtype), mask=inside)
+    tl.store(x_ptr + channel, tl.reshape(pairs, (BLOCK_N, BLOCK_K)).to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "rows", "columns"])
 def kernel(
     q_ptr,
     k_ptr,
@@ -41,22 +43,29 @@ def kernel(
     gain_k_ptr,
     cos_ptr,
     sin_ptr,
-    q_out_ptr,
-    k_out_ptr,
     q_stride,
     k_stride,
+    first_token,
+    rows,
+    columns,
     eps,
-    D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TIME: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Both outputs of one token; PAIRS rotated channel pairs make one head."""
-    token = tl.program_id(0).to(tl.int64)  # int64: token * 3D of a packed q, k, v passes 2^31 at 4K
-    pair = tl.arange(0, BLOCK // 2)
-    angle = token * PAIRS + pair % PAIRS  # every head turns by the same angles
-    cos = tl.load(cos_ptr + angle, mask=pair < D // 2, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=pair < D // 2, other=0.0)
-    out = token * D
-    q, k = q_ptr + token * q_stride, k_ptr + token * k_stride
-    rotated_norm(q, gain_q_ptr, q_out_ptr + out, cos, sin, eps, D, BLOCK)
-    rotated_norm(k, gain_k_ptr, k_out_ptr + out, cos, sin, eps, D, BLOCK)
+    """One token of both. TIME pairs of a head turn with its frame, the next ROW with its row."""
+    program = tl.program_id(0)
+    place = first_token + program
+    column, line = place % columns, place // columns
+    row, frame = line % rows, line // rows
+    pair = tl.arange(0, BLOCK_K // 2)
+    position = tl.where(pair < TIME, frame, tl.where(pair < TIME + ROW, row, column))
+    angle = position * (K // 2) + pair
+    cos = tl.load(cos_ptr + angle, mask=pair < K // 2, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + angle, mask=pair < K // 2, other=0.0)[None, :]
+    token = program.to(tl.int64)  # int64: token * 3D of a packed q, k, v passes 2^31 at 4K
+    norm_and_turn(q_ptr + token * q_stride, gain_q_ptr, cos, sin, eps, N, K, BLOCK_N, BLOCK_K)
+    norm_and_turn(k_ptr + token * k_stride, gain_k_ptr, cos, sin, eps, N, K, BLOCK_N, BLOCK_K)
