@@ -74,6 +74,12 @@ def _check_kernels(request: Request) -> None:
             got=f"precision {request.precision}",
             do="add --precision bf16, or --attention reference",
         )
+    if request.kernels == "triton" and request.preset.compat.bf16_einsum:
+        raise BadRequest(
+            "the kernel of the solver's step does not round as compat.bf16_einsum asks",
+            got="--kernels triton with a preset that sets it",
+            do="leave --kernels out; --attention alone may stay",
+        )
     if not available(attention):
         raise BadRequest(
             f"{attention} is not installed", do=f"pip install {attention}, or choose another one"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pw_export.network_kernels import variants_for
-from pw_kernels.ahead_of_time import SHARED_LIMITS, Compiled, compile_kernel
+from pw_kernels.ahead_of_time import SHARED_LIMITS, Compiled, compile_variant
 from pw_kernels.launcher import Variant
 from pw_kernels.library import ARCHS, FORMAT, letter, source_digest
 from pw_runtime.atomic import atomic_file, write_text
@@ -37,18 +37,7 @@ class Job:
 
     def run(self) -> Compiled:
         """Compile it. Raises what Triton raises."""
-        types = dict(self.variant.types)
-        ones = {name: 1 for name, kind in types.items() if kind == "1"}
-        body = importlib.import_module(f"pw_kernels._triton.{self.variant.kernel}").kernel
-        return compile_kernel(
-            body,
-            {name: kind.removesuffix(":16") for name, kind in types.items() if name not in ones},
-            dict(self.variant.constants) | ones,
-            arch=self.arch,
-            num_warps=self.variant.num_warps,
-            num_stages=self.variant.num_stages,
-            divisible_by_16=[name for name, kind in types.items() if kind.endswith(":16")],
-        )
+        return compile_variant(self.variant, self.arch)
 
 
 def jobs_for(archs: Iterable[int], kernels: Iterable[str]) -> list[Job]:

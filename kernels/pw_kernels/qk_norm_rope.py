@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from pw_kernels.launcher import Kernel, launch, next_power_of_2
 from pw_kernels.op import Cost, Op, chosen, register, require
 
-_KERNEL = Kernel("qk_norm_rope", any_number=frozenset({"first_token", "rows", "columns"}))
+_KERNEL = Kernel("qk_norm_rope")
 
 
 def qk_norm_rope(
@@ -21,10 +19,9 @@ def qk_norm_rope(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
-    grid: tuple[int, int, int],
+    place: Tensor,
     num_heads: int,
     eps: float,
-    first_token: int = 0,
 ) -> None:
     """`rms_norm`, then `rope`, of the queries and keys of self-attention, in place.
 
@@ -33,19 +30,19 @@ def qk_norm_rope(
         k: [S, D] projected keys, overwritten; no memory shared with q.
         gain_q: [D], in q's dtype.
         gain_k: [D].
-        cos: [L, K/2] fp32, L at least the longest side of the grid: column j of row p is the
+        cos: [L, K/2] fp32, L at least the longest side of the token grid: column j of row p is the
             cosine for pair j at position p along the axis that pair j turns with (`axis_pairs`).
         sin: [L, K/2] fp32.
-        grid: tokens of the clip as (T, H/2, W/2).
+        place: [3] int64, on the device so that one compiled graph serves every clip: place in the
+            clip of the first row of q, then H/2 and W/2 of the token grid.
         num_heads: N; D = N * K.
         eps: added to the mean square.
-        first_token: place in the clip of the first row of q, where q is a part of the tokens.
     """
     if chosen("qk_norm_rope", q.device).implementation == "triton":
-        _check(q, k, gain_q, gain_k, cos, sin, grid, num_heads, first_token)
-        torch.ops.pw.qk_norm_rope(q, k, gain_q, gain_k, cos, sin, grid, num_heads, eps, first_token)
+        _check(q, k, gain_q, gain_k, cos, sin, place, num_heads)
+        torch.ops.pw.qk_norm_rope(q, k, gain_q, gain_k, cos, sin, place, num_heads, eps)
     else:
-        reference(q, k, gain_q, gain_k, cos, sin, grid, num_heads, eps, first_token)
+        reference(q, k, gain_q, gain_k, cos, sin, place, num_heads, eps)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -72,11 +69,11 @@ def axis_pairs(pairs: int) -> tuple[int, int, int]:
     return pairs - 2 * third, third, third
 
 
-def angles_of_tokens(table: Tensor, grid: Sequence[int], first_token: int, tokens: int) -> Tensor:
-    """[L, K/2] by position along an axis -> [S, K/2] by token, S tokens from `first_token` on."""
-    place = torch.arange(first_token, first_token + tokens, device=table.device)
-    _, rows, columns = grid
-    positions = (place // (rows * columns), place // columns % rows, place % columns)
+def angles_of_tokens(table: Tensor, place: Tensor, tokens: int) -> Tensor:
+    """[L, K/2] by position along an axis -> [S, K/2] by token, S tokens from `place` on."""
+    first, rows, columns = place.unbind()
+    token = torch.arange(tokens, device=table.device) + first
+    positions = (token // (rows * columns), token // columns % rows, token % columns)
     parts = table.split(axis_pairs(table.shape[1]), dim=1)
     return torch.cat([part[at] for part, at in zip(parts, positions, strict=True)], dim=1)
 
@@ -105,13 +102,12 @@ def reference(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
-    grid: Sequence[int],
+    place: Tensor,
     num_heads: int,
     eps: float,
-    first_token: int = 0,
 ) -> None:
     """The oracle of `qk_norm_rope`."""
-    cos, sin = (angles_of_tokens(table, grid, first_token, q.shape[0]) for table in (cos, sin))
+    cos, sin = (angles_of_tokens(table, place, q.shape[0]) for table in (cos, sin))
     for x, gain in ((q, gain_q), (k, gain_k)):
         heads = rms_norm(x, gain, eps).unflatten(-1, (num_heads, -1))
         x.copy_(rope(heads, cos, sin).flatten(1))
@@ -124,10 +120,9 @@ def cost(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
-    grid: Sequence[int],
+    place: Tensor,
     num_heads: int,
     eps: float,
-    first_token: int = 0,
 ) -> Cost:
     """One read and one write of q and k; the tables and gains are negligible but counted."""
     moved = 2 * (q.numel() + k.numel()) * q.element_size()
@@ -143,15 +138,14 @@ def _check(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
-    grid: tuple[int, int, int],
+    place: Tensor,
     num_heads: int,
-    first_token: int,
 ) -> None:
     name, kinds = "qk_norm_rope", (torch.float32, torch.bfloat16, torch.float16)
     require(q.dim() == 2, name, "q [S, D]", tuple(q.shape))
     require(k.shape == q.shape, name, f"k of q's shape {tuple(q.shape)}", tuple(k.shape))
     require(q.numel() > 0, name, "at least one token", tuple(q.shape))
-    tokens, dim = q.shape
+    dim = q.shape[1]
     require(q.dtype in kinds, name, "q fp32, bf16 or fp16", q.dtype)
     wanted = f"num_heads that splits {dim} channels into heads of even width"
     require(num_heads > 0 and dim % (2 * num_heads) == 0, name, wanted, num_heads)
@@ -163,19 +157,18 @@ def _check(
         require(gain.is_contiguous(), name, "contiguous gains", gain.stride())
     for other in (k, gain_q, gain_k):
         require(other.dtype == q.dtype, name, f"k and gains in q's {q.dtype}", other.dtype)
-    require(min(grid) > 0, name, "a grid of positive sides", grid)
-    last = grid[0] * grid[1] * grid[2] - tokens
-    wanted = f"first_token from 0 to {last}: {tokens} tokens on the grid {grid}"
-    require(0 <= first_token <= last, name, wanted, first_token)
+    require(place.shape == (3,), name, "place [3]", tuple(place.shape))
+    require(place.dtype == torch.int64, name, "place in int64", place.dtype)
+    require(place.is_contiguous(), name, "contiguous place", place.stride())
     pairs = dim // num_heads // 2
     for table in (cos, sin):
-        fits = table.dim() == 2 and table.shape[0] >= max(grid) and table.shape[1] == pairs
-        wanted = f"cos and sin of shape ({max(grid)} or more, {pairs})"
+        fits = table.dim() == 2 and table.shape[0] > 0 and table.shape[1] == pairs
+        wanted = f"cos and sin of shape (1 or more, {pairs})"
         require(fits, name, wanted, tuple(table.shape))
         require(table.dtype == torch.float32, name, "cos and sin in fp32", table.dtype)
         require(table.is_contiguous(), name, "contiguous cos and sin", table.stride())
     require(cos.shape == sin.shape, name, "cos and sin of one shape", tuple(sin.shape))
-    for other in (k, gain_q, gain_k, cos, sin):
+    for other in (k, gain_q, gain_k, cos, sin, place):
         require(other.device == q.device, name, f"all tensors on {q.device}", other.device)
 
 
@@ -187,12 +180,11 @@ def _op(
     gain_k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    grid: Sequence[int],
+    place: torch.Tensor,
     num_heads: int,
     eps: float,
-    first_token: int = 0,
 ) -> None:
-    reference(q, k, gain_q, gain_k, cos, sin, grid, num_heads, eps, first_token)
+    reference(q, k, gain_q, gain_k, cos, sin, place, num_heads, eps)
 
 
 @_op.register_kernel("cuda")
@@ -203,10 +195,9 @@ def run_kernel(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
-    grid: Sequence[int],
+    place: Tensor,
     num_heads: int,
     eps: float,
-    first_token: int = 0,
 ) -> None:
     """Launch the kernel; the input was checked by the caller."""
     tokens, dim = q.shape
@@ -223,11 +214,9 @@ def run_kernel(
             "gain_k_ptr": gain_k,
             "cos_ptr": cos,
             "sin_ptr": sin,
+            "place_ptr": place,
             "q_stride": q.stride(0),
             "k_stride": k.stride(0),
-            "first_token": first_token,
-            "rows": grid[1],
-            "columns": grid[2],
             "eps": eps,
         },
         {
@@ -254,10 +243,9 @@ def _fake(
     gain_k: Tensor,
     cos: Tensor,
     sin: Tensor,
-    grid: Sequence[int],
+    place: Tensor,
     num_heads: int,
     eps: float,
-    first_token: int = 0,
 ) -> None:
     return None
 

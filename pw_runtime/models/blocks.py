@@ -7,11 +7,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pw_kernels import attention, gate_residual, norm_modulate, qk_norm_rope, rms_norm
-from pw_runtime.models.embeddings import project, run_mlp
+from pw_kernels import (
+    attention,
+    gate_residual,
+    gate_residual_norm,
+    norm_modulate,
+    qk_norm_rope,
+    rms_norm,
+)
+from pw_runtime.models.embeddings import Positions, project, run_mlp
 from pw_runtime.types import DitConfig
 
 
@@ -19,13 +25,13 @@ from pw_runtime.types import DitConfig
 class TextKeysValues:
     """Text as the cross-attention of one block sees it.
 
-    The zero rows that pad the text to `text_len` all give one key and one value: the last
-    rows, one for each of `pad_biases`, stand for all of them.
+    The zero rows that pad the text to `text_len` all give one key and one value: the last few
+    rows stand for all of them, weighed by their biases.
     """
 
-    keys: Tensor  # [E + len(pad_biases), N, K]
-    values: Tensor  # [E + len(pad_biases), N, K]
-    pad_biases: tuple[float, ...]
+    keys: Tensor  # [E', N, K]: E text rows and as many as there are `pad_biases`
+    values: Tensor  # [E', N, K]
+    bias: Tensor  # [E'] of the logits: 0, then `pad_biases`
 
 
 def pad_biases(num_pad: int, dtype: torch.dtype) -> tuple[float, ...]:
@@ -70,12 +76,12 @@ class Attention(nn.Module):
         keys = rms_norm(project(self.k, x), self.norm_k.weight, self.eps)
         return self.heads(keys), self.heads(project(self.v, x))
 
-    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated(self, x: Tensor, at: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """[S, D] -> normalised and rotated queries and keys, plain values, [S, N, K] each."""
         gains = (self.norm_q.weight, self.norm_k.weight)
         q, k = project(self.q, x), project(self.k, x)
-        q, k = qk_norm_rope(q, k, *gains, cos, sin, self.num_heads, self.eps)
-        return q, k, self.heads(project(self.v, x))
+        qk_norm_rope(q, k, *gains, at.cos, at.sin, at.place, self.num_heads, self.eps)
+        return self.heads(q), self.heads(k), self.heads(project(self.v, x))
 
     def output(self, heads: Tensor) -> Tensor:
         """[S, N, K] -> [S, D]."""
@@ -103,16 +109,15 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(
-        self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, text: TextKeysValues
+        self, x: Tensor, rows: Tensor, positions: Positions, text: TextKeysValues
     ) -> Tensor:
         """Run the block.
 
         Args:
-            x: [S, D] residual stream (bf16 or fp32).
+            x: [S, D] residual stream: bf16, or fp32 and then overwritten.
             rows: [R, 6, D] fp32: shift, scale, gate of attention, then of the feed-forward,
                 this block's own table already added.
-            cos: [S, K/2] fp32 rotary table.
-            sin: [S, K/2] fp32 rotary table.
+            positions: of the tokens.
             text: keys and values of this block's cross-attention.
 
         Returns:
@@ -122,13 +127,12 @@ class Block(nn.Module):
         dtype = self.self_attn.q.weight.dtype
 
         h = norm_modulate(x, shift1, scale1, self.eps, dtype)
-        q, k, v = self.self_attn.rotated(h, cos, sin)
-        x = gate_residual(x, self.self_attn.output(attention(q, k, v)), gate1)
+        x = x.float()  # bf16 in block 0 alone; from here on the residual stream is updated in place
+        y = self.self_attn.output(attention(*self.self_attn.rotated(h, positions)))
+        h = gate_residual_norm(x, y, gate1, self.norm3.weight, self.norm3.bias, self.eps, dtype)
 
-        h = F.layer_norm(x, x.shape[-1:], self.norm3.weight, self.norm3.bias, self.eps)
         q = self.cross_attn.queries(h)
-        y = attention(q, text.keys, text.values, text.pad_biases)
-        x = x + self.cross_attn.output(y)
+        y = self.cross_attn.output(attention(q, text.keys, text.values, text.bias))
+        h = gate_residual_norm(x, y, None, scale2, shift2, self.eps, dtype, modulated=True)
 
-        h = norm_modulate(x, shift2, scale2, self.eps, dtype)
         return gate_residual(x, run_mlp(self.ffn, h), gate2)

@@ -2,8 +2,9 @@
 """The Wan2.2-TI2V-5B transformer, as the draft network and as PixelWizard's high-res network.
 
 What costs something and does not change inside the sampling loop is a method of its own, so that
-the caller computes it once: text keys and values per prompt, modulation rows per step, adapter
-features per clip. Source: wan/modules/model.py and hr_model.py; docs/numerics.md has the dtypes.
+the caller computes it once: text keys and values per prompt, modulation rows per step, positions
+and adapter features per clip. Source: wan/modules/model.py and hr_model.py; docs/numerics.md has
+the dtypes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pw_kernels import norm_modulate
 from pw_runtime.models.adapter import SpatialAdapter
 from pw_runtime.models.blocks import Block, TextKeysValues, pad_biases
 from pw_runtime.models.embeddings import (
+    Positions,
     mlp,
     patchify,
     project,
@@ -83,9 +85,12 @@ class WanDiT(nn.Module):
         num_pad = self.config.text_len - context.shape[0]
         biases = pad_biases(num_pad, self.patch_embedding.weight.dtype)
         context = F.pad(context, (0, 0, 0, len(biases)))
-        embedded = run_mlp(self.text_embedding, context)  # [E + len(biases), D]
+        embedded = run_mlp(self.text_embedding, context)  # [E', D]
+        bias = embedded.new_zeros(len(embedded))
+        if biases:
+            bias[-len(biases) :] = bias.new_tensor(biases)
         return tuple(
-            TextKeysValues(*block.cross_attn.keys_values(embedded), biases)
+            TextKeysValues(*block.cross_attn.keys_values(embedded), bias)
             for block in self._blocks()
         )
 
@@ -113,6 +118,16 @@ class WanDiT(nn.Module):
         tables = torch.stack([block.modulation for block in self._blocks()])  # [layers, 1, 6, D]
         return Modulation(blocks=tables + e0, head=self.head.modulation + e[:, None])
 
+    def positions(self, latent: Tensor) -> Positions:
+        """Rotary positions of the tokens of latents of this one's shape, on its device.
+
+        Args:
+            latent: [C, T, H, W], H and W even.
+        """
+        grid = _token_grid(latent)
+        tables = rope_tables(max(grid), self.config.head_dim, latent.device)
+        return Positions(grid, *tables, torch.tensor([0, *grid[1:]], device=latent.device))
+
     def draft_features(self, draft: Tensor) -> Tensor:
         """Adapter features of a clip: [C, T, H/2, W/2] resized draft latent -> [S, D]."""
         return self.spatial_adapter.features(draft)
@@ -129,6 +144,7 @@ class WanDiT(nn.Module):
         latent: Tensor,
         text: tuple[TextKeysValues, ...],
         modulation: Modulation,
+        positions: Positions,
         controls: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """Predict the velocity of a noisy latent.
@@ -137,29 +153,37 @@ class WanDiT(nn.Module):
             latent: [C, T, H, W] fp32, H and W even.
             text: from `text_keys_values`.
             modulation: from `modulation`; R is 1 or T.
+            positions: from `positions`, of a latent of this shape.
             controls: from `controls`, for the high-res network.
 
         Returns:
             [C, T, H, W] fp32.
 
         Raises:
-            ValueError: controls are there and not wanted, or the other way round.
+            ValueError: controls are there and not wanted, or the other way round; positions are
+                of another grid.
         """
         if (controls is not None) != bool(self.config.adapter_dim):
             raise ValueError("the high-res network needs controls, the draft network none")
-        _, t, h, w = latent.shape
-        grid = (t, h // PATCH, w // PATCH)
+        grid = _token_grid(latent)
+        if positions.grid != grid:
+            raise ValueError(f"the latent has the token grid {grid}, positions {positions.grid}")
         weight = self.patch_embedding.weight
         # A kernel equal to its stride is a matrix product over patches.
         x = F.linear(
             patchify(latent).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias
         )  # [S, D]
-        cos, sin = rope_tables(grid, self.config.head_dim, latent.device)
         for index, block in enumerate(self.blocks):
             if controls is not None and index in controls:
                 x = x + controls[index]
-            x = block(x, modulation.blocks[index], cos, sin, text[index])
+            x = block(x, modulation.blocks[index], positions, text[index])
         return unpatchify(self.head(x, modulation.head), grid).float()
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
+
+
+def _token_grid(latent: Tensor) -> tuple[int, int, int]:
+    """[C, T, H, W] -> (T, H/2, W/2)."""
+    _, t, h, w = latent.shape
+    return t, h // PATCH, w // PATCH

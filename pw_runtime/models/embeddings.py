@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pw_kernels import axis_pairs
 from pw_runtime.types import PATCH
 
 
@@ -60,33 +63,36 @@ def sinusoid(position: Tensor, dim: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=1).float()
 
 
-def rope_tables(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Rotation of every token: K/2 channel pairs split between time, rows and columns.
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """The token grid of a clip and the rotations along its axes."""
+
+    grid: tuple[int, int, int]  # tokens as (T, H/2, W/2)
+    cos: Tensor  # [L, K/2] fp32, of `rope_tables`
+    sin: Tensor  # [L, K/2] fp32
+    place: Tensor  # [3] int64: of the first token, H/2, W/2
+
+
+def rope_tables(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rotation of every channel pair at every position along the axis that it turns with.
 
     Of c = K/2 pairs, c - 2 (c // 3) turn with time and c // 3 with each of rows and columns;
     inside an axis of n pairs, pair j turns by position * 10000^(-j/n).
 
     Args:
-        grid: tokens per clip as (T, H/2, W/2).
+        length: L, number of positions.
         head_dim: K.
         device: where the tables are made.
 
     Returns:
-        (cos, sin), each [S, K/2] fp32, computed in fp64.
+        (cos, sin), each [L, K/2] fp32, computed in fp64.
     """
-    pairs = head_dim // 2
-    angles = []
-    for axis, length in enumerate(grid):
-        n = pairs // 3 if axis else pairs - 2 * (pairs // 3)
-        frequency = torch.pow(10000.0, -torch.arange(n, dtype=torch.float64, device=device) / n)
-        position = torch.arange(length, dtype=torch.float64, device=device)
-        angle = torch.outer(position, frequency)  # [length, n]
-        shape = [1, 1, 1, n]
-        shape[axis] = length
-        angles.append(angle.view(shape).expand(*grid, n))
-    angle = torch.cat(angles, dim=-1).flatten(0, 2)  # [S, K/2]
+    frequencies = [
+        torch.pow(10000.0, -torch.arange(n, dtype=torch.float64, device=device) / n)
+        for n in axis_pairs(head_dim // 2)
+    ]
+    position = torch.arange(length, dtype=torch.float64, device=device)
+    angle = torch.outer(position, torch.cat(frequencies))  # [L, K/2]
     return angle.cos().float(), angle.sin().float()
 
 

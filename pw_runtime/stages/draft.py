@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pw_kernels import guide
 from pw_runtime.models import WanDiT
 from pw_runtime.schedule import make_schedule, time_input
 from pw_runtime.solver import sample
@@ -37,17 +36,20 @@ def draft(
     """
     schedule = make_schedule(plan.solver, plan.steps, plan.shift)
     cond, uncond = net.text_keys_values(text.cond), net.text_keys_values(text.uncond)
+    positions = net.positions(noise)
 
-    def velocity(x: Tensor, step: int) -> Tensor:
+    def velocities(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         t = time_input(schedule.timesteps[step], x.device, rounded=compat.bf16_timesteps)
         modulation = net.modulation(t)
-        return guide(net(x, cond, modulation), net(x, uncond, modulation), plan.guidance)
+        v_cond = net(x, cond, modulation, positions)
+        return v_cond, net(x, uncond, modulation, positions)
 
     x = sample(
-        velocity,
+        velocities,
         noise,
         schedule.sigmas,
         plan.solver,
+        plan.guidance,
         bf16_einsum=compat.bf16_einsum,
         on_step=on_step,
     )

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pw_kernels import guide
 from pw_runtime.models import WanDiT
 from pw_runtime.schedule import make_schedule, time_input
 from pw_runtime.solver import sample
@@ -39,9 +38,10 @@ def highres(
     """
     schedule = make_schedule(plan.solver, plan.steps, plan.shift)
     cond, uncond = net.text_keys_values(text.cond), net.text_keys_values(text.uncond)
+    positions = net.positions(noise)
     features = net.draft_features(conditioning.x)
 
-    def velocity(x: Tensor, step: int) -> Tensor:
+    def velocities(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         t_step, dt_step = schedule.timesteps[step], schedule.step_sizes[step]
         t = time_input(t_step, x.device, rounded=compat.bf16_timesteps)
         dt = time_input(dt_step, x.device, rounded=compat.bf16_timesteps)
@@ -50,14 +50,15 @@ def highres(
         controls = net.controls(
             features, time_input(t_step, x.device), time_input(dt_step, x.device)
         )
-        v_cond = net(x, cond, modulation, controls)
-        return guide(v_cond, net(x, uncond, modulation, controls), plan.guidance)
+        v_cond = net(x, cond, modulation, positions, controls)
+        return v_cond, net(x, uncond, modulation, positions, controls)
 
     x = sample(
-        velocity,
+        velocities,
         noise,
         schedule.sigmas,
         plan.solver,
+        plan.guidance,
         bf16_einsum=compat.bf16_einsum,
         on_step=on_step,
     )

@@ -6,58 +6,33 @@ A program of its own: Triton compiles only in a process that was not told to int
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-from typing import Any
 
-from pw_kernels._triton import gate_residual, norm_modulate, qk_norm_rope
 from pw_kernels.ahead_of_time import SHARED_LIMITS, compile_kernel
-from pw_kernels.row_block import row_block
-
-DIM, HEADS = 3072, 24
-
-KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, object]]] = {
-    "norm_modulate": (
-        norm_modulate.kernel,
-        {
-            **{"x_ptr": "*fp32", "shift_ptr": "*fp32", "scale_ptr": "*fp32", "out_ptr": "*bf16"},
-            **{"tokens_per_row": "i32", "row_stride": "i32", "eps": "fp32"},
-        },
-        {},
-    ),
-    "gate_residual": (
-        gate_residual.kernel,
-        {
-            **{"x_ptr": "*fp32", "y_ptr": "*bf16", "gate_ptr": "*fp32", "out_ptr": "*fp32"},
-            **{"tokens_per_row": "i32", "row_stride": "i32"},
-        },
-        {},
-    ),
-    "qk_norm_rope": (
-        qk_norm_rope.kernel,
-        {
-            **{f"{name}_ptr": "*bf16" for name in ("q", "k", "gain_q", "gain_k")},
-            **{"cos_ptr": "*fp32", "sin_ptr": "*fp32"},
-            **{"q_out_ptr": "*bf16", "k_out_ptr": "*bf16"},
-            **{"q_stride": "i32", "k_stride": "i32", "eps": "fp32"},
-        },
-        {"PAIRS": DIM // HEADS // 2},
-    ),
-}
+from pw_kernels.launcher import Variant, recording
+from tests.kernels.pointwise import LEAST, meta_case
 
 
-def report(name: str, arch: int) -> dict[str, object]:
+def launched(name: str) -> Variant:
+    """What an operation launches at its true size."""
+    case, _ = meta_case(name, "4k")
+    with recording((9, 0)) as variants:
+        case.module.run_kernel(*case.arguments)
+    (variant,) = variants.values()
+    return variant
+
+
+def report(name: str, variant: Variant, arch: int) -> dict[str, object]:
     """What one kernel takes on one architecture."""
-    kernel, signature, constants = KERNELS[name]
-    block, num_warps = row_block(DIM)
-    strides = [argument for argument in signature if argument.endswith("stride")]
     compiled = compile_kernel(
-        kernel,
-        signature,
-        {"D": DIM, "BLOCK": block, **constants},
+        importlib.import_module(f"pw_kernels._triton.{variant.kernel}").kernel,
+        {argument: kind.removesuffix(":16") for argument, kind in variant.types},
+        dict(variant.constants),
         arch=arch,
-        num_warps=num_warps,
-        divisible_by_16=[a for a in signature if a.endswith("_ptr")] + strides,
+        num_warps=variant.num_warps,
+        divisible_by_16=[argument for argument, kind in variant.types if kind.endswith(":16")],
     )
     return {
         "name": name,
@@ -76,4 +51,7 @@ def report(name: str, arch: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([report(name, arch) for name in KERNELS for arch in SHARED_LIMITS]))
+    launches = {name: launched(name) for name in LEAST}
+    print(
+        json.dumps([report(name, launches[name], arch) for name in LEAST for arch in SHARED_LIMITS])
+    )

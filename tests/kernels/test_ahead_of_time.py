@@ -13,6 +13,7 @@ import pytest
 
 from pw_kernels._triton.gate_residual import kernel
 from pw_kernels.ahead_of_time import SHARED_LIMITS, compile_kernel
+from tests.kernels.pointwise import LEAST
 
 ROOT = Path(__file__).parents[2]
 REFUSALS = """
@@ -46,17 +47,19 @@ def compiling(*command: str) -> str:
 @pytest.mark.slow
 def test_pointwise_kernels_compile_for_every_architecture() -> None:
     reports = json.loads(compiling(str(ROOT / "tests/kernels/compile_pointwise.py")))
-    assert len(reports) == 3 * len(SHARED_LIMITS)
+    assert len(reports) == len(LEAST) * len(SHARED_LIMITS)
     for report in reports:
         suffix = "a" if report["arch"] >= 90 else ""
         assert report["target"] == f"sm_{report['arch']}{suffix}"
         assert report["fits"], report
         assert report["stack"] == 0, report  # nothing spilled
         assert report["local"] == [], report
-        assert report["offsets"] == ["i64"], report
+        # the two small numbers beside the place of qk_norm_rope's first token
+        near = ["i32"] if report["name"] == "qk_norm_rope" else []
+        assert report["offsets"] == [*near, "i64"], report
         assert 0 < report["registers"] <= 64, report  # four blocks of eight warps fit
         assert report["wide_loads"] >= 10, report  # 16 bytes at a time
-        assert report["warps"] == 8
+        assert report["warps"] == (4 if report["name"] in ("qk_norm_rope", "guided_update") else 8)
 
 
 def test_arguments_that_are_not_the_kernels_are_refused() -> None:

@@ -73,7 +73,7 @@ def test_finds_what_a_call_would_launch(built: Library) -> None:
 
     q = torch.empty(111_600, 24, 128, dtype=torch.bfloat16, device="meta")
     with recording((9, 0)) as variants:
-        run_kernel(q, q, q, [], False)
+        run_kernel(q, q, q, None, False)
     (variant,) = variants.values()
     found = built.find(variant, (9, 0))
     assert found is not None

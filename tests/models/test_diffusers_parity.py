@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pw_kernels import unpatchify_pixels
 from pw_runtime import keymaps
 from pw_runtime.models import VaeDecoder, VaeEncoder, WanDiT
 from pw_runtime.models.vae_blocks import CausalCache
@@ -55,7 +56,7 @@ def test_transformer_equals_diffusers_with_full_size_heads() -> None:
     latent = torch.randn(48, 3, 6, 10, generator=generator)
     text = torch.randn(7, 40, generator=generator)
     t = torch.tensor([642.0])
-    v = ours(latent, ours.text_keys_values(text), ours.modulation(t))
+    v = ours(latent, ours.text_keys_values(text), ours.modulation(t), ours.positions(latent))
     padded = torch.cat((text, torch.zeros(5, 40)))[None]
     wanted = theirs(latent[None], t, padded, return_dict=False)[0][0]
     # diffusers computes its sinusoids in fp32: 1.6e-5 on the golden network.
@@ -108,7 +109,8 @@ def test_vae_decode_equals_diffusers(their_vae) -> None:
     decoder.load_state_dict({name: weights[name] for name in decoder.state_dict()})
     z = torch.randn(48, 3, 4, 6, generator=torch.Generator().manual_seed(4))
     coarse, fine = CausalCache(), CausalCache()
-    frames = [decoder.fine(decoder.coarse(x, coarse), fine) for x in z.split(1, dim=1)]
+    blocks = [decoder.fine(decoder.coarse(x, coarse), fine) for x in z.split(1, dim=1)]
+    frames = [unpatchify_pixels(x[None])[0] for x in blocks]
     wanted = their_vae.decode(z[None], return_dict=False)[0][0]
     assert max_abs(torch.cat(frames, dim=1).clamp(-1, 1), wanted) <= 1e-5
 

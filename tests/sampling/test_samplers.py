@@ -27,12 +27,13 @@ def trajectory(run: dict[str, Any], *, bf16_einsum: bool = False) -> list[Tensor
     schedule = make_schedule(run["kind"], run["steps"], run["shift"])
     latents: list[Tensor] = []
 
-    def velocity(x: Tensor, step: int) -> Tensor:
+    def velocities(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         latents.append(x)
-        return toy_velocity(x, schedule.timesteps[step])
+        v = toy_velocity(x, schedule.timesteps[step])
+        return v, v
 
     noise = golden.load("samplers")["noise"]
-    last = sample(velocity, noise, schedule.sigmas, run["kind"], bf16_einsum=bf16_einsum)
+    last = sample(velocities, noise, schedule.sigmas, run["kind"], 1.0, bf16_einsum=bf16_einsum)
     return [*latents, last]
 
 
@@ -65,11 +66,16 @@ def test_bf16_einsum_switch_reproduces_the_autocast_quirk(name) -> None:
     assert error.mean() <= plain.mean() / 20
 
 
+def test_bf16_einsum_is_no_quirk_of_dpm() -> None:
+    run = next(run for run in RUNS.values() if run["kind"] == "dpm++")
+    assert torch.equal(trajectory(run, bf16_einsum=True)[-1], trajectory(run)[-1])
+
+
 def test_a_single_step_returns_the_data_prediction() -> None:
     schedule = make_schedule("unipc", 1, 5.0)
     noise = torch.ones(1, 1, 1, 1)
-    x = sample(lambda x, step: 0.5 * x, noise, schedule.sigmas, "unipc")
-    assert x.item() == pytest.approx(1 - 0.5 * schedule.sigmas[0])
+    x = sample(lambda x, step: (0.5 * x, 0.3 * x), noise, schedule.sigmas, "unipc", 2.0)
+    assert x.item() == pytest.approx(1 - 0.7 * schedule.sigmas[0])
 
 
 def test_on_step_is_called_once_per_step() -> None:
@@ -77,10 +83,11 @@ def test_on_step_is_called_once_per_step() -> None:
     for solver in ("unipc", "dpm++"):
         schedule = make_schedule(solver, 4, 5.5)
         sample(
-            lambda x, step: x,
+            lambda x, step: (x, x),
             torch.ones(1),
             schedule.sigmas,
             solver,
+            1.0,
             on_step=lambda: calls.append(1),
         )
     assert len(calls) == 8

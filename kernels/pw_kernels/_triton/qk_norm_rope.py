@@ -35,7 +35,7 @@ def norm_and_turn(
     tl.store(x_ptr + channel, tl.reshape(pairs, (BLOCK_N, BLOCK_K)).to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_token", "rows", "columns"])
+@triton.jit
 def kernel(
     q_ptr,
     k_ptr,
@@ -43,11 +43,9 @@ def kernel(
     gain_k_ptr,
     cos_ptr,
     sin_ptr,
+    place_ptr,
     q_stride,
     k_stride,
-    first_token,
-    rows,
-    columns,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -58,7 +56,9 @@ def kernel(
 ):
     """One token of both. TIME pairs of a head turn with its frame, the next ROW with its row."""
     program = tl.program_id(0)
-    place = first_token + program
+    # 32 bits: a clip has fewer tokens than 2^31.
+    rows, columns = tl.load(place_ptr + 1).to(tl.int32), tl.load(place_ptr + 2).to(tl.int32)
+    place = tl.load(place_ptr).to(tl.int32) + program
     column, line = place % columns, place // columns
     row, frame = line % rows, line // rows
     pair = tl.arange(0, BLOCK_K // 2)

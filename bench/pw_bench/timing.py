@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long something takes: warmed up, interleaved with its rivals, every sample kept."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+FLUSHED_BYTES = 256 * 2**20  # written between samples: no L2 is as large
+STABLE = 0.05  # (p90 - p10) / median that still counts as stable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Samples of one candidate in milliseconds, in the order they were taken."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Milliseconds."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """10th and 90th percentile, milliseconds."""
+        ordered = sorted(self.samples)
+        last = len(ordered) - 1
+        return ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+
+    @property
+    def stable(self) -> bool:
+        """Whether nine of ten samples lie together."""
+        low, high = self.spread
+        return high - low <= STABLE * self.median
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """How much is measured."""
+
+    warmup_seconds: float
+    rounds: int  # A B A B ...: this often
+    samples_per_round: int
+
+
+QUICK = Protocol(warmup_seconds=0.0, rounds=2, samples_per_round=1)
+FULL = Protocol(warmup_seconds=0.3, rounds=4, samples_per_round=5)
+
+
+def time_all(
+    candidates: Mapping[str, Callable[[], object]], device: torch.device, protocol: Protocol
+) -> dict[str, Timing]:
+    """Time candidates in turns, so that a drift of the clocks meets all of them.
+
+    What comes out unstable is measured once more, all candidates again.
+    """
+    timings = _turns(candidates, device, protocol)
+    if not all(timing.stable for timing in timings.values()) and protocol is not QUICK:
+        timings = _turns(candidates, device, protocol)
+    return timings
+
+
+def _turns(
+    candidates: Mapping[str, Callable[[], object]], device: torch.device, protocol: Protocol
+) -> dict[str, Timing]:
+    sample = _gpu_sample if device.type == "cuda" else _cpu_sample
+    for run in candidates.values():
+        until = time.monotonic() + protocol.warmup_seconds
+        run()
+        while time.monotonic() < until:
+            sample(run, device)
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(protocol.rounds):
+        for name, run in candidates.items():
+            taken[name] += [sample(run, device) for _ in range(protocol.samples_per_round)]
+    return {name: Timing(samples=tuple(samples)) for name, samples in taken.items()}
+
+
+def _cpu_sample(run: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _gpu_sample(run: Callable[[], object], device: torch.device) -> float:
+    """Time on the GPU's clock, its cache full of something else; the flush hides the launch."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device).fill_(1)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
