@@ -1,90 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel bench runs: an operation at a true size, its rivals, and an exact answer.
+"""What the kernel bench runs: operations on tensors of true sizes, and their exact results.
 
-A case holds everything on one device. Its oracle is computed in fp64 at sampled places alone, so
-that full-size results are checked at full size.
+An exact result is computed in fp64 at sampled rows alone, so that full-size results are checked
+at full size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pw_kernels import attention, op
-from pw_kernels.attention import OP as ATTENTION
-from pw_kernels.op import Cost, Implementation
+from pw_kernels.attention_libraries import available
+from pw_kernels.launching import launching
+from pw_kernels.op import OPS, Cost, Implementation, using
 
-TOKENS = {"tiny": 200, "draft": 3_472, "2k": 111_600, "4k": 249_240}
-TEXT_KEYS = 79  # a prompt of usual length with two rows for its padding
-SAMPLED = 64  # rows of a result that are compared, besides the first and the last ones
+Arguments = tuple[Any, ...]
+BF16 = torch.bfloat16
+
+# Token grids (T, H/2, W/2) of the draft and of 2K and 4K clips; latent sizes are twice as wide.
+GRIDS = {"tiny": (2, 3, 2), "draft": (31, 8, 14), "2k": (31, 45, 80), "4k": (31, 67, 120)}
+DIM, HEADS = 3072, 24
+SAMPLED = 64  # rows that are compared, besides the first and the last ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One operation on given tensors, by several implementations."""
+    """One operation at one size."""
 
-    op: str
+    op: str  # in OPS
+    name: str  # what to call it in the table
     size: str
-    candidates: Mapping[str, Callable[[], Tensor]]
-    baseline: str  # the candidate that errors are compared with
-    oracle: Callable[[], Tensor]  # fp64, the sampled places of the result
-    sample: Callable[[Tensor], Tensor]  # those places of a candidate's result
-    cost: Cost
-    bound: str  # "flops" or "bytes": which ceiling counts
+    arguments: Callable[[], Arguments]  # the same numbers every time
+    call: Callable[..., Any]  # the public function; gives nothing where it works in place
+    result: Callable[[Any, Arguments], Tensor]  # of what the call gave and its arguments
+    sample: Callable[[Tensor], Tensor]  # the rows to compare
+    exact: Callable[[Arguments], Tensor]  # those rows in fp64, from untouched arguments
+    implementations: tuple[Implementation, ...]
+    bound: str = "bytes"  # or "flops": which ceiling counts
+
+    def cost(self, arguments: Arguments) -> Cost:
+        """FLOPs and bytes of a call."""
+        return OPS[self.op].cost(*arguments)
+
+    def run(self, implementation: Implementation, arguments: Arguments) -> Any:
+        """Call the operation by one implementation."""
+        kernel = implementation == "triton" and not arguments[0].is_cuda
+        somewhere = launching() if kernel else nullcontext()
+        with using("reference", **{self.op: implementation}), somewhere:
+            return self.call(*arguments)
 
 
-def sampled_rows(rows: int, device: torch.device) -> Tensor:
-    """The first and last eight rows, and others between them: [R] indices in order."""
-    generator = torch.Generator().manual_seed(rows)
-    some = torch.randint(0, rows, (min(SAMPLED, rows),), generator=generator)
-    ends = torch.cat((torch.arange(min(8, rows)), torch.arange(max(0, rows - 8), rows)))
+class Maker:
+    """Random tensors on a device, and who can compute with them there."""
+
+    def __init__(self, device: torch.device, *, interpreted: bool = False) -> None:
+        self.device, self.interpreted = device, interpreted
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        """Normally distributed numbers, the same every time."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        x = torch.empty(shape, dtype=dtype, device=self.device)
+        for part in x.split(max(1, 2**28 // max(1, x[0].numel()))):  # fp32 in parts of 1 GiB
+            part.copy_(torch.randn(part.shape, generator=generator, device=self.device))
+        return x
+
+    def implementations(self, op: str) -> tuple[Implementation, ...]:
+        """What can run: on a GPU all but what is for another one; on a CPU what is interpreted."""
+        if self.device.type == "cuda":
+            hopper = torch.cuda.get_device_capability(self.device) == (9, 0)
+            found = [one for one in OPS[op].others if available(one)]
+            found = [one for one in found if hopper or one != "gluon"]
+        else:
+            found = [one for one in OPS[op].others if one == "triton" and self.interpreted]
+        return ("reference", *found)
+
+
+def rows_of(count: int, device: torch.device) -> Tensor:
+    """The first and last eight rows of `count`, and others between them, in order."""
+    some = torch.randint(0, count, (SAMPLED,), generator=torch.Generator().manual_seed(count))
+    ends = torch.cat((torch.arange(min(8, count)), torch.arange(max(0, count - 8), count)))
     return torch.cat((some, ends)).unique().to(device)
-
-
-def normal(*shape: int, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
-    """Random numbers made on the device, the same for the same seed."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-
-
-def attention_case(size: str, device: torch.device, rivals: Sequence[Implementation]) -> Case:
-    """Self-attention over all tokens of a clip, as the networks call it.
-
-    Queries and keys look like those of the networks: unit length per head times a gain that lets
-    softmax prefer some keys.
-    """
-    tokens, heads, width = TOKENS[size], 24 if size != "tiny" else 2, 128
-    kind = torch.bfloat16
-    q, k, v = (
-        normal(tokens, heads, width, device=device, dtype=kind, seed=seed) for seed in range(3)
-    )
-    rows = sampled_rows(tokens, device)
-
-    def by(implementation: Implementation) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with op.using("reference", attention=implementation):
-                return attention(q, k, v)
-
-        return run
-
-    def oracle() -> Tensor:
-        exact = []
-        for head in range(heads):  # one at a time: the keys of one in fp64 are 0.25 GB at 4K
-            logits = q[rows, head].double() @ k[:, head].double().T * width**-0.5
-            exact.append(logits.softmax(-1) @ v[:, head].double())
-        return torch.stack(exact, dim=1)  # [R, N, K]
-
-    return Case(
-        op="attention",
-        size=size,
-        candidates={name: by(name) for name in rivals},
-        baseline="cudnn" if "cudnn" in rivals else "reference",
-        oracle=oracle,
-        sample=lambda out: out[rows],
-        cost=ATTENTION.cost(q, k, v),
-        bound="flops",
-    )

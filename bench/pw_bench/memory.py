@@ -21,6 +21,7 @@ import click
 import psutil
 from pydantic import TypeAdapter
 
+from pw_bench.commit import commit
 from pw_runtime.atomic import write_text
 from pw_runtime.machine import Machine, describe
 
@@ -109,15 +110,6 @@ def measure(model: Path, width: int, height: int, frames: int) -> ClipMemory:
         samples=samples[:: max(1, len(samples) // 400)],
         marks=marks,
     )
-
-
-def commit() -> str:
-    """The checked-out commit, marked where files differ from it."""
-    try:
-        git = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not a checkout"
 
 
 def _sample(pid: int, start: float, samples: list[tuple[float, int]]) -> None:

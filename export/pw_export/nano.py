@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from pw_export.configs import LATENT_MEAN, LATENT_STD
+from pw_export.published import LATENT_MEAN, LATENT_STD
 from pw_export.writing import folder_that_appears
 from pw_runtime import keymaps
 from pw_runtime.atomic import atomic_file, write_tensors, write_text

@@ -91,8 +91,13 @@ def recording(capability: tuple[int, int]) -> Iterator[dict[str, Variant]]:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of `device`, or of the GPU that is recorded for."""
-    return _recorder.capability if _recorder else torch.cuda.get_device_capability(device)
+    """Compute capability of `device`, or of the GPU that is recorded for.
+
+    A CPU, where kernels are interpreted, counts as 8.0: the interpreter runs the portable ones.
+    """
+    if _recorder:
+        return _recorder.capability
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -34,7 +34,14 @@ class Op:
     name: str
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
-    others: tuple[Implementation, ...] = ("triton",)  # besides the reference
+    launch: Callable[..., Any] | None = None  # of the Triton kernel behind torch.ops.pw.<name>
+    libraries: tuple[Implementation, ...] = ()  # what else there is besides the reference
+
+    @property
+    def others(self) -> tuple[Implementation, ...]:
+        """The implementations besides the reference."""
+        kernel: tuple[Implementation, ...] = ("triton",) if self.launch else ()
+        return kernel + self.libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,11 @@ class Choice:
 
 OPS: dict[str, Op] = {}
 _wanted: dict[str, Implementation] = {}  # operation -> what was asked for; a global: dynamo guards
+
+
+_anywhere = (
+    False  # whether kernels are launched for tensors of any device, see pw_kernels.launching
+)
 
 
 def register(op: Op) -> Op:
@@ -78,6 +90,17 @@ def using(implementation: Implementation, **by_op: Implementation) -> Iterator[N
         _wanted = before
 
 
+@contextmanager
+def on_any_device() -> Iterator[None]:
+    """Let the block choose kernels where nothing could run them: to record or interpret them."""
+    global _anywhere
+    before, _anywhere = _anywhere, True
+    try:
+        yield
+    finally:
+        _anywhere = before
+
+
 def chosen(name: str, device: torch.device) -> Choice:
     """What runs of operation `name` for tensors on `device`, and why.
 
@@ -88,7 +111,7 @@ def chosen(name: str, device: torch.device) -> Choice:
     wanted = _wanted.get(name, "reference")
     if wanted == "reference":
         return Choice("reference", "the default; kernels are asked for with --kernels triton")
-    if device.type != "cuda":
+    if device.type != "cuda" and not _anywhere:
         raise ValueError(f"pw::{name} as {wanted} needs a CUDA device, got {device}")
     return Choice(wanted, "asked for")
 

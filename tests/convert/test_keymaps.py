@@ -13,16 +13,15 @@ import pytest
 import torch
 
 from pw_export.configs import (
-    LATENT_MEAN,
-    LATENT_STD,
     dit_config,
     text_encoder_config,
     vae_config,
 )
+from pw_export.published import DRAFT, HIGHRES, TEXT_ENCODER, VAE
 from pw_export.sources import Ref
 from pw_runtime import keymaps
 from pw_runtime.models import expected_shapes
-from pw_runtime.types import Config, DitConfig, Network, TextEncoderConfig, VaeConfig
+from pw_runtime.types import Config, Network
 
 Shapes = dict[str, tuple[int, ...]]
 KEYS = Path(__file__).parents[1] / "data" / "keys"
@@ -37,30 +36,6 @@ WAYS: dict[str, tuple[Callable[[str], str | None], Callable[[str], str | None]]]
         keymaps.text_encoder_from_transformers,
     ),
 }
-DRAFT = DitConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, text_dim=4096)
-HIGHRES = DitConfig(
-    dim=3072,
-    ffn_dim=14336,
-    num_heads=24,
-    num_layers=30,
-    text_dim=4096,
-    has_dt=True,
-    adapter_dim=768,
-    control_blocks=(1,),
-)
-VAE = VaeConfig(
-    z_dim=48,
-    encoder_dims=(160, 160, 320, 640, 640),
-    decoder_dims=(1024, 1024, 1024, 512, 256),
-    encoder_blocks=2,
-    decoder_blocks=3,
-    temporal_downsample=(False, True, True),
-    latent_mean=LATENT_MEAN,
-    latent_std=LATENT_STD,
-)
-TEXT_ENCODER = TextEncoderConfig(
-    vocab_size=256384, dim=4096, attention_dim=4096, ffn_dim=10240, num_heads=64, num_layers=24
-)
 
 
 def rows(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:

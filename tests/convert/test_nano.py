@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pw_export.configs import LATENT_MEAN, LATENT_STD
+from pw_export.published import LATENT_MEAN, LATENT_STD
 from pw_export.nano import (
     NANO_DIT,
     NANO_HIGHRES,
@@ -124,7 +124,7 @@ def test_clips_are_coloured_smooth_and_moving(bundle: Bundle) -> None:
         net = load_dit(bundle, "draft", "fp32", device)
         latent = draft(text, noise, plan, Compat(), net, lambda: None)
     chunks = decode(latent, DecodePlan(), Compat(), load_decoder(bundle, device))
-    video = torch.cat([chunk.rgb for chunk in chunks]).float()  # [F, height, width, 3]
+    video = torch.cat([chunk.frames for chunk in chunks]).float()  # [F, height, width, 3]
     assert video.shape == (9, 128, 192, 3)
     assert video.std(dim=(1, 2)).mean() > 10
     assert ((video == 0) | (video == 255)).float().mean() < 0.3
