@@ -12,11 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final
 
-import torch
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 
 from pw_runtime.atomic import atomic_file
-from pw_runtime.types import FrameChunk
+from pw_runtime.types import FrameChunk, PixelFormat
 
 # pixels
 THUMB_WIDTH: Final = 240
@@ -87,12 +89,27 @@ def sample_frames(total: int, count: int) -> list[int]:
     return [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
-def make_thumb(frame: int, rgb: torch.Tensor) -> Thumb:
-    """Shrink one picture, [height, width, 3] uint8 on the CPU, keeping its proportions."""
-    height, width, _ = rgb.shape
+def make_thumb(chunk: FrameChunk, frame: int) -> Thumb:
+    """Shrink one frame of a chunk, by its index in the clip, keeping its proportions."""
+    pixels: np.ndarray = chunk.frames[frame - chunk.start].numpy()
+    if chunk.pixel_format != "rgb24":
+        pixels = _rgb(pixels, chunk.pixel_format)
+    height, width, _ = pixels.shape
     size = (THUMB_WIDTH, max(1, round(THUMB_WIDTH * height / width)))
-    picture = Image.fromarray(rgb.numpy())
+    picture = Image.fromarray(pixels)
     return Thumb(frame=frame, image=picture.resize(size, Image.Resampling.LANCZOS))
+
+
+def _rgb(planes: np.ndarray, pixel_format: PixelFormat) -> np.ndarray:
+    """BT.709 in limited range -> [height, width, 3] RGB."""
+    frame = av.VideoFrame.from_ndarray(planes, format=pixel_format)
+    return frame.reformat(
+        format="rgb24",
+        src_colorspace=Colorspace.ITU709,
+        dst_colorspace=Colorspace.ITU709,
+        src_color_range=ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+    ).to_ndarray()
 
 
 def watch_frames(
@@ -100,9 +117,9 @@ def watch_frames(
 ) -> Iterator[FrameChunk]:
     """Pass `chunks` on unchanged and append a thumb of every wanted frame to `thumbs`."""
     for chunk in chunks:
-        for frame in range(chunk.start, chunk.start + len(chunk.rgb)):
+        for frame in range(chunk.start, chunk.start + len(chunk.frames)):
             if frame in wanted:
-                thumbs.append(make_thumb(frame, chunk.rgb[frame - chunk.start]))
+                thumbs.append(make_thumb(chunk, frame))
         yield chunk
         del chunk  # while the next chunk is made, this one must be free
 

@@ -73,18 +73,14 @@ def load_decoder(bundle: Bundle, device: torch.device) -> VaeDecoder:
         decoder = VaeDecoder(bundle.networks.vae.config)
     weights = load_tensors(bundle, "vae", prefix=("decoder.", "conv2."))
     decoder.load_state_dict(
-        {name: _channels_last(w.to(device).float()) for name, w in weights.items()}, assign=True
+        {name: channels_last(w.to(device).float()) for name, w in weights.items()}, assign=True
     )
     return decoder.eval().requires_grad_(False)
 
 
-def _channels_last(weight: Tensor) -> Tensor:
-    """Convolution weights channels-last on a CPU.
-
-    With the default layout oneDNN's fp32 3-D convolutions of few channels run up to ten times
-    slower on two threads than on one.
-    """
-    if weight.device.type != "cpu" or weight.dim() not in (4, 5):
+def channels_last(weight: Tensor) -> Tensor:
+    """Convolution weights in the layout of the decoder's activations, converted this once."""
+    if weight.dim() not in (4, 5):
         return weight
     layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
     return weight.contiguous(memory_format=layout)

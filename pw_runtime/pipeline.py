@@ -29,7 +29,7 @@ from pw_runtime.stages.decode import decode
 from pw_runtime.stages.draft import draft
 from pw_runtime.stages.highres import highres
 from pw_runtime.stages.text import encode_text
-from pw_runtime.stages.write import suffix, write_video
+from pw_runtime.stages.write import pixel_format_for, suffix, write_video
 from pw_runtime.trace import Stopwatch
 from pw_runtime.types import DecodePlan, Latent, Outcome, Request, TextContext
 
@@ -158,8 +158,9 @@ def write_clip(run: Run, clip: Clip, vae: VaeDecoder) -> None:
     cut = preset.decode if stage == "highres" or preset.highres is None else DecodePlan()
     if request.contact_sheet and stage == "highres":
         preview_draft(clip, vae)
+    pixels = pixel_format_for(request.codec, preset.compat)
     with run.reporter.steps(f"decode {clip.prompt.id}", preset.video.frames) as advance:
-        chunks = watch.each("decode", decode(latent, cut, preset.compat, vae))
+        chunks = watch.each("decode", decode(latent, cut, preset.compat, vae, pixels))
         if request.contact_sheet:
             chunks = keep_thumbs(clip, stage, chunks)
         path = clip.path(suffix(request.codec))

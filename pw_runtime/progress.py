@@ -95,7 +95,7 @@ class Reporter:
 def count_frames(chunks: Iterable[FrameChunk], advance: Advance) -> Iterator[FrameChunk]:
     """Pass chunks on, counting their frames."""
     for chunk in chunks:
-        frames = len(chunk.rgb)
+        frames = len(chunk.frames)
         yield chunk
         del chunk  # while the next one is made, this one must be free
         advance(frames)

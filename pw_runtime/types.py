@@ -22,6 +22,7 @@ StageName = Literal["draft", "highres"]
 Network = Literal["draft", "highres", "vae", "text_encoder"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["h264", "hevc", "av1", "ffv1"]
+PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
 Kernels = Literal["reference", "triton"]
 AttentionKernel = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
 
@@ -135,10 +136,15 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameChunk:
-    """Consecutive finished frames, 8 bit RGB."""
+    """Consecutive finished frames, 8 bit, on the CPU.
+
+    rgb24 is [frames, height, width, 3]. yuv420p, BT.709 in limited range, is [frames, height * 3/2,
+    width]: as many lines of Y, then U and V with two of their lines on one.
+    """
 
     start: int  # index of the first frame in the clip
-    rgb: torch.Tensor  # [frames, height, width, 3] uint8, on the CPU
+    pixel_format: PixelFormat
+    frames: torch.Tensor  # uint8, contiguous
 
 
 # ---- what a bundle holds ----------------------------------------------------------------------

@@ -1,5 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The place of compiled engines, behind one protocol.
+"""Compiled engines behind one protocol: what they compute, where they lie, how they run."""
 
-Nothing is compiled in this version: every network runs as a PyTorch module.
-"""
+from pw_engines.engine import Engine, EngineError, Parity, check_parity, require_parity
+from pw_engines.spec import (
+    DTYPES,
+    SMALLEST,
+    Backend,
+    DType,
+    EngineKey,
+    EngineSpec,
+    TensorSpec,
+    digest_of,
+    dtype_name,
+)
+from pw_engines.store import EngineStore, StoreError
+
+__all__ = [
+    "DTYPES",
+    "SMALLEST",
+    "Backend",
+    "DType",
+    "Engine",
+    "EngineError",
+    "EngineKey",
+    "EngineSpec",
+    "EngineStore",
+    "Parity",
+    "StoreError",
+    "TensorSpec",
+    "check_parity",
+    "digest_of",
+    "dtype_name",
+    "require_parity",
+]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pw_engines.engine import EngineError
-from pw_engines.spec import DTYPES, SMALLEST, Backend, EngineSpec
+from pw_engines.engine import EngineError, random_inputs
+from pw_engines.spec import SMALLEST, Backend, EngineSpec
 
 FILE = "engine.pt2"
 
@@ -48,18 +48,31 @@ def build(spec: EngineSpec, segment: nn.Module, path: Path, device: torch.device
     # A size that is neither a limit nor a power of two, so that nothing is specialised for it.
     sizes = {name: max(SMALLEST, limit * 3 // 5) for name, limit in spec.limits}
     dims = {name: torch.export.Dim(name, min=SMALLEST, max=limit) for name, limit in spec.limits}
-    examples = tuple(
-        torch.randn(one.sized(sizes)).to(DTYPES[one.dtype]).to(device) for one in spec.inputs
-    )
+    examples = tuple(random_inputs(spec, sizes, device, seed=0))
     varying = tuple(
         {axis: dims[dim] for axis, dim in enumerate(one.shape) if isinstance(dim, str)}
         for one in spec.inputs
     )
     try:
-        program = torch.export.export(segment, examples, dynamic_shapes=(varying,), strict=False)
+        program = torch.export.export(
+            _Positional(segment), examples, dynamic_shapes=(varying,), strict=False
+        )
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # Inductor raises what it likes: all of it belongs to the build
         raise EngineError(f"AOTInductor cannot compile {spec.segment}: {error}") from error
+
+
+class _Positional(nn.Module):
+    """A segment called with its inputs in order, whatever it names them."""
+
+    def __init__(self, segment: nn.Module) -> None:
+        super().__init__()
+        self.segment = segment
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the segment."""
+        results: tuple[Tensor, ...] = self.segment(*inputs)
+        return results
 
 
 def load(spec: EngineSpec, path: Path, device: torch.device) -> AotiEngine:

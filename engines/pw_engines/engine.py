@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -102,11 +103,17 @@ def require_parity(name: str, found: Sequence[Parity]) -> None:
 def random_inputs(
     spec: EngineSpec, sizes: dict[str, int], device: torch.device, seed: int
 ) -> list[Tensor]:
-    """Random tensors of an engine's inputs: weights of 1/sqrt(fan in), the rest of unit size."""
+    """Tensors for an engine's inputs: random, weights of 1/sqrt(fan in), the rest of unit size.
+
+    Whole numbers are 3, 4, 5 ...: places and sizes, and none of them 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = []
     for one in spec.inputs:
         shape = one.sized(sizes)
+        if one.dtype == "int64":
+            made.append(torch.arange(3, 3 + math.prod(shape), device=device).reshape(shape))
+            continue
         x = torch.randn(shape, generator=generator)
         if len(shape) == 2 and not any(isinstance(dim, str) for dim in one.shape):
             x *= shape[1] ** -0.5

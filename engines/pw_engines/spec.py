@@ -65,6 +65,8 @@ class EngineSpec:
     weights: str | None = None  # digest of the weights, where they are part of the engine
 
     def __post_init__(self) -> None:
+        if "/" in self.segment:  # it is part of a folder's name, and folders are replaced
+            raise ValueError(f"a segment has a name, not a path, got {self.segment!r}")
         names = {dim for one in (*self.inputs, *self.outputs) for dim in one.shape}
         unknown = {dim for dim in names if isinstance(dim, str)} - dict(self.limits).keys()
         if unknown:

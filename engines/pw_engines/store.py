@@ -109,7 +109,12 @@ class EngineStore:
         Raises StoreError where the disk refuses.
         """
         self._make_root()
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=self.root))
+        try:
+            building = Path(tempfile.mkdtemp(prefix=".building-", dir=self.root))
+        except OSError as error:
+            raise StoreError(
+                f"cannot build in {self.root}: {error.strerror}; name another folder with PW_CACHE"
+            ) from error
         try:
             start = time.monotonic()
             yield building / name
@@ -126,13 +131,13 @@ class EngineStore:
 
     def entries(self, *, verify: bool) -> list[Entry]:
         """Everything in the store, by name; `verify` reads every file and compares its digest."""
-        if not self.root.is_dir():
-            return []
-        folders = sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != ".")
-        return [_entry(folder, verify) for folder in folders]
+        return [_entry(folder, verify) for folder in self._folders()]
 
     def remove(self, folder: str) -> None:
-        """Remove one engine. Raises StoreError."""
+        """Remove one engine, by the name of its entry. Raises StoreError for any other name."""
+        # A path is not a name: joined to the root it could lead anywhere, and all of it would go.
+        if folder not in {one.name for one in self._folders()}:
+            raise StoreError(f"{folder!r} is no engine of {self.root}; name one of its entries")
         try:
             shutil.rmtree(self.root / folder)
         except OSError as error:
@@ -141,6 +146,11 @@ class EngineStore:
     def leftovers(self) -> list[Path]:
         """Folders of builds that were killed."""
         return sorted(self.root.glob(".building-*")) if self.root.is_dir() else []
+
+    def _folders(self) -> list[Path]:
+        if not self.root.is_dir():
+            return []
+        return sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != ".")
 
     def _make_root(self) -> None:
         try:
@@ -180,6 +190,10 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
             return {}, f"format {manifest['format']}, wanted {FORMAT}"
         if not {"file", "bytes", "sha256", "key", "seconds"} <= manifest.keys():
             return {}, "its manifest is incomplete"
+        if not isinstance(manifest["key"]["spec"], dict):
+            return {}, "its manifest has no key"
+        if Path(manifest["file"]).name != manifest["file"]:
+            return {}, f"its manifest names {manifest['file']}, which is not in its folder"
     except FileNotFoundError:
         return {}, "it has no manifest"
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -216,5 +216,11 @@ def _fake(
 
 
 OP = register(
-    Op("attention", reference, cost, others=("triton", "gluon", "cudnn", "flash", "flash-attn"))
+    Op(
+        "attention",
+        reference,
+        cost,
+        run_kernel,
+        libraries=("gluon", "cudnn", "flash", "flash-attn"),
+    )
 )

@@ -115,4 +115,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         require(tensor.device == x.device, name, f"all on {x.device}", tensor.device)
 
 
-OP = register(Op("causal_conv3d", reference, cost, others=()))
+OP = register(Op("causal_conv3d", reference, cost))

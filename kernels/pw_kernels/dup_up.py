@@ -126,4 +126,4 @@ def _fake(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool
     return None
 
 
-OP = register(Op("dup_up_add", reference, cost))
+OP = register(Op("dup_up_add", reference, cost, run_kernel))

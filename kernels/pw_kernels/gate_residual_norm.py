@@ -189,4 +189,4 @@ def _fake(
     return torch.empty_like(x, dtype=out_dtype)
 
 
-OP = register(Op("gate_residual_norm", reference, cost))
+OP = register(Op("gate_residual_norm", reference, cost, run_kernel))

@@ -62,4 +62,4 @@ def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
             require(x.device == first.device, name, f"all tensors on {first.device}", x.device)
 
 
-OP = register(Op("merge_attention", reference, cost, others=()))
+OP = register(Op("merge_attention", reference, cost))

@@ -113,4 +113,4 @@ def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.
     return torch.empty_like(x, dtype=out_dtype)
 
 
-OP = register(Op("norm_modulate", reference, cost))
+OP = register(Op("norm_modulate", reference, cost, run_kernel))

@@ -121,4 +121,4 @@ def _fake(blocks: Tensor, weight: Tensor | None, truncate: bool) -> Tensor:
     return blocks.new_empty((frames, 2 * rows, 2 * columns, 3), dtype=torch.uint8)
 
 
-OP = register(Op("pack_frames", reference, cost))
+OP = register(Op("pack_frames", reference, cost, run_kernel))

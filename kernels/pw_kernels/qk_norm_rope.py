@@ -250,4 +250,4 @@ def _fake(
     return None
 
 
-OP = register(Op("qk_norm_rope", reference, cost))
+OP = register(Op("qk_norm_rope", reference, cost, run_kernel))

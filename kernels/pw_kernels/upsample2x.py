@@ -90,4 +90,4 @@ def _doubled(part: Tensor) -> Tensor:
     )
 
 
-OP = register(Op("upsample2x_conv", upsample2x_conv, cost, others=()))
+OP = register(Op("upsample2x_conv", upsample2x_conv, cost))

@@ -76,11 +76,13 @@ class Attention(nn.Module):
         keys = rms_norm(project(self.k, x), self.norm_k.weight, self.eps)
         return self.heads(keys), self.heads(project(self.v, x))
 
-    def rotated(self, x: Tensor, at: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated(
+        self, x: Tensor, cos: Tensor, sin: Tensor, place: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[S, D] -> normalised and rotated queries and keys, plain values, [S, N, K] each."""
         gains = (self.norm_q.weight, self.norm_k.weight)
         q, k = project(self.q, x), project(self.k, x)
-        qk_norm_rope(q, k, *gains, at.cos, at.sin, at.place, self.num_heads, self.eps)
+        qk_norm_rope(q, k, *gains, cos, sin, place, self.num_heads, self.eps)
         return self.heads(q), self.heads(k), self.heads(project(self.v, x))
 
     def output(self, heads: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rows: Tensor, positions: Positions, text: TextKeysValues
     ) -> Tensor:
-        """Run the block.
+        """Run the block on all tokens of a clip.
 
         Args:
             x: [S, D] residual stream: bf16, or fp32 and then overwritten.
@@ -123,16 +125,47 @@ class Block(nn.Module):
         Returns:
             [S, D] fp32.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
-        dtype = self.self_attn.q.weight.dtype
+        at = (positions.cos, positions.sin, positions.place)
+        y = attention(*self.before_attention(x, rows, *at))
+        # bf16 in block 0 alone; from here on the residual stream is updated in place
+        return self.after_attention(x.float(), y, rows, text.keys, text.values, text.bias)
 
-        h = norm_modulate(x, shift1, scale1, self.eps, dtype)
-        x = x.float()  # bf16 in block 0 alone; from here on the residual stream is updated in place
-        y = self.self_attn.output(attention(*self.self_attn.rotated(h, positions)))
-        h = gate_residual_norm(x, y, gate1, self.norm3.weight, self.norm3.bias, self.eps, dtype)
+    def before_attention(
+        self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, place: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What each token brings into self-attention, from any part of the tokens.
 
+        Args:
+            x: [S', D] residual stream.
+            rows: [R, 6, D] fp32, R dividing S'.
+            cos, sin, place: of these tokens, as in `pw_kernels.qk_norm_rope`.
+
+        Returns:
+            Queries, keys and values, [S', N, K] each.
+        """
+        shift, scale = rows[:, 0], rows[:, 1]
+        h = norm_modulate(x, shift, scale, self.eps, self.self_attn.q.weight.dtype)
+        return self.self_attn.rotated(h, cos, sin, place)
+
+    def after_attention(
+        self, x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor
+    ) -> Tensor:
+        """What each token makes of the result of self-attention, for any part of the tokens.
+
+        Args:
+            x: [S', D] fp32 residual stream, overwritten.
+            y: [S', N, K] result of self-attention.
+            rows: [R, 6, D] fp32, R dividing S'.
+            keys, values, bias: of the text, as in `TextKeysValues`.
+
+        Returns:
+            [S', D] fp32.
+        """
+        _, _, gate1, shift2, scale2, gate2 = rows.unbind(1)
+        norm3, dtype = self.norm3, self.self_attn.q.weight.dtype
+        y = self.self_attn.output(y)
+        h = gate_residual_norm(x, y, gate1, norm3.weight, norm3.bias, self.eps, dtype)
         q = self.cross_attn.queries(h)
-        y = self.cross_attn.output(attention(q, text.keys, text.values, text.bias))
+        y = self.cross_attn.output(attention(q, keys, values, bias))
         h = gate_residual_norm(x, y, None, scale2, shift2, self.eps, dtype, modulated=True)
-
         return gate_residual(x, run_mlp(self.ffn, h), gate2)

@@ -82,17 +82,28 @@ class WanDiT(nn.Module):
         Returns:
             One entry per block.
         """
-        num_pad = self.config.text_len - context.shape[0]
-        biases = pad_biases(num_pad, self.patch_embedding.weight.dtype)
-        context = F.pad(context, (0, 0, 0, len(biases)))
-        embedded = run_mlp(self.text_embedding, context)  # [E', D]
-        bias = embedded.new_zeros(len(embedded))
-        if biases:
-            bias[-len(biases) :] = bias.new_tensor(biases)
+        context, bias = self.padded_text(context)
+        embedded = self.embed_text(context)
         return tuple(
             TextKeysValues(*block.cross_attn.keys_values(embedded), bias)
             for block in self._blocks()
         )
+
+    def padded_text(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[E, text_dim] -> [E', text_dim] with a few zero rows for all padding, [E'] logit biases.
+
+        Both in the dtype of the network's weights.
+        """
+        dtype = self.patch_embedding.weight.dtype
+        biases = pad_biases(self.config.text_len - context.shape[0], dtype)
+        bias = context.new_zeros(len(context) + len(biases), dtype=dtype)
+        if biases:
+            bias[-len(biases) :] = bias.new_tensor(biases)
+        return F.pad(context.to(dtype), (0, 0, 0, len(biases))), bias
+
+    def embed_text(self, context: Tensor) -> Tensor:
+        """[E', text_dim] -> [E', D]."""
+        return run_mlp(self.text_embedding, context)
 
     def modulation(self, t: Tensor, dt: Tensor | None = None) -> Modulation:
         """All rows of one step: one for text-to-video, one per latent frame where t differs.
@@ -109,14 +120,23 @@ class WanDiT(nn.Module):
         """
         if (dt is not None) != self.config.has_dt:
             raise ValueError(f"has_dt is {self.config.has_dt} but dt is {dt}")
-        e = run_mlp(self.time_embedding, sinusoid(t, self.config.freq_dim))  # [R, D]
+        freq_dim = self.config.freq_dim
+        steps = (sinusoid(x, freq_dim) for x in (t, dt) if x is not None)
+        return self.block_rows(*self.time_rows(*steps))
+
+    def time_rows(self, t: Tensor, dt: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[R, freq_dim] sinusoids of timestep and step size -> [R, 6, D] and [R, D], fp32."""
+        e = run_mlp(self.time_embedding, t)  # [R, D]
         if dt is not None:
-            e = e + run_mlp(self.dt_embedding, sinusoid(dt, self.config.freq_dim))
+            e = e + run_mlp(self.dt_embedding, dt)
         activation, projection = self.time_projection
         assert isinstance(projection, nn.Linear)
-        e0 = project(projection, activation(e)).unflatten(1, (6, -1))  # [R, 6, D]
+        return project(projection, activation(e)).unflatten(1, (6, -1)), e
+
+    def block_rows(self, rows: Tensor, e: Tensor) -> Modulation:
+        """Add the table of every block, and the head's, to what `time_rows` gives."""
         tables = torch.stack([block.modulation for block in self._blocks()])  # [layers, 1, 6, D]
-        return Modulation(blocks=tables + e0, head=self.head.modulation + e[:, None])
+        return Modulation(blocks=tables + rows, head=self.head.modulation + e[:, None])
 
     def positions(self, latent: Tensor) -> Positions:
         """Rotary positions of the tokens of latents of this one's shape, on its device.
@@ -138,6 +158,19 @@ class WanDiT(nn.Module):
         return self.spatial_adapter.controls(
             features, sinusoid(t, freq_dim), sinusoid(dt, freq_dim)
         )
+
+    def control(self, features: Tensor, t: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+        """The adapter's controls of one step in the order of its blocks, for part of the tokens.
+
+        Args:
+            features: [S', D] of `draft_features`.
+            t: [1, freq_dim] sinusoid of the timestep.
+            dt: [1, freq_dim] sinusoid of the step size.
+
+        Returns:
+            [S', D] each.
+        """
+        return (*self.spatial_adapter.controls(features, t, dt).values(),)
 
     def forward(
         self,
@@ -168,16 +201,17 @@ class WanDiT(nn.Module):
         grid = _token_grid(latent)
         if positions.grid != grid:
             raise ValueError(f"the latent has the token grid {grid}, positions {positions.grid}")
-        weight = self.patch_embedding.weight
-        # A kernel equal to its stride is a matrix product over patches.
-        x = F.linear(
-            patchify(latent).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias
-        )  # [S, D]
+        x = self.embed(patchify(latent))  # [S, D]
         for index, block in enumerate(self.blocks):
             if controls is not None and index in controls:
                 x = x + controls[index]
             x = block(x, modulation.blocks[index], positions, text[index])
         return unpatchify(self.head(x, modulation.head), grid).float()
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """[S, 4C] patches -> [S, D]: a kernel equal to its stride is a matrix product."""
+        weight = self.patch_embedding.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pw_kernels import unpatchify_pixels
 from pw_runtime.models.vae_blocks import (
     AttentionBlock,
     CausalCache,
@@ -48,8 +47,9 @@ class HeadLayers(nn.ModuleDict):
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         """[1, C, T, H, W] -> [1, C', T, H, W]."""
-        out: Tensor = self["2"](self["0"](x, silu=True), cache)
-        return out
+        conv = self["2"]
+        assert isinstance(conv, CausalConv3d)
+        return conv.convolve(conv.normed(x, self["0"], cache), cache)
 
 
 class DecoderLayers(nn.Module):
@@ -109,13 +109,19 @@ class VaeDecoder(nn.Module):
             cache: this strip's cache.
 
         Returns:
-            [3, F, 16H, 8 columns] colours, not clamped; F = 1 for the first frame, then 4.
+            [12, F, 8H, 4 columns] colours of 2x2 pixel blocks (`unpatchify_pixels` spreads them),
+            not clamped; F = 1 for the first frame, then 4.
         """
-        for stage in self.decoder.upsamples[1:]:
+        *stages, last = self.decoder.upsamples[1:]
+        for stage in stages:
             x = stage(x, cache)
+        assert isinstance(last, UpStage)
+        assert not last.up
+        for block in last.upsamples:  # one by one, so that the stage's input is not held
+            x = block(x, cache)
         x = self.decoder.head(x, cache)
         cache.first = False
-        return unpatchify_pixels(x)[0]
+        return x[0]
 
 
 class EncoderLayers(nn.Module):

@@ -2,19 +2,27 @@
 """Parts of the Wan2.2 VAE. Parameter names are the official ones (vae2_2.py).
 
 A clip passes through in chunks of frames. What a chunk must know of the past lies in a
-`CausalCache` that the caller owns: one per clip and strip.
+`CausalCache` that the caller owns: one per clip and strip. Activations have their channels last in
+memory, [T, H, W, C], on every device: norms and convolutions of few channels are fastest so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pw_kernels import causal_conv3d, channel_norm, dup_up_add, upsample2x_conv
-from pw_kernels.attention import reference as attention_reference
+from pw_kernels import (
+    causal_conv3d,
+    channel_norm,
+    chunked_attention,
+    dup_up_add,
+    phase_taps,
+    upsample2x_conv,
+)
 
 
 @dataclass(slots=True)
@@ -30,10 +38,39 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:  # type: ignore[override]
         """[B, C, T, H, W] -> [B, C', T, H, W]."""
-        y, past = causal_conv3d(x, self.weight, self.bias, cache.past.get(self))
-        if past is not None:
-            cache.past[self] = past
-        return y
+        if self.kernel_size[0] == 1:
+            return causal_conv3d(x, self.weight, self.bias)
+        buffer = self.buffer(x, cache)
+        buffer[:, :, -x.shape[2] :] = x
+        return self.convolve(buffer, cache)
+
+    def buffer(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """[B, C, kt-1+T, H, W] for frames like x, still to be written behind their past."""
+        history = self.kernel_size[0] - 1
+        shape = (*x.shape[:2], history + x.shape[2], *x.shape[3:])
+        order = torch.channels_last_3d
+        buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
+        past = cache.past.get(self)
+        buffer[:, :, :history] = 0 if past is None else past
+        return buffer
+
+    def normed(self, x: Tensor, norm: nn.Module, cache: CausalCache) -> Tensor:
+        """[B, C, T, H, W] -> a buffer that holds their norm and SiLU behind the past.
+
+        The norm writes where the convolution reads: nothing is joined, padded or copied.
+        """
+        buffer = self.buffer(x, cache)
+        norm(x, silu=True, out=buffer[:, :, -x.shape[2] :])
+        return buffer
+
+    def convolve(self, buffer: Tensor, cache: CausalCache) -> Tensor:
+        """Convolve a written buffer; its last frames become the past of the next chunk."""
+        last = buffer[:, :, buffer.shape[2] - self.kernel_size[0] + 1 :]
+        if self in cache.past:
+            cache.past[self].copy_(last)
+        else:
+            cache.past[self] = last.clone()
+        return causal_conv3d(buffer, self.weight, self.bias)
 
 
 class ChannelNorm(nn.Module):
@@ -43,9 +80,9 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
 
-    def forward(self, x: Tensor, *, silu: bool) -> Tensor:
-        """Normalise, then apply SiLU where asked."""
-        return channel_norm(x, self.gamma, silu=silu)
+    def forward(self, x: Tensor, *, silu: bool, out: Tensor | None = None) -> Tensor:
+        """Normalise, then apply SiLU where asked; into `out` where given."""
+        return channel_norm(x, self.gamma, silu=silu, out=out)
 
 
 class ResidualBlock(nn.Module):
@@ -65,8 +102,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         """[B, C, T, H, W] -> [B, C', T, H, W]."""
-        h = self.residual["2"](self.residual["0"](x, silu=True), cache)
-        h = self.residual["6"](self.residual["3"](h, silu=True), cache)
+        first, second = self.residual["2"], self.residual["6"]
+        assert isinstance(first, CausalConv3d)
+        assert isinstance(second, CausalConv3d)
+        h = first.convolve(first.normed(x, self.residual["0"], cache), cache)
+        buffer = second.normed(h, self.residual["3"], cache)
+        del h  # beside the buffer and the result it would be a third of the peak
+        h = second.convolve(buffer, cache)
+        del buffer
         h += x if self.shortcut is None else self.shortcut(x, cache)
         return h
 
@@ -82,13 +125,15 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         """[1, C, T, H, W] -> the same; frames do not see each other, so no cache is used."""
-        return torch.stack([self._frame(frame) for frame in x.unbind(2)], dim=2)
+        out = torch.empty_like(x)
+        for frame, result in zip(x.unbind(2), out.unbind(2), strict=True):
+            result.copy_(self._frame(frame))
+        return out
 
     def _frame(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x, silu=False))  # [1, 3C, H, W]
-        q, k, v = qkv[0].flatten(1).T.unsqueeze(1).chunk(3, dim=-1)  # [HW, 1, C]
-        # A head as wide as all channels (1024): no attention kernel takes that.
-        y = attention_reference(q, k, v)[:, 0].T.reshape(x.shape)
+        q, k, v = qkv[0].flatten(1).T.chunk(3, dim=-1)  # [HW, C]
+        y = chunked_attention(q, k, v).T.reshape(x.shape)
         out: Tensor = x + self.proj(y)
         return out
 
@@ -101,16 +146,38 @@ class Upsample(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, padding=1)})
         kernel = (3, 1, 1)
         self.time_conv = CausalConv3d(channels, 2 * channels, kernel) if temporal else None
+        self._taps: Tensor | None = None  # made of the weight when it is first used
+        self.register_load_state_dict_post_hook(_forget_taps)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Upsample:
+        _forget_taps(self)  # the weight moves or changes its dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         """[1, C, T, H, W] -> [1, C, T or 2T, 2H, 2W]; the first chunk never doubles frames."""
         if self.time_conv is not None and not cache.first:
-            x = self.time_conv(x, cache)  # channels: even frames, then odd frames
-            x = torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
-        frames = x[0].transpose(0, 1)  # [T, C, H, W]
+            x = interleave_frames(self.time_conv(x, cache))
         conv = self.resample["1"]
         assert isinstance(conv, nn.Conv2d)
-        return upsample2x_conv(frames, conv.weight, conv.bias).transpose(0, 1)[None]
+        if self._taps is None:
+            self._taps = phase_taps(conv.weight)
+        frames = x[0].transpose(0, 1)  # [T, C, H, W]
+        return upsample2x_conv(frames, self._taps, conv.bias).transpose(0, 1)[None]
+
+
+def _forget_taps(upsample: nn.Module, incompatible_keys: object = None) -> None:
+    assert isinstance(upsample, Upsample)
+    upsample._taps = None
+
+
+def interleave_frames(x: Tensor) -> Tensor:
+    """[1, 2C, T, H, W], channels of even frames, then of odd ones -> [1, C, 2T, H, W]."""
+    pairs = x.unflatten(1, (2, -1)).transpose(1, 2).transpose(2, 3)  # [1, C, T, 2, H, W]
+    _, c, t, _, h, w = pairs.shape
+    order = torch.channels_last_3d
+    out = torch.empty((1, c, 2 * t, h, w), dtype=x.dtype, device=x.device, memory_format=order)
+    out.unflatten(2, (t, 2)).copy_(pairs)
+    return out
 
 
 class UpStage(nn.Module):

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 import av
+import numpy as np
 import torch
 from av.codec.context import ThreadType
 from av.container import OutputContainer
@@ -26,7 +27,7 @@ from av.video.stream import VideoStream
 
 from pw_runtime.atomic import atomic_file, write_failed
 from pw_runtime.errors import BadRequest, WriteFailed
-from pw_runtime.types import Codec, FrameChunk
+from pw_runtime.types import Codec, Compat, FrameChunk, PixelFormat
 
 MATRIX_RGB: Final = 0  # AVCOL_SPC_RGB, which PyAV does not name
 
@@ -74,6 +75,15 @@ def suffix(codec: Codec) -> Literal[".mp4", ".mkv"]:
     return _RECIPES[codec].suffix
 
 
+def pixel_format_for(codec: Codec, compat: Compat) -> PixelFormat:
+    """What frames are best decoded to: what the encoder takes, so that they are rounded once.
+
+    Truncated bytes are those of RGB; libswscale makes the planes of them, as officially.
+    """
+    planes = _RECIPES[codec].pix_fmt == "yuv420p" and not compat.truncating_uint8
+    return "yuv420p" if planes else "rgb24"
+
+
 def check_codec(codec: Codec) -> None:
     """Raise BadRequest if the installed PyAV cannot encode `codec`. Costs nothing: call it
     before anything is computed."""
@@ -102,8 +112,9 @@ def write_video(
     """Encode `frames` frames of `width` x `height` pixels into `path`; return its bytes.
 
     h264, hevc and av1 are BT.709 limited-range yuv420p in an mp4 that starts to play before it
-    is wholly loaded; ffv1 is lossless RGB in Matroska. A chunk is let go before the next one is
-    asked for, and `path` appears only when it is complete.
+    is wholly loaded; ffv1 is lossless RGB in Matroska. Chunks of rgb24 are converted to that by
+    libswscale, chunks of yuv420p go to the encoder as they are. A chunk is let go before the next
+    one is asked for, and `path` appears only when it is complete.
 
     Raises WriteFailed when the disk or the encoder refuses, ValueError when the chunks are not
     the frames announced. Whatever `chunks` raises passes through.
@@ -139,6 +150,7 @@ def _encode(chunks: Iterable[FrameChunk], path: Path, recipe: _Recipe, clip: _Fo
         stream = _open_stream(container, recipe, clip)
         for frame in _video_frames(chunks, clip, recipe.pix_fmt):
             container.mux(stream.encode(frame))
+            del frame  # it may be memory of the chunk
         container.mux(stream.encode())
         container.close()
     except BaseException:
@@ -188,35 +200,43 @@ def _video_frames(
     converter = VideoReformatter()
     position = 0
     for chunk in chunks:
-        _check_chunk(chunk, position, clip)
-        for rgb in chunk.rgb:
-            frame = _convert(converter, rgb, pix_fmt)
+        _check_chunk(chunk, position, clip, pix_fmt)
+        for pixels in chunk.frames:
+            frame = _video_frame(converter, pixels.numpy(), chunk.pixel_format, pix_fmt)
             frame.pts = position
             position += 1
             yield frame
-        del chunk, rgb  # while the next chunk is made, this one must be free
+        del chunk, pixels, frame  # while the next chunk is made, this one must be free
     if position != clip.frames:
         raise ValueError(f"the frames ended after {position} of {clip.frames}")
 
 
-def _check_chunk(chunk: FrameChunk, position: int, clip: _Format) -> None:
-    shape = tuple(chunk.rgb.shape)
-    picture = (clip.height, clip.width, 3)
+def _check_chunk(chunk: FrameChunk, position: int, clip: _Format, pix_fmt: str) -> None:
+    if chunk.pixel_format not in ("rgb24", pix_fmt):
+        raise ValueError(f"a chunk is {chunk.pixel_format}, expected rgb24 or {pix_fmt}")
+    shape = tuple(chunk.frames.shape)
+    rgb = chunk.pixel_format == "rgb24"
+    picture = (clip.height, clip.width, 3) if rgb else (clip.height * 3 // 2, clip.width)
     if chunk.start != position:
         raise ValueError(f"a chunk starts at frame {chunk.start}, expected {position}")
-    if len(shape) != 4 or shape[0] == 0 or shape[1:] != picture:
-        raise ValueError(f"a chunk has shape {shape}, expected (1 or more, *{picture})")
-    if chunk.rgb.dtype != torch.uint8 or chunk.rgb.device.type != "cpu":
-        raise ValueError(
-            f"a chunk is {chunk.rgb.dtype} on {chunk.rgb.device}, expected torch.uint8 on cpu"
-        )
+    if not shape or shape[0] == 0 or shape[1:] != picture:
+        raise ValueError(f"a chunk has shape {shape}, expected (1 or more, {str(picture)[1:]}")
+    have = chunk.frames
+    if have.dtype != torch.uint8 or have.device.type != "cpu":
+        raise ValueError(f"a chunk is {have.dtype} on {have.device}, expected torch.uint8 on cpu")
     if position + shape[0] > clip.frames:
         raise ValueError(f"{position + shape[0]} frames or more, expected {clip.frames} in all")
 
 
-def _convert(converter: VideoReformatter, rgb: torch.Tensor, pix_fmt: str) -> av.VideoFrame:
-    """[height, width, 3] uint8 -> a frame the encoder takes."""
-    frame = av.VideoFrame.from_ndarray(rgb.numpy(), format="rgb24")
+def _video_frame(
+    converter: VideoReformatter, pixels: np.ndarray, pixel_format: PixelFormat, pix_fmt: str
+) -> av.VideoFrame:
+    """Pixels of one frame as `FrameChunk` has them -> a frame the encoder takes."""
+    if pixel_format == pix_fmt:
+        frame = av.VideoFrame.from_numpy_buffer(pixels, format=pix_fmt)  # no copy
+        frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
+        return frame
+    frame = av.VideoFrame.from_ndarray(pixels, format=pixel_format)
     if pix_fmt == "bgr0":
         return converter.reformat(frame, format=pix_fmt)
     return converter.reformat(

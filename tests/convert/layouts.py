@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pw_export.published import LATENT_MEAN, LATENT_STD
 from pw_export.convert import convert
+from pw_export.published import LATENT_MEAN, LATENT_STD
 from pw_runtime import keymaps
 from pw_runtime.bundle import Bundle, load_tensors
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pw_export.published import LATENT_MEAN, LATENT_STD
 from pw_export.nano import (
     NANO_DIT,
     NANO_HIGHRES,
@@ -18,6 +17,7 @@ from pw_export.nano import (
     NANO_VAE,
     write_nano_checkpoint,
 )
+from pw_export.published import LATENT_MEAN, LATENT_STD
 from pw_runtime.bundle import Bundle, sha256_of, verify
 from pw_runtime.errors import BadRequest
 from pw_runtime.networks import load_decoder, load_dit

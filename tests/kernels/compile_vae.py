@@ -10,26 +10,43 @@ import json
 import re
 from typing import Any
 
-from pw_kernels._triton import channel_norm, dup_up, pack_frames
+from pw_kernels._triton import channel_norm, dup_up, pack_frames, pack_yuv
 from pw_kernels.ahead_of_time import SHARED_LIMITS, compile_kernel
 from pw_kernels.channel_norm import tile_positions
 from pw_kernels.pack_frames import BLOCK
+from pw_kernels.pack_yuv import BLOCK as BLOCKS
+
+# kernel, types of its arguments, its constants, warps
+Compilation = tuple[Any, dict[str, str], dict[str, object], int]
 
 WIDTH = 1024  # the widest channels of the decoder
+UNIT = {"first": "position", "last": "channel"}  # what has stride 1
+NORM_STRIDES = ("batch", "frame", "position", "channel")
 H_STRIDES = [f"h_{of}" for of in ("batch", "channel", "frame", "row", "column")]
 X_STRIDES = [f"x_{of}" for of in ("batch", "channel", "frame", "row", "column")]
 
 
-def norm(dtype: str, *, last: bool) -> tuple[Any, dict[str, str], dict[str, object], int]:
-    """channel_norm at its widest; strides of 64 bits, as a 4K chunk needs."""
+def norm(dtype: str, x: str, out: str) -> Compilation:
+    """channel_norm at its widest from one order of channels to another; strides of 64 bits, as a
+    4K chunk needs."""
+    unit = (f"x_{UNIT[x]}", f"out_{UNIT[out]}")
+    strides = [f"{of}_{what}" for of in ("x", "out") for what in NORM_STRIDES]
     tensors = dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}") | {"gamma_ptr": "*fp32"}
-    strides = [f"{of}_{what}" for of in ("x", "out") for what in ("batch", "frame", "row")]
-    sizes = dict.fromkeys(("positions", *strides), "i64") | {"root": "fp32"}
-    constants = {"C": WIDTH, "BLOCK_C": WIDTH, "BLOCK_P": tile_positions(WIDTH)}
-    return channel_norm.kernel, tensors | sizes, constants | {"LAST": last, "SILU": True}, 8
+    sizes = {name: "i64" for name in ("positions", *strides) if name not in unit}
+    constants: dict[str, object] = dict.fromkeys(unit, 1)
+    constants |= {"C": WIDTH, "BLOCK_C": WIDTH, "BLOCK_P": tile_positions(WIDTH), "SILU": True}
+    return channel_norm.kernel, tensors | sizes | {"root": "fp32"}, constants, 8
 
 
-def dup(dtype: str, *, last: bool) -> tuple[Any, dict[str, str], dict[str, object], int]:
+def pack(kernel: Any, out: str, **constants: object) -> Compilation:
+    """From blocks whose twelve channels are last, with the weights of blended strips."""
+    tensors = {"x_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": out}
+    size = "columns" if kernel is pack_yuv.kernel else "width"
+    sizes = {size: "i32", "x_frame": "i64", "x_row": "i32", "x_column": "i32"}
+    return kernel, tensors | sizes, {"x_channel": 1, "WEIGHTED": True, **constants}, 4
+
+
+def dup(dtype: str, *, last: bool) -> Compilation:
     """dup_up_add as in the stage that halves the channels."""
     unit = ("h_channel", "x_channel") if last else ("h_column", "x_column")
     constants: dict[str, object] = dict.fromkeys(unit, 1)
@@ -43,23 +60,24 @@ def dup(dtype: str, *, last: bool) -> tuple[Any, dict[str, str], dict[str, objec
 
 
 KERNELS = {
-    "channel_norm fp32": norm("fp32", last=False),
-    "channel_norm bf16 last": norm("bf16", last=True),
+    "channel_norm fp32": norm("fp32", "first", "first"),
+    "channel_norm fp32 last": norm("fp32", "last", "last"),
+    "channel_norm bf16 last": norm("bf16", "last", "last"),
+    "channel_norm fp32 first to last": norm("fp32", "first", "last"),
     "dup_up_add fp32": dup("fp32", last=False),
+    "dup_up_add fp32 last": dup("fp32", last=True),
     "dup_up_add bf16 last": dup("bf16", last=True),
-    "pack_frames": (
-        pack_frames.kernel,
-        {"video_ptr": "*fp32", "out_ptr": "*u8", "pixels": "i32"},
-        {"TRUNCATE": False, "BLOCK": BLOCK},
-        4,
-    ),
+    "pack_frames": pack(pack_frames.kernel, "*u8", TRUNCATE=False, BLOCK=BLOCK),
+    "pack_yuv yuv420p": pack(pack_yuv.kernel, "*u8", PLANAR=True, BITS=8, BLOCK=BLOCKS),
+    "pack_yuv nv12": pack(pack_yuv.kernel, "*u8", PLANAR=False, BITS=8, BLOCK=BLOCKS),
+    "pack_yuv p010": pack(pack_yuv.kernel, "*i16", PLANAR=False, BITS=10, BLOCK=BLOCKS),
 }
 
 
 def report(name: str, arch: int) -> dict[str, object]:
     """What one kernel takes on one architecture."""
     kernel, signature, constants, num_warps = KERNELS[name]
-    undivided = ("frames", "rows", "root")
+    undivided = ("frames", "rows", "root", "x_column")
     compiled = compile_kernel(
         kernel,
         signature,

@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE's operations: kernels against references, references against definitions."""
+"""The VAE's norm and shortcut: kernels against references, references against definitions."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pw_kernels import channel_norm, dup_up_add, pack_frames, upsample2x_conv
+from pw_kernels import channel_norm, dup_up_add
 from pw_kernels.channel_norm import reference as norm_reference
 from pw_kernels.channel_norm import run_kernel as norm_kernel
 from pw_kernels.dup_up import reference as dup_reference
 from pw_kernels.dup_up import run_kernel as dup_kernel
 from pw_kernels.op import OPS, Choice, using
-from pw_kernels.pack_frames import reference as pack_reference
-from pw_kernels.pack_frames import run_kernel as pack_kernel
 from tests.oracle import vae as oracle
 
 
@@ -68,9 +65,9 @@ NORM_INPUTS = {
 def test_channel_norm_kernel(name: str, dtype: torch.dtype, silu: bool) -> None:
     x = NORM_INPUTS[name]().mul(3).to(dtype)
     gamma = gamma_of(x.shape[1], x.dim() - 2)
-    got, wanted = norm_kernel(x, gamma, silu), norm_reference(x, gamma, silu)
-    assert (got.dtype, got.shape) == (dtype, x.shape)
-    assert got.stride() == torch.empty_like(x).stride()
+    got, wanted = torch.empty_like(x), torch.empty_like(x)
+    norm_kernel(x, gamma, silu, got)
+    norm_reference(x, gamma, silu, wanted)
     # bf16: both round once, so they part by one step, 2^-7 at most, and seldom
     tolerance = 2e-6 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=2e-6)
@@ -84,8 +81,32 @@ def test_channel_norm_of_nothing_and_of_little() -> None:
     for scale in (0.0, 1e-30, 1e-13, 1e-10):
         x = torch.full((1, 8, 1, 1, 2), scale)
         wanted = scale / max(scale * 8**0.5, 1e-12) * 8**0.5
-        for got in (norm_reference(x, gamma, False), norm_kernel(x, gamma, False)):
+        for norm in (norm_reference, norm_kernel):
+            got = torch.empty_like(x)
+            norm(x, gamma, False, got)
             torch.testing.assert_close(got, torch.full_like(x, wanted), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("order", [torch.clone, last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channel_norm_writes_into_the_frames_of_a_buffer(dtype: torch.dtype, order) -> None:
+    """Whatever the order of x: a convolution on a CPU may leave channels first. The past stays."""
+    x, gamma = order(values(1, 24, 3, 5, 7, dtype=dtype)), gamma_of(24, 3)
+    wanted = channel_norm(x, gamma, silu=True)
+    for norm in (norm_reference, norm_kernel):
+        buffer = last(values(1, 24, 5, 5, 7, dtype=dtype, seed=2))
+        past = buffer[:, :, :2].clone()
+        norm(x, gamma, True, buffer[:, :, 2:])
+        assert torch.equal(buffer[:, :, :2], past)
+        tolerance = 2e-6 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(buffer[:, :, 2:], wanted, rtol=tolerance, atol=2e-6)
+
+
+def test_channel_norm_keeps_the_order_in_memory() -> None:
+    for x in (values(1, 8, 2, 3, 5), last(values(1, 8, 2, 3, 5))):
+        assert channel_norm(x, gamma_of(8, 3), silu=False).stride() == x.stride()
+    x = values(1, 8, 2, 3, 5)
+    assert channel_norm(x, gamma_of(8, 3), silu=True, out=x.clone()[:]).shape == x.shape
 
 
 def test_channel_norm_rounds_bf16_once_and_fp64_never() -> None:
@@ -145,50 +166,19 @@ def test_dup_up_add_writes_into_h() -> None:
     assert torch.equal(h, wanted)
 
 
-@pytest.mark.parametrize("truncate", [False, True])
-@pytest.mark.parametrize("shape", [(3, 1, 2, 2), (3, 2, 5, 7), (3, 3, 16, 43), (3, 1, 33, 64)])
-def test_pack_frames_kernel(shape: tuple[int, ...], truncate: bool) -> None:
-    video = values(*shape)
-    # every half step, where rounding half up and half to even part
-    steps = torch.arange(min(video[0].numel(), 511)) / 2
-    video[1].view(-1)[: len(steps)] = steps / 255 * 2 - 1
-    got = pack_kernel(video, truncate)
-    assert got.is_contiguous()
-    assert torch.equal(got, pack_reference(video, truncate))
-
-
-@pytest.mark.parametrize("order", [torch.clone, last])
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 4, 1, 5), (3, 5, 4, 3)])
-def test_upsample2x_conv_is_exact(shape: tuple[int, ...], order: Callable[..., Tensor]) -> None:
-    """In fp64, all but equal to doubling and convolving."""
-    x, weight = values(*shape).double(), values(7, shape[1], 3, 3, seed=1).double()
-    for bias in (None, values(7, seed=2).double()):
-        doubled = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
-        wanted = F.conv2d(doubled, weight, bias, padding=1)
-        got = upsample2x_conv(order(x), order(weight), bias)
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-13)
-
-
-def test_upsample2x_conv_keeps_channels_last() -> None:
-    """As a convolution does, where either the picture or the weights have them last."""
-    x, weight = values(2, 8, 3, 5), values(8, 8, 3, 3)
-    for a, b in ((last(x), last(weight)), (x, last(weight)), (last(x), weight)):
-        got = upsample2x_conv(a, b, None)
-        assert got.is_contiguous(memory_format=torch.channels_last)
-
-
 OPCHECKED = {
-    "channel_norm": lambda: (values(1, 8, 2, 3, 5), gamma_of(8, 3), True),
-    "channel_norm last": lambda: (last(values(2, 8, 2, 3, 5)), gamma_of(8, 3), False),
-    "channel_norm frames first": lambda: (
-        values(3, 8, 5, 7).transpose(0, 1)[None],
-        gamma_of(8, 3),
-        True,
-    ),
-    "channel_norm bf16": lambda: (values(1, 8, 3, 5).bfloat16(), gamma_of(8, 2), True),
+    "channel_norm": lambda: norm_arguments(values(1, 8, 2, 3, 5)),
+    "channel_norm last": lambda: norm_arguments(last(values(2, 8, 2, 3, 5))),
+    "channel_norm frames first": lambda: norm_arguments(values(3, 8, 5, 7).transpose(0, 1)[None]),
+    "channel_norm bf16": lambda: norm_arguments(values(1, 8, 1, 3, 5).bfloat16()),
     "dup_up_add": lambda: (values(1, 4, 3, 4, 4), values(1, 4, 2, 2, 2), 2, 2, True),
-    "pack_frames": lambda: (values(3, 2, 4, 6), True),
 }
+
+
+def norm_arguments(x: Tensor) -> tuple[Tensor, Tensor, bool, Tensor]:
+    """The operator's, with a part of a buffer as its result."""
+    buffer = last(values(x.shape[0], x.shape[1], x.shape[2] + 2, *x.shape[3:], dtype=x.dtype))
+    return x, gamma_of(x.shape[1], 3), True, buffer[:, :, 2:]
 
 
 @pytest.mark.parametrize("name", OPCHECKED)
@@ -207,11 +197,6 @@ def test_costs() -> None:
     h = torch.empty(1, 4, 3, 4, 4)
     first = OPS["dup_up_add"].cost(h, x, 2, 2, True)
     assert (first.flops, first.bytes) == (192, (2 * 192 + 32) * 4)
-    x, weight = torch.empty(2, 3, 4, 5), torch.empty(7, 3, 3, 3)  # 120 and 189 elements
-    up = OPS["upsample2x_conv"].cost(x, weight, torch.empty(7))  # 2 * 7 * 8 * 10 results
-    assert (up.flops, up.bytes) == (1120 * 25, (120 + 189 + 1120 + 7) * 4)
-    pack = OPS["pack_frames"].cost(torch.empty(3, 2, 4, 5), False)  # 120 values
-    assert (pack.flops, pack.bytes) == (6 * 120, 5 * 120)
 
 
 BAD = {
@@ -240,10 +225,26 @@ BAD = {
         lambda: channel_norm(values(1, 8, 3), gamma_of(9, 1), silu=True),
         r"gamma of shape \(8, 1\), got \(9, 1\)",
     ),
-    "channels between positions": (
+    "out of another shape": (
         "channel_norm",
-        lambda: channel_norm(values(1, 5, 8, 3).transpose(1, 2), gamma_of(8, 2), silu=True),
-        r"before or after both rows and columns, got \(120, 3, 24, 1\)",
+        lambda: channel_norm(
+            values(1, 8, 2, 3, 5), gamma_of(8, 3), silu=True, out=values(1, 8, 4, 3, 5)
+        ),
+        r"out of shape \(1, 8, 2, 3, 5\), got \(1, 8, 4, 3, 5\)",
+    ),
+    "out of another dtype": (
+        "channel_norm",
+        lambda: channel_norm(
+            values(1, 8, 3), gamma_of(8, 1), silu=True, out=values(1, 8, 3).bfloat16()
+        ),
+        "out of x's dtype torch.float32, got torch.bfloat16",
+    ),
+    "out a strip of columns": (
+        "channel_norm",
+        lambda: channel_norm(
+            values(1, 8, 3, 5), gamma_of(8, 2), silu=True, out=values(1, 8, 3, 9)[..., :5]
+        ),
+        "out with one stride between the positions of a frame, got",
     ),
     "h of another grid": (
         "dup_up_add",
@@ -261,26 +262,6 @@ BAD = {
             values(1, 4, 1, 2, 2), values(1, 4, 1, 1, 1).bfloat16(), 1, 2, first=False
         ),
         "x of h's dtype torch.float32, got torch.bfloat16",
-    ),
-    "a kernel of 5x5": (
-        "upsample2x_conv",
-        lambda: upsample2x_conv(values(1, 4, 2, 2), values(4, 4, 5, 5), None),
-        r"weight \[C', C, 3, 3\], got \(4, 4, 5, 5\)",
-    ),
-    "four colours": (
-        "pack_frames",
-        lambda: pack_frames(values(4, 1, 2, 2), truncate=True),
-        r"video \[3, F, height, width\], got \(4, 1, 2, 2\)",
-    ),
-    "colours in bf16": (
-        "pack_frames",
-        lambda: pack_frames(values(3, 1, 2, 2).bfloat16(), truncate=True),
-        "fp32, got torch.bfloat16",
-    ),
-    "colours last": (
-        "pack_frames",
-        lambda: pack_frames(values(1, 2, 2, 3).permute(3, 0, 1, 2), truncate=True),
-        "video contiguous, got",
     ),
 }
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pw_kernels import unpatchify_pixels
 from pw_runtime.models import VaeDecoder, VaeEncoder, expected_shapes
 from pw_runtime.models.vae_blocks import CausalCache
 from pw_runtime.types import VaeConfig
@@ -45,7 +46,8 @@ def decoder(weights: dict[str, Tensor]) -> VaeDecoder:
 def decode(decoder: VaeDecoder, z: Tensor) -> list[Tensor]:
     """Frames of each latent frame, not clamped."""
     coarse, fine = CausalCache(), CausalCache()
-    return [decoder.fine(decoder.coarse(frame, coarse), fine) for frame in z.split(1, dim=1)]
+    chunks = [decoder.fine(decoder.coarse(frame, coarse), fine) for frame in z.split(1, dim=1)]
+    return [unpatchify_pixels(blocks[None])[0] for blocks in chunks]
 
 
 def test_config_names_every_tensor_of_the_checkpoint(weights) -> None:

@@ -31,10 +31,10 @@ def row(caption: str, count: int) -> SheetRow:
         ("draft", 0, (448, 256)),
         ("high-res", 5, (896, 512)),
     ):
-        thumbs = tuple(
-            make_thumb(i, torch.full((height, width, 3), 10 * i + lighter, dtype=torch.uint8))
-            for i in range(1, count + 1)
-        )
+        levels = torch.arange(1, count + 1, dtype=torch.uint8).view(-1, 1, 1, 1) * 10 + lighter
+        frames = levels.repeat(1, height, width, 3)
+        chunk = FrameChunk(start=1, pixel_format="rgb24", frames=frames)
+        thumbs = tuple(make_thumb(chunk, i) for i in range(1, count + 1))
         strips.append(Filmstrip(name=name, width=width, height=height, thumbs=thumbs))
     return SheetRow(caption=caption, strips=tuple(strips))
 
@@ -68,10 +68,19 @@ def test_sampling_nothing_is_refused(total: int, count: int) -> None:
 
 
 def test_thumb_keeps_proportions_and_colour() -> None:
-    thumb = make_thumb(7, torch.tensor([200, 30, 90], dtype=torch.uint8).expand(720, 1280, 3))
+    frames = torch.tensor([200, 30, 90], dtype=torch.uint8).repeat(2, 720, 1280, 1)
+    thumb = make_thumb(FrameChunk(start=6, pixel_format="rgb24", frames=frames), 7)
     assert thumb.frame == 7
     assert thumb.image.size == (240, 135)
     assert thumb.image.getpixel((120, 60)) == (200, 30, 90)
+
+
+def test_thumb_of_planes_has_the_colour_of_bt709() -> None:
+    planes = torch.full((1, 720 * 3 // 2, 1280), 173, dtype=torch.uint8)  # green
+    planes[0, 720:900], planes[0, 900:] = 42, 26
+    thumb = make_thumb(FrameChunk(start=0, pixel_format="yuv420p", frames=planes), 0)
+    assert thumb.image.size == (240, 135)
+    assert thumb.image.getpixel((120, 60)) == pytest.approx((0, 255, 0), abs=3)
 
 
 def test_watching_passes_chunks_on_and_keeps_only_small_pictures() -> None:
@@ -80,8 +89,10 @@ def test_watching_passes_chunks_on_and_keeps_only_small_pictures() -> None:
     def made() -> Iterator[FrameChunk]:
         for start in (0, 3, 6):
             level = torch.arange(start, start + 3, dtype=torch.uint8).view(3, 1, 1, 1)
-            chunk = FrameChunk(start=start, rgb=level.repeat(1, 512, 896, 3))
-            seen = weakref.ref(chunk.rgb)
+            chunk = FrameChunk(
+                start=start, pixel_format="rgb24", frames=level.repeat(1, 512, 896, 3)
+            )
+            seen = weakref.ref(chunk.frames)
             yield chunk
             del chunk
             alive.append(seen() is not None)

@@ -22,7 +22,7 @@ generator = torch.Generator().manual_seed(0)
 rgb = torch.randint(0, 256, (9, 128, 192, 3), dtype=torch.uint8, generator=generator)
 
 def save(name):
-    chunks = (FrameChunk(start=i, rgb=rgb[i:i + 1]) for i in range(9))
+    chunks = (FrameChunk(start=i, pixel_format="rgb24", frames=rgb[i:i + 1]) for i in range(9))
     return write_video(
         chunks, folder / name, width=192, height=128, frames=9, fps=24, codec=codec
     )

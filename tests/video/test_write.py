@@ -15,10 +15,18 @@ import pytest
 import torch
 from av.codec.codec import UnknownCodecError
 
+from pw_kernels import pack_yuv
 from pw_runtime.errors import BadRequest, WriteFailed
 from pw_runtime.stages import write
-from pw_runtime.stages.write import Codec, check_codec, suffix, write_video
-from pw_runtime.types import FrameChunk
+from pw_runtime.stages.write import (
+    Codec,
+    check_codec,
+    pixel_format_for,
+    suffix,
+    write_video,
+)
+from pw_runtime.types import Compat, FrameChunk, PixelFormat
+from tests.oracle import vae as oracle
 
 WIDTH, HEIGHT, FRAMES, FPS = 192, 128, 9, 24
 CODECS: tuple[Codec, ...] = get_args(Codec)
@@ -34,10 +42,20 @@ def clip(frames: int = FRAMES) -> torch.Tensor:
     return (128 + 100 * wave).round().to(torch.uint8)
 
 
+def rgb_chunk(start: int, frames: torch.Tensor) -> FrameChunk:
+    return FrameChunk(start=start, pixel_format="rgb24", frames=frames)
+
+
+def planes(rgb: torch.Tensor) -> torch.Tensor:
+    """[F, height, width, 3] uint8 -> [F, height * 3/2, width]."""
+    video = rgb.permute(3, 0, 1, 2).float() / 127.5 - 1
+    return pack_yuv(oracle.pixel_patchify(video[None])[0], "yuv420p")
+
+
 def chunked(rgb: torch.Tensor, sizes: tuple[int, ...] = (1, 4, 4)) -> Iterator[FrameChunk]:
     start = 0
     for part in rgb.split(list(sizes)):
-        yield FrameChunk(start=start, rgb=part)
+        yield rgb_chunk(start, part)
         start += len(part)
 
 
@@ -155,7 +173,7 @@ def test_interruption_leaves_nothing_and_keeps_the_earlier_clip(
     codec: Codec, tmp_path: Path
 ) -> None:
     def interrupted() -> Iterator[FrameChunk]:
-        yield FrameChunk(start=0, rgb=clip()[:4])
+        yield rgb_chunk(0, clip()[:4])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -181,7 +199,7 @@ def test_interruption_leaves_nothing_and_keeps_the_earlier_clip(
 def test_frames_other_than_announced_are_refused(
     chunks: list[tuple[int, int]], says: str, tmp_path: Path
 ) -> None:
-    given = [FrameChunk(start=start, rgb=clip(10)[:count]) for start, count in chunks]
+    given = [rgb_chunk(start, clip(10)[:count]) for start, count in chunks]
     with pytest.raises(ValueError, match=says):
         save(tmp_path / "a", "h264", given)
     assert list(tmp_path.iterdir()) == []
@@ -194,22 +212,71 @@ def test_frames_other_than_announced_are_refused(
 )
 def test_wrong_tensors_are_refused(rgb: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a chunk (has shape|is torch\.float32)"):
-        save(tmp_path / "a", "h264", [FrameChunk(start=0, rgb=rgb)])
+        save(tmp_path / "a", "h264", [rgb_chunk(0, rgb)])
 
 
-def test_a_chunk_is_free_before_the_next_is_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pixel_format", get_args(PixelFormat))
+def test_a_chunk_is_free_before_the_next_is_made(pixel_format: PixelFormat, tmp_path: Path) -> None:
     alive: list[bool] = []
+    source = clip() if pixel_format == "rgb24" else planes(clip())
 
     def watched() -> Iterator[FrameChunk]:
         for start in range(0, FRAMES, 3):
-            chunk = FrameChunk(start=start, rgb=clip()[start : start + 3].clone())
-            seen = weakref.ref(chunk.rgb)
+            memory = source[start : start + 3].numpy().copy()
+            seen = weakref.ref(memory)
+            chunk = FrameChunk(
+                start=start, pixel_format=pixel_format, frames=torch.from_numpy(memory)
+            )
+            del memory
             yield chunk
             del chunk
             alive.append(seen() is not None)
 
     save(tmp_path / "a", "h264", watched())
     assert alive == [False, False, False]
+
+
+def planes_chunk(start: int, frames: int) -> FrameChunk:
+    return FrameChunk(start=start, pixel_format="yuv420p", frames=planes(clip()[:frames]))
+
+
+def test_planes_go_to_the_encoder_without_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their memory is the frame's, and libswscale is not called."""
+    monkeypatch.setattr(write, "VideoReformatter", lambda: None)
+    chunk = planes_chunk(0, FRAMES)
+    given = write._video_frame(None, chunk.frames[0].numpy(), "yuv420p", "yuv420p")  # type: ignore[arg-type]
+    assert given.planes[0].buffer_ptr == chunk.frames.data_ptr()
+    save(tmp_path / "a.mp4", "h264", [chunk])
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
+def test_planes_give_the_picture_that_libswscale_gives_of_bytes(
+    codec: Codec, tmp_path: Path
+) -> None:
+    save(tmp_path / "rgb.mp4", codec, chunked(clip()))
+    save(tmp_path / "yuv.mp4", codec, [planes_chunk(0, FRAMES)])
+    pictures = decode(tmp_path / "rgb.mp4"), decode(tmp_path / "yuv.mp4")
+    error = (pictures[0].double() - pictures[1].double()).square().mean().item()
+    assert 10 * math.log10(255**2 / error) > 45
+    with av.open(tmp_path / "yuv.mp4") as container:
+        context = container.streams.video[0].codec_context
+        tags = (context.color_range, context.colorspace, context.color_primaries, context.color_trc)
+    assert tags == (1, 1, 1, 1)
+
+
+def test_planes_where_bytes_are_wanted_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a chunk is yuv420p, expected rgb24 or bgr0"):
+        save(tmp_path / "a.mkv", "ffv1", [planes_chunk(0, FRAMES)])
+
+
+@pytest.mark.parametrize("truncating", [False, True])
+def test_frames_are_decoded_to_what_the_encoder_takes(truncating: bool) -> None:
+    compat = Compat(truncating_uint8=truncating)
+    wanted = "rgb24" if truncating else "yuv420p"
+    for codec in CODECS:
+        assert pixel_format_for(codec, compat) == ("rgb24" if codec == "ffv1" else wanted)
 
 
 def test_missing_encoder_is_said_before_anything_is_computed(

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls are held to the signatures of the real bindings (manifest.json)."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+
+def bound_to_manifest(cls: type, entries: dict[str, Any], seen: set[str]) -> dict[str, Any]:
+    """Members for a subclass of `cls` that checks every call; adds what is used to `seen`.
+
+    Raises AssertionError where `cls` has a public member that the bindings do not have, or
+    settable where theirs is not.
+    """
+    members = {}
+    for name, member in vars(cls).items():
+        if name.startswith("_") and name != "__init__":
+            continue
+        full = f"{cls.__name__}.{name}"
+        what = entries.get(full)
+        if isinstance(member, property):
+            wanted = "read-write" if member.fset else "read-only"
+            assert what in (wanted, "read-write"), f"{full} is {what} in the bindings"
+            members[name] = _recorded(member, full, seen)
+        elif callable(member) and full in entries:
+            members[name] = _checked(member, full, what, seen)
+        else:
+            # What TensorRT makes and not the user has no __init__ of ours to compare.
+            assert name == "__init__", f"the bindings have no {full}"
+    return members
+
+
+def _recorded(member: property, full: str, seen: set[str]) -> property:
+    def get(self: Any) -> Any:
+        seen.add(full)
+        assert member.fget is not None
+        return member.fget(self)
+
+    def put(self: Any, value: Any) -> None:
+        seen.add(full)
+        assert member.fset is not None
+        member.fset(self, value)
+
+    return property(get, put if member.fset else None)
+
+
+def _checked(
+    function: Callable[..., Any], full: str, signatures: list[str], seen: set[str]
+) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        seen.add(full)
+        reasons = [_mismatch(signature, arguments, named) for signature in signatures]
+        if all(reasons):
+            raise TypeError(f"{full}: {'; '.join(map(str, reasons))}; wanted {signatures}")
+        return function(self, *arguments, **named)
+
+    return call
+
+
+def _mismatch(signature: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> str | None:
+    """Why the arguments do not fit; None if they do."""
+    wanted = parameters(signature)
+    if len(arguments) > len(wanted):
+        return f"{len(arguments)} arguments"
+    given = dict(zip(wanted, arguments, strict=False))
+    if wrong := (given.keys() & named.keys()) | (named.keys() - wanted.keys()):
+        return f"argument {', '.join(sorted(wrong))}"
+    given |= named
+    for name, (kind, required) in wanted.items():
+        if name not in given:
+            if required:
+                return f"no {name}"
+        elif not accepts(kind, given[name]):
+            return f"{name} is {type(given[name]).__name__}"
+    return None
+
+
+def parameters(signature: str) -> dict[str, tuple[str, bool]]:
+    """Name -> (type, whether it must be given) of "f(self: A, b: int = 0) -> C"."""
+    inner = signature[signature.index("(") + 1 : signature.rindex(") ->")]
+    found = {}
+    for part in re.split(r", (?=\w+: )", inner):
+        name, _, rest = part.partition(": ")
+        kind, default, _ = rest.partition(" = ")
+        found[name] = (kind, not default)
+    found.pop("self")
+    return found
+
+
+def accepts(kind: str, value: Any) -> bool:
+    """Whether pybind11 would convert a value to a type of the bindings."""
+    kind = kind.rpartition(".")[2]
+    if kind in ("int", "SupportsInt"):
+        return isinstance(value, int)
+    if kind in ("buffer", "Buffer"):
+        return isinstance(value, bytes)
+    if kind in ("bool", "str", "tuple", "list"):
+        return type(value).__name__ == kind
+    if kind == "Dims" and isinstance(value, tuple | list):
+        return True
+    return any(one.__name__ == kind for one in type(value).__mro__)

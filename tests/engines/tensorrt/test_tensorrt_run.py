@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans are opened only if they are ours and run only on tensors that they may have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pw_engines import tensorrt
+from pw_engines.engine import EngineError, check_parity
+from pw_engines.spec import DType, EngineKey, EngineSpec, TensorSpec
+from pw_engines.store import EngineStore
+from pw_engines.tensorrt_build import Request, build_plan
+from pw_engines.tensorrt_engine import TensorrtEngine, lane
+from tests.closeness import relative_l2
+from tests.engines.tensorrt.names import manifest, used
+from tests.engines.tensorrt.segments import HIDDEN, TOKENS, WIDTH, aligned, data, onnx_of, spec
+from tests.engines.tensorrt.segments import function as segment
+from tests.engines.tensorrt.simulated import FAULT
+from tests.engines.tensorrt.streams import Cuda
+
+CPU = torch.device("cpu")
+Open = Callable[..., TensorrtEngine]
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path) -> Callable[[EngineSpec], Path]:
+    """Builds a plan in this process."""
+
+    def build(one: EngineSpec) -> Path:
+        model, path = tmp_path / "model.onnx", tmp_path / tensorrt.FILE
+        model.write_bytes(onnx_of(one))
+        build_plan(Request(spec=one, onnx=model, plan=path, device=None))
+        return path
+
+    return build
+
+
+@pytest.fixture
+def engine(trt: Any, plan_of: Callable[[EngineSpec], Path]) -> TensorrtEngine:
+    return tensorrt.load(spec(), plan_of(spec()), CPU)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-6), ("bf16", 1e-2)])
+@pytest.mark.parametrize("version", manifest())
+def test_a_plan_computes_what_its_segment_does(
+    version: str,
+    dtype: DType,
+    tolerance: float,
+    simulate: Callable[[str], Any],
+    plan_of: Callable[[EngineSpec], Path],
+) -> None:
+    trt = simulate(version)
+    one = spec(dtype)
+    engine = tensorrt.load(one, plan_of(one), CPU)
+    for seed in range(2):  # other addresses
+        inputs, outputs, wanted = data(one, seed=seed)
+        engine.run(inputs, outputs)
+        assert relative_l2(outputs[0], wanted) < tolerance
+    assert trt.seen <= used().keys()  # the walk through the source overlooks nothing
+
+
+def test_from_build_process_through_store_to_result(trt: Any, tmp_path: Path) -> None:
+    one = spec()
+    said: list[str] = []
+    cache = tmp_path / "timing.cache"
+    cache.write_text("of another device")
+    store = EngineStore(tmp_path / "store")
+    key = EngineKey(spec=one, backend="tensorrt", platform=tensorrt.tensorrt_platform(CPU))
+    with store.locked(key), store.publishing(key, tensorrt.FILE) as path:
+        tensorrt.build(one, onnx_of(one), path, CPU, timing_cache=cache, say=said.append)
+    found = store.find(key)
+    assert found.state == "fresh"
+    assert found.path is not None
+    assert {file.name for file in found.path.parent.iterdir()} == {tensorrt.FILE, "manifest.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"store", "timing.cache"}
+
+    inputs, outputs, wanted = data(one)
+    tensorrt.load(one, found.path, CPU).run(inputs, outputs)
+    assert relative_l2(outputs[0], wanted) < 1e-2
+
+    first, note, last = said
+    assert first.startswith("building up with TensorRT: 1 min, 4 GiB of memory")
+    assert first.endswith("(estimate)")
+    assert "started anew" in note
+    assert last.startswith("built up in ")
+    assert "peak memory" in last
+
+
+class OnOwnMemory:
+    """As on a GPU, where every tensor of its own has an aligned address."""
+
+    def __init__(self, engine: TensorrtEngine) -> None:
+        self.spec, self.backend, self.padded = engine.spec, engine.backend, engine.padded
+        self._engine = engine
+
+    def run(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        made = [aligned(x) for x in outputs]
+        self._engine.run([aligned(x) for x in inputs], made)
+        for target, x in zip(outputs, made, strict=True):
+            target.copy_(x)
+
+
+def test_self_check_finds_it_good(engine: TensorrtEngine) -> None:
+    (found,) = check_parity(OnOwnMemory(engine), segment, CPU)
+    assert found.good
+    assert found.error > 0
+
+
+def wrong(engine: TensorrtEngine, index: int, x: Tensor) -> None:
+    inputs, outputs, _ = data(engine.spec)
+    tensors = [*inputs, *outputs]
+    tensors[index] = x
+    engine.run(tensors[:-1], tensors[-1:])
+
+
+@pytest.mark.parametrize(
+    ("index", "x", "message"),
+    [
+        (0, torch.zeros(TOKENS, WIDTH), "up, tensor x: wanted bf16, got torch.float32"),
+        (1, torch.zeros(HIDDEN, 31, dtype=torch.bfloat16), "tensor weight: wanted 32 of 32"),
+        (0, torch.zeros(23, WIDTH, dtype=torch.bfloat16), "tokens padded to 24, got 23"),
+        (0, torch.zeros(25, WIDTH, dtype=torch.bfloat16), "tokens from 2 to 24, got 25"),
+        (3, torch.zeros(23, HIDDEN, dtype=torch.bfloat16), r"y: wanted shape \(24, 64\), got"),
+        (1, torch.zeros(WIDTH, HIDDEN, dtype=torch.bfloat16).T, "weight: wanted contiguous"),
+        (2, torch.zeros(HIDDEN, dtype=torch.bfloat16, device="meta"), "bias: wanted it on cpu"),
+        (
+            2,
+            aligned(torch.zeros(HIDDEN + 1, dtype=torch.bfloat16))[1:],
+            "bias: wanted an address of a multiple of 256 bytes, got 2 more; pass a tensor",
+        ),
+    ],
+)
+def test_tensors_that_the_plan_cannot_take_are_refused(
+    index: int, x: Tensor, message: str, engine: TensorrtEngine
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrong(engine, index, x)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (spec("fp32"), "x: wanted fp32, got bf16"),
+        (spec(width=WIDTH * 2), r"x: wanted shape \(24, 64\), got \(-1, 32\)"),
+        (
+            replace(spec(), inputs=(*spec().inputs[:2], TensorSpec(name="b", dtype="bf16",
+                    shape=(HIDDEN,)))),
+            "b: missing\n  bias: not in the spec",
+        ),
+        (
+            replace(spec(), inputs=spec().inputs[:2], outputs=(*spec().outputs, spec().inputs[2])),
+            "bias: wanted an output, got an input",
+        ),
+    ],
+)  # fmt: skip
+def test_a_plan_of_another_spec_is_refused(
+    wanted: EngineSpec, message: str, trt: Any, plan_of: Callable[[EngineSpec], Path]
+) -> None:
+    path = plan_of(spec())
+    with pytest.raises(EngineError, match=message):
+        tensorrt.load(wanted, path, CPU)
+
+
+def test_a_plan_of_other_limits_is_refused(trt: Any, plan_of: Callable[[EngineSpec], Path]) -> None:
+    path = plan_of(spec(tokens=16))
+    with pytest.raises(EngineError, match=r"does not take x of \(24, 32\)\n  error: x: static"):
+        tensorrt.load(spec(), path, CPU)
+
+
+def test_a_truncated_plan_is_refused(trt: Any, plan_of: Callable[[EngineSpec], Path]) -> None:
+    path = plan_of(spec())
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(EngineError, match=r"build it again\n  error: Serialization assertion"):
+        tensorrt.load(spec(), path, CPU)
+
+
+def test_a_plan_of_another_version_is_refused(
+    simulate: Callable[[str], Any], plan_of: Callable[[EngineSpec], Path]
+) -> None:
+    simulate("11.0.0.114")
+    path = plan_of(spec())
+    simulate("11.4.0.106")
+    with pytest.raises(
+        EngineError, match=r"11\.4\.0\.106 cannot open .*\n  error: .* of version 11\.0\.0"
+    ):
+        tensorrt.load(spec(), path, CPU)
+
+
+def test_a_context_that_cannot_be_made_is_an_error(
+    trt: Any, plan_of: Callable[[EngineSpec], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = plan_of(spec())
+    monkeypatch.setenv(FAULT, "no context")
+    with pytest.raises(EngineError, match=r"cannot make a context .*\n  error: Error Code 2"):
+        tensorrt.load(spec(), path, CPU)
+
+
+def test_a_failed_execution_is_an_error(
+    engine: TensorrtEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, outputs, _ = data(engine.spec)
+    monkeypatch.setenv(FAULT, "execution")
+    with pytest.raises(EngineError, match=r"up failed in TensorRT\n  error: .*illegal memory"):
+        engine.run(inputs, outputs)
+    monkeypatch.delenv(FAULT)
+    engine.run(inputs, outputs)  # and what was said before is not said again
+    assert not torch.isnan(outputs[0]).any()
+
+
+def test_a_context_without_addresses_or_scratch_runs_nothing(engine: TensorrtEngine) -> None:
+    """What the simulator would say if run() forgot them."""
+    shared = lane(CPU)
+    assert engine._context.execute_async_v3(shared.stream.cuda_stream) is False
+    said = str(shared.messages.error(""))
+    assert "no address of x" in said
+    assert "bytes of scratch memory needed, got None" in said
+
+
+def test_engines_share_one_scratch_buffer_that_grows(
+    trt: Any, plan_of: Callable[[EngineSpec], Path]
+) -> None:
+    small = tensorrt.load(spec(), plan_of(spec()), CPU)
+    inputs, outputs, wanted = data(small.spec)
+    small.run(inputs, outputs)
+    first = lane(CPU).scratch
+    lane(CPU).reserve(first[1] * 100)
+    second = lane(CPU).scratch
+    assert second[1] == first[1] * 100
+    lane(CPU).reserve(10)
+    assert lane(CPU).scratch == second
+    outputs[0].fill_(float("nan"))
+    small.run(inputs, outputs)
+    assert small._context._memory == second
+    assert relative_l2(outputs[0], wanted) < 1e-2
+
+
+def test_the_first_run_is_not_captured(engine: TensorrtEngine, cuda: Cuda) -> None:
+    inputs, outputs, _ = data(engine.spec)
+    cuda.capturing = True
+    with pytest.raises(EngineError, match="run it once before"):
+        engine.run(inputs, outputs)
+
+
+def test_a_captured_graph_keeps_its_scratch(engine: TensorrtEngine, cuda: Cuda) -> None:
+    inputs, outputs, _ = data(engine.spec)
+    engine.run(inputs, outputs)
+    cuda.capturing = True
+    captured = lane(CPU)._scratch
+    engine.run(inputs, outputs)
+    engine.run(inputs, outputs)
+    cuda.capturing = False
+    lane(CPU).reserve(captured.numel() * 2)
+    assert [one is captured for one in lane(CPU)._captured] == [True]
+    assert lane(CPU)._scratch is not captured
