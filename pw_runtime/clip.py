@@ -14,7 +14,7 @@ from pw_runtime.atomic import write_tensors
 from pw_runtime.bundle import Bundle
 from pw_runtime.contact_sheet import Filmstrip, SheetRow, Thumb, sample_frames, watch_frames
 from pw_runtime.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
-from pw_runtime.receipt import Receipt, peak_memory, versions, write_receipt
+from pw_runtime.receipt import Receipt, kernel_launches, peak_memory, versions, write_receipt
 from pw_runtime.trace import Stopwatch
 from pw_runtime.types import (
     FrameChunk,
@@ -140,6 +140,7 @@ def write_clip_receipt(clip: Clip, bundle: Bundle, loading: float, video_bytes: 
             **{name: round(value, 4) for name, value in clip.watch.seconds.items()},
         },
         peak_memory_bytes=peak_memory(request.device),
+        kernel_launches=kernel_launches(),
         notices=clip.notices,
         versions=versions(),
     )

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from pw_kernels.launcher import tally
 from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, verify
 from pw_runtime.clip import Clip, keep_thumbs, start_clip, write_clip_receipt, write_latents
@@ -69,6 +70,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     check_networks(bundle, request.stages, request.attention_kernel)
     verify(bundle)
     reset_peak_memory(request.device)
+    tally.clear()
     clips = tuple(start_clip(request, prompt, noise) for prompt in request.prompts)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter)
     if noise and len(clips) > 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pw_kernels.launcher import tally
 from pw_runtime.atomic import write_text
 from pw_runtime.machine import peak_rss_bytes, reset_peak_rss
 
@@ -33,6 +34,7 @@ class Receipt:
     video: dict[str, Any]
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]
+    kernel_launches: dict[str, dict[str, int]]  # kernel -> library or jit -> so far in the run
     notices: list[str]
     versions: dict[str, str]
     format: int = 1
@@ -41,6 +43,14 @@ class Receipt:
 def write_receipt(receipt: Receipt, path: Path) -> None:
     """Write the receipt as JSON. Raises WriteFailed."""
     write_text(path, json.dumps(asdict(receipt), indent=2, ensure_ascii=False) + "\n")
+
+
+def kernel_launches() -> dict[str, dict[str, int]]:
+    """How often each of our kernels was launched, out of the compiled library and by Triton."""
+    found: dict[str, dict[str, int]] = {}
+    for (kernel, launcher), count in sorted(tally.items()):
+        found.setdefault(kernel, {})[launcher] = count
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -153,8 +153,9 @@ def test_stages_are_told_as_plain_lines_off_a_terminal(
 def test_doctor_lists_the_operations_and_what_runs(pw: Pw) -> None:
     ended = pw("doctor", "--kernels")
     assert ended.code == 0
-    assert "attention            reference, triton" in ended.out
+    assert "attention            reference  triton, gluon, cudnn, flash, flash-attn\n" in ended.out
     assert "merge_attention      reference\n" in ended.out
+    assert "\nkernels: compiled " in ended.out  # by whom, and into what
 
 
 def test_seeds_depend_on_the_position_alone() -> None:
