@@ -14,6 +14,7 @@ import click
 
 from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
 
+CHUNK = 8192  # as in pw_runtime.types, which needs torch
 DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
 
 
@@ -141,6 +142,20 @@ def convert(
     type=click.Choice(["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]),
     help="Attention alone; all but reference: CUDA and bf16 only. [default: as --kernels]",
 )
+@click.option(
+    "--policy",
+    type=click.Choice(["auto", "engines", "eager"]),
+    default="auto",
+    show_default=True,
+    help="auto: engines of `pw build` where there are; engines: nothing else; eager: none.",
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(min=16),
+    default=CHUNK,
+    show_default=True,
+    help="Most tokens that a segment works on at a time, as in `pw build`.",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 @click.option(
     "--ckpt_dir", type=FOLDER, help="Official flag: checkpoint folder, converted on first use."
@@ -201,6 +216,8 @@ def read_request(options: dict[str, Any]) -> Any:
         precision=options["precision"] or ("fp32" if device.type == "cpu" else "bf16"),
         kernels=options["kernels"],
         attention=options["attention"],
+        policy=options["policy"],
+        chunk=options["chunk"],
         device=device,
     )
 

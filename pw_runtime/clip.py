@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from pw_runtime.atomic import write_tensors
 from pw_runtime.bundle import Bundle
 from pw_runtime.contact_sheet import Filmstrip, SheetRow, Thumb, sample_frames, watch_frames
+from pw_runtime.engines import Choice
 from pw_runtime.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
 from pw_runtime.receipt import Receipt, kernel_launches, peak_memory, versions, write_receipt
 from pw_runtime.trace import Stopwatch
@@ -109,7 +110,13 @@ def write_latents(clip: Clip) -> Path:
     return path
 
 
-def write_clip_receipt(clip: Clip, bundle: Bundle, loading: float, video_bytes: int) -> None:
+def write_clip_receipt(
+    clip: Clip,
+    bundle: Bundle,
+    engines: Mapping[StageName, Choice],
+    loading: float,
+    video_bytes: int,
+) -> None:
     """Write `<id>.json` for a finished clip; `loading` is in seconds. Raises WriteFailed."""
     request = clip.request
     options = {
@@ -118,6 +125,8 @@ def write_clip_receipt(clip: Clip, bundle: Bundle, loading: float, video_bytes: 
         "device": str(request.device),
         "kernels": request.kernels,
         "attention": request.attention_kernel,
+        "policy": request.policy,
+        "chunk": request.chunk,
         "draft_only": request.draft_only,
         "save_latents": request.save_latents,
     }
@@ -140,6 +149,9 @@ def write_clip_receipt(clip: Clip, bundle: Bundle, loading: float, video_bytes: 
             **{name: round(value, 4) for name, value in clip.watch.seconds.items()},
         },
         peak_memory_bytes=peak_memory(request.device),
+        engines={
+            stage: {"backend": one.backend, "reason": one.reason} for stage, one in engines.items()
+        },
         kernel_launches=kernel_launches(),
         notices=clip.notices,
         versions=versions(),

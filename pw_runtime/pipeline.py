@@ -8,23 +8,33 @@ one transformer is in memory. A prompt that fails does not take the others with 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
+from pw_engines import EngineStore
 from pw_kernels.launcher import tally
 from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, verify
 from pw_runtime.clip import Clip, keep_thumbs, start_clip, write_clip_receipt, write_latents
 from pw_runtime.contact_sheet import write_contact_sheet
+from pw_runtime.engines import Choice, choose_engines
 from pw_runtime.faults import others_go_on, require_finite
 from pw_runtime.models import VaeDecoder
-from pw_runtime.networks import check_networks, load_decoder, load_dit, load_text_network
+from pw_runtime.networks import (
+    check_networks,
+    load_decoder,
+    load_dit,
+    load_text_network,
+    require_dit,
+)
 from pw_runtime.noise import load_noise
 from pw_runtime.progress import Reporter, count_frames
 from pw_runtime.receipt import reset_peak_memory
 from pw_runtime.request import check_request
+from pw_runtime.segmented import SegmentedDiT
+from pw_runtime.segments import segments_of
 from pw_runtime.stages.condition import condition
 from pw_runtime.stages.decode import decode
 from pw_runtime.stages.draft import draft
@@ -32,7 +42,7 @@ from pw_runtime.stages.highres import highres
 from pw_runtime.stages.text import encode_text
 from pw_runtime.stages.write import pixel_format_for, suffix, write_video
 from pw_runtime.trace import Stopwatch
-from pw_runtime.types import DecodePlan, Latent, Outcome, Request, TextContext
+from pw_runtime.types import DecodePlan, Latent, Outcome, Request, StageName, TextContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,7 @@ class Run:
     clips: tuple[Clip, ...]
     loading: Stopwatch
     reporter: Reporter
+    engines: dict[StageName, Choice] = field(default_factory=dict)  # of each network, once loaded
 
 
 def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outcome, ...]:
@@ -109,7 +120,7 @@ def make_drafts(run: Run) -> None:
     """Text contexts -> draft latents."""
     plan, compat, reporter = run.request.preset.draft, run.request.preset.compat, run.reporter
     with run.loading.stage("load"):
-        net = load_dit(run.bundle, "draft", run.request.precision, run.request.device)
+        net = load_transformer(run, "draft")
     for clip in run.clips:
         if clip.text is None:
             continue
@@ -122,6 +133,23 @@ def make_drafts(run: Run) -> None:
             clip.draft = require_finite(latent, "draft")
 
 
+def load_transformer(run: Run, stage: StageName) -> SegmentedDiT:
+    """A network on its engines; what runs instead of engines is said once."""
+    request, config = run.request, require_dit(run.bundle, stage)
+    segments = segments_of(config, request.precision, request.chunk)
+    choice = choose_engines(segments, request.policy, EngineStore(), request.device)
+    run.engines[stage] = choice
+    if choice.backend != "eager":
+        run.reporter.say(f"the {stage} network runs on {choice.reason} ({choice.backend})")
+    elif request.policy == "auto":
+        run.reporter.say(
+            f"the {stage} network runs without engines ({choice.reason}); "
+            f"pw build --model {run.bundle.root} makes them"
+        )
+    net = load_dit(run.bundle, stage, request.precision, request.device)
+    return SegmentedDiT(net, segments, choice.engines)
+
+
 def finish_clips(run: Run) -> None:
     """Draft latents -> high-res latents -> files, one prompt after the other."""
     request, compat, reporter = run.request, run.request.preset.compat, run.reporter
@@ -129,7 +157,7 @@ def finish_clips(run: Run) -> None:
     with run.loading.stage("load"):
         vae = load_decoder(run.bundle, request.device)
         if plan is not None:
-            net = load_dit(run.bundle, "highres", request.precision, request.device)
+            net = load_transformer(run, "highres")
     for clip in run.clips:
         if clip.text is None or clip.draft is None:
             continue
@@ -177,7 +205,7 @@ def write_clip(run: Run, clip: Clip, vae: VaeDecoder) -> None:
                 codec=request.codec,
             )
     clip.video = path
-    write_clip_receipt(clip, run.bundle, run.loading.seconds["load"], size)
+    write_clip_receipt(clip, run.bundle, run.engines, run.loading.seconds["load"], size)
     run.reporter.finished(path)
 
 

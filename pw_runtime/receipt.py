@@ -34,6 +34,7 @@ class Receipt:
     video: dict[str, Any]
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]
+    engines: dict[str, dict[str, str]]  # network -> backend, and why that
     kernel_launches: dict[str, dict[str, int]]  # kernel -> library or jit -> so far in the run
     notices: list[str]
     versions: dict[str, str]

@@ -24,9 +24,11 @@ Precision = Literal["fp32", "bf16"]
 Codec = Literal["h264", "hevc", "av1", "ffv1"]
 PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
 Kernels = Literal["reference", "triton"]
+EnginePolicy = Literal["auto", "engines", "eager"]
 AttentionKernel = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
+CHUNK = 8192  # most tokens that a segment of a transformer works on at a time
 PATCH = 2  # latent rows and columns in one token
 
 FORBID_UNKNOWN = {"extra": "forbid"}  # for pydantic: an unknown key is an error
@@ -242,6 +244,8 @@ class Request:
     precision: Precision = "fp32"
     kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
     attention: AttentionKernel | None = None  # of attention alone; None: as `kernels`
+    policy: EnginePolicy = "auto"  # which engines the transformers run on
+    chunk: int = CHUNK
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
     @property

@@ -22,6 +22,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_engines_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["PW_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A small random checkpoint in the official layout, with a draft of its own."""

@@ -33,6 +33,11 @@ def aoti_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(found.items()))
 
 
+def unavailable_to_run(device: torch.device) -> str | None:
+    """Why packages cannot be run here; None where they can, which is everywhere."""
+    return None
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why packages cannot be built here; None where they can."""
     if device.type == "cpu" and shutil.which("c++") is None:

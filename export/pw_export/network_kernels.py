@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pw_engines.eager import EagerEngine
 from pw_export.published import DRAFT, HIGHRES, VAE
 from pw_kernels.launcher import Variant, recording
 from pw_kernels.launching import launching
@@ -21,6 +22,8 @@ from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.networks import channels_last
 from pw_runtime.noise import latent_shape
 from pw_runtime.presets import PRESETS
+from pw_runtime.segmented import SegmentedDiT
+from pw_runtime.segments import segments_of
 from pw_runtime.stages.condition import condition
 from pw_runtime.stages.decode import decode
 from pw_runtime.stages.draft import draft
@@ -41,6 +44,7 @@ STAGES = (PRESETS["draft"].draft, PRESETS["2k"].highres, PRESETS["4k"].highres)
 # decode of the first differs from the others, and the last comes after two.
 LAYERS, STEPS, DECODED = 2, 3, 3
 TEXT_TOKENS = 80
+ALL_TOKENS = 2**18  # at once: kernels do not depend on how many there are
 CONVOLUTIONS = ("aten::convolution", "aten::conv2d", "aten::conv3d")
 
 
@@ -62,13 +66,15 @@ def variants_for(gpu: tuple[int, int]) -> dict[str, Variant]:
     return variants
 
 
-def _transformer(config: DitConfig) -> WanDiT:
+def _transformer(config: DitConfig) -> SegmentedDiT:
     """A network of the published widths in bf16, as the loader leaves it."""
     with torch.device(META):
         net = WanDiT(replace(config, num_layers=LAYERS))
     stored = {name: store_dit_weight(name, w, "bf16") for name, w in net.state_dict().items()}
     net.load_state_dict(stored, assign=True)
-    return net.requires_grad_(False)
+    segments = segments_of(net.config, "bf16", ALL_TOKENS)
+    engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
+    return SegmentedDiT(net.requires_grad_(False), segments, engines)
 
 
 def _decoder() -> VaeDecoder:
@@ -80,7 +86,7 @@ def _decoder() -> VaeDecoder:
     return vae.requires_grad_(False)
 
 
-def _run_stage(plan: StagePlan, nets: dict[DitConfig, WanDiT], vae: VaeDecoder) -> None:
+def _run_stage(plan: StagePlan, nets: dict[DitConfig, SegmentedDiT], vae: VaeDecoder) -> None:
     """A stage of a clip, and the decode of its latent as every pixel format in every tiling."""
     video, compat = VideoPlan(frames=121), Compat()
     context = torch.empty(TEXT_TOKENS, DRAFT.text_dim, device=META, dtype=torch.bfloat16)

@@ -73,9 +73,13 @@ def angles_of_tokens(table: Tensor, place: Tensor, tokens: int) -> Tensor:
     """[L, K/2] by position along an axis -> [S, K/2] by token, S tokens from `place` on."""
     first, rows, columns = place.unbind()
     token = torch.arange(tokens, device=table.device) + first
-    positions = (token // (rows * columns), token // columns % rows, token % columns)
+    # why not // and %: an exporter has to spell out what those do with negative numbers
+    line = token.div(columns, rounding_mode="trunc")
+    frame = line.div(rows, rounding_mode="trunc")
+    positions = (frame, line - frame * rows, token - line * columns)
     parts = table.split(axis_pairs(table.shape[1]), dim=1)
-    return torch.cat([part[at] for part, at in zip(parts, positions, strict=True)], dim=1)
+    turned = [part.index_select(0, at) for part, at in zip(parts, positions, strict=True)]
+    return torch.cat(turned, dim=1)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -146,7 +146,8 @@ class Upsample(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, padding=1)})
         kernel = (3, 1, 1)
         self.time_conv = CausalConv3d(channels, 2 * channels, kernel) if temporal else None
-        self._taps: Tensor | None = None  # made of the weight when it is first used
+        self.taps: Tensor | None
+        self.register_buffer("taps", None, persistent=False)  # made when they are first needed
         self.register_load_state_dict_post_hook(_forget_taps)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Upsample:
@@ -159,15 +160,19 @@ class Upsample(nn.Module):
             x = interleave_frames(self.time_conv(x, cache))
         conv = self.resample["1"]
         assert isinstance(conv, nn.Conv2d)
-        if self._taps is None:
-            self._taps = phase_taps(conv.weight)
         frames = x[0].transpose(0, 1)  # [T, C, H, W]
-        return upsample2x_conv(frames, self._taps, conv.bias).transpose(0, 1)[None]
+        return upsample2x_conv(frames, self.made_taps(), conv.bias).transpose(0, 1)[None]
+
+    def made_taps(self) -> Tensor:
+        """[4, C, C, 2, 2] `phase_taps` of the weight, made once."""
+        if self.taps is None:
+            self.taps = phase_taps(self.resample["1"].weight)  # type: ignore[arg-type]
+        return self.taps
 
 
 def _forget_taps(upsample: nn.Module, incompatible_keys: object = None) -> None:
     assert isinstance(upsample, Upsample)
-    upsample._taps = None
+    upsample.taps = None
 
 
 def interleave_frames(x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pw_runtime.models import WanDiT
 from pw_runtime.schedule import make_schedule, time_input
+from pw_runtime.segmented import SegmentedDiT
 from pw_runtime.solver import sample
 from pw_runtime.types import Compat, Latent, StagePlan, TextContext
 
@@ -18,7 +18,7 @@ def draft(
     noise: Tensor,
     plan: StagePlan,
     compat: Compat,
-    net: WanDiT,
+    net: SegmentedDiT,
     on_step: Callable[[], None],
 ) -> Latent:
     """Denoise the draft with classifier-free guidance.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pw_runtime.models import WanDiT
 from pw_runtime.schedule import make_schedule, time_input
+from pw_runtime.segmented import SegmentedDiT
 from pw_runtime.solver import sample
 from pw_runtime.types import Compat, Conditioning, Latent, StagePlan, TextContext
 
@@ -19,7 +19,7 @@ def highres(
     noise: Tensor,
     plan: StagePlan,
     compat: Compat,
-    net: WanDiT,
+    net: SegmentedDiT,
     on_step: Callable[[], None],
 ) -> Latent:
     """Denoise at full resolution; every step also tells the network how far it will go (dt).

@@ -146,9 +146,9 @@ def test_taps_follow_the_weight() -> None:
         return max_abs(up(x.to(weight.dtype), CausalCache()), wanted)
 
     assert error() < 1e-5
-    taps = up._taps
+    taps = up.taps
     assert error() < 1e-5
-    assert up._taps is taps
+    assert up.taps is taps
     other = Upsample(4, temporal=False)
     up.load_state_dict(other.state_dict())
     assert error() < 1e-5
