@@ -12,24 +12,17 @@ from typing import Any
 
 import click
 
+from pw_runtime.cli_engines import build, engines
+from pw_runtime.cli_options import (
+    BAD_INPUT,
+    CHUNK,
+    DONE,
+    FILE,
+    FOLDER,
+    INTERRUPTED,
+    SOME_FAILED,
+)
 from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
-
-CHUNK = 8192  # as in pw_runtime.types, which needs torch
-DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
-
-
-class NonEmptyPath(click.Path):
-    """A path; the empty one, which would mean the current folder, is refused."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Turn the text of an option into a Path."""
-        if value == "":
-            self.fail("the path is empty", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-FOLDER = NonEmptyPath(path_type=Path)
-FILE = NonEmptyPath(path_type=Path)
 
 
 def version_of_this() -> str:
@@ -243,6 +236,10 @@ def open_model(options: dict[str, Any], reporter: Any) -> Any:
     )
 
 
+cli.add_command(build)
+cli.add_command(engines)
+
+
 def main() -> None:
     """Entry point of the `pw` command; ends the process with one of the documented codes."""
     # Read when torch loads its OpenMP: waiting threads otherwise spin, and on a machine with
@@ -256,7 +253,11 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: what was finished is kept, the rest is removed", err=True)
         code = INTERRUPTED
-    except PixelWizardError as error:
+    except Exception as error:
+        # Errors of packages below the runtime, by name: importing them takes seconds.
+        ours = isinstance(error, PixelWizardError)
+        if not ours and type(error).__name__ not in ("StoreError", "EngineError"):
+            raise
         click.echo(f"error: {error}", err=True)
         code = BAD_INPUT
     sys.exit(code if isinstance(code, int) else DONE)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pw_runtime.atomic import write_tensors
 from pw_runtime.bundle import Bundle
 from pw_runtime.contact_sheet import Filmstrip, SheetRow, Thumb, sample_frames, watch_frames
-from pw_runtime.engines import Choice
+from pw_runtime.engines import OnEngines
 from pw_runtime.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
 from pw_runtime.receipt import Receipt, kernel_launches, peak_memory, versions, write_receipt
 from pw_runtime.trace import Stopwatch
@@ -113,7 +113,7 @@ def write_latents(clip: Clip) -> Path:
 def write_clip_receipt(
     clip: Clip,
     bundle: Bundle,
-    engines: Mapping[StageName, Choice],
+    engines: Mapping[StageName, OnEngines],
     loading: float,
     video_bytes: int,
 ) -> None:
@@ -150,7 +150,8 @@ def write_clip_receipt(
         },
         peak_memory_bytes=peak_memory(request.device),
         engines={
-            stage: {"backend": one.backend, "reason": one.reason} for stage, one in engines.items()
+            stage: {"backend": one.choice.backend, "reason": one.choice.reason}
+            for stage, one in engines.items()
         },
         kernel_launches=kernel_launches(),
         notices=clip.notices,

@@ -63,6 +63,14 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class OnEngines:
+    """A network's segments and what they run on."""
+
+    segments: Mapping[str, Segment]
+    choice: Choice
+
+
 def choose_engines(
     segments: Mapping[str, Segment],
     policy: EnginePolicy,

@@ -19,7 +19,7 @@ from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, verify
 from pw_runtime.clip import Clip, keep_thumbs, start_clip, write_clip_receipt, write_latents
 from pw_runtime.contact_sheet import write_contact_sheet
-from pw_runtime.engines import Choice, choose_engines
+from pw_runtime.engines import OnEngines, choose_engines
 from pw_runtime.faults import others_go_on, require_finite
 from pw_runtime.models import VaeDecoder
 from pw_runtime.networks import (
@@ -54,7 +54,7 @@ class Run:
     clips: tuple[Clip, ...]
     loading: Stopwatch
     reporter: Reporter
-    engines: dict[StageName, Choice] = field(default_factory=dict)  # of each network, once loaded
+    engines: dict[StageName, OnEngines] = field(default_factory=dict)
 
 
 def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outcome, ...]:
@@ -84,6 +84,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     tally.clear()
     clips = tuple(start_clip(request, prompt, noise) for prompt in request.prompts)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter)
+    run.engines.update({stage: pick_engines(run, stage) for stage in request.stages})
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
     with (
@@ -133,12 +134,11 @@ def make_drafts(run: Run) -> None:
             clip.draft = require_finite(latent, "draft")
 
 
-def load_transformer(run: Run, stage: StageName) -> SegmentedDiT:
-    """A network on its engines; what runs instead of engines is said once."""
+def pick_engines(run: Run, stage: StageName) -> OnEngines:
+    """What a network will run on; said once. Raises BadRequest."""
     request, config = run.request, require_dit(run.bundle, stage)
     segments = segments_of(config, request.precision, request.chunk)
     choice = choose_engines(segments, request.policy, EngineStore(), request.device)
-    run.engines[stage] = choice
     if choice.backend != "eager":
         run.reporter.say(f"the {stage} network runs on {choice.reason} ({choice.backend})")
     elif request.policy == "auto":
@@ -146,8 +146,14 @@ def load_transformer(run: Run, stage: StageName) -> SegmentedDiT:
             f"the {stage} network runs without engines ({choice.reason}); "
             f"pw build --model {run.bundle.root} makes them"
         )
+    return OnEngines(segments, choice)
+
+
+def load_transformer(run: Run, stage: StageName) -> SegmentedDiT:
+    """A network's weights, on the engines picked for it."""
+    request, picked = run.request, run.engines[stage]
     net = load_dit(run.bundle, stage, request.precision, request.device)
-    return SegmentedDiT(net, segments, choice.engines)
+    return SegmentedDiT(net, picked.segments, picked.choice.engines)
 
 
 def finish_clips(run: Run) -> None:

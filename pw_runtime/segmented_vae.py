@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -32,32 +32,33 @@ class SegmentedVae:
     """
 
     def __init__(
-        self, net: VaeDecoder, segments: Iterable[Segment], engines: Iterable[Engine]
+        self, net: VaeDecoder, segments: Mapping[str, Segment], engines: Mapping[str, Engine]
     ) -> None:
-        """Take the weights of `net`, and an engine for each segment, of any number of sizes.
+        """Take the weights of `net`; `segments` of any sizes, and their engines, by name.
 
         Raises ValueError where an engine is of another segment.
         """
         self.config, self._net = net.config, net
         self._engines: dict[tuple[str, tuple[int | str, ...]], tuple[Engine, list[Tensor]]] = {}
         stored = {name: as_rows(name, x) for name, x in stored_weights(net).items()}
-        for segment, engine in zip(segments, engines, strict=True):
+        for name, segment in segments.items():
+            engine = engines[name]
             if engine.spec != segment.spec:
-                raise ValueError(f"the engine for {segment.name} is of another segment")
+                raise ValueError(f"the engine for {name} is of another segment")
             key = (segment.name, engine.spec.inputs[0].shape)
             self._engines[key] = (engine, [stored[name] for name in segment.weights])
 
     def coarse(self, frame: Tensor, cache: CausalCache) -> Tensor:
         """As `VaeDecoder.coarse`. Raises ValueError for a size that no engine is of."""
-        return self._run("coarse", frame.contiguous(), cache)
+        return self._run("coarse", self._net.denormalised(frame), cache)
 
     def fine(self, x: Tensor, cache: CausalCache) -> Tensor:
         """As `VaeDecoder.fine`. Raises ValueError for a size that no engine is of."""
-        return self._run("fine", to_engine(x).contiguous(), cache)[0]
+        return self._run("fine", x, cache)[0]
 
     def _run(self, part: Part, x: Tensor, cache: CausalCache) -> Tensor:
         """Run the engine of this part for x; the cache then holds what it remembers."""
-        name = segment_name(part, first=cache.first)
+        name, x = segment_name(part, first=cache.first), to_engine(x).contiguous()
         found = self._engines.get((name, tuple(x.shape)))
         if found is None:
             sizes = [shape for segment, shape in self._engines if segment == name]

@@ -13,9 +13,10 @@ call where they are inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -31,7 +32,8 @@ from pw_runtime.tiling import exact_halo, make_strips
 from pw_runtime.types import DecodePlan, VaeConfig
 
 Part = Literal["coarse", "fine"]
-PARTS: tuple[Part, ...] = ("coarse", "fine")
+# Part -> the decoder's method that it is.
+PARTS: Mapping[Part, str] = MappingProxyType({"coarse": "coarse_layers", "fine": "fine"})
 # Begin the names of the coarse part's weights; the others are the fine part's.
 _COARSE = ("conv2.", "decoder.conv1.", "decoder.middle.", "decoder.upsamples.0.")
 PAST, LAST = ".past", ".last"  # end the names of memory going in and coming out
@@ -40,19 +42,18 @@ _TAPS = ".taps"  # end the names of what stands for the weight of a convolution 
 
 def segments_of_decode(
     config: VaeConfig, plan: DecodePlan, rows: int, columns: int
-) -> list[Segment]:
-    """Every segment that the decode of a latent of `rows` x `columns` needs."""
+) -> dict[str, Segment]:
+    """Every segment that the decode of a latent of `rows` x `columns` needs, by name and size."""
     exact = plan.tiling == "exact"
     overlap = max(plan.overlap, exact_halo(config)) if exact else plan.overlap
     strips = {one.last - one.first for one in make_strips(columns, plan.strips, overlap)}
     widths: dict[Part, set[int]] = {"coarse": {columns} if exact else strips, "fine": strips}
-    made = {width: segments_of_vae(config, rows, width) for width in widths["coarse"] | strips}
-    return [
-        made[width][segment_name(part, first=first)]
-        for part in PARTS
-        for width in sorted(widths[part])
-        for first in (True, False)
-    ]
+    return {
+        f"{segment.name}_{rows}x{width}": segment
+        for width in sorted(widths["coarse"] | strips)
+        for segment in segments_of_vae(config, rows, width).values()
+        if any(width in widths[part] and part in segment.name for part in PARTS)
+    }
 
 
 def segments_of_vae(
@@ -68,14 +69,14 @@ def segments_of_vae(
     """
     with torch.device("meta"):
         net = VaeDecoder(config).requires_grad_(False)
-        frame = torch.empty(config.z_dim, 1, rows, columns)
+        frame = torch.empty(1, config.z_dim, 1, rows, columns)
     names = {module: name for name, module in net.named_modules()}
     memory = {part: CausalCache() for part in PARTS}
     made = {}
     for first in (True, False):
         x = frame
-        for part in PARTS:
-            result = getattr(net, part)(x, memory[part])
+        for part, method in PARTS.items():
+            result = getattr(net, method)(x, memory[part])
             held = {names[conv]: past for conv, past in memory[part].past.items()}
             step = _Step(_Caller(net, part, first, list(held)))
             made[segment_name(part, first=first)] = _segment(step, x, (result, held), baked)
@@ -138,18 +139,14 @@ def _segment(
     baked: VaeDecoder | None,
 ) -> Segment:
     """The segment of a step that makes `results`, of these shapes, of x."""
-    caller = step.caller
-    config = caller.net.config
-    constants = [repr((config.latent_mean, config.latent_std)).encode()]
-    weights = {name: stored_weights(baked or caller.net)[name] for name in step.weights}
+    caller, (out, held) = step.caller, results
+    stored = stored_weights(baked or caller.net)
+    weights = {name: stored[name] for name in step.weights}
     rows = tuple(_spec(name, as_rows(name, weight)) for name, weight in weights.items())
-    if baked:
-        constants += [weight.cpu().numpy().tobytes() for weight in weights.values()]
-    out, held = results
     spec = EngineSpec(
         segment=segment_name(caller.part, first=caller.first),
         inputs=(
-            _spec("x", x if caller.part == "coarse" else to_engine(x)),
+            _spec("x", to_engine(x)),
             *(_spec(name + PAST, to_engine(held[name])) for name in caller.before),
             *(() if baked else rows),
         ),
@@ -159,11 +156,15 @@ def _segment(
         ),
         limits=(),
         sources=source_digest(),
-        weights=digest_of(constants),
+        weights=digest_of(_bytes(one) for one in weights.values()) if baked else None,
     )
     if baked:
         return Segment(spec, _Baked(step, list(weights.values())), ())
     return Segment(spec, step, step.weights)
+
+
+def _bytes(weight: Tensor) -> bytes:
+    return weight.cpu().numpy().tobytes()
 
 
 def _spec(name: str, x: Tensor) -> TensorSpec:
@@ -185,8 +186,7 @@ class _Caller(nn.Module):
         for name, frames in zip(self.before, past, strict=True):
             # A copy: the decoder overwrites its memory, an engine leaves its inputs as they are.
             memory.past[self.net.get_submodule(name)] = from_engine(frames).clone()
-        x = x if self.part == "coarse" else from_engine(x)
-        out: Tensor = getattr(self.net, self.part)(x, memory)
+        out: Tensor = getattr(self.net, PARTS[self.part])(from_engine(x), memory)
         held = (memory.past[self.net.get_submodule(name)] for name in self._after)
         return to_engine(out), *(to_engine(frames) for frames in held)
 

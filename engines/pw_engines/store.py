@@ -92,7 +92,7 @@ class EngineStore:
 
         The system lets go of the lock when its holder dies. Raises StoreError.
         """
-        self._make_root()
+        self.make_root()
         with _open_lock(self.root / ".locks" / key.folder) as descriptor:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -108,13 +108,15 @@ class EngineStore:
         Call with the lock held. Nothing is found where the block fails or the process dies.
         Raises StoreError where the disk refuses.
         """
-        self._make_root()
+        self.make_root()
         try:
             building = Path(tempfile.mkdtemp(prefix=".building-", dir=self.root))
         except OSError as error:
             raise StoreError(
                 f"cannot build in {self.root}: {error.strerror}; name another folder with PW_CACHE"
             ) from error
+        descriptor = os.open(building, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # for `remove_leftovers`: somebody is at it
         try:
             start = time.monotonic()
             yield building / name
@@ -128,6 +130,7 @@ class EngineStore:
                 ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
+            os.close(descriptor)
 
     def entries(self, *, verify: bool) -> list[Entry]:
         """Everything in the store, by name; `verify` reads every file and compares its digest."""
@@ -143,16 +146,33 @@ class EngineStore:
         except OSError as error:
             raise StoreError(f"cannot remove {self.root / folder}: {error.strerror}") from error
 
-    def leftovers(self) -> list[Path]:
-        """Folders of builds that were killed."""
-        return sorted(self.root.glob(".building-*")) if self.root.is_dir() else []
+    def remove_leftovers(self) -> list[Path]:
+        """Remove the folders of builds that were killed; give their paths. Raises StoreError."""
+        removed = []
+        for path in sorted(self.root.glob(".building-*")) if self.root.is_dir() else []:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # its build has just ended
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+                removed.append(path)
+            except BlockingIOError:  # it is being built
+                continue
+            except OSError as error:
+                raise StoreError(f"cannot remove {path}: {error.strerror}") from error
+            finally:
+                os.close(descriptor)
+        return removed
 
     def _folders(self) -> list[Path]:
         if not self.root.is_dir():
             return []
         return sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != ".")
 
-    def _make_root(self) -> None:
+    def make_root(self) -> None:
+        """Make the folder, where it is not there yet. Raises StoreError."""
         try:
             (self.root / ".locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -183,20 +183,24 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what the exporter says to everyone: no torchvision, its own deprecated calls."""
+    """Keep back what the exporter says to everyone: no torchvision, its own deprecated calls.
+
+    And that a dimension that several inputs have has one name.
+    """
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", r"# The axis name: .* will not be used", UserWarning)
             yield
     finally:
         registration.setLevel(level)
 
 
 def _signed(model: Any, spec: EngineSpec) -> bytes:
-    """The model with our metadata instead of PyTorch's, which has paths of this machine."""
+    """The model with our metadata instead of PyTorch's, which has paths of the machine."""
     graph = model.graph
     for part in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         part.ClearField("metadata_props")

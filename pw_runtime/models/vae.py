@@ -92,10 +92,18 @@ class VaeDecoder(nn.Module):
         Returns:
             [1, C', t, 2H, 2W], t = 1 for the first frame of a clip and 2 after it.
         """
+        return self.coarse_layers(self.denormalised(frame), cache)
+
+    def denormalised(self, frame: Tensor) -> Tensor:
+        """[C, 1, H, W] normalised latent -> [1, C, 1, H, W] as the layers take it."""
         mean = frame.new_tensor(self.config.latent_mean).view(-1, 1, 1, 1)
         std = frame.new_tensor(self.config.latent_std).view(-1, 1, 1, 1)
         # Divided by 1/std, as the official code does: z * std rounds differently.
-        x = self.conv2((frame / (1 / std) + mean)[None], cache)
+        return (frame / (1 / std) + mean)[None]
+
+    def coarse_layers(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """All of `coarse` that has weights: [1, C, 1, H, W] -> [1, C', t, 2H, 2W]."""
+        x = self.conv2(x, cache)
         x = self.decoder.middle(self.decoder.conv1(x, cache), cache)
         x = self.decoder.upsamples[0](x, cache)
         cache.first = False

@@ -26,7 +26,7 @@ def test_nothing_is_made_before_the_first_build(store: EngineStore) -> None:
     assert store.find(key()).state == "missing"
     assert store.find(key()).reason == "not built yet"
     assert store.entries(verify=True) == []
-    assert store.leftovers() == []
+    assert store.remove_leftovers() == []
     assert not store.root.exists()
 
 
@@ -37,7 +37,7 @@ def test_what_was_published_is_found(store: EngineStore) -> None:
     assert found.path is not None
     assert found.path.read_bytes() == DATA
     assert store.find(key(backend="tensorrt")).state == "missing"
-    assert store.leftovers() == []
+    assert store.remove_leftovers() == []
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -171,7 +171,7 @@ def test_a_build_that_raises_leaves_nothing(error: type[BaseException], store: E
     with pytest.raises(error):
         build()
     assert store.find(key()).state == "missing"
-    assert store.leftovers() == []
+    assert store.remove_leftovers() == []
     with store.locked(key(), wait=False) as mine:
         assert mine
 
@@ -196,7 +196,7 @@ def test_a_full_disk_while_publishing_leaves_nothing(
     assert key().folder in str(caught.value)
     monkeypatch.undo()
     assert store.find(key()).state == "missing"
-    assert store.leftovers() == []
+    assert store.remove_leftovers() == []
 
 
 def test_a_build_that_made_no_file_is_an_error(store: EngineStore) -> None:

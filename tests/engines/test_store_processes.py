@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pw_engines.store import EngineStore
-from tests.engines.small import NAME, key, put
+from tests.engines.small import key, put
 
 BUILDER = Path(__file__).with_name("builder.py")
 
@@ -72,11 +72,13 @@ def test_a_killed_build_leaves_nothing_to_find_and_no_lock(
     assert builder.reached() == "half"
     with store.locked(key(), wait=False) as mine:
         assert not mine
+    assert store.remove_leftovers() == []  # it is being built
     builder.end()
     assert store.find(key()).state == "missing"
     assert store.entries(verify=True) == []
-    (left,) = store.leftovers()
-    assert (left / NAME).read_bytes() == b"half"
+    (left,) = store.remove_leftovers()
+    assert not left.exists()
+    assert left.name.startswith(".building-")
     with store.locked(key(), wait=False) as mine:
         assert mine
     put(store)

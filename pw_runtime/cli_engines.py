@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw build` and `pw engines`: engines made, listed, verified and removed."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib import import_module
+from typing import Any
+
+import click
+
+from pw_runtime.cli_options import CHUNK, DONE, FOLDER, SOME_FAILED
+
+
+@click.command()
+@click.option("--model", type=FOLDER, required=True, help="Bundle made by `pw convert`.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "tensorrt", "aoti"]),
+    default="auto",
+    show_default=True,
+    help="auto: TensorRT where it is installed, else AOTInductor.",
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(min=16),
+    default=CHUNK,
+    show_default=True,
+    help="Most tokens that a segment works on at a time.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Of matrix products. [default: fp32 on a CPU, bf16 on a GPU]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Built at a time. [default: one a core, 1 on a GPU]"
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
+@click.option("--onnx-only", type=FOLDER, help="Write ONNX models of all segments there instead.")
+@click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+def build(**options: Any) -> int:
+    """Compile a model's transformers, once for every preset and resolution."""
+    from pw_engines import EngineStore
+    from pw_runtime.bundle import open_bundle
+    from pw_runtime.progress import Reporter
+    from pw_runtime.request import pick_device
+
+    # By name: the runtime must not import what stands above it.
+    make, onnx = import_module("pw_export.build"), import_module("pw_export.onnx_export")
+    reporter = Reporter(quiet=options["quiet"])
+    device = pick_device(options["device"])
+    precision = options["precision"] or ("fp32" if device.type == "cpu" else "bf16")
+    networks = open_bundle(options["model"]).networks
+    configs = {"draft": networks.draft.config}
+    if networks.highres is not None:
+        configs["highres"] = networks.highres.config
+    if options["onnx_only"] is not None:
+        onnx.export_onnx(configs, precision, options["chunk"], options["onnx_only"], reporter.say)
+        return DONE
+    backend = make.pick_backend(options["backend"], device)
+    store = EngineStore()
+    jobs, fresh = make.jobs_for(
+        configs.values(), precision, options["chunk"], backend, device, store
+    )
+    reporter.say(
+        f"{backend} engines for {device}, {precision}, up to {options['chunk']} tokens, in "
+        f"{store.root}: {len(fresh)} built, {len(jobs)} to build"
+    )
+    for job in jobs if options["dry_run"] else ():
+        reporter.say(f"  {job.key.folder}")
+    if options["dry_run"] or not jobs:
+        return DONE
+    store.make_root()
+    workers = options["jobs"] or (1 if device.type == "cuda" else os.cpu_count() or 1)
+
+    def on_built(built: Any) -> None:
+        if built.error is not None:
+            reporter.warn(f"{built.job.key.folder}: {built.error}")
+            return
+        worst = max((one.error for one in built.parity), default=0.0)
+        reporter.say(f"{built.job.key.folder}: {built.seconds:.0f} s, {worst:.1e} from its segment")
+
+    start = time.monotonic()
+    failed = [one for one in make.run_jobs(jobs, workers, on_built) if one.error is not None]
+    done = len(jobs) - len(failed)
+    reporter.say(f"{done} engines in {time.monotonic() - start:.0f} s")
+    if failed:
+        reporter.warn(f"{len(failed)} of {len(jobs)} engines failed: the model runs without any")
+        return SOME_FAILED
+    return DONE
+
+
+@click.group()
+def engines() -> None:
+    """Engines that were built: $PW_CACHE/engines, else in the user's cache directory."""
+
+
+@engines.command("list")
+def list_engines() -> int:
+    """List the engines, with size and time of building."""
+    return _show(verify=False)
+
+
+@engines.command("verify")
+def verify_engines() -> int:
+    """Read every engine and compare it with its digest."""
+    return _show(verify=True)
+
+
+def _show(*, verify: bool) -> int:
+    from pw_engines import EngineStore
+
+    store = EngineStore()
+    entries = store.entries(verify=verify)
+    for one in entries:
+        state = f"damaged: {one.damage}" if one.damage else f"built in {one.seconds:.0f} s"
+        click.echo(f"{one.folder}  {one.bytes / 2**20:6.1f} MiB  {state}")
+    click.echo(f"{len(entries)} engines in {store.root}")
+    return SOME_FAILED if any(one.damage for one in entries) else DONE
+
+
+@engines.command("prune")
+@click.option("--all", "everything", is_flag=True, help="Remove every engine.")
+def prune_engines(everything: bool) -> int:
+    """Remove what no run of this version on this machine can use: damaged, foreign, half built."""
+    from pw_engines import EngineStore
+
+    unusable = import_module("pw_export.build").unusable
+    store = EngineStore()
+    entries = store.entries(verify=True)
+    for one in entries:
+        reason = "asked for" if everything else one.damage or unusable(one)
+        if reason:
+            store.remove(one.folder)
+            click.echo(f"removed {one.folder}: {reason}")
+    for path in store.remove_leftovers():
+        click.echo(f"removed {path.name}: a build that was cut short")
+    return DONE
