@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer in segments, on engines, against the whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pw_engines.eager import EagerEngine
+from pw_runtime.models import WanDiT
+from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.segmented import SegmentedDiT
+from pw_runtime.segments import FIRST_BLOCK, segments_of
+from pw_runtime.types import DitConfig, Precision
+from tests.closeness import max_abs, relative_l2
+
+DRAFT = DitConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=3, text_dim=32, text_len=16)
+HIGHRES = replace(DRAFT, has_dt=True, adapter_dim=16, control_blocks=(1,))
+# What is no segment's, besides tables of modulation: the adapter's backbone, once per clip.
+EAGER = ("spatial_adapter.backbone", "spatial_adapter.feature_")
+
+
+class WholeChunks(EagerEngine):
+    """As TensorRT's engines: every call has as many tokens as the limit."""
+
+    padded = True
+
+
+def network(config: DitConfig, precision: Precision) -> WanDiT:
+    torch.manual_seed(0)
+    net = WanDiT(config)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    stored = {name: store_dit_weight(name, w, precision) for name, w in net.state_dict().items()}
+    net.load_state_dict(stored, assign=True)
+    return net.requires_grad_(False)
+
+
+def segmented(
+    net: WanDiT, precision: Precision, limit: int, kind: type[EagerEngine] = EagerEngine
+) -> SegmentedDiT:
+    segments = segments_of(net.config, precision, limit)
+    engines = {name: kind(one.spec, one.module) for name, one in segments.items()}
+    return SegmentedDiT(net, segments, engines)
+
+
+def velocity(net: WanDiT | SegmentedDiT, config: DitConfig, *, text_tokens: int = 7) -> Tensor:
+    """Of a clip of 2x3x4 tokens."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+    latent, steps = normal(48, 2, 6, 8), [torch.tensor([700.0])]
+    if config.has_dt:
+        steps.append(torch.tensor([100.0]))
+    text = net.text_keys_values(normal(text_tokens, config.text_dim))
+    more = []
+    if config.has_dt:
+        more.append(net.controls(net.draft_features(normal(48, 2, 3, 4)), *steps))
+    call: Callable[..., Tensor] = net
+    return call(latent, text, net.modulation(*steps), net.positions(latent), *more)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", [DRAFT, HIGHRES], ids=["draft", "highres"])
+@pytest.mark.parametrize("limit", [24, 9, 5], ids=["whole", "three parts", "five uneven parts"])
+def test_equals_the_whole_network(config: DitConfig, precision: Precision, limit: int) -> None:
+    net = network(config, precision)
+    with torch.inference_mode():
+        whole = velocity(net, config)
+        parts = velocity(segmented(net, precision, limit), config)
+    if limit == 24:
+        assert torch.equal(parts, whole)
+    elif precision == "fp32":  # products of fewer rows may be summed in another order
+        assert max_abs(parts, whole) <= 1e-5 * whole.abs().max().item()
+    else:
+        assert relative_l2(parts, whole) <= 1e-2
+
+
+@pytest.mark.parametrize("limit", [16, 24, 32])
+@pytest.mark.parametrize("text_tokens", [1, 7, 16])
+def test_padding_changes_nothing(limit: int, text_tokens: int) -> None:
+    net = network(HIGHRES, "fp32")
+    with torch.inference_mode():
+        whole = velocity(net, HIGHRES, text_tokens=text_tokens)
+        padded = segmented(net, "fp32", limit, WholeChunks)
+        got = velocity(padded, HIGHRES, text_tokens=text_tokens)
+    assert max_abs(got, whole) <= 1e-5 * whole.abs().max().item()
+
+
+@pytest.mark.parametrize("config", [DRAFT, HIGHRES], ids=["draft", "highres"])
+def test_no_weight_is_forgotten(config: DitConfig) -> None:
+    net = network(config, "bf16")
+    taken = {
+        name.replace(FIRST_BLOCK, f"blocks.{index}.", 1)
+        for segment in segments_of(config, "bf16", 64).values()
+        for name in segment.weights
+        for index in range(config.num_layers)
+    }
+    left = set(dict(net.named_parameters())) - taken
+    assert taken <= set(dict(net.named_parameters()))
+    assert {
+        name for name in left if not (name.endswith("modulation") or name.startswith(EAGER))
+    } == set()
+
+
+def test_networks_share_the_engines_of_their_blocks() -> None:
+    low, high = (segments_of(config, "fp32", 64) for config in (DRAFT, HIGHRES))
+    for name in ("embed", "block_in", "block_out", "head", "text_embed", "text_keys_values"):
+        assert low[name].spec == high[name].spec
+    assert low["modulation"].spec != high["modulation"].spec
+    assert "control" in high
+    assert "control" not in low
+
+
+def test_depth_and_resolution_make_no_other_engine() -> None:
+    deeper = segments_of(replace(DRAFT, num_layers=30), "fp32", 64)
+    assert {n: s.spec for n, s in deeper.items()} == {
+        n: s.spec for n, s in segments_of(DRAFT, "fp32", 64).items()
+    }
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    from pw_engines.engine import random_inputs
+
+    for segment in segments_of(HIGHRES, "bf16", 12).values():
+        sizes = dict(segment.spec.limits)
+        inputs = random_inputs(segment.spec, sizes, torch.device("cpu"), seed=0)
+        before = [x.clone() for x in inputs]
+        with torch.inference_mode():
+            segment.module(*inputs)
+        assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True)), segment.name
+
+
+def test_an_engine_of_another_segment_is_refused() -> None:
+    net = network(DRAFT, "fp32")
+    segments = segments_of(DRAFT, "fp32", 64)
+    engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
+    other = segments_of(DRAFT, "fp32", 32)["embed"]
+    with pytest.raises(ValueError, match="the engine for embed is of another segment"):
+        SegmentedDiT(net, segments, engines | {"embed": EagerEngine(other.spec, other.module)})

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines built, checked and published; with a quick compiler, and once with the real one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pw_engines import EngineError, EngineSpec, EngineStore
+from pw_engines.eager import EagerEngine
+from pw_export import build as builder
+from pw_export.build import Job, build, jobs_for, pick_backend, unusable
+from pw_runtime.engines import COMPILERS, Compiler
+from pw_runtime.errors import BadRequest
+from tests.engines.faulty import FaultyEngine
+from tests.engines.test_segments import DRAFT, HIGHRES
+
+CPU = torch.device("cpu")
+MODULES: dict[str, nn.Module] = {}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EngineStore:
+    return EngineStore(tmp_path / "engines")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A compiler that writes the name of the segment, and opens it as the segment itself."""
+
+    def make(spec: EngineSpec, segment: nn.Module, path: Path, device: torch.device) -> None:
+        MODULES[spec.segment] = segment
+        path.write_text(spec.segment)
+
+    def load(spec: EngineSpec, path: Path, device: torch.device) -> EagerEngine:
+        return EagerEngine(spec, MODULES[path.read_text()])
+
+    compiler = replace(COMPILERS["aoti"], load=load)
+    monkeypatch.setattr(builder.aoti, "build", make)
+    monkeypatch.setattr(builder, "COMPILERS", {"aoti": compiler})
+    return monkeypatch
+
+
+def jobs(store: EngineStore, chunk: int = 64) -> tuple[list[Job], list[Job]]:
+    return jobs_for([DRAFT, HIGHRES], "fp32", chunk, "aoti", CPU, store)
+
+
+def test_every_engine_is_built_once_for_both_networks(
+    store: EngineStore, quick: pytest.MonkeyPatch
+) -> None:
+    missing, fresh = jobs(store)
+    assert fresh == []
+    names = sorted(job.segment for job in missing)
+    assert names == [
+        "block_in", "block_out", "control", "embed", "head",
+        "modulation", "modulation", "text_embed", "text_keys_values",
+    ]  # fmt: skip
+    for job in missing:
+        built = build(job)
+        assert built.error is None
+        assert all(one.good for one in built.parity)
+    missing, fresh = jobs(store)
+    assert missing == []
+    assert len(fresh) == 9
+
+
+def test_another_limit_needs_only_what_has_tokens(
+    store: EngineStore, quick: pytest.MonkeyPatch
+) -> None:
+    for job in jobs(store)[0]:
+        build(job)
+    missing, _ = jobs(store, chunk=128)
+    assert sorted(job.segment for job in missing) == [
+        "block_in", "block_out", "control", "embed", "head",
+    ]  # fmt: skip
+
+
+def test_an_engine_that_computes_something_else_is_not_published(
+    store: EngineStore, quick: pytest.MonkeyPatch
+) -> None:
+    def load(spec: EngineSpec, path: Path, device: torch.device) -> FaultyEngine:
+        return FaultyEngine(spec, MODULES[spec.segment], fault="nan")
+
+    quick.setattr(builder, "COMPILERS", {"aoti": replace(COMPILERS["aoti"], load=load)})
+    job = jobs(store)[0][0]
+    built = build(job)
+    assert built.error is not None
+    assert "does not compute what its segment does" in built.error
+    assert store.find(job.key).state == "missing"
+    assert store.entries(verify=True) == []
+
+
+def test_a_compiler_that_fails_is_reported(store: EngineStore, quick: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise EngineError("AOTInductor cannot compile embed: no space")
+
+    quick.setattr(builder.aoti, "build", fail)
+    built = build(jobs(store)[0][0])
+    assert built.error == "AOTInductor cannot compile embed: no space"
+    assert store.remove_leftovers() == []
+
+
+def test_what_was_just_built_is_not_built_again(
+    store: EngineStore, quick: pytest.MonkeyPatch
+) -> None:
+    job = jobs(store)[0][0]
+    assert build(job).seconds > 0
+    assert build(job).seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [("tensorrt", "TensorRT runs on NVIDIA GPUs"), ("auto", "(?s)TensorRT.*no C.. compiler")],
+)
+def test_a_backend_that_cannot_build_here_says_why(
+    wanted: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pw_engines.aoti.shutil.which", lambda name: None)
+    with pytest.raises(BadRequest, match=message):
+        pick_backend(wanted, CPU)
+
+
+def test_engines_of_other_sources_are_of_no_use(
+    store: EngineStore, quick: pytest.MonkeyPatch
+) -> None:
+    build(jobs(store)[0][0])
+    (entry,) = store.entries(verify=False)
+    assert unusable(entry) is None
+    other = entry.key | {"platform": [["cpu", "another"]]}
+    assert "another machine" in str(unusable(replace(entry, key=other)))
+    spec = entry.key["spec"] | {"sources": "0"}
+    assert unusable(replace(entry, key=entry.key | {"spec": spec})) is not None
+
+
+@pytest.mark.slow
+def test_real_engine_of_a_block(store: EngineStore) -> None:
+    """Built by AOTInductor, loaded from the store, run at a size it was not compiled for."""
+    job = next(job for job in jobs(store)[0] if job.segment == "block_out")
+    built = build(job)
+    assert built.error is None
+    assert max(one.error for one in built.parity) < 1e-6
+    compiler: Compiler = COMPILERS["aoti"]
+    path = store.find(job.key).path
+    assert path is not None
+    engine = compiler.load(job.key.spec, path, CPU)
+    from pw_engines.engine import random_inputs, relative_l2
+    from pw_runtime.segments import segments_of
+
+    sizes = {"tokens": 33, "text": 5}
+    inputs = random_inputs(engine.spec, sizes, CPU, seed=1)
+    out = torch.empty(33, DRAFT.dim)
+    with torch.inference_mode():
+        engine.run(inputs, [out])
+        (wanted,) = segments_of(DRAFT, "fp32", 64)["block_out"].module(*inputs)
+    assert relative_l2(out, wanted) < 1e-6
