@@ -20,7 +20,8 @@ DEMO := build/demo
 .NOTPARALLEL:
 
 demo: $(VENV)/runtime.stamp $(DEMO)/nano/bundle.json
-	$(BIN)/pw generate --model $(DEMO)/nano --prompts pw_runtime/data/demo_prompts.txt \
+	PW_CACHE=$(DEMO)/cache $(BIN)/pw build --model $(DEMO)/nano
+	PW_CACHE=$(DEMO)/cache $(BIN)/pw generate --model $(DEMO)/nano --prompts pw_runtime/data/demo_prompts.txt \
 		--preset nano --out outputs/demo --contact-sheet
 	@echo
 	@echo "clips and contact sheet:"

@@ -50,11 +50,14 @@ _KNOWN: Final = (
     _Known("pillow", "PIL", "base", "contact sheets"),
     _Known("triton", "triton", "cuda", "--kernels triton, where no compiled library is installed"),
     _Known("nvidia-ml-py", "pynvml", "cuda", "the driver's version in reports"),
-    _Known("tensorrt", "tensorrt", "tensorrt", "nothing yet: no engines in this version"),
+    _Known("tensorrt", "tensorrt", "tensorrt", "engines by TensorRT; pw build uses AOTInductor"),
     _Known(
-        "torch-tensorrt", "torch_tensorrt", "tensorrt", "nothing yet: no engines in this version"
+        "torch-tensorrt",
+        "torch_tensorrt",
+        "tensorrt",
+        "nothing: TensorRT engines are built from ONNX",
     ),
-    _Known("onnx", "onnx", "tensorrt", "nothing yet: no engines in this version"),
+    _Known("onnx", "onnx", "tensorrt", "pw build --onnx-only, and engines by TensorRT"),
     _Known(
         "flash-attn",
         "flash_attn",

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The VAE decoder on engines computes what the decoder does, frame by frame and strip by strip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pw_engines import aoti
+from pw_engines.eager import EagerEngine
+from pw_engines.engine import check_parity, relative_l2, require_parity
+from pw_export.nano import NANO_VAE
+from pw_export.published import VAE
+from pw_runtime.models import VaeDecoder
+from pw_runtime.models.vae_blocks import CausalCache, CausalConv3d
+from pw_runtime.networks import channels_last
+from pw_runtime.presets import PRESETS
+from pw_runtime.segmented_vae import SegmentedVae
+from pw_runtime.segments import Segment
+from pw_runtime.stages.decode import decode
+from pw_runtime.types import VAE_STRIDE, Compat, DecodePlan, Latent, VaeConfig
+from pw_runtime.vae_segments import (
+    as_rows,
+    from_rows,
+    segments_of_decode,
+    segments_of_vae,
+    stored_weights,
+)
+from tests.models.test_vae_golden import config as tiny
+
+CPU = torch.device("cpu")
+ROWS, COLUMNS = 2, 9
+
+
+def decoder(config: VaeConfig, seed: int = 0) -> VaeDecoder:
+    """With random weights, in memory as `load_decoder` leaves them."""
+    torch.manual_seed(seed)
+    net = VaeDecoder(config).requires_grad_(False)
+    stored = {name: channels_last(x) for name, x in net.state_dict().items()}
+    net.load_state_dict(stored, assign=True)
+    return net
+
+
+@pytest.fixture(scope="module")
+def nano() -> VaeDecoder:
+    return decoder(NANO_VAE)
+
+
+def on_eager_engines(net: VaeDecoder, segments: dict[str, Segment]) -> SegmentedVae:
+    engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
+    return SegmentedVae(net, segments, engines)
+
+
+def random_latent(frames: int, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(48, frames, rows, columns, generator=generator)
+
+
+def clip(vae: VaeDecoder | SegmentedVae, latent: Tensor) -> list[Tensor]:
+    """Colours of pixel blocks of every latent frame."""
+    coarse, fine = CausalCache(), CausalCache()
+    return [vae.fine(vae.coarse(frame, coarse), fine) for frame in latent.split(1, dim=1)]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        DecodePlan(tiling="exact", strips=1),
+        DecodePlan(tiling="exact", strips=2),
+        DecodePlan(tiling="official", strips=2, overlap=1),
+    ],
+)
+def test_a_decode_on_engines_equals_that_of_the_decoder(nano, plan) -> None:
+    latent = Latent(x=random_latent(3))
+    vae = on_eager_engines(nano, segments_of_decode(NANO_VAE, plan, ROWS, COLUMNS))
+    wanted = decode(latent, plan, Compat(), nano)
+    got = decode(latent, plan, Compat(), vae)
+    for one, other in zip(got, wanted, strict=True):
+        assert one.start == other.start
+        assert torch.equal(one.frames, other.frames)
+
+
+def test_results_and_memory_equal_those_of_the_decoder(nano) -> None:
+    vae = on_eager_engines(nano, segments_of_vae(NANO_VAE, ROWS, COLUMNS))
+    own, engines = (CausalCache(), CausalCache()), (CausalCache(), CausalCache())
+    for frame in random_latent(4).split(1, dim=1):
+        x, y = nano.coarse(frame, own[0]), vae.coarse(frame, engines[0])
+        assert torch.equal(x, y)
+        assert torch.equal(nano.fine(x, own[1]), vae.fine(y, engines[1]))
+        for mine, theirs in zip(own, engines, strict=True):
+            assert mine.past.keys() == theirs.past.keys()
+            assert mine.first == theirs.first == False  # noqa: E712
+            assert all(torch.equal(past, theirs.past[conv]) for conv, past in mine.past.items())
+
+
+def test_the_decoder_goes_on_with_a_clip_that_engines_began(nano) -> None:
+    latent = random_latent(3)
+    vae = on_eager_engines(nano, segments_of_vae(NANO_VAE, ROWS, COLUMNS))
+    coarse, fine = CausalCache(), CausalCache()
+    got = [
+        one.fine(one.coarse(frame, coarse), fine)
+        for one, frame in zip((vae, nano, vae), latent.split(1, dim=1), strict=True)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(got, clip(nano, latent), strict=True))
+
+
+def test_memory_is_that_of_every_convolution_over_time() -> None:
+    """The decoder's modules say which; what doubles frames has none before the second frame."""
+    segments = segments_of_vae(NANO_VAE, ROWS, COLUMNS)
+    net = VaeDecoder(NANO_VAE)
+    wanted = {
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, CausalConv3d) and module.kernel_size[0] > 1
+    }
+    given: set[str] = set()
+    for part in ("coarse", "fine"):
+        first, later = (segments[f"vae_{part}_{which}"].spec for which in ("first", "next"))
+        out = [one.name.removesuffix(".last") for one in later.outputs[1:]]
+        into = [one.name.removesuffix(".past") for one in later.inputs if ".past" in one.name]
+        began = [one.name.removesuffix(".last") for one in first.outputs[1:]]
+        assert out == into
+        assert began == out[: len(began)]
+        assert all(name.endswith("time_conv") for name in out[len(began) :])
+        assert [one.shape for one in later.inputs[1 : 1 + len(out)]] == [
+            one.shape for one in later.outputs[1:]
+        ]
+        assert not given & set(out)
+        given |= set(out)
+    assert given == wanted
+
+
+def test_weights_are_handed_over_without_a_copy(nano) -> None:
+    stored = stored_weights(nano)
+    assert sum(name.endswith(".taps") for name in stored) == 3
+    for name, weight in stored.items():
+        rows = as_rows(name, weight)
+        assert rows.is_contiguous()
+        assert rows.data_ptr() == weight.data_ptr()
+        assert torch.equal(from_rows(name, rows, weight.shape), weight)
+
+
+def test_baked_segments_have_their_weights(nano) -> None:
+    """The spec of the others does not change with the weights: one engine serves all."""
+    latent = random_latent(2)
+    made = segments_of_vae(NANO_VAE, ROWS, COLUMNS, baked=nano)
+    for name, one in segments_of_vae(NANO_VAE, ROWS, COLUMNS).items():
+        assert one.spec.weights is None
+        assert one.spec.inputs[: len(made[name].spec.inputs)] == made[name].spec.inputs
+        assert len(one.spec.inputs) == len(made[name].spec.inputs) + len(one.weights)
+    vae = on_eager_engines(nano, made)
+    assert all(torch.equal(a, b) for a, b in zip(clip(vae, latent), clip(nano, latent)))
+    others = segments_of_vae(NANO_VAE, ROWS, COLUMNS, baked=decoder(NANO_VAE, seed=1))
+    assert all(others[name].spec != one.spec for name, one in made.items())
+
+
+def test_sizes_and_engines_that_do_not_fit_are_refused(nano) -> None:
+    segments = segments_of_vae(NANO_VAE, ROWS, COLUMNS)
+    vae = on_eager_engines(nano, segments)
+    with pytest.raises(ValueError, match=r"vae_coarse_first: wanted x of shape .*got \(1, 2, 8"):
+        vae.coarse(random_latent(1, columns=8), CausalCache())
+    others = segments_of_vae(NANO_VAE, ROWS, COLUMNS + 1)
+    engines = {name: EagerEngine(one.spec, one.module) for name, one in others.items()}
+    with pytest.raises(ValueError, match="vae_coarse_first is of another segment"):
+        SegmentedVae(nano, segments, engines)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ["2k", "4k"])
+def test_strips_of_the_presets_keep_every_tensor_within_32_bits(name) -> None:
+    """Traced at full size, and nothing is allocated."""
+    stage, plan = PRESETS[name].highres, PRESETS[name].decode
+    assert stage is not None
+    rows, columns = stage.height // VAE_STRIDE[1], stage.width // VAE_STRIDE[2]
+    segments = segments_of_decode(VAE, plan, rows, columns)
+    widths = {int(key.rpartition("x")[2]) for key in segments}
+    assert len(segments) == 2 * len(widths)
+    for segment in segments.values():
+        inputs = [torch.empty(one.sized({}), device="meta") for one in segment.spec.inputs]
+        with Largest() as largest:
+            outputs = segment.module(*inputs)
+        segment.spec.check_outputs(outputs, {})
+        assert 0 < largest.elements < 2**31
+        program = torch.export.export(segment.module, tuple(inputs), strict=False)
+        assert len(program.graph.nodes) < 1000
+
+
+@pytest.mark.slow
+def test_compiled_segments_decode_as_the_decoder_does(tmp_path: Path) -> None:
+    reason = aoti.unavailable(CPU)
+    if reason is not None:
+        pytest.skip(reason)
+    net, latent = decoder(tiny()), random_latent(3, columns=3)
+    segments = segments_of_vae(tiny(), ROWS, 3)
+    engines = {}
+    for name, one in segments.items():
+        path = tmp_path / f"{name}.pt2"
+        aoti.build(one.spec, one.module, path, CPU)
+        engines[name] = aoti.load(one.spec, path, CPU)
+        require_parity(name, check_parity(engines[name], one.module, CPU))
+    got = clip(SegmentedVae(net, segments, engines), latent)
+    for one, other in zip(got, clip(net, latent), strict=True):
+        assert relative_l2(one, other) <= 1e-5
