@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import click
 
 from pw_runtime.cli_options import CHUNK, DONE, FOLDER, SOME_FAILED
+from pw_runtime.errors import BadRequest
 
 
 @click.command()
@@ -58,6 +60,8 @@ def build(**options: Any) -> int:
     if networks.highres is not None:
         configs["highres"] = networks.highres.config
     if options["onnx_only"] is not None:
+        if options["dry_run"]:
+            raise BadRequest("--onnx-only and --dry-run", do="give one of them")
         onnx.export_onnx(configs, precision, options["chunk"], options["onnx_only"], reporter.say)
         return DONE
     backend = make.pick_backend(options["backend"], device)
@@ -84,7 +88,8 @@ def build(**options: Any) -> int:
         reporter.say(f"{built.job.key.folder}: {built.seconds:.0f} s, {worst:.1e} from its segment")
 
     start = time.monotonic()
-    failed = [one for one in make.run_jobs(jobs, workers, on_built) if one.error is not None]
+    told = [replace(job, quiet=options["quiet"]) for job in jobs]
+    failed = [one for one in make.run_jobs(told, workers, on_built) if one.error is not None]
     done = len(jobs) - len(failed)
     reporter.say(f"{done} engines in {time.monotonic() - start:.0f} s")
     if failed:

@@ -76,6 +76,7 @@ def choose_engines(
     policy: EnginePolicy,
     store: EngineStore,
     device: torch.device,
+    command: str,
 ) -> Choice:
     """Engines for all segments by one backend.
 
@@ -85,6 +86,7 @@ def choose_engines(
             "engines" takes nothing but what the store has; "eager" the segments.
         store: where engines lie.
         device: that they run on.
+        command: that would build them.
 
     Raises:
         BadRequest: engines were asked for and there are none, or one cannot be opened.
@@ -110,14 +112,14 @@ def choose_engines(
             raise BadRequest(
                 f"an engine in {store.root} cannot be opened",
                 got=error,
-                do="run `pw engines prune` and `pw build`, or add --policy eager",
+                do=f"run `pw engines prune --all` and `{command}`, or add --policy eager",
             ) from error
         return Choice(engines, backend, f"built engines in {store.root}")
     if policy == "engines":
         raise BadRequest(
             f"--policy engines, and {store.root} lacks engines for this model and machine",
             got="; ".join(lacking),
-            do="run `pw build --model BUNDLE` first, or leave --policy out",
+            do=f"run `{command}` first, or leave --policy out",
         )
     engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
     reason = "asked for" if policy == "eager" else "; ".join(lacking)

@@ -138,13 +138,18 @@ def pick_engines(run: Run, stage: StageName) -> OnEngines:
     """What a network will run on; said once. Raises BadRequest."""
     request, config = run.request, require_dit(run.bundle, stage)
     segments = segments_of(config, request.precision, request.chunk)
-    choice = choose_engines(segments, request.policy, EngineStore(), request.device)
+    command = (
+        f"pw build --model {run.bundle.root} --precision {request.precision} "
+        f"--chunk {request.chunk} --device {request.device}"
+    )
+    # Engines have kernels of their own: with ours asked for, the segments run.
+    policy = "eager" if request.kernels == "triton" else request.policy
+    choice = choose_engines(segments, policy, EngineStore(), request.device, command)
     if choice.backend != "eager":
         run.reporter.say(f"the {stage} network runs on {choice.reason} ({choice.backend})")
-    elif request.policy == "auto":
+    elif policy == "auto":
         run.reporter.say(
-            f"the {stage} network runs without engines ({choice.reason}); "
-            f"pw build --model {run.bundle.root} makes them"
+            f"the {stage} network runs without engines ({choice.reason}); `{command}` makes them"
         )
     return OnEngines(segments, choice)
 

@@ -80,6 +80,12 @@ def _check_kernels(request: Request) -> None:
             got="--kernels triton with a preset that sets it",
             do="leave --kernels out; --attention alone may stay",
         )
+    if request.kernels == "triton" and request.policy == "engines":
+        raise BadRequest(
+            "engines do not take our kernels of single operations",
+            got="--kernels triton with --policy engines",
+            do="leave one of them out; --attention goes with engines",
+        )
     if not available(attention):
         raise BadRequest(
             f"{attention} is not installed", do=f"pip install {attention}, or choose another one"

@@ -89,14 +89,8 @@ class SegmentedDiT:
         own = self.net.positions(latent)
         tables = rope_tables(POSITIONS, self.net.config.head_dim, latent.device)
         tokens = own.grid[0] * own.grid[1] * own.grid[2]
-        engine = self._engines["block_in"]
-        limit = dict(engine.spec.limits)["tokens"]
-        count = -(-tokens // limit)
-        sizes = [limit] * count
-        if not engine.padded:  # parts of almost one size: none is so small that it is wasted work
-            sizes = [tokens // count + (index < tokens % count) for index in range(count)]
         parts, first = [], 0
-        for size in sizes:
+        for size in self._part_sizes("block_in", tokens):
             place = own.place + own.place.new_tensor([first, 0, 0])
             parts.append(Part(slice(first, first + size), place))
             first += size
@@ -109,12 +103,9 @@ class SegmentedDiT:
     def controls(self, features: Tensor, t: Tensor, dt: Tensor) -> dict[int, Tensor]:
         """As `WanDiT.controls`."""
         steps = [sinusoid(x, self.net.config.freq_dim) for x in (t, dt)]
-        engine = self._engines["control"]
-        limit = dict(engine.spec.limits)["tokens"]
-        parts = [
-            self._run("control", [_padded(part, limit) if engine.padded else part, *steps])
-            for part in features.split(limit)
-        ]
+        sizes = self._part_sizes("control", len(features))
+        padded = _padded(features, sum(sizes))
+        parts = [self._run("control", [part, *steps]) for part in padded.split(sizes)]
         whole = [torch.cat(outputs)[: len(features)] for outputs in zip(*parts, strict=True)]
         return dict(zip(self.net.config.control_blocks, whole, strict=True))
 
@@ -137,14 +128,36 @@ class SegmentedDiT:
                 x[: at.tokens] += controls[index]
             name = "block_in" if x.dtype == torch.float32 else "block_in_first"
             q, k, v = self._over(at, name, [x], [rows, *tables], block=index, placed=True)
-            y = torch.empty_like(q)  # what pads the tokens stays out of the attention
-            y[: at.tokens] = attention(*(one[: at.tokens] for one in (q, k, v)))
+            # What pads the tokens stays out of the attention.
+            y = attention(*(one[: at.tokens] for one in (q, k, v)))
             del q, k, v
-            beside = [rows, keys.keys, keys.values, keys.bias]
-            x = self._over(at, "block_out", [x.float(), y], beside, block=index)[0]
+            y = _padded(y.contiguous(), at.padded)
+            x = x.float()
+            self._after_attention(at, x, y, [rows, keys.keys, keys.values, keys.bias], index)
             del y
         out = self._over(at, "head", [x], [modulation.head])[0]
         return unpatchify(out[: at.tokens], at.positions.grid)
+
+    def _after_attention(
+        self, at: Parts, x: Tensor, y: Tensor, beside: list[Tensor], block: int
+    ) -> None:
+        """Run block_out over all parts, each in the place of what it was made from."""
+        engine, weights = self._engines["block_out"], self._weights["block_out"][block]
+        for part in at.parts:
+            inputs = [x[part.rows], y[part.rows], *beside, *weights]
+            size = part.rows.stop - part.rows.start
+            (out,) = _outputs(engine, {"tokens": size}, x.device)
+            engine.run(inputs, [out])
+            x[part.rows] = out
+
+    def _part_sizes(self, name: str, tokens: int) -> list[int]:
+        """How many tokens an engine takes at a time: of almost one size, or whole chunks."""
+        engine = self._engines[name]
+        limit = dict(engine.spec.limits)["tokens"]
+        count = -(-tokens // limit)
+        if engine.padded:
+            return [limit] * count
+        return [tokens // count + (index < tokens % count) for index in range(count)]
 
     def _over(
         self,

@@ -146,6 +146,7 @@ class _Maker:
             outputs=outputs,
             limits=tuple(pair for pair in self._limits if pair[0] in varying),
             sources=source_digest(),
+            numbers=(("eps", self._net.config.eps),),
         )
         return Segment(spec, _Functional(self._net, method, names), names)
 

@@ -111,10 +111,12 @@ def as_rows(name: str, weight: Tensor) -> Tensor:
 
 
 def from_rows(name: str, rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """The view of `rows` that is the weight of this shape."""
+    """The view of `rows` that is the weight of this shape, with the strides of a loaded one."""
     if len(shape) < 3:
         return rows
     axis = _channels(name)
+    if rows.shape[1] == shape[axis]:  # one tap: as loaded, for PyTorch picks its code by strides
+        return rows.view(shape)
     return rows.view(*shape[:axis], *shape[axis + 1 :], shape[axis]).movedim(-1, axis)
 
 

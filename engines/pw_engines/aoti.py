@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from pw_engines.engine import EngineError, random_inputs
-from pw_engines.spec import SMALLEST, Backend, EngineSpec
+from pw_engines.spec import SMALLEST, Backend, EngineSpec, digest_of
 
 FILE = "engine.pt2"
 
 
 def aoti_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
     """What a package depends on: it holds machine code for this processor and this PyTorch."""
-    found = {"torch": torch.__version__, "machine": platform.machine()}
+    found = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "processor": _processor(),  # a package for a GPU has code for it too
+        "recipe": digest_of([Path(__file__).read_bytes()]),
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -28,9 +33,17 @@ def aoti_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": str(torch.version.cuda),
         }
-    else:
-        found["cpu"] = torch.backends.cpu.get_cpu_capability()
     return tuple(sorted(found.items()))
+
+
+def _processor() -> str:
+    """Digest of what the processor can do: the code is for this one (-march=native)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    able = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return digest_of(line.encode() for line in able)
 
 
 def unavailable_to_run(device: torch.device) -> str | None:
@@ -62,7 +75,9 @@ def build(spec: EngineSpec, segment: nn.Module, path: Path, device: torch.device
         program = torch.export.export(
             _Positional(segment), examples, dynamic_shapes=(varying,), strict=False
         )
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={"cpp.dynamic_threads": True}
+        )
     except Exception as error:  # Inductor raises what it likes: all of it belongs to the build
         raise EngineError(f"AOTInductor cannot compile {spec.segment}: {error}") from error
 
@@ -82,7 +97,7 @@ class _Positional(nn.Module):
 
 def load(spec: EngineSpec, path: Path, device: torch.device) -> AotiEngine:
     """Open a package that the store has verified. Raises EngineError."""
-    return AotiEngine(spec, path)
+    return AotiEngine(spec, path, device)
 
 
 class AotiEngine:
@@ -91,11 +106,12 @@ class AotiEngine:
     backend: Backend = "aoti"
     padded = False
 
-    def __init__(self, spec: EngineSpec, package: Path) -> None:
+    def __init__(self, spec: EngineSpec, package: Path, device: torch.device) -> None:
         """Open a package that the store has verified. Raises EngineError."""
         self.spec = spec
+        index = -1 if device.index is None else device.index
         try:
-            self._model: Any = torch._inductor.aoti_load_package(str(package))
+            self._model: Any = torch._inductor.aoti_load_package(str(package), device_index=index)
         except RuntimeError as error:
             raise EngineError(f"PyTorch cannot open {package}: {error}") from error
 
@@ -110,7 +126,8 @@ class AotiEngine:
                 name = self.spec.inputs[index].name
                 raise ValueError(f"{self.spec.segment}, tensor {name}: wanted contiguous")
         try:
-            results = self._model(*inputs)
+            with torch.cuda.device_of(inputs[0]):
+                results = self._model(*inputs)
         except RuntimeError as error:
             raise EngineError(f"{self.spec.segment} failed in AOTInductor: {error}") from error
         for target, result in zip(outputs, results, strict=True):

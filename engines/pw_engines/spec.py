@@ -62,6 +62,7 @@ class EngineSpec:
     outputs: tuple[TensorSpec, ...]
     limits: tuple[tuple[str, int], ...]  # largest value of every named dimension
     sources: str  # digest of the code that defines the arithmetic
+    numbers: tuple[tuple[str, float], ...] = ()  # that are part of it and show in no shape
     weights: str | None = None  # digest of the weights, where they are part of the engine
 
     def __post_init__(self) -> None:
@@ -72,8 +73,8 @@ class EngineSpec:
         if unknown:
             raise ValueError(f"{self.segment} has no limit for {', '.join(sorted(unknown))}")
 
-    def sizes(self, inputs: Sequence[Tensor]) -> dict[str, int]:
-        """Check the inputs of a call; give the value of every named dimension.
+    def sizes(self, inputs: Sequence[Tensor], *, smallest: int = SMALLEST) -> dict[str, int]:
+        """Check the inputs of a call; give the value of every named dimension, `smallest` at least.
 
         Raises ValueError naming the tensor, what was wanted and what was got.
         """
@@ -88,8 +89,8 @@ class EngineSpec:
                 wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
                 self._require(size == wanted, spec, f"{dim} of {wanted}", tuple(x.shape))
                 if isinstance(dim, str):
-                    fits = SMALLEST <= size <= limits[dim]
-                    self._require(fits, spec, f"{dim} from {SMALLEST} to {limits[dim]}", size)
+                    fits = smallest <= size <= limits[dim]
+                    self._require(fits, spec, f"{dim} from {smallest} to {limits[dim]}", size)
         return sizes
 
     def check_outputs(self, outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> None:

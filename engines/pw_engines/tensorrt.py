@@ -49,6 +49,7 @@ def tensorrt_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
     properties = torch.cuda.get_device_properties(device)
     found = {
         "tensorrt": bindings().__version__,
+        "torch": torch.__version__,  # which made the ONNX model
         "recipe": RECIPE,
         "gpu": properties.name,
         "capability": f"{properties.major}.{properties.minor}",

@@ -7,7 +7,8 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Job:
     device: str
     store: Path
     key: EngineKey
+    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,24 +100,39 @@ def jobs_for(
 
 
 def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -> list[Built]:
-    """Build in processes of their own; one that fails does not stop the others.
+    """Build, each job in a process of its own: one that is killed fails alone.
 
-    A process that is killed, for want of memory say, fails its job and those not begun.
+    When interrupted, what is being built is stopped and leaves nothing.
     """
     results: list[Built] = []
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(min(workers, max(1, len(jobs))), mp_context=context) as pool:
-        waiting = {pool.submit(build, job): job for job in jobs}
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting = [pool.submit(_in_own_process, job) for job in jobs]
         for future in as_completed(waiting):
-            error = future.exception()
-            if error is None:
-                built = future.result()
-            else:
-                text = f"{type(error).__name__}: {error}"
-                built = Built(waiting[future], 0.0, error=text.splitlines()[0])
-            results.append(built)
-            on_built(built)
+            results.append(future.result())
+            on_built(results[-1])
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        pool.shutdown()
+        for store in {job.store for job in jobs}:
+            EngineStore(store).remove_leftovers()
+        raise
+    pool.shutdown()
     return results
+
+
+def _in_own_process(job: Job) -> Built:
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(1, mp_context=context) as one:
+        try:
+            return one.submit(build, job).result()
+        except BrokenProcessPool:
+            reason = "its process was killed: was there enough memory? --jobs 1 takes less"
+        except Exception as error:  # of any library that took part
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Built(job, 0.0, error=reason)
 
 
 def build(job: Job) -> Built:
@@ -137,7 +154,8 @@ def build(job: Job) -> Built:
                 if job.backend == "tensorrt":
                     cache = job.store / "timing.cache"
                     model = export_segment(segment)
-                    tensorrt.build(segment.spec, model, path, device, timing_cache=cache)
+                    say = (lambda text: None) if job.quiet else print
+                    tensorrt.build(segment.spec, model, path, device, timing_cache=cache, say=say)
                 else:
                     aoti.build(segment.spec, segment.module, path, device)
                 engine = compiler.load(segment.spec, path, device)
@@ -150,11 +168,14 @@ def build(job: Job) -> Built:
 
 def unusable(entry: Entry) -> str | None:
     """Why no run of this version on this machine takes an engine of the store; None if one may."""
-    if entry.key["spec"]["sources"] != source_digest():
+    try:
+        sources, platform = entry.key["spec"]["sources"], dict(entry.key["platform"])
+        compiler = COMPILERS[entry.key["backend"]]
+    except (KeyError, TypeError, ValueError):
+        return "its key is not one of this version"
+    if sources != source_digest():
         return "made from other sources of the networks"
-    platform = {name: value for name, value in entry.key["platform"]}
     device = torch.device("cuda" if "gpu" in platform else "cpu")
-    compiler = COMPILERS[entry.key["backend"]]
     if device.type == "cuda" and not torch.cuda.is_available():
         return "for a GPU, and there is none"
     reason = compiler.unavailable(device)

@@ -48,12 +48,12 @@ def jobs_for(archs: Iterable[int], kernels: Iterable[str]) -> list[Job]:
         kernels: names in _triton to keep; none for all of them.
     """
     wanted = set(kernels)
-    capabilities = {arch: gpu for gpu, arch in sorted(ARCHS.items(), reverse=True)}
-    jobs = [
-        Job(variant, arch)
-        for arch in archs
-        for variant in variants_for(capabilities[arch]).values()
-    ]
+    wants: dict[tuple[str, int], Job] = {}
+    for arch in archs:
+        for gpu in (gpu for gpu, runs in ARCHS.items() if runs == arch):
+            for key, variant in variants_for(gpu).items():
+                wants[key, arch] = Job(variant, arch)
+    jobs = list(wants.values())
     unknown = wanted - {job.variant.kernel for job in jobs}
     if unknown:
         raise ValueError(f"the networks launch no kernel {', '.join(sorted(unknown))}")

@@ -59,7 +59,8 @@ class Writes:
             return self._op.Identity(x)
         if step == 1:
             return self._written(x, size, src, dim, first, last)
-        # src has a row in each group of `step` rows
+        regular = size % step == 0 and first < step and last == size
+        assert regular, "a row in each group of `step` rows"
         groups = self._reshape(x, [*shape[:dim], size // step, step, *shape[dim + 1 :]])
         row = self._op.Unsqueeze(src, self._ints([dim + 1]))
         return self._reshape(self._written(groups, step, row, dim + 1, first, first + 1), shape)

@@ -58,7 +58,7 @@ def test_auto_takes_engines_that_are_all_there(
 ) -> None:
     for segment in segments.values():
         put(store, segment)
-    choice = choose_engines(segments, "auto", store, CPU)
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
     assert choice.backend == "aoti"
     assert choice.engines.keys() == segments.keys()
     assert str(store.root) in choice.reason
@@ -70,20 +70,20 @@ def test_auto_runs_the_segments_where_one_engine_lacks_and_says_which(
     for segment in segments.values():
         if segment.name != "head":
             put(store, segment)
-    choice = choose_engines(segments, "auto", store, CPU)
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
     assert choice.backend == "eager"
     assert choice.reason == "tensorrt: not on this machine; aoti: no head (not built yet)"
 
 
 def test_engines_or_nothing(store: EngineStore, segments: dict[str, Segment]) -> None:
     with pytest.raises(BadRequest, match=r"(?s)lacks engines.*aoti: none is built.*pw build"):
-        choose_engines(segments, "engines", store, CPU)
+        choose_engines(segments, "engines", store, CPU, "pw build")
 
 
 def test_eager_does_not_look(store: EngineStore, segments: dict[str, Segment]) -> None:
     for segment in segments.values():
         put(store, segment)
-    choice = choose_engines(segments, "eager", store, CPU)
+    choice = choose_engines(segments, "eager", store, CPU, "pw build")
     assert (choice.backend, choice.reason) == ("eager", "asked for")
 
 
@@ -94,7 +94,7 @@ def test_an_engine_that_cannot_be_opened_is_an_error(
     for segment in segments.values():
         put(store, segment, "bad" if segment.name == "embed" else "good")
     with pytest.raises(BadRequest, match=r"(?s)cannot be opened.*is no engine.*pw engines prune"):
-        choose_engines(segments, policy, store, CPU)
+        choose_engines(segments, policy, store, CPU, "pw build")
 
 
 def test_a_changed_file_counts_as_missing(store: EngineStore, segments: dict[str, Segment]) -> None:
@@ -103,7 +103,7 @@ def test_a_changed_file_counts_as_missing(store: EngineStore, segments: dict[str
     found = store.find(key_of(segments["embed"], "aoti", CPU))
     assert found.path is not None
     found.path.write_text("evil")
-    choice = choose_engines(segments, "auto", store, CPU)
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
     assert choice.backend == "eager"
     assert "no embed" in choice.reason
     assert "SHA-256 differs" in choice.reason

@@ -143,7 +143,7 @@ def test_a_package_serves_every_size(tokens: int, package: Path) -> None:
 
 @pytest.mark.slow
 def test_a_package_is_given_only_what_it_can_take(package: Path) -> None:
-    engine = AotiEngine(spec(), package)
+    engine = AotiEngine(spec(), package, CPU)
     inputs, outputs = tensors(4)
     untouched = [x.clone() for x in outputs]
     for wrong, message in (
@@ -189,4 +189,4 @@ def test_a_machine_without_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 def test_platform_of_a_package_is_this_machine() -> None:
     found = dict(aoti.aoti_platform(CPU))
     assert found["torch"] == torch.__version__
-    assert found.keys() == {"torch", "machine", "cpu"}
+    assert found.keys() == {"torch", "machine", "processor", "recipe"}

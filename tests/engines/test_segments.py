@@ -143,3 +143,19 @@ def test_an_engine_of_another_segment_is_refused() -> None:
     other = segments_of(DRAFT, "fp32", 32)["embed"]
     with pytest.raises(ValueError, match="the engine for embed is of another segment"):
         SegmentedDiT(net, segments, engines | {"embed": EagerEngine(other.spec, other.module)})
+
+
+def test_eps_makes_another_engine() -> None:
+    """Seen: engines of one eps were found for a network of another; no shape shows it."""
+    one, other = (segments_of(replace(DRAFT, eps=eps), "fp32", 64) for eps in (1e-6, 1e-3))
+    assert all(one[name].spec != other[name].spec for name in one)
+
+
+@pytest.mark.parametrize("limit", [23, 2])
+def test_no_part_is_left_with_one_token(limit: int) -> None:
+    """Seen: 24 tokens in parts of at most 23 gave the adapter a part of one."""
+    net = network(HIGHRES, "fp32")
+    with torch.inference_mode():
+        whole = velocity(net, HIGHRES)
+        parts = velocity(segmented(net, "fp32", limit), HIGHRES)
+    assert max_abs(parts, whole) <= 1e-5 * whole.abs().max().item()
