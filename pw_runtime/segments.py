@@ -202,9 +202,20 @@ class _Caller(nn.Module):
         return results
 
 
+# Files whose code a segment runs: of pw_kernels and of pw_runtime.models.
+_KERNELS = ("attention", "gate_residual", "gate_residual_norm", "norm_modulate", "qk_norm_rope")
+_MODELS = ("adapter", "blocks", "dit", "embeddings", "precision")
+
+
 @cache
 def source_digest() -> str:
     """SHA-256 of the code that defines the arithmetic of every segment."""
-    folders = (Path(pw_kernels.__file__).parent, Path(models.__file__).parent)
-    paths = [*(path for folder in folders for path in folder.glob("*.py")), Path(__file__)]
-    return digest_of(part for at in sorted(paths) for part in (at.name.encode(), at.read_bytes()))
+    return digest_of_files(_KERNELS, _MODELS, Path(__file__))
+
+
+def digest_of_files(kernels: Sequence[str], networks: Sequence[str], *others: Path) -> str:
+    """SHA-256 of files of pw_kernels and pw_runtime.models, by name, and of others."""
+    below, beside = Path(pw_kernels.__file__).parent, Path(models.__file__).parent
+    paths = [*(below / f"{name}.py" for name in kernels), *others]
+    paths += [beside / f"{name}.py" for name in networks]
+    return digest_of(part for at in paths for part in (at.name.encode(), at.read_bytes()))

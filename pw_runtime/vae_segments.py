@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pw_engines import EngineSpec, TensorSpec, digest_of
-from pw_runtime import segments
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae_blocks import CausalCache, Upsample
-from pw_runtime.segments import Segment
+from pw_runtime.segments import Segment, digest_of_files
 from pw_runtime.tiling import exact_halo, make_strips
 from pw_runtime.types import DecodePlan, VaeConfig
 
@@ -240,7 +239,12 @@ class _Baked(nn.Module):
         return self._steps[0].run(inputs, list(self.buffers()))
 
 
+# As in `pw_runtime.segments`.
+_KERNELS = ("causal_conv3d", "channel_norm", "chunked_attention", "dup_up", "upsample2x")
+_MODELS = ("vae", "vae_blocks")
+
+
 @cache
 def source_digest() -> str:
-    """SHA-256 of the code that defines the arithmetic of every segment."""
-    return digest_of((segments.source_digest().encode(), Path(__file__).read_bytes()))
+    """SHA-256 of the code that defines the arithmetic of every segment of the decoder."""
+    return digest_of_files(_KERNELS, _MODELS, Path(__file__))

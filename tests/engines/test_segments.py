@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
 from torch import Tensor
 
 from pw_engines.eager import EagerEngine
+from pw_engines.engine import random_inputs
+from pw_runtime import segments
 from pw_runtime.models import WanDiT
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.segmented import SegmentedDiT
@@ -18,6 +23,7 @@ from pw_runtime.segments import FIRST_BLOCK, segments_of
 from pw_runtime.types import DitConfig, Precision
 from tests.closeness import max_abs, relative_l2
 
+CPU = torch.device("cpu")
 DRAFT = DitConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=3, text_dim=32, text_len=16)
 HIGHRES = replace(DRAFT, has_dt=True, adapter_dim=16, control_blocks=(1,))
 # What is no segment's, besides tables of modulation: the adapter's backbone, once per clip.
@@ -43,9 +49,9 @@ def network(config: DitConfig, precision: Precision) -> WanDiT:
 def segmented(
     net: WanDiT, precision: Precision, limit: int, kind: type[EagerEngine] = EagerEngine
 ) -> SegmentedDiT:
-    segments = segments_of(net.config, precision, limit)
-    engines = {name: kind(one.spec, one.module) for name, one in segments.items()}
-    return SegmentedDiT(net, segments, engines)
+    made = segments_of(net.config, precision, limit)
+    engines = {name: kind(one.spec, one.module) for name, one in made.items()}
+    return SegmentedDiT(net, made, engines)
 
 
 def velocity(net: WanDiT | SegmentedDiT, config: DitConfig, *, text_tokens: int = 7) -> Tensor:
@@ -125,11 +131,9 @@ def test_depth_and_resolution_make_no_other_engine() -> None:
 
 
 def test_inputs_are_left_as_they_are() -> None:
-    from pw_engines.engine import random_inputs
-
     for segment in segments_of(HIGHRES, "bf16", 12).values():
         sizes = dict(segment.spec.limits)
-        inputs = random_inputs(segment.spec, sizes, torch.device("cpu"), seed=0)
+        inputs = random_inputs(segment.spec, sizes, CPU, seed=0)
         before = [x.clone() for x in inputs]
         with torch.inference_mode():
             segment.module(*inputs)
@@ -138,11 +142,11 @@ def test_inputs_are_left_as_they_are() -> None:
 
 def test_an_engine_of_another_segment_is_refused() -> None:
     net = network(DRAFT, "fp32")
-    segments = segments_of(DRAFT, "fp32", 64)
-    engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
+    made = segments_of(DRAFT, "fp32", 64)
+    engines = {name: EagerEngine(one.spec, one.module) for name, one in made.items()}
     other = segments_of(DRAFT, "fp32", 32)["embed"]
     with pytest.raises(ValueError, match="the engine for embed is of another segment"):
-        SegmentedDiT(net, segments, engines | {"embed": EagerEngine(other.spec, other.module)})
+        SegmentedDiT(net, made, engines | {"embed": EagerEngine(other.spec, other.module)})
 
 
 def test_eps_makes_another_engine() -> None:
@@ -159,3 +163,33 @@ def test_no_part_is_left_with_one_token(limit: int) -> None:
         whole = velocity(net, HIGHRES)
         parts = velocity(segmented(net, "fp32", limit), HIGHRES)
     assert max_abs(parts, whole) <= 1e-5 * whole.abs().max().item()
+
+
+def files_run(run: Callable[[], object]) -> set[str]:
+    """Names of our own files whose code `run` executes."""
+    seen: set[str] = set()
+
+    def notice(frame: FrameType, event: str, argument: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if path.parent.name in ("pw_kernels", "models"):
+            seen.add(path.stem)
+
+    sys.setprofile(notice)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+def test_digest_covers_every_file_that_a_segment_runs() -> None:
+    def run() -> None:
+        for segment in segments_of(HIGHRES, "bf16", 8).values():
+            inputs = random_inputs(segment.spec, dict(segment.spec.limits), CPU, seed=0)
+            segment.module(*inputs)
+
+    with torch.inference_mode():
+        ran = files_run(run)
+    # What decides which implementation runs is not part of the arithmetic.
+    assert ran - {"op"} <= {*segments._KERNELS, *segments._MODELS}
+    assert {"attention", "blocks", "adapter", "qk_norm_rope"} <= ran

@@ -107,7 +107,7 @@ def test_keys_differ_in_every_field() -> None:
 
 
 def test_every_field_of_spec_and_key_is_tried() -> None:
-    tried = {"inputs", "outputs", "segment", "limits", "sources", "weights"}
+    tried = {"inputs", "outputs", "segment", "limits", "sources", "numbers", "weights"}
     assert set(EngineSpec.__dataclass_fields__) == tried
     assert set(type(key()).__dataclass_fields__) == {"spec", "backend", "platform", "options"}
 
