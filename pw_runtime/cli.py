@@ -15,12 +15,14 @@ import click
 from pw_runtime.cli_engines import build, engines
 from pw_runtime.cli_options import (
     BAD_INPUT,
-    CHUNK,
     DONE,
     FILE,
     FOLDER,
     INTERRUPTED,
     SOME_FAILED,
+    chunk_option,
+    device_option,
+    precision_option,
 )
 from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
 
@@ -117,12 +119,8 @@ def convert(
 @click.option("--save-latents", is_flag=True, help="Write <id>.latents.safetensors too.")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft; the clip shows it.")
 @click.option("--contact-sheet", is_flag=True, help="Write contact_sheet.png too.")
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "bf16"]),
-    help="Of matrix products. [default: fp32 on a CPU, bf16 on a GPU]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@precision_option
+@device_option
 @click.option(
     "--kernels",
     type=click.Choice(["reference", "triton"]),
@@ -142,13 +140,7 @@ def convert(
     show_default=True,
     help="auto: engines of `pw build` where there are; engines: nothing else; eager: none.",
 )
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=16),
-    default=CHUNK,
-    show_default=True,
-    help="Most tokens that a segment works on at a time, as in `pw build`.",
-)
+@chunk_option
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 @click.option(
     "--ckpt_dir", type=FOLDER, help="Official flag: checkpoint folder, converted on first use."

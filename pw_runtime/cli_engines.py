@@ -11,7 +11,14 @@ from typing import Any
 
 import click
 
-from pw_runtime.cli_options import CHUNK, DONE, FOLDER, SOME_FAILED
+from pw_runtime.cli_options import (
+    DONE,
+    FOLDER,
+    SOME_FAILED,
+    chunk_option,
+    device_option,
+    precision_option,
+)
 from pw_runtime.errors import BadRequest
 
 
@@ -24,19 +31,9 @@ from pw_runtime.errors import BadRequest
     show_default=True,
     help="auto: TensorRT where it is installed, else AOTInductor.",
 )
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=16),
-    default=CHUNK,
-    show_default=True,
-    help="Most tokens that a segment works on at a time.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "bf16"]),
-    help="Of matrix products. [default: fp32 on a CPU, bf16 on a GPU]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@chunk_option
+@precision_option
+@device_option
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Built at a time. [default: one a core, 1 on a GPU]"
 )

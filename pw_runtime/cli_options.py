@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs of the command line share: exit codes, kinds of paths, a default."""
+"""What the verbs of the command line share: exit codes, kinds of paths, options."""
 
 from __future__ import annotations
 
@@ -24,3 +24,19 @@ class NonEmptyPath(click.Path):
 
 FOLDER = NonEmptyPath(path_type=Path)
 FILE = NonEmptyPath(path_type=Path)
+
+chunk_option = click.option(
+    "--chunk",
+    type=click.IntRange(min=16),
+    default=CHUNK,
+    show_default=True,
+    help="Most tokens that a segment works on at a time: the same for building and generating.",
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Of matrix products. [default: fp32 on a CPU, bf16 on a GPU]",
+)
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)

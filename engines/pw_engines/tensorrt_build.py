@@ -67,7 +67,8 @@ def _spec(data: dict[str, Any]) -> EngineSpec:
         name: tuple(TensorSpec(**{**one, "shape": tuple(one["shape"])}) for one in data[name])
         for name in ("inputs", "outputs")
     }
-    return EngineSpec(**{**data, **tensors, "limits": tuple(map(tuple, data["limits"]))})
+    pairs = {name: tuple(map(tuple, data[name])) for name in ("limits", "numbers")}
+    return EngineSpec(**{**data, **tensors, **pairs})
 
 
 def build_plan(request: Request) -> list[str]:

@@ -37,6 +37,7 @@ def spec(**changes: Any) -> EngineSpec:
         ),
         "limits": (("tokens", LIMIT),),
         "sources": "0",
+        "numbers": (("eps", 1e-6),),
     }
     return EngineSpec(**(parts | changes))
 

@@ -73,4 +73,4 @@ def test_platform_is_what_a_plan_depends_on(
     assert found["tensorrt"] == trt.__version__
     assert found["gpu"] == "Simulated H200"
     assert found["capability"] == "9.0"
-    assert found.keys() == {"capability", "driver", "gpu", "machine", "recipe", "tensorrt"}
+    assert found.keys() == {"capability", "driver", "gpu", "machine", "recipe", "tensorrt", "torch"}
