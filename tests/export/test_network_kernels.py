@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes into the library of compiled kernels follows from what the networks launch."""
+
+from __future__ import annotations
+
+import pytest
+
+from pw_export.kernel_library import jobs_for
+from pw_export.network_kernels import variants_for
+from pw_kernels.launcher import Variant
+from pw_kernels.op import OPS
+
+
+@pytest.fixture(scope="module")
+def hopper() -> dict[str, Variant]:
+    return variants_for((9, 0))
+
+
+@pytest.mark.slow
+def test_every_operation_with_a_kernel_is_launched_by_the_networks(
+    hopper: dict[str, Variant],
+) -> None:
+    launched = {variant.kernel for variant in hopper.values()}
+    attention = {"attention_hopper", "attention_gluon", "attention_portable"}
+    assert attention <= launched
+    others = {name for name, op in OPS.items() if op.launch and name != "attention"}
+    assert {name.removesuffix("_add") for name in others} == launched - attention
+
+
+@pytest.mark.slow
+def test_one_piece_of_code_serves_every_resolution(hopper: dict[str, Variant]) -> None:
+    """Of the transformer: as many variants as there are kinds of calls, not sizes of clips."""
+    counts: dict[str, int] = {}
+    for variant in hopper.values():
+        counts[variant.kernel] = counts.get(variant.kernel, 0) + 1
+    assert counts["qk_norm_rope"] == counts["attention_hopper"] == counts["gate_residual"] == 1
+    assert counts["gate_residual_norm"] == 2  # affine after attention, modulated after the text
+    assert counts["norm_modulate"] == 3  # bf16 into block 0, fp32 into others, into the fp32 head
+
+
+@pytest.mark.slow
+def test_all_gpus_that_run_an_architecture_are_recorded() -> None:
+    """Seen: 8.6 runs code for sm_80, but in smaller tiles than 8.0, which alone were compiled."""
+    jobs = jobs_for([80], ["attention_portable"])
+    tiles = {dict(job.variant.constants)["BLOCK_N"] for job in jobs}
+    assert tiles == {64, 32}
