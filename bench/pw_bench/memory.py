@@ -9,6 +9,7 @@ decode holds a few frames only, its peak does not depend on the length of the cl
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -96,7 +97,7 @@ def measure(model: Path, width: int, height: int, frames: int) -> ClipMemory:
         sampler.join()
     if code != 0:
         raise SystemExit(f"pw generate ended with {code}: {[line for _, line in lines]}")
-    marks = [(t, line) for t, line in lines if ": " in line]  # progress, not paths
+    marks = [(t, line) for t, line in lines if re.search(r": \d+/\d+", line)]  # progress
     decode_start = next(t for t, line in marks if line.startswith("highres"))
     frame = 3 * width * height * 4
     return ClipMemory(
