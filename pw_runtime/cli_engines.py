@@ -39,11 +39,13 @@ from pw_runtime.errors import BadRequest
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
 @click.option("--onnx-only", type=FOLDER, help="Write ONNX models of all segments there instead.")
+@click.option("--preset", help="With --onnx-only: the decoder's graphs too, of this preset's size.")
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 def build(**options: Any) -> int:
     """Compile a model's transformers, once for every preset and resolution."""
     from pw_engines import EngineStore
     from pw_runtime.bundle import open_bundle
+    from pw_runtime.presets import find_preset
     from pw_runtime.progress import Reporter
     from pw_runtime.request import pick_device
 
@@ -59,8 +61,18 @@ def build(**options: Any) -> int:
     if options["onnx_only"] is not None:
         if options["dry_run"]:
             raise BadRequest("--onnx-only and --dry-run", do="give one of them")
-        onnx.export_onnx(configs, precision, options["chunk"], options["onnx_only"], reporter.say)
+        preset = options["preset"]
+        decoder = (networks.vae.config, find_preset(preset)) if preset else None
+        onnx.export_onnx(
+            configs, precision, options["chunk"], options["onnx_only"], reporter.say, decoder
+        )
         return DONE
+    if options["preset"] is not None:
+        raise BadRequest(
+            "engines do not depend on a preset",
+            got=f"--preset {options['preset']}",
+            do="leave it out; with --onnx-only it adds the decoder's graphs",
+        )
     backend = make.pick_backend(options["backend"], device)
     store = EngineStore()
     jobs, fresh = make.jobs_for(

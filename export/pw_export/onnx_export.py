@@ -29,14 +29,18 @@ from pw_engines import DTYPES, EngineSpec
 from pw_engines.engine import EngineError
 from pw_engines.spec import SMALLEST
 from pw_export.onnx_check import check_onnx
-from pw_export.published import DRAFT, HIGHRES
+from pw_export.onnx_writes import Writes
+from pw_export.published import DRAFT, HIGHRES, VAE
 from pw_export.writing import folder_that_appears, refuse_existing
 from pw_kernels.op import using
 from pw_runtime.atomic import atomic_file, write_text
+from pw_runtime.presets import PRESETS
 from pw_runtime.segments import Segment, segments_of
-from pw_runtime.types import DitConfig, Precision
+from pw_runtime.types import VAE_STRIDE, DitConfig, Precision, Preset, VaeConfig
+from pw_runtime.vae_segments import segments_of_decode
 
 OPSET: Final = 20  # has Gelu and LayerNormalization; every TensorRT from 10.8 on takes it
+SPREAD = 1024  # values that a constant of one value may have
 TOKENS: Final = 8192  # of the published networks' segments; the larger resolutions take many calls
 
 
@@ -46,6 +50,7 @@ def export_onnx(
     tokens: int,
     out: Path,
     say: Callable[[str], None] = print,
+    decoder: tuple[VaeConfig, Preset] | None = None,
 ) -> None:
     """Write the models of all segments of some networks.
 
@@ -55,6 +60,7 @@ def export_onnx(
         tokens: of a call.
         out: a folder that does not exist yet.
         say: takes a line for every model.
+        decoder: a VAE, and the preset whose clips it decodes: its graphs are of one size.
 
     Raises:
         BadRequest: `out` exists.
@@ -66,6 +72,12 @@ def export_onnx(
         for network, config in networks.items()
         for name, segment in segments_of(config, precision, tokens).items()
     }
+    if decoder is not None:
+        config, preset = decoder
+        plan = preset.highres or preset.draft
+        rows, columns = plan.height // VAE_STRIDE[1], plan.width // VAE_STRIDE[2]
+        parts = segments_of_decode(config, preset.decode, rows, columns)
+        segments |= {f"vae/{name}": segment for name, segment in parts.items()}
     write_onnx(segments, out, say)
 
 
@@ -133,7 +145,7 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
         {axis: dims[dim] for axis, dim in enumerate(one.shape) if isinstance(dim, str)}
         for one in spec.inputs
     )
-    translations = _translations()
+    translations = _translations(sized=not varying)
     try:
         with _quiet(), using("reference"):
             program = torch.onnx.export(
@@ -153,8 +165,11 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
     return _signed(program.model_proto, spec)
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Operators that PyTorch translates into something else than TensorRT should see."""
+def _translations(*, sized: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operators that PyTorch translates into something else than TensorRT should see.
+
+    Those that write into parts of a tensor are among them where all sizes are known.
+    """
     try:
         onnx: Any = importlib.import_module("onnx")
         op: Any = importlib.import_module("onnxscript").opset20
@@ -178,7 +193,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.MatMul(op.Softmax(logits, axis=-1), v)
 
     aten = torch.ops.aten
-    return {aten.div.Tensor_mode: divide, aten.scaled_dot_product_attention.default: attend}
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        aten.div.Tensor_mode: divide,
+        aten.scaled_dot_product_attention.default: attend,
+    }
+    return table | Writes(op).table() if sized else table
 
 
 @contextmanager
@@ -207,6 +226,7 @@ def _signed(model: Any, spec: EngineSpec) -> bytes:
         part.ClearField("doc_string")
     graph.ClearField("metadata_props")
     graph.name = spec.segment
+    _spread(graph)
     for key, value in {
         "segment": spec.segment,
         "sources": spec.sources,
@@ -215,6 +235,26 @@ def _signed(model: Any, spec: EngineSpec) -> bytes:
         model.metadata_props.add(key=f"pixelwizard.{key}", value=value)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+def _spread(graph: Any) -> None:
+    """Write large constants of one value, such as the past before a clip, as that one value."""
+    onnx: Any = importlib.import_module("onnx")
+    kept, nodes = [], []
+    for constant in graph.initializer:
+        values = onnx.numpy_helper.to_array(constant)
+        if values.size <= SPREAD or (values != values.flat[0]).any():
+            kept.append(constant)
+            continue
+        one, shape = f"{constant.name}.value", f"{constant.name}.shape"
+        kept.append(onnx.numpy_helper.from_array(values.flat[:1], one))
+        kept.append(onnx.helper.make_tensor(shape, 7, [values.ndim], values.shape))  # int64
+        nodes.append(onnx.helper.make_node("Expand", [one, shape], [constant.name]))
+    rest = list(graph.node)
+    graph.ClearField("initializer")
+    graph.ClearField("node")
+    graph.initializer.extend(kept)
+    graph.node.extend([*nodes, *rest])
 
 
 def _made_by() -> str:
@@ -230,9 +270,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a call of a segment")
+    parser.add_argument("--preset", choices=PRESETS, help="the decoder's graphs too, of its size")
     arguments = parser.parse_args()
     networks = {"draft": DRAFT, "highres": HIGHRES}
-    export_onnx(networks, arguments.precision, arguments.tokens, arguments.out)
+    decoder = (VAE, PRESETS[arguments.preset]) if arguments.preset else None
+    export_onnx(networks, arguments.precision, arguments.tokens, arguments.out, decoder=decoder)
 
 
 if __name__ == "__main__":

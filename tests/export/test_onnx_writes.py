@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from pw_engines.engine import random_inputs, relative_l2
 from pw_engines.onnx_rules import check_importable
+from pw_export.onnx_check import check_onnx
+from pw_export.onnx_export import export_segment
 from pw_export.onnx_writes import Writes
 from pw_runtime.models import VaeDecoder
 from pw_runtime.vae_segments import segments_of_vae
@@ -93,3 +95,17 @@ def test_the_vae_with_its_weights_is_importable_and_right(name) -> None:
     wanted = made.module(*inputs)
     for got, want in zip(run_reference(model, inputs), wanted, strict=True):
         assert relative_l2(got, want) <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_decoder_is_exported_with_its_weights_as_inputs() -> None:
+    """Seen: the past before a clip stood in the model as constants of 8 MB of zeros."""
+    for segment in segments_of_vae(config(), 4, 6).values():
+        model = export_segment(segment)
+        check_onnx(model, segment.spec)
+        assert len(model) < 2**17
+        inputs = random_inputs(segment.spec, {}, torch.device("cpu"), seed=0)
+        with torch.inference_mode():
+            wanted = segment.module(*inputs)
+        for got, want in zip(run_reference(model, inputs), wanted, strict=True):
+            assert relative_l2(got, want) < 1e-5
