@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from pw_engines.engine import EngineError, random_inputs
 from pw_engines.spec import SMALLEST, Backend, EngineSpec, digest_of
 
 FILE = "engine.pt2"
+# Code that any number of threads can share, however many the building process has.
+_PARALLEL = {"cpp.threads": max(2, os.cpu_count() or 1), "cpp.dynamic_threads": True}
 
 
 def aoti_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
@@ -76,7 +79,7 @@ def build(spec: EngineSpec, segment: nn.Module, path: Path, device: torch.device
             _Positional(segment), examples, dynamic_shapes=(varying,), strict=False
         )
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"cpp.dynamic_threads": True}
+            program, package_path=str(path), inductor_configs=_PARALLEL
         )
     except Exception as error:  # Inductor raises what it likes: all of it belongs to the build
         raise EngineError(f"AOTInductor cannot compile {spec.segment}: {error}") from error
