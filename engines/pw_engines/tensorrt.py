@@ -26,7 +26,9 @@ from pw_engines.tensorrt_engine import TensorrtEngine
 from pw_engines.tensorrt_library import bindings
 
 FILE: Final = "engine.plan"
-RECIPE: Final = "1"  # raise it when tensorrt_build.py makes another plan of the same ONNX model
+# Raise it when tensorrt_build.py makes another plan of the same ONNX model, or the export another
+# model of the same segment: neither is part of a key, as the runtime does not know the exporter.
+RECIPE: Final = "1"
 GIB: Final = 1 << 30
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
 
