@@ -28,7 +28,7 @@ LINE_INTERVAL = 10.0  # seconds between plain lines of one stage
 class Advance(Protocol):
     """Tells a progress display that steps are done."""
 
-    def __call__(self, done: int = 1) -> None:
+    def __call__(self, done: float = 1) -> None:
         """Count `done` more steps."""
 
 
@@ -77,19 +77,19 @@ class Reporter:
 
     def _lines(self, label: str, total: int) -> Iterator[Advance]:
         start = last = time.monotonic()
-        count = 0
+        count = 0.0
 
-        def advance(done: int = 1) -> None:
+        def advance(done: float = 1) -> None:
             nonlocal count, last
             count += done
             now = time.monotonic()
             if now - last >= LINE_INTERVAL and count < total:
                 last = now
                 eta = (now - start) / count * (total - count)
-                self.say(f"{label}: {count}/{total}, ETA {eta:.0f} s")
+                self.say(f"{label}: {count:.4g}/{total}, ETA {eta:.0f} s")
 
         yield advance
-        self.say(f"{label}: {count}/{total} in {time.monotonic() - start:.1f} s")
+        self.say(f"{label}: {count:.4g}/{total} in {time.monotonic() - start:.1f} s")
 
 
 def count_frames(chunks: Iterable[FrameChunk], advance: Advance) -> Iterator[FrameChunk]:

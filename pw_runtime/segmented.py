@@ -7,7 +7,7 @@ adapter's backbone, a few rows of numbers) is that network's own code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,12 @@ from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
 from pw_runtime.models.dit import Modulation
 from pw_runtime.models.embeddings import Positions, patchify, rope_tables, sinusoid, unpatchify
-from pw_runtime.segments import FIRST_BLOCK, POSITIONS, Segment
+from pw_runtime.segments import POSITIONS, Segment
+from pw_runtime.weights import ResidentWeights, Weights
+
+# That the result of attention may take beside queries, keys and values: it is made some heads at a
+# time where all together would be larger.
+ATTENTION_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +45,47 @@ class Parts:
     parts: tuple[Part, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """What the draft and one step add to the input of the controlled blocks."""
+
+    features: Tensor  # [S, D] of `draft_features`
+    steps: tuple[Tensor, Tensor]  # sinusoids of timestep and step size, [1, freq_dim] fp32
+
+
 class SegmentedDiT:
     """The interface of WanDiT that the stages use, on engines."""
 
     def __init__(
-        self, net: WanDiT, segments: Mapping[str, Segment], engines: Mapping[str, Engine]
+        self,
+        net: WanDiT,
+        segments: Mapping[str, Segment],
+        engines: Mapping[str, Engine],
+        weights: Weights | None = None,
+        *,
+        share: bool = True,
+        part: int | None = None,
     ) -> None:
-        """Take the weights of `net`; `segments` and `engines` by name, all of them.
+        """Run `net` on engines.
 
-        Raises ValueError where an engine is of another segment.
+        Args:
+            net: the network.
+            segments: of it, by name.
+            engines: for all segments.
+            weights: where they are; None: on the device.
+            share: whether passes of one step share the first block's self-attention, which holds
+                its result during the first pass. Both ways give the same bits.
+            part: most tokens to work on at a time, where that is less than the engines take.
+
+        Raises:
+            ValueError: an engine is of another segment.
         """
         self.net, self._engines = net, dict(engines)
         for name, segment in segments.items():
             if self._engines[name].spec != segment.spec:
                 raise ValueError(f"the engine for {name} is of another segment")
-        stored: dict[str, Tensor] = dict(net.named_parameters())
-        self._weights = {
-            name: [
-                [stored[key.replace(FIRST_BLOCK, f"blocks.{index}.", 1)] for key in one.weights]
-                for index in range(net.config.num_layers)
-            ]
-            for name, one in segments.items()
-        }
+        self._weights = weights or ResidentWeights(net, segments)
+        self._share, self._part = share, part
 
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
         """As `WanDiT.text_keys_values`."""
@@ -100,60 +124,122 @@ class SegmentedDiT:
         """As `WanDiT.draft_features`."""
         return self.net.draft_features(draft)
 
-    def controls(self, features: Tensor, t: Tensor, dt: Tensor) -> dict[int, Tensor]:
-        """As `WanDiT.controls`."""
-        steps = [sinusoid(x, self.net.config.freq_dim) for x in (t, dt)]
-        sizes = self._part_sizes("control", len(features))
-        padded = _padded(features, sum(sizes))
-        parts = [self._run("control", [part, *steps]) for part in padded.split(sizes)]
-        whole = [torch.cat(outputs)[: len(features)] for outputs in zip(*parts, strict=True)]
-        return dict(zip(self.net.config.control_blocks, whole, strict=True))
+    def steering(self, features: Tensor, t: Tensor, dt: Tensor) -> Steering:
+        """The control of one step; it is made where it is added, part by part.
 
-    def __call__(
+        Args:
+            features: from `draft_features`.
+            t: [1] timestep.
+            dt: [1] step size.
+        """
+        freq_dim = self.net.config.freq_dim
+        return Steering(features, (sinusoid(t, freq_dim), sinusoid(dt, freq_dim)))
+
+    def velocities(
         self,
         latent: Tensor,
-        text: tuple[TextKeysValues, ...],
+        texts: Sequence[tuple[TextKeysValues, ...]],
         modulation: Modulation,
         at: Parts,
-        controls: dict[int, Tensor] | None = None,
-    ) -> Tensor:
-        """As `WanDiT.forward`."""
-        tables = (at.positions.cos, at.positions.sin)
-        patches = _padded(patchify(latent), at.padded)
-        x = self._over(at, "embed", [patches])[0]
-        for index, keys in enumerate(text):
-            rows = modulation.blocks[index]
-            if controls is not None and index in controls:
-                x = x.float()
-                x[: at.tokens] += controls[index]
-            name = "block_in" if x.dtype == torch.float32 else "block_in_first"
-            q, k, v = self._over(at, name, [x], [rows, *tables], block=index, placed=True)
-            # What pads the tokens stays out of the attention.
-            y = attention(*(one[: at.tokens] for one in (q, k, v)))
-            del q, k, v
-            y = _padded(y.contiguous(), at.padded)
+        steering: Steering | None = None,
+        on_block: Callable[[], None] = lambda: None,
+    ) -> list[Tensor]:
+        """What `WanDiT.forward` gives for each text.
+
+        A pass holds the residual stream, queries, keys and values of all tokens and nothing else
+        of that size: the rest is made part by part. No text has been seen before the end of the
+        first block's self-attention, which all passes share.
+
+        Args:
+            latent: [C, T, H, W] fp32, H and W even.
+            texts: from `text_keys_values`.
+            modulation: from `modulation`, for one row.
+            at: from `positions`, of a latent of this shape.
+            steering: from `steering`, for the high-res network.
+            on_block: called after each block of each pass.
+
+        Returns:
+            [C, T, H, W] fp32 for each text.
+
+        Raises:
+            ValueError: steering is there and not wanted, or the other way round.
+        """
+        if (steering is not None) != bool(self.net.config.adapter_dim):
+            raise ValueError("the high-res network needs steering, the draft network none")
+        first: Tensor | None = None  # [at.padded, N, K] result of the first self-attention
+        results: list[Tensor] = []
+        for text in texts:
+            x = self._over(at, "embed", [_padded(patchify(latent), at.padded)])[0]
+            x = self._steered(0, x, steering, at)
+            y = self._attended(0, x, modulation, at) if first is None else first
+            first = y if self._share and len(results) + 1 < len(texts) else None
             x = x.float()
-            self._after_attention(at, x, y, [rows, keys.keys, keys.values, keys.bias], index)
-            del y
-        out = self._over(at, "head", [x], [modulation.head])[0]
-        return unpatchify(out[: at.tokens], at.positions.grid)
+            for block, keys in enumerate(text):
+                if block > 0:
+                    x = self._steered(block, x, steering, at)
+                    y = self._attended(block, x, modulation, at)
+                self._after_attention(at, x, y, modulation, keys, block)
+                del y
+                on_block()
+            out = self._over(at, "head", [x], [modulation.head])[0]
+            del x
+            results.append(unpatchify(out[: at.tokens], at.positions.grid))
+        return results
+
+    def _steered(self, block: int, x: Tensor, steering: Steering | None, at: Parts) -> Tensor:
+        """x with the control of this block added to it, where it has one."""
+        controlled = self.net.config.control_blocks
+        if steering is None or block not in controlled:
+            return x
+        x, first = x.float(), 0
+        for size in self._part_sizes("control", at.tokens):
+            features = steering.features[first : first + size]
+            rows = size if self._engines["control"].padded else len(features)
+            controls = self._run("control", [_padded(features, rows), *steering.steps])
+            control = controls[controlled.index(block)]
+            x[first : first + len(features)] += control[: len(features)]
+            first += size
+        return x
+
+    def _attended(self, block: int, x: Tensor, modulation: Modulation, at: Parts) -> Tensor:
+        """Self-attention of all tokens, [at.padded, N, K], in the memory of the queries."""
+        name = "block_in" if x.dtype == torch.float32 else "block_in_first"
+        beside = [modulation.blocks[block], at.positions.cos, at.positions.sin]
+        q, k, v = self._over(at, name, [x], beside, block=block, placed=True)
+        # What pads the tokens stays out of the attention, and nothing is read of it afterwards.
+        whole, q, k, v = q, *(one[: at.tokens] for one in (q, k, v))
+        whole[at.tokens :] = 0
+        per_head = q[:, 0].numel() * q.element_size()
+        size = max(1, ATTENTION_BYTES // per_head)
+        for heads in zip(*(one.split(size, dim=1) for one in (q, k, v)), strict=True):
+            heads[0].copy_(attention(*heads))
+        return whole
 
     def _after_attention(
-        self, at: Parts, x: Tensor, y: Tensor, beside: list[Tensor], block: int
+        self,
+        at: Parts,
+        x: Tensor,
+        y: Tensor,
+        modulation: Modulation,
+        text: TextKeysValues,
+        block: int,
     ) -> None:
         """Run block_out over all parts, each in the place of what it was made from."""
-        engine, weights = self._engines["block_out"], self._weights["block_out"][block]
+        engine, weights = self._engines["block_out"], self._weights.take("block_out", block)
+        beside = [modulation.blocks[block], text.keys, text.values, text.bias]
         for part in at.parts:
-            inputs = [x[part.rows], y[part.rows], *beside, *weights]
             size = part.rows.stop - part.rows.start
             (out,) = _outputs(engine, {"tokens": size}, x.device)
-            engine.run(inputs, [out])
+            engine.run([x[part.rows], y[part.rows], *beside, *weights], [out])
             x[part.rows] = out
+        self._weights.done("block_out", block)
 
     def _part_sizes(self, name: str, tokens: int) -> list[int]:
         """How many tokens an engine takes at a time: of almost one size, or whole chunks."""
         engine = self._engines[name]
         limit = dict(engine.spec.limits)["tokens"]
+        if self._part is not None and not engine.padded:
+            limit = min(limit, self._part)
         count = -(-tokens // limit)
         if engine.padded:
             return [limit] * count
@@ -172,19 +258,22 @@ class SegmentedDiT:
         """Run an engine over all parts: on rows of `tokens`, with the same `beside` for each."""
         engine = self._engines[name]
         outputs = _outputs(engine, {"tokens": at.padded}, tokens[0].device)
+        weights = self._weights.take(name, block)
         for part in at.parts:
             inputs = [one[part.rows] for one in tokens] + (beside or [])
             inputs += [part.place] if placed else []
-            engine.run(inputs + self._weights[name][block], [one[part.rows] for one in outputs])
+            engine.run(inputs + weights, [one[part.rows] for one in outputs])
+        self._weights.done(name, block)
         return outputs
 
     def _run(self, name: str, inputs: list[Tensor], *, block: int = 0) -> list[Tensor]:
         """Run an engine once."""
         engine = self._engines[name]
-        inputs = inputs + self._weights[name][block]
+        inputs = inputs + self._weights.take(name, block)
         sizes = engine.spec.sizes(inputs)
         outputs = _outputs(engine, sizes, inputs[0].device)
         engine.run(inputs, outputs)
+        self._weights.done(name, block)
         return outputs
 
 

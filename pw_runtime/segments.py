@@ -104,7 +104,7 @@ def segments_of(config: DitConfig, precision: Precision, limit: int) -> dict[str
     if low != "fp32":
         made.append(make("block_in_first", "blocks.0.before_attention", (first, rows, *at), qkv))
     if config.adapter_dim:
-        features = tokens("features", "fp32", dim)
+        features = tokens("features", low, dim)
         controls = tuple(tokens(f"control{block}", low, dim) for block in config.control_blocks)
         made.append(make("control", "control", (features, *time), controls))
     return {segment.name: segment for segment in made}
@@ -166,7 +166,9 @@ _WEIGHTS = {
     "text_embed": ("text_embedding.",),
     "text_keys_values": tuple(_CROSS + name for name in ("k.", "v.", "norm_k.")),
     "modulation": ("time_embedding.", "time_projection.", "dt_embedding."),
-    "control": ("spatial_adapter.adapter_", "spatial_adapter.zero_layers."),
+    "control": tuple(
+        f"spatial_adapter.{name}" for name in ("feature_norm.", "adapter_", "zero_layers.")
+    ),
 }
 
 

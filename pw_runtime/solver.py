@@ -9,14 +9,14 @@ known before the first step; they are computed here in fp64, once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from pw_kernels import Update, guided_update
 from pw_runtime.types import Solver
 
-Velocities = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Velocities = Callable[[Tensor, int], Sequence[Tensor]]
 """(latent, step index) -> v with the prompt and v with its negative."""
 
 
@@ -28,7 +28,6 @@ def sample(
     guidance: float,
     *,
     bf16_einsum: bool = False,
-    on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Denoise from pure noise to x0.
 
@@ -40,7 +39,6 @@ def sample(
         guidance: scale of classifier-free guidance.
         bf16_einsum: round UniPC's second-order terms to bf16, as the official loop does
             under autocast.
-        on_step: called after each step.
 
     Returns:
         [C, T, H, W] fp32.
@@ -68,7 +66,6 @@ def sample(
             bf16_einsum=bf16_einsum and solver == "unipc",
         )
         before, earlier = m, before
-        on_step()
     return x
 
 

@@ -93,11 +93,11 @@ def _run_stage(plan: StagePlan, nets: dict[DitConfig, SegmentedDiT], vae: VaeDec
     text = TextContext(cond=context, uncond=context)
     noise = torch.empty(latent_shape(plan, video), device=META)
     if plan.width == PRESETS["draft"].draft.width:
-        latent = draft(text, noise, plan, compat, nets[DRAFT], lambda: None)
+        latent = draft(text, noise, plan, compat, nets[DRAFT], lambda part: None)
     else:
         low = torch.empty(latent_shape(PRESETS["draft"].draft, video), device=META)
         bent = condition(Latent(x=low), plan)
-        latent = highres(text, bent, noise, plan, compat, nets[HIGHRES], lambda: None)
+        latent = highres(text, bent, noise, plan, compat, nets[HIGHRES], lambda part: None)
     latent = Latent(x=latent.x[:, :DECODED])
     for strips in (1, 3, 4):
         for cut in (DecodePlan(strips=strips), DecodePlan(strips=strips, tiling="official")):

@@ -22,7 +22,7 @@ class SpatialAdapter(nn.Module):
     """PixelWizard's adapter (official hr_model.py), split where its inputs change.
 
     `features` depends on the draft alone: once per clip. `controls` depends on the timestep
-    too: once per step, shared by the conditional and the unconditional pass.
+    too, and takes any part of the tokens.
     """
 
     def __init__(self, config: DitConfig) -> None:
@@ -44,38 +44,40 @@ class SpatialAdapter(nn.Module):
         )
 
     def features(self, draft: Tensor) -> Tensor:
-        """Normalised features of the draft.
+        """Features of the draft.
 
-        The group norm takes its statistics over the whole clip, so this cannot be tiled.
+        The group norm takes its statistics over the whole clip, so this cannot be tiled. What
+        follows can, and is in fp32, which is why `controls` begins with the norm of each token:
+        features are kept in the dtype of the convolution, at half the size.
 
         Args:
             draft: [C, T, H/2, W/2] fp32 draft latent, resized to the token grid.
 
         Returns:
-            [S, D] fp32.
+            [S, D] in the dtype of the weights.
         """
         first, norm, second = (self.backbone[i] for i in "013")
         assert isinstance(first, nn.Conv3d)
         assert isinstance(second, nn.Conv3d)
         x = F.silu(norm(conv(first, draft[None]).float()))
         x = F.silu(conv(second, x))  # [1, D, T, H/2, W/2]
-        tokens = x[0].flatten(1).T.float()
-        weight, bias = self.feature_norm.weight, self.feature_norm.bias
-        return F.layer_norm(tokens, tokens.shape[-1:], weight, bias, FEATURE_EPS)
+        return x[0].flatten(1).T.contiguous()
 
     def controls(self, features: Tensor, t: Tensor, dt: Tensor) -> dict[int, Tensor]:
         """What is added to the input of each controlled block at one step.
 
         Args:
-            features: [S, D] from `features`.
+            features: [S', D], all or some of what `features` gives.
             t: [1, freq_dim] sinusoid of the timestep.
             dt: [1, freq_dim] sinusoid of the step size.
 
         Returns:
-            {block index: [S, D]}.
+            {block index: [S', D]}.
         """
+        weight, bias = self.feature_norm.weight, self.feature_norm.bias
+        normed = F.layer_norm(features.float(), features.shape[-1:], weight, bias, FEATURE_EPS)
         gain = run_mlp(self.adapter_time_proj, t) + run_mlp(self.adapter_dt_proj, dt)
-        scaled = features * (1 + gain.tanh())
+        scaled = normed * (1 + gain.tanh())
         controls = {}
         for block, layer in self.zero_layers.items():
             assert isinstance(layer, nn.Linear)

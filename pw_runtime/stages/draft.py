@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ def draft(
     plan: StagePlan,
     compat: Compat,
     net: SegmentedDiT,
-    on_step: Callable[[], None],
+    on_step: Callable[[float], None],
 ) -> Latent:
     """Denoise the draft with classifier-free guidance.
 
@@ -29,20 +30,20 @@ def draft(
         plan: sampler settings.
         compat: official quirks.
         net: the draft transformer.
-        on_step: called after each step.
+        on_step: called after each block, with the part of a step that it is.
 
     Returns:
         [C, T, H, W] fp32 latent.
     """
     schedule = make_schedule(plan.solver, plan.steps, plan.shift)
-    cond, uncond = net.text_keys_values(text.cond), net.text_keys_values(text.uncond)
+    texts = [net.text_keys_values(text.cond), net.text_keys_values(text.uncond)]
     positions = net.positions(noise)
+    on_block = partial(on_step, 1 / sum(map(len, texts)))
 
-    def velocities(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def velocities(x: Tensor, step: int) -> list[Tensor]:
         t = time_input(schedule.timesteps[step], x.device, rounded=compat.bf16_timesteps)
         modulation = net.modulation(t)
-        v_cond = net(x, cond, modulation, positions)
-        return v_cond, net(x, uncond, modulation, positions)
+        return net.velocities(x, texts, modulation, positions, on_block=on_block)
 
     x = sample(
         velocities,
@@ -51,6 +52,5 @@ def draft(
         plan.solver,
         plan.guidance,
         bf16_einsum=compat.bf16_einsum,
-        on_step=on_step,
     )
     return Latent(x=x)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def highres(
     plan: StagePlan,
     compat: Compat,
     net: SegmentedDiT,
-    on_step: Callable[[], None],
+    on_step: Callable[[float], None],
 ) -> Latent:
     """Denoise at full resolution; every step also tells the network how far it will go (dt).
 
@@ -31,27 +32,27 @@ def highres(
         plan: sampler settings.
         compat: official quirks.
         net: the high-res transformer with adapter and dt embedding.
-        on_step: called after each step.
+        on_step: called after each block, with the part of a step that it is.
 
     Returns:
         [C, T, H, W] fp32 latent.
     """
     schedule = make_schedule(plan.solver, plan.steps, plan.shift)
-    cond, uncond = net.text_keys_values(text.cond), net.text_keys_values(text.uncond)
+    texts = [net.text_keys_values(text.cond), net.text_keys_values(text.uncond)]
     positions = net.positions(noise)
+    on_block = partial(on_step, 1 / sum(map(len, texts)))
     features = net.draft_features(conditioning.x)
 
-    def velocities(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def velocities(x: Tensor, step: int) -> list[Tensor]:
         t_step, dt_step = schedule.timesteps[step], schedule.step_sizes[step]
         t = time_input(t_step, x.device, rounded=compat.bf16_timesteps)
         dt = time_input(dt_step, x.device, rounded=compat.bf16_timesteps)
         modulation = net.modulation(t, dt)
         # The adapter runs before the point where the official multi-GPU code rounds t and dt.
-        controls = net.controls(
+        steering = net.steering(
             features, time_input(t_step, x.device), time_input(dt_step, x.device)
         )
-        v_cond = net(x, cond, modulation, positions, controls)
-        return v_cond, net(x, uncond, modulation, positions, controls)
+        return net.velocities(x, texts, modulation, positions, steering, on_block)
 
     x = sample(
         velocities,
@@ -60,6 +61,5 @@ def highres(
         plan.solver,
         plan.guidance,
         bf16_einsum=compat.bf16_einsum,
-        on_step=on_step,
     )
     return Latent(x=x)

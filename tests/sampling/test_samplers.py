@@ -78,21 +78,6 @@ def test_a_single_step_returns_the_data_prediction() -> None:
     assert x.item() == pytest.approx(1 - 0.7 * schedule.sigmas[0])
 
 
-def test_on_step_is_called_once_per_step() -> None:
-    calls: list[int] = []
-    for solver in ("unipc", "dpm++"):
-        schedule = make_schedule(solver, 4, 5.5)
-        sample(
-            lambda x, step: (x, x),
-            torch.ones(1),
-            schedule.sigmas,
-            solver,
-            1.0,
-            on_step=lambda: calls.append(1),
-        )
-    assert len(calls) == 8
-
-
 def test_step_sizes_are_even_and_positive() -> None:
     assert [even_step(dt) for dt in (57, 96, 1, 0, -5)] == [56, 96, 2, 2, 4]
 

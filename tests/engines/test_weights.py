@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that come block by block give what resident ones give."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from pw_runtime.models import WanDiT
+from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.segments import segments_of
+from pw_runtime.types import Precision
+from pw_runtime.weights import StreamedWeights
+from tests.engines.test_segments import CPU, HIGHRES, network, segmented, velocities
+
+
+def elsewhere(net: WanDiT, precision: Precision) -> WanDiT:
+    """The same network, its blocks' weights as a checkpoint has them: not yet converted."""
+    torch.manual_seed(0)
+    published = WanDiT(HIGHRES).requires_grad_(False)
+    for weight in published.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    stored = {
+        name: w if name.startswith("blocks.") else store_dit_weight(name, w, precision)
+        for name, w in published.state_dict().items()
+    }
+    tables = {n: w for n, w in net.state_dict().items() if n.endswith("modulation")}
+    published.load_state_dict(stored | tables, assign=True)
+    return published
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("share", [True, False])
+def test_streamed_weights_change_no_bit(precision: Precision, share: bool) -> None:
+    net = network(HIGHRES, precision)
+    wanted = velocities(segmented(net, precision, 9), [7, 3])
+    streamed = elsewhere(net, precision)
+    weights = StreamedWeights(streamed, segments_of(HIGHRES, precision, 9), precision, CPU)
+    try:
+        got = velocities(segmented(streamed, precision, 9, weights=weights, share=share), [7, 3])
+        again = velocities(segmented(streamed, precision, 9, weights=weights, share=share), [7, 3])
+    finally:
+        weights.close()
+    for one, other, third in zip(wanted, got, again, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
+
+
+def test_no_thread_is_left() -> None:
+    before = set(threading.enumerate())
+    net = network(HIGHRES, "fp32")
+    StreamedWeights(net, segments_of(HIGHRES, "fp32", 9), "fp32", CPU).close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_only_one_block_is_held() -> None:
+    net = network(HIGHRES, "bf16")
+    segments = segments_of(HIGHRES, "bf16", 9)
+    weights = StreamedWeights(net, segments, "bf16", CPU)
+    try:
+        first = [one.data_ptr() for one in weights.take("block_out", 0)]
+        weights.done("block_out", 0)
+        assert [one.data_ptr() for one in weights.take("block_out", 1)] == first
+        both = {name: weights.take(name, 1) for name in ("block_in", "block_in_first")}
+        assert both["block_in"][0].data_ptr() == both["block_in_first"][0].data_ptr()
+    finally:
+        weights.close()
