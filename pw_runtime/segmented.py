@@ -184,6 +184,7 @@ class SegmentedDiT:
             out = self._over(at, "head", [x], [modulation.head])[0]
             del x
             results.append(unpatchify(out[: at.tokens], at.positions.grid))
+            del out
         return results
 
     def _steered(self, block: int, x: Tensor, steering: Steering | None, at: Parts) -> Tensor:
@@ -209,8 +210,7 @@ class SegmentedDiT:
         # What pads the tokens stays out of the attention, and nothing is read of it afterwards.
         whole, q, k, v = q, *(one[: at.tokens] for one in (q, k, v))
         whole[at.tokens :] = 0
-        per_head = q[:, 0].numel() * q.element_size()
-        size = max(1, ATTENTION_BYTES // per_head)
+        size = heads_at_once(*q.shape, q.element_size())
         for heads in zip(*(one.split(size, dim=1) for one in (q, k, v)), strict=True):
             heads[0].copy_(attention(*heads))
         return whole
@@ -275,6 +275,11 @@ class SegmentedDiT:
         engine.run(inputs, outputs)
         self._weights.done(name, block)
         return outputs
+
+
+def heads_at_once(tokens: int, heads: int, width: int, item: int) -> int:
+    """Heads whose attention is made at a time, for elements of `item` bytes."""
+    return min(heads, max(1, ATTENTION_BYTES // (tokens * width * item)))
 
 
 def _outputs(engine: Engine, sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:

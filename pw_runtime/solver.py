@@ -65,6 +65,7 @@ def sample(
             predictor,
             bf16_einsum=bf16_einsum and solver == "unipc",
         )
+        del cond, uncond  # the network needs the memory for the next ones
         before, earlier = m, before
     return x
 

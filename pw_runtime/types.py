@@ -27,6 +27,9 @@ Kernels = Literal["reference", "triton"]
 EnginePolicy = Literal["auto", "engines", "eager"]
 AttentionKernel = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
 
+Place = Literal["device", "host"]
+Residency = Literal["resident", "streamed", "mapped"]
+
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
 CHUNK = 8192  # most tokens that a segment of a transformer works on at a time
 PATCH = 2  # latent rows and columns in one token
@@ -259,6 +262,28 @@ class Request:
         if self.draft_only or self.preset.highres is None:
             return {"draft": self.preset.draft}
         return {"draft": self.preset.draft, "highres": self.preset.highres}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkPlan:
+    """How a transformer runs in the memory there is; the result has the same bits in every way.
+
+    Weights lie on the device (`resident`), or come block by block from host memory (`streamed`) or
+    from the bundle's files (`mapped`).
+    """
+
+    weights: Residency = "resident"
+    share: bool = True  # the first block's self-attention between the passes of a step
+    part: int = CHUNK  # tokens worked on at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryItem:
+    """Something that lives at the peak of a stage."""
+
+    name: str
+    bytes: int
+    place: Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,7 +165,8 @@ class Block(nn.Module):
         norm3, dtype = self.norm3, self.self_attn.q.weight.dtype
         y = self.self_attn.output(y)
         h = gate_residual_norm(x, y, gate1, norm3.weight, norm3.bias, self.eps, dtype)
-        q = self.cross_attn.queries(h)
-        y = self.cross_attn.output(attention(q, keys, values, bias))
+        h = self.cross_attn.queries(h)
+        y = self.cross_attn.output(attention(h, keys, values, bias))
         h = gate_residual_norm(x, y, None, scale2, shift2, self.eps, dtype, modulated=True)
+        del y  # beside the hidden layer it would add to the peak
         return gate_residual(x, run_mlp(self.ffn, h), gate2)
