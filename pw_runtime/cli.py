@@ -24,6 +24,7 @@ from pw_runtime.cli_options import (
     device_option,
     precision_option,
 )
+from pw_runtime.cli_plan import plan
 from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
 
 
@@ -171,7 +172,7 @@ def read_request(options: dict[str, Any]) -> Any:
     from pw_runtime.noise import resolve_base_seed
     from pw_runtime.presets import find_preset
     from pw_runtime.prompts import make_prompts, read_prompts
-    from pw_runtime.request import pick_device
+    from pw_runtime.request import default_precision, pick_device
     from pw_runtime.types import OFFICIAL_NEGATIVE, Request
 
     texts: tuple[str, ...] = options["prompt_texts"]
@@ -198,7 +199,7 @@ def read_request(options: dict[str, Any]) -> Any:
         save_latents=options["save_latents"],
         draft_only=options["draft_only"],
         contact_sheet=options["contact_sheet"],
-        precision=options["precision"] or ("fp32" if device.type == "cpu" else "bf16"),
+        precision=default_precision(options["precision"], device),
         kernels=options["kernels"],
         attention=options["attention"],
         policy=options["policy"],
@@ -230,6 +231,7 @@ def open_model(options: dict[str, Any], reporter: Any) -> Any:
 
 cli.add_command(build)
 cli.add_command(engines)
+cli.add_command(plan)
 
 
 def main() -> None:

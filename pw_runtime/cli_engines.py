@@ -47,13 +47,13 @@ def build(**options: Any) -> int:
     from pw_runtime.bundle import open_bundle
     from pw_runtime.presets import find_preset
     from pw_runtime.progress import Reporter
-    from pw_runtime.request import pick_device
+    from pw_runtime.request import default_precision, pick_device
 
     # By name: the runtime must not import what stands above it.
     make, onnx = import_module("pw_export.build"), import_module("pw_export.onnx_export")
     reporter = Reporter(quiet=options["quiet"])
     device = pick_device(options["device"])
-    precision = options["precision"] or ("fp32" if device.type == "cpu" else "bf16")
+    precision = default_precision(options["precision"], device)
     networks = open_bundle(options["model"]).networks
     configs = {"draft": networks.draft.config}
     if networks.highres is not None:

@@ -136,6 +136,31 @@ def doctor_report(machine: Machine) -> str:
     return "\n".join(lines)
 
 
+def available_memory_bytes() -> int | None:
+    """Bytes of memory that this process could still take, by the system and by its control group;
+    None where the system does not tell."""
+    with_unit = _proc_field(Path("/proc/meminfo"), "MemAvailable")
+    if with_unit is None:
+        return None
+    available = int(with_unit.removesuffix("kB")) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = (group / "memory.max").read_text().strip()
+        taken = int((group / "memory.current").read_text())
+        cached = _proc_field(group / "memory.stat", "inactive_file")
+    except OSError:
+        return available
+    if most == "max":
+        return available
+    return min(available, max(0, int(most) - taken + int(cached or 0)))
+
+
+def rss_bytes() -> int:
+    """Bytes of memory that this process holds now; its peak where the system tells no more."""
+    with_unit = _proc_field(Path("/proc/self/status"), "VmRSS")
+    return peak_rss_bytes() if with_unit is None else int(with_unit.removesuffix("kB")) * 1024
+
+
 def peak_rss_bytes() -> int:
     """Return the most memory this process has held, in bytes, since it began or since
     `reset_peak_rss`."""

@@ -14,7 +14,15 @@ from pw_runtime.errors import BadRequest, BadWeights
 from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.models.text_encoder import TIED_KEY, TextNetwork
-from pw_runtime.types import AttentionKernel, DitConfig, Network, Precision, StageName
+from pw_runtime.types import (
+    AttentionKernel,
+    DitConfig,
+    Network,
+    Precision,
+    Residency,
+    StageName,
+)
+from pw_runtime.weights import is_streamed
 
 ALWAYS_NEEDED: tuple[Network, ...] = ("text_encoder", "vae")
 
@@ -54,16 +62,25 @@ def load_dit(
     network: StageName,
     precision: Precision,
     device: torch.device,
+    weights: Residency = "resident",
 ) -> WanDiT:
-    """Load a transformer. Raises BadWeights for a missing, damaged or ill-fitting file."""
+    """Load a transformer.
+
+    What lies where: see `NetworkPlan`. Streamed weights are converted now and kept in host memory,
+    mapped ones stay as they are in the bundle's files until a block needs them.
+
+    Raises BadWeights for a missing, damaged or ill-fitting file.
+    """
     config = require_dit(bundle, network)
     with torch.device("meta"):
         net = WanDiT(config)
-    weights = load_tensors(bundle, network)
-    net.load_state_dict(
-        {name: store_dit_weight(name, w.to(device), precision) for name, w in weights.items()},
-        assign=True,
-    )
+    stored = load_tensors(bundle, network)
+    for name, one in stored.items():
+        if weights == "resident" or not is_streamed(name):
+            stored[name] = store_dit_weight(name, one.to(device), precision)
+        elif weights == "streamed":
+            stored[name] = store_dit_weight(name, one, precision)
+    net.load_state_dict(stored, assign=True)
     return net.eval().requires_grad_(False)
 
 

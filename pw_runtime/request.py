@@ -12,7 +12,7 @@ from pw_kernels.attention_libraries import available
 from pw_kernels.library import library, status
 from pw_runtime.errors import BadRequest
 from pw_runtime.stages.write import check_codec
-from pw_runtime.types import Request
+from pw_runtime.types import Precision, Request
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,6 +36,11 @@ def pick_device(name: str) -> torch.device:
             do="use --device cpu, or see `pw doctor`",
         )
     return device
+
+
+def default_precision(wanted: Precision | None, device: torch.device) -> Precision:
+    """That of --precision, else what fits the device."""
+    return wanted or ("fp32" if device.type == "cpu" else "bf16")
 
 
 def check_request(request: Request) -> None:

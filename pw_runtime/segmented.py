@@ -210,7 +210,8 @@ class SegmentedDiT:
         # What pads the tokens stays out of the attention, and nothing is read of it afterwards.
         whole, q, k, v = q, *(one[: at.tokens] for one in (q, k, v))
         whole[at.tokens :] = 0
-        size = heads_at_once(*q.shape, q.element_size())
+        tokens, count, width = q.shape
+        size = heads_at_once(tokens, count, width, q.element_size())
         for heads in zip(*(one.split(size, dim=1) for one in (q, k, v)), strict=True):
             heads[0].copy_(attention(*heads))
         return whole

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from pw_engines import DTYPES
-from pw_runtime.models import WanDiT, expected_shapes
+from pw_runtime.models import expected_shapes
 from pw_runtime.models.blocks import pad_biases
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.noise import latent_shape
@@ -28,7 +28,7 @@ from pw_runtime.types import (
     StagePlan,
     VideoPlan,
 )
-from pw_runtime.weights import STREAMED
+from pw_runtime.weights import STREAMED, is_streamed
 
 LATENTS = {"unipc": 5, "dpm++": 4}  # with the noise, while the first pass of a step runs
 PASSES = 2  # with the prompt and with its negative
@@ -51,7 +51,7 @@ def weight_bytes(config: DitConfig, precision: Precision) -> WeightBytes:
     for name, shape in expected_shapes("draft", config).items():
         kept = store_dit_weight(name, torch.empty(shape, device="meta"), precision)
         sizes[name] = kept.numel() * kept.element_size()
-    blocks = sum(size for name, size in sizes.items() if _of_block(name))
+    blocks = sum(size for name, size in sizes.items() if is_streamed(name))
     segments = segments_of(config, precision, 1)
     taken = {name: sum(sizes[key] for key in one.weights) for name, one in segments.items()}
     return WeightBytes(
@@ -60,10 +60,6 @@ def weight_bytes(config: DitConfig, precision: Precision) -> WeightBytes:
         places=sum(taken[name] for name in STREAMED),
         largest_text=taken["text_keys_values"],
     )
-
-
-def _of_block(name: str) -> bool:
-    return name.startswith("blocks.") and not name.endswith(".modulation")
 
 
 def stage_memory(
@@ -127,6 +123,7 @@ def stage_memory(
     ]
     largest = max(phases, key=lambda phase: sum(phase.values()))
     items = [MemoryItem(name=name, bytes=size, place="device") for name, size in held.items()]
+    items += _elsewhere(config, precision, plan)
     items += [MemoryItem(name=name, bytes=size, place="device") for name, size in largest.items()]
     return tuple(sorted(items, key=lambda item: -item.bytes))
 
@@ -136,6 +133,17 @@ def _weights(config: DitConfig, precision: Precision, plan: NetworkPlan) -> dict
     if plan.weights == "resident":
         return {"weights": weights.blocks + weights.rest}
     return {"weights of no block": weights.rest, "places for one block": weights.places}
+
+
+def _elsewhere(config: DitConfig, precision: Precision, plan: NetworkPlan) -> list[MemoryItem]:
+    """What weights that are not resident take in host memory; the bundle's files are no part."""
+    weights = weight_bytes(config, precision)
+    if plan.weights == "resident":
+        return []
+    found = {"one block's weights on their way": weights.places}
+    if plan.weights == "streamed":
+        found["weights of the blocks"] = weights.blocks
+    return [MemoryItem(name=name, bytes=size, place="host") for name, size in found.items()]
 
 
 def _text(config: DitConfig, low: int, text_tokens: int | None) -> int:

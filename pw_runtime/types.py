@@ -10,6 +10,7 @@ Shape letters used in comments and docstrings everywhere:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -79,6 +80,7 @@ class DecodePlan:
     tiling: Tiling = "exact"
     strips: int = 1
     overlap: int = 3
+    caches: Place = "device"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,12 @@ class Preset:
     video: VideoPlan
     decode: DecodePlan = field(default_factory=DecodePlan)
     compat: Compat = field(default_factory=Compat)
+
+    def stages(self, *, draft_only: bool = False) -> dict[StageName, StagePlan]:
+        """The denoising stages in order; the last one's latent becomes the clip."""
+        if draft_only or self.highres is None:
+            return {"draft": self.draft}
+        return {"draft": self.draft, "highres": self.highres}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,17 +267,16 @@ class Request:
     @property
     def stages(self) -> dict[StageName, StagePlan]:
         """The denoising stages to run, in order; the last one's latent becomes the clip."""
-        if self.draft_only or self.preset.highres is None:
-            return {"draft": self.preset.draft}
-        return {"draft": self.preset.draft, "highres": self.preset.highres}
+        return self.preset.stages(draft_only=self.draft_only)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkPlan:
-    """How a transformer runs in the memory there is; the result has the same bits in every way.
+    """How a transformer runs in the memory there is.
 
     Weights lie on the device (`resident`), or come block by block from host memory (`streamed`) or
-    from the bundle's files (`mapped`).
+    from the bundle's files (`mapped`). Neither this nor `share` changes a bit of the result;
+    another `part` changes its rounding.
     """
 
     weights: Residency = "resident"
@@ -284,6 +291,38 @@ class MemoryItem:
     name: str
     bytes: int
     place: Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """What lives at the peak of a stage of the run."""
+
+    stage: str
+    items: tuple[MemoryItem, ...]  # the largest first
+
+    def peak(self, place: Place) -> int:
+        """Bytes in one place."""
+        return sum(item.bytes for item in self.items if item.place == place)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Bytes that a run may take; no device means a run on the CPU."""
+
+    host: int
+    device: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """How all stages run within a budget, and what each takes at its peak."""
+
+    budget: Budget
+    text: Place
+    networks: Mapping[StageName, NetworkPlan]
+    decode: DecodePlan
+    stages: tuple[StageMemory, ...]
+    decisions: tuple[str, ...]  # each with its reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -125,9 +125,7 @@ class StreamedWeights:
 
     def _here(self, name: str) -> Tensor:
         """A weight on the device; those of no block are there and converted already."""
-        if not name.startswith("blocks."):
-            return self._stored[name]
-        return self._converted(name).to(self._device)
+        return self._converted(name).to(self._device) if is_streamed(name) else self._stored[name]
 
     def _converted(self, name: str) -> Tensor:
         return store_dit_weight(name, self._stored[name], self._precision)
@@ -174,6 +172,11 @@ class _Place:
         """What is given to the device from now on does not read these weights."""
         if self._staged:
             self._free.record(torch.cuda.current_stream(self.tensors[0].device))
+
+
+def is_streamed(name: str) -> bool:
+    """Whether a weight of this name may lie elsewhere than on the device."""
+    return name.startswith("blocks.") and not name.endswith(".modulation")
 
 
 def of_block(segment: Segment, block: int) -> list[str]:

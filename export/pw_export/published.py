@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pw_runtime.bundle import Entry, Networks
 from pw_runtime.types import DitConfig, TextEncoderConfig, VaeConfig
 
 # Mean and standard deviation of the latent channels, from wan/modules/vae2_2.py (Wan2.2).
@@ -42,3 +43,10 @@ VAE = VaeConfig(
 TEXT_ENCODER = TextEncoderConfig(
     vocab_size=256384, dim=4096, attention_dim=4096, ffn_dim=10240, num_heads=64, num_layers=24
 )
+NETWORKS = Networks(
+    draft=Entry(config=DRAFT, dtype="", files=()),
+    highres=Entry(config=HIGHRES, dtype="", files=()),
+    vae=Entry(config=VAE, dtype="", files=()),
+    text_encoder=Entry(config=TEXT_ENCODER, dtype="", files=()),
+)
+"""As configs alone: for plans, which need no files."""

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run fits into the memory there is: decided before anything is loaded, stage by stage.
+
+For each stage there is a ladder of ways, the fastest first; the first one that fits is taken. When
+memory runs out all the same, the stage goes on with the next one (pipeline.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+from pw_runtime.decode_memory import decode_memory
+from pw_runtime.errors import BadRequest
+from pw_runtime.noise import latent_shape
+from pw_runtime.text_memory import text_memory
+from pw_runtime.transformer_memory import stage_memory
+from pw_runtime.types import (
+    Budget,
+    Codec,
+    DecodePlan,
+    MemoryItem,
+    NetworkPlan,
+    Place,
+    Residency,
+    RunPlan,
+    StageMemory,
+    StageName,
+)
+from pw_runtime.workload import Workload
+
+GIB = 2**30
+# Beside what PyTorch allocates a process on a GPU takes memory for its code, for cuBLAS and cuDNN
+# and for gaps between allocations. An estimate: not measured by this project.
+DEVICE_RESERVE = GIB
+SMALLER_PART = 2048  # tokens, where even one part at a time has to be smaller
+# Frames of 1.5 bytes a pixel that an encoder holds: measured at 1280x704, on two threads.
+ENCODER_FRAMES: Mapping[Codec, int] = MappingProxyType(
+    {"h264": 90, "hevc": 150, "av1": 210, "ffv1": 10}
+)
+
+
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True, slots=True)
+class Way(Generic[Choice]):
+    """One way to run a stage, and what it takes."""
+
+    choice: Choice
+    name: str
+    memory: StageMemory
+
+
+def make_plan(work: Workload, budget: Budget) -> RunPlan:
+    """Fit a run into a budget.
+
+    Raises BadRequest where it cannot work, with the nearest budget that can.
+    """
+    gpu = budget.device is not None
+    text, decode = text_ways(work, gpu=gpu), decode_ways(work, gpu=gpu)
+    networks = {name: network_ways(work, name, gpu=gpu) for name in work.stages}
+    ladders: list[Sequence[Way[Any]]] = [text, *networks.values(), decode]
+    _require_fit(ladders, budget)
+    decisions = tuple(_decision(ways, budget) for ways in ladders)
+    return RunPlan(
+        budget=budget,
+        text=_first(text, budget).choice,
+        networks={name: _first(ways, budget).choice for name, ways in networks.items()},
+        decode=_first(decode, budget).choice,
+        stages=tuple(_first(ways, budget).memory for ways in ladders),
+        decisions=decisions,
+    )
+
+
+def fits(memory: StageMemory, budget: Budget) -> bool:
+    """Whether a stage stays within a budget."""
+    return memory.peak("host") <= budget.host and memory.peak("device") <= (budget.device or 0)
+
+
+def _first(ways: Sequence[Way[Choice]], budget: Budget) -> Way[Choice]:
+    return next(way for way in ways if fits(way.memory, budget))
+
+
+def _decision(ways: Sequence[Way[Any]], budget: Budget) -> str:
+    """What was taken for a stage, and why not what is faster."""
+    way = _first(ways, budget)
+    place: Place = "host" if budget.device is None else "device"
+    text = f"{way.memory.stage}: {way.name}, {gib(way.memory.peak(place))}"
+    if way is ways[0]:
+        return text
+    faster = ways[0].memory
+    over: Place = "host" if faster.peak("host") > budget.host else "device"
+    where = "host memory" if over == "host" else "GPU memory"
+    return f"{text}; {ways[0].name} would take {gib(faster.peak(over))} of {where}"
+
+
+def _require_fit(ladders: Sequence[Sequence[Way[Any]]], budget: Budget) -> None:
+    """Raise BadRequest where a stage has no way that fits."""
+    wrong = [ways for ways in ladders if not any(fits(way.memory, budget) for way in ways)]
+    if not wrong:
+        return
+    least = [
+        min(ways, key=lambda way: (way.memory.peak("device"), way.memory.peak("host"))).memory
+        for ways in ladders
+    ]
+    need = Budget(
+        host=max(memory.peak("host") for memory in least),
+        device=None if budget.device is None else max(memory.peak("device") for memory in least),
+    )
+    raise BadRequest(
+        f"the {' and the '.join(ways[0].memory.stage for ways in wrong)} stage cannot run",
+        got=budget_text(budget),
+        wanted=f"{budget_text(need)}, the smallest that this clip and model run in",
+        do="free memory, name a larger budget, or take a smaller preset or fewer frames",
+    )
+
+
+def budget_text(budget: Budget) -> str:
+    """A budget as a user reads it."""
+    host = f"{gib(budget.host)} of host memory"
+    return host if budget.device is None else f"{gib(budget.device)} of GPU memory, {host}"
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, rounded up to a tenth of one."""
+    return f"{-(-size * 10 // GIB) / 10:.1f} GiB"
+
+
+# ---- the ladders ------------------------------------------------------------------------------
+
+
+def text_ways(work: Workload, *, gpu: bool) -> tuple[Way[Place], ...]:
+    """On the GPU, else on the CPU."""
+    items = text_memory(work.text_encoder, work.precision)
+    moved = _stage("text", _moved(items, "host"), work)
+    ways: list[Way[Place]] = [Way("host", "on the CPU", moved)]
+    if gpu:
+        ways.insert(0, Way("device", "on the GPU", _stage("text", items, work, gpu=True)))
+    return tuple(ways)
+
+
+def network_ways(work: Workload, name: StageName, *, gpu: bool) -> tuple[Way[NetworkPlan], ...]:
+    """Resident weights, then streamed ones; with the shared first attention, then without."""
+    elsewhere: tuple[Residency, ...] = ("mapped",)
+    if gpu and work.stored[name] != work.precision:  # converted once; else the files are as good
+        elsewhere = ("streamed", "mapped")
+    parts = [work.chunk] if work.padded else [work.chunk, min(work.chunk, SMALLER_PART)]
+    ways = []
+    for weights in ("resident", *elsewhere):
+        tried = [(True, work.chunk), *((False, part) for part in dict.fromkeys(parts))]
+        for share, part in tried:
+            plan = NetworkPlan(weights=weights, share=share, part=part)
+            config, stage = work.transformers[name], work.stages[name]
+            items = stage_memory(config, stage, work.preset.video, work.precision, plan)
+            if not gpu:
+                items = _moved(items, "host")
+            memory = _stage(name, items, work, gpu=gpu)
+            ways.append(Way(plan, network_text(plan), memory))
+    return tuple(ways)
+
+
+def network_text(plan: NetworkPlan) -> str:
+    """How a transformer runs, in words."""
+    weights = {
+        "resident": "weights resident",
+        "streamed": "weights streamed from host memory",
+        "mapped": "weights streamed from the bundle's files",
+    }[plan.weights]
+    share = "first attention shared" if plan.share else "first attention not shared"
+    return f"{weights}, {share}, up to {plan.part} tokens at a time"
+
+
+def decode_ways(work: Workload, *, gpu: bool) -> tuple[Way[DecodePlan], ...]:
+    """More and more strips, which change nothing in the picture; then caches on the host."""
+    first, last = work.preset.decode, list(work.stages.values())[-1]
+    shape = latent_shape(last, work.preset.video)
+    plans = [first]
+    if first.tiling == "exact":
+        counts = [first.strips * 2**n for n in range(8)]
+        plans += [replace(first, strips=n) for n in counts if first.strips < n <= shape[2]]
+    if gpu and first.caches == "device":
+        plans += [replace(plan, caches="host") for plan in plans]
+    ways = []
+    for plan in plans:
+        items = decode_memory(work.vae, shape, plan)
+        if not gpu:
+            items = _moved(items, "host")
+        frame = 3 * last.width * last.height // 2
+        held = ENCODER_FRAMES[work.codec] * frame
+        encoder = MemoryItem(name=f"{work.codec} encoder (estimate)", bytes=held, place="host")
+        memory = _stage("decode", (*items, encoder), work, gpu=gpu)
+        ways.append(Way(plan, decode_text(plan), memory))
+    return tuple(ways)
+
+
+def decode_text(plan: DecodePlan) -> str:
+    """How a clip is decoded, in words."""
+    kind = "band" if plan.tiling == "exact" else "blended strip"
+    pieces = f"{plan.strips} {kind}s" if plan.strips > 1 else "the picture as a whole"
+    return f"{pieces}, past frames on the {'GPU' if plan.caches == 'device' else 'host'}"
+
+
+def _moved(items: Iterable[MemoryItem], place: Place) -> tuple[MemoryItem, ...]:
+    return tuple(replace(item, place=place) for item in items)
+
+
+def _stage(
+    name: str, items: Iterable[MemoryItem], work: Workload, *, gpu: bool = False
+) -> StageMemory:
+    """A stage's items and what always lives beside them, the largest first."""
+    more = [MemoryItem(name="Python and its libraries", bytes=work.process, place="host")]
+    if gpu:
+        reserve = MemoryItem(name="CUDA (estimate)", bytes=DEVICE_RESERVE, place="device")
+        more.append(reserve)
+    return StageMemory(
+        stage=name, items=tuple(sorted((*items, *more), key=lambda item: -item.bytes))
+    )
