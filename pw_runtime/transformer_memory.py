@@ -31,6 +31,7 @@ from pw_runtime.types import (
 from pw_runtime.weights import STREAMED, is_streamed
 
 LATENTS = {"unipc": 5, "dpm++": 4}  # with the noise, while the first pass of a step runs
+SOLVER_STEP = 9  # latents that a step makes beside those
 PASSES = 2  # with the prompt and with its negative
 
 
@@ -92,34 +93,33 @@ def stage_memory(
     part = min(plan.part, tokens)
     held = {
         **_weights(config, precision, plan),
-        "residual stream": 4 * stream,
-        # Without sharing the second pass is the peak: the first one's result stands beside it.
-        "latents of the solver": (LATENTS[stage.solver] + (not plan.share)) * latent,
+        "latents of the solver": LATENTS[stage.solver] * latent,
         "text keys and values": _text(config, low, text_tokens),
         "modulation": 4 * (config.num_layers + 1) * 6 * config.dim,
         "rotary tables": 8 * POSITIONS * (config.head_dim // 2),
     }
-    if plan.share:
-        held["first self-attention, shared"] = low * stream
     if config.adapter_dim:
         held["features of the draft"] = low * stream
         held["resized draft"] = latent // PATCH**2
     heads = heads_at_once(tokens, config.num_heads, config.head_dim, low)
     some = tokens * heads * config.head_dim
+    every = {"residual stream": 4 * stream}
+    if plan.share:
+        every["first self-attention, shared"] = low * stream
+    else:  # the second pass is the peak
+        every["result of the first pass"] = latent
+    qkv = {"queries, keys, values": 3 * low * stream}
+    feed_forward = low * (config.dim + 2 * config.ffn_dim)
+    norms = config.dim * ((12 if low == 2 else 8) + 3 * low)  # in fp32
     phases = [
-        {
-            "queries, keys, values": 3 * low * stream,
-            f"attention of {heads} heads": low * some + 4 * tokens * heads,
-        },
-        {
-            "queries, keys, values": 3 * low * stream,
-            f"{part} tokens before attention": part * config.dim * (3 * low + 4 + low),
-        },
-        {
+        every | qkv | {f"attention of {heads} heads": low * some + 4 * tokens * heads},
+        every | qkv | {f"{part} tokens before attention": part * config.dim * (3 * low + 4 + low)},
+        every
+        | {
             "result of attention": low * stream,
-            f"{part} tokens after attention": part
-            * (8 * config.dim + low * config.dim + 2 * low * config.ffn_dim),
+            f"{part} tokens after attention": part * (8 * config.dim + max(feed_forward, norms)),
         },
+        {"step of the solver": SOLVER_STEP * latent},
     ]
     largest = max(phases, key=lambda phase: sum(phase.values()))
     items = [MemoryItem(name=name, bytes=size, place="device") for name, size in held.items()]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages run under a ledger: with fake tensors, of sizes and no numbers, or with real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pw_bench.ledger import Ledger
+from pw_engines.eager import EagerEngine
+from pw_runtime.models import WanDiT
+from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.noise import latent_shape
+from pw_runtime.segmented import SegmentedDiT
+from pw_runtime.segments import segments_of
+from pw_runtime.stages.condition import condition
+from pw_runtime.stages.draft import draft
+from pw_runtime.stages.highres import highres
+from pw_runtime.types import (
+    Compat,
+    DitConfig,
+    Latent,
+    NetworkPlan,
+    Precision,
+    StagePlan,
+    TextContext,
+    VideoPlan,
+)
+from pw_runtime.weights import StreamedWeights, is_streamed
+
+TEXT_TOKENS = 120
+LOW = StagePlan(width=448, height=256, steps=1, shift=5.0, guidance=5.0)
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def counted(*, fake: bool) -> Iterator[Ledger]:
+    """A ledger, over fake tensors or real ones."""
+    with torch.inference_mode():
+        if fake:
+            with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+                yield ledger
+        else:
+            with Ledger() as ledger:
+                yield ledger
+
+
+def stage_peak(
+    config: DitConfig,
+    stage: StagePlan,
+    video: VideoPlan,
+    precision: Precision,
+    plan: NetworkPlan,
+    *,
+    fake: bool = True,
+) -> int:
+    """Most bytes of tensors that live while a stage denoises a clip of three steps."""
+    with counted(fake=fake) as ledger:
+        net = WanDiT(config).requires_grad_(False)
+        stored = {
+            name: w if _stays(name, plan) else store_dit_weight(name, w, precision)
+            for name, w in net.state_dict().items()
+        }
+        net.load_state_dict(stored, assign=True)
+        del stored
+        ledger.restart()
+        segments = segments_of(config, precision, plan.part)
+        weights = None
+        if plan.weights != "resident":
+            weights = StreamedWeights(net, segments, precision, CPU)
+        engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
+        on_engines = SegmentedDiT(net, segments, engines, weights, share=plan.share)
+        _run(on_engines, config, replace(stage, steps=3), video)
+        if weights is not None:
+            weights.close()
+    return ledger.peak["cpu"]
+
+
+def _stays(name: str, plan: NetworkPlan) -> bool:
+    return plan.weights == "mapped" and is_streamed(name)
+
+
+def _run(net: SegmentedDiT, config: DitConfig, stage: StagePlan, video: VideoPlan) -> None:
+    context = torch.zeros(TEXT_TOKENS, config.text_dim)
+    text = TextContext(cond=context, uncond=context)
+    noise = torch.zeros(latent_shape(stage, video))
+    if not config.adapter_dim:
+        draft(text, noise, stage, Compat(), net, lambda part: None)
+        return
+    low = Latent(x=torch.zeros(latent_shape(LOW, video)))
+    highres(text, condition(low, stage), noise, stage, Compat(), net, lambda part: None)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closed forms of what a stage takes, against a count of every tensor that it makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pw_export import published
+from pw_runtime.models.text_encoder import TIED_KEY, build_text_encoder, encode_tokens
+from pw_runtime.presets import CLIP, DRAFT, FOUR_K, TWO_K
+from pw_runtime.text_memory import text_memory
+from pw_runtime.transformer_memory import stage_memory
+from pw_runtime.types import (
+    DitConfig,
+    NetworkPlan,
+    Precision,
+    StagePlan,
+    TextEncoderConfig,
+    VideoPlan,
+)
+from tests.planning.accounts import TEXT_TOKENS, counted, stage_peak
+
+# Two blocks of full width: memory of the others is of the same kind, and counted by name.
+DRAFT_5B = replace(published.DRAFT, num_layers=2)
+HIGHRES_5B = replace(published.HIGHRES, num_layers=2)
+SMALL = replace(
+    HIGHRES_5B, dim=256, ffn_dim=768, num_heads=4, num_layers=3, text_dim=64, adapter_dim=32
+)
+SMALL_CLIP = (replace(TWO_K, width=640, height=384), VideoPlan(frames=17))
+WITHIN = 0.05
+
+
+def predicted(
+    config: DitConfig, stage: StagePlan, video: VideoPlan, precision: Precision, plan: NetworkPlan
+) -> int:
+    items = stage_memory(config, stage, video, precision, plan, text_tokens=TEXT_TOKENS)
+    return sum(item.bytes for item in items)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("stage", [TWO_K, FOUR_K], ids=["2k", "4k"])
+def test_high_res_of_full_width(stage: StagePlan, share: bool) -> None:
+    plan = NetworkPlan(share=share)
+    peak = stage_peak(HIGHRES_5B, stage, CLIP, "bf16", plan)
+    assert predicted(HIGHRES_5B, stage, CLIP, "bf16", plan) == pytest.approx(peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("part", [8192, 1024])
+def test_draft_of_full_width(part: int) -> None:
+    plan = NetworkPlan(part=part)
+    peak = stage_peak(DRAFT_5B, DRAFT, CLIP, "bf16", plan)
+    assert predicted(DRAFT_5B, DRAFT, CLIP, "bf16", plan) == pytest.approx(peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["really run", "fake"])
+@pytest.mark.parametrize("plan", [NetworkPlan(), NetworkPlan(share=False, part=256)])
+def test_a_small_network(plan: NetworkPlan, fake: bool) -> None:
+    precision: Precision = "bf16" if fake else "fp32"  # bf16 takes minutes on a CPU
+    peak = stage_peak(SMALL, *SMALL_CLIP, precision, plan, fake=fake)
+    assert predicted(SMALL, *SMALL_CLIP, precision, plan) == pytest.approx(peak, rel=WITHIN)
+
+
+def test_streamed_weights() -> None:
+    config, plan = replace(SMALL, num_layers=8), NetworkPlan(weights="streamed")
+    peak = stage_peak(config, *SMALL_CLIP, "fp32", plan, fake=False)
+    assert predicted(config, *SMALL_CLIP, "fp32", plan) == pytest.approx(peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        published.TEXT_ENCODER,
+        TextEncoderConfig(
+            vocab_size=1000, dim=64, attention_dim=64, ffn_dim=128, num_heads=4, num_layers=2
+        ),
+    ],
+    ids=["UMT5-XXL", "small"],
+)
+def test_text_encoder(config: TextEncoderConfig, precision: Precision) -> None:
+    encoder = build_text_encoder(config)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    shapes = {n: t.shape for n, t in encoder.state_dict().items() if n != TIED_KEY}
+    with counted(fake=True) as ledger:
+        weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        weights[TIED_KEY] = weights["shared.weight"]
+        encoder.load_state_dict(weights, assign=True)
+        encode_tokens(encoder, torch.zeros(512, dtype=torch.int64))
+    wanted = sum(item.bytes for item in text_memory(config, precision))
+    assert wanted == pytest.approx(ledger.peak["cpu"], rel=WITHIN)
