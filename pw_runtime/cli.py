@@ -12,9 +12,11 @@ from typing import Any
 
 import click
 
+from pw_runtime.cli_decode import decode
 from pw_runtime.cli_engines import build, engines
 from pw_runtime.cli_options import (
     BAD_INPUT,
+    CODECS,
     DONE,
     FILE,
     FOLDER,
@@ -22,6 +24,8 @@ from pw_runtime.cli_options import (
     SOME_FAILED,
     chunk_option,
     device_option,
+    exit_code,
+    fragmented_option,
     precision_option,
 )
 from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
@@ -111,12 +115,13 @@ def convert(
 @click.option("--noise", type=FILE, help="Safetensors file with draft_noise and highres_noise.")
 @click.option(
     "--codec",
-    type=click.Choice(["h264", "hevc", "av1", "ffv1"]),
+    type=CODECS,
     default="h264",
     show_default=True,
     help="ffv1 is lossless RGB in .mkv.",
 )
-@click.option("--save-latents", is_flag=True, help="Write <id>.latents.safetensors too.")
+@fragmented_option
+@click.option("--save-latents", is_flag=True, help="Keep <id>.latents.safetensors at the end.")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft; the clip shows it.")
 @click.option("--contact-sheet", is_flag=True, help="Write contact_sheet.png too.")
 @precision_option
@@ -159,11 +164,7 @@ def generate(**options: Any) -> int:
     except WriteFailed as error:  # the clips are finished, something beside them is not
         reporter.warn(f"error: {error}")
         return SOME_FAILED
-    failed = [outcome.prompt.id for outcome in outcomes if outcome.error is not None]
-    if failed:
-        reporter.warn(f"{len(failed)} of {len(outcomes)} prompts failed: {', '.join(failed)}")
-        return SOME_FAILED
-    return DONE
+    return exit_code(outcomes, reporter)
 
 
 def read_request(options: dict[str, Any]) -> Any:
@@ -195,6 +196,7 @@ def read_request(options: dict[str, Any]) -> Any:
         seed=resolve_base_seed(options["seed"]),
         noise=options["noise"],
         codec=options["codec"],
+        fragmented=options["fragmented"],
         save_latents=options["save_latents"],
         draft_only=options["draft_only"],
         contact_sheet=options["contact_sheet"],
@@ -228,6 +230,7 @@ def open_model(options: dict[str, Any], reporter: Any) -> Any:
     )
 
 
+cli.add_command(decode)
 cli.add_command(build)
 cli.add_command(engines)
 

@@ -4,9 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pw_runtime.progress import Reporter
+    from pw_runtime.types import Outcome
 
 CHUNK = 8192  # as in pw_runtime.types, which needs torch
 DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
@@ -24,6 +30,7 @@ class NonEmptyPath(click.Path):
 
 FOLDER = NonEmptyPath(path_type=Path)
 FILE = NonEmptyPath(path_type=Path)
+CODECS = click.Choice(["h264", "hevc", "av1", "ffv1"])
 
 chunk_option = click.option(
     "--chunk",
@@ -40,3 +47,16 @@ precision_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
+fragmented_option = click.option(
+    "--fragmented",
+    is_flag=True,
+    help="Also write <id>.partial.mp4, which plays while it grows; gone when <id>.mp4 is there.",
+)
+
+
+def exit_code(outcomes: Sequence[Outcome], reporter: Reporter) -> int:
+    """The code for what became of the prompts; those that failed are named."""
+    failed = [outcome.prompt.id for outcome in outcomes if outcome.error is not None]
+    if failed:
+        reporter.warn(f"{len(failed)} of {len(outcomes)} prompts failed: {', '.join(failed)}")
+    return SOME_FAILED if failed else DONE
