@@ -246,7 +246,7 @@ def main() -> None:
         error.show()
         code = BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: what was finished is kept, the rest is removed", err=True)
+        click.echo("interrupted: what was finished is kept, half-made files are removed", err=True)
         code = INTERRUPTED
     except Exception as error:
         # Errors of packages below the runtime, by name: importing them takes seconds.
