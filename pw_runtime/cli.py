@@ -21,14 +21,13 @@ from pw_runtime.cli_options import (
     FILE,
     FOLDER,
     INTERRUPTED,
-    SOME_FAILED,
     chunk_option,
     device_option,
     exit_code,
     fragmented_option,
     precision_option,
 )
-from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
+from pw_runtime.errors import BadRequest, PixelWizardError
 
 
 def version_of_this() -> str:
@@ -159,12 +158,8 @@ def generate(**options: Any) -> int:
 
     reporter = Reporter(quiet=options["quiet"])
     request = read_request(options)
-    try:
-        outcomes = run(request, open_model(options, reporter), reporter)
-    except WriteFailed as error:  # the clips are finished, something beside them is not
-        reporter.warn(f"error: {error}")
-        return SOME_FAILED
-    return exit_code(outcomes, reporter)
+    bundle = open_model(options, reporter)
+    return exit_code(lambda: run(request, bundle, reporter), reporter)
 
 
 def read_request(options: dict[str, Any]) -> Any:

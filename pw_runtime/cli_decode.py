@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def decode(latents: tuple[Path, ...], **options: Any) -> int:
     from pw_runtime.request import pick_device
 
     reporter = Reporter(quiet=options["quiet"])
-    outcomes = finish(
+    run = partial(
+        finish,
         latents,
         open_bundle(options["model"]),
         reporter,
@@ -51,4 +53,4 @@ def decode(latents: tuple[Path, ...], **options: Any) -> int:
         fragmented=options["fragmented"],
         overwrite=options["overwrite"],
     )
-    return exit_code(outcomes, reporter)
+    return exit_code(run, reporter)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pw_runtime.errors import BadResult, WriteFailed
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pw_runtime.progress import Reporter
     from pw_runtime.types import Outcome
@@ -54,8 +56,13 @@ fragmented_option = click.option(
 )
 
 
-def exit_code(outcomes: Sequence[Outcome], reporter: Reporter) -> int:
-    """The code for what became of the prompts; those that failed are named."""
+def exit_code(run: Callable[[], Sequence[Outcome]], reporter: Reporter) -> int:
+    """Run it and return the code for what became of its prompts; those that failed are named."""
+    try:
+        outcomes = run()
+    except (WriteFailed, BadResult) as error:  # what was finished until then is kept
+        reporter.warn(f"error: {error}")
+        return SOME_FAILED
     failed = [outcome.prompt.id for outcome in outcomes if outcome.error is not None]
     if failed:
         reporter.warn(f"{len(failed)} of {len(outcomes)} prompts failed: {', '.join(failed)}")

@@ -38,13 +38,19 @@ def others_go_on(clip: Clip, reporter: Reporter) -> Iterator[None]:
 
 @contextmanager
 def end_of_run_tells(clips: Iterable[Clip], reporter: Reporter) -> Iterator[None]:
-    """When the run ends before its time, Ctrl-C included, say what is kept of which clip."""
+    """When the run ends before its time, Ctrl-C included, say what is kept of which clip.
+
+    Raises BadResult where memory ran out between the clips: a network did not fit.
+    """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for clip in clips:
             if clip.video is None and clip.error is None:
                 tell_what_is_kept(clip, reporter)
+        known = out_of_memory(error)
+        if known is not None:
+            raise known from error
         raise
 
 
@@ -57,7 +63,7 @@ def tell_what_is_kept(clip: Clip, reporter: Reporter) -> None:
         reporter.warn(f"what was encoded of it can be watched: {clip.growing}")
 
 
-def out_of_memory(error: Exception) -> BadResult | None:
+def out_of_memory(error: BaseException) -> BadResult | None:
     """The one clear error for what torch and Python raise when memory runs out."""
     torch_words = ("can't allocate memory", "not enough memory")
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(

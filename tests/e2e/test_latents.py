@@ -114,12 +114,15 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_fault_after_the_denoise_costs_one_command(
     generate, pw, whole, tmp_path, monkeypatch, fault, says
 ) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.mkv").write_bytes(b"an earlier clip")
     with monkeypatch.context() as patch, fault(patch):
         ended = generate()
     assert ended.code == 3
     assert says in ended.err
     assert "Traceback" not in ended.err
-    assert names(tmp_path / "out") == [LATENTS]
+    assert names(tmp_path / "out") == [LATENTS, "0.mkv"]
+    assert (tmp_path / "out" / "0.mkv").read_bytes() == b"an earlier clip"
     finished = pw(*told_command(ended.err))
     assert finished.code == 0, finished.err
     assert finished.out.split() == [str(tmp_path / "out" / "0.mkv")]
@@ -186,6 +189,19 @@ def test_memory_that_runs_out_in_a_denoise_keeps_what_there_was(
     assert refused.code == 2
     assert "ends before the highres stage" in refused.err
     assert generate("--noise", file, "--out", tmp_path / "again").code == 0
+
+
+def test_a_decoder_that_does_not_fit_leaves_all_latents(generate, tmp_path, monkeypatch) -> None:
+    def run_out(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "load_decoder", run_out)
+    ended = generate("--prompt", "a dog")
+    assert ended.code == 3
+    assert "memory ran out" in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.err.count("this finishes the clip") == 2
+    assert names(tmp_path / "out") == [LATENTS, "1.latents.safetensors"]
 
 
 def test_a_clip_fails_alone_and_can_be_painted_and_decoded_again(
