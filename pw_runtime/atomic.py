@@ -82,14 +82,16 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write contiguous tensors as safetensors, whole or not at all. Raises WriteFailed."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_file(path) as partial:
         try:
-            save_file(dict(tensors), partial, metadata={"format": "pt"})
+            save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:  # its name for a full disk, too
             raise write_failed(path, error) from error
         # Safetensors lets only the owner read its files, whatever the umask.

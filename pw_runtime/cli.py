@@ -12,20 +12,23 @@ from typing import Any
 
 import click
 
+from pw_runtime.cli_decode import decode
 from pw_runtime.cli_engines import build, engines
 from pw_runtime.cli_options import (
     BAD_INPUT,
+    CODECS,
     DONE,
     FILE,
     FOLDER,
     INTERRUPTED,
-    SOME_FAILED,
     chunk_option,
     device_option,
+    exit_code,
+    fragmented_option,
     precision_option,
 )
 from pw_runtime.cli_plan import plan
-from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
+from pw_runtime.errors import BadRequest, PixelWizardError
 
 
 def version_of_this() -> str:
@@ -112,12 +115,13 @@ def convert(
 @click.option("--noise", type=FILE, help="Safetensors file with draft_noise and highres_noise.")
 @click.option(
     "--codec",
-    type=click.Choice(["h264", "hevc", "av1", "ffv1"]),
+    type=CODECS,
     default="h264",
     show_default=True,
     help="ffv1 is lossless RGB in .mkv.",
 )
-@click.option("--save-latents", is_flag=True, help="Write <id>.latents.safetensors too.")
+@fragmented_option
+@click.option("--save-latents", is_flag=True, help="Keep <id>.latents.safetensors at the end.")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft; the clip shows it.")
 @click.option("--contact-sheet", is_flag=True, help="Write contact_sheet.png too.")
 @precision_option
@@ -155,16 +159,8 @@ def generate(**options: Any) -> int:
 
     reporter = Reporter(quiet=options["quiet"])
     request = read_request(options)
-    try:
-        outcomes = run(request, open_model(options, reporter), reporter)
-    except WriteFailed as error:  # the clips are finished, something beside them is not
-        reporter.warn(f"error: {error}")
-        return SOME_FAILED
-    failed = [outcome.prompt.id for outcome in outcomes if outcome.error is not None]
-    if failed:
-        reporter.warn(f"{len(failed)} of {len(outcomes)} prompts failed: {', '.join(failed)}")
-        return SOME_FAILED
-    return DONE
+    bundle = open_model(options, reporter)
+    return exit_code(lambda: run(request, bundle, reporter), reporter)
 
 
 def read_request(options: dict[str, Any]) -> Any:
@@ -196,6 +192,7 @@ def read_request(options: dict[str, Any]) -> Any:
         seed=resolve_base_seed(options["seed"]),
         noise=options["noise"],
         codec=options["codec"],
+        fragmented=options["fragmented"],
         save_latents=options["save_latents"],
         draft_only=options["draft_only"],
         contact_sheet=options["contact_sheet"],
@@ -229,6 +226,7 @@ def open_model(options: dict[str, Any], reporter: Any) -> Any:
     )
 
 
+cli.add_command(decode)
 cli.add_command(build)
 cli.add_command(engines)
 cli.add_command(plan)
@@ -245,7 +243,7 @@ def main() -> None:
         error.show()
         code = BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: what was finished is kept, the rest is removed", err=True)
+        click.echo("interrupted: what was finished is kept, half-made files are removed", err=True)
         code = INTERRUPTED
     except Exception as error:
         # Errors of packages below the runtime, by name: importing them takes seconds.

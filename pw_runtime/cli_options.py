@@ -4,9 +4,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from pw_runtime.errors import BadResult, WriteFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pw_runtime.progress import Reporter
+    from pw_runtime.types import Outcome
 
 CHUNK = 8192  # as in pw_runtime.types, which needs torch
 DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
@@ -24,6 +32,7 @@ class NonEmptyPath(click.Path):
 
 FOLDER = NonEmptyPath(path_type=Path)
 FILE = NonEmptyPath(path_type=Path)
+CODECS = click.Choice(["h264", "hevc", "av1", "ffv1"])
 
 chunk_option = click.option(
     "--chunk",
@@ -40,3 +49,21 @@ precision_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
+fragmented_option = click.option(
+    "--fragmented",
+    is_flag=True,
+    help="Also write <id>.partial.mp4, which plays while it grows; gone when <id>.mp4 is there.",
+)
+
+
+def exit_code(run: Callable[[], Sequence[Outcome]], reporter: Reporter) -> int:
+    """Run it and return the code for what became of its prompts; those that failed are named."""
+    try:
+        outcomes = run()
+    except (WriteFailed, BadResult) as error:  # what was finished until then is kept
+        reporter.warn(f"error: {error}")
+        return SOME_FAILED
+    failed = [outcome.prompt.id for outcome in outcomes if outcome.error is not None]
+    if failed:
+        reporter.warn(f"{len(failed)} of {len(outcomes)} prompts failed: {', '.join(failed)}")
+    return SOME_FAILED if failed else DONE

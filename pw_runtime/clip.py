@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from pw_runtime.atomic import write_tensors
 from pw_runtime.bundle import Bundle
 from pw_runtime.contact_sheet import Filmstrip, SheetRow, Thumb, sample_frames, watch_frames
 from pw_runtime.engines import OnEngines
+from pw_runtime.growing import growing_name
+from pw_runtime.latents import SUFFIX, Options, Origin, read_latent, vae_digest, write_latents
 from pw_runtime.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
 from pw_runtime.receipt import Receipt, kernel_launches, peak_memory, versions, write_receipt
+from pw_runtime.stages.write import suffix
 from pw_runtime.trace import Stopwatch
 from pw_runtime.types import (
     FrameChunk,
@@ -37,15 +39,24 @@ class Clip:
     prompt: Prompt
     request: Request
     seeds: Seeds
+    model: Path  # the bundle
+    origin: Origin  # as far as it is known
     noise: dict[StageName, Tensor]  # [C, T, H, W] fp32
     watch: Stopwatch
     notices: list[str] = field(default_factory=list)
     text: TextContext | None = None
     draft: Latent | None = None
     highres: Latent | None = None
-    strips: list[Filmstrip] = field(default_factory=list)
+    latents: Path | None = None  # file with the last stage's latent
+    reopened: bool = False  # an earlier run made that file
+    strips: tuple[Filmstrip, ...] = ()
     video: Path | None = None
     error: str | None = None
+
+    @property
+    def last_stage(self) -> StageName:
+        """The stage whose latent becomes the clip."""
+        return list(self.request.stages)[-1]
 
     def noise_for(self, stage: StageName) -> Tensor:
         """The stage's initial noise: from the noise file, else drawn from its seed."""
@@ -54,6 +65,14 @@ class Clip:
             seed = getattr(self.seeds, stage)
             self.noise[stage] = draw_noise(shape, seed, self.request.device)
         return self.noise[stage].to(self.request.device)
+
+    def latent_of(self, stage: StageName) -> Latent:
+        """A stage's latent: from the latents file, or from memory where the disk refused it."""
+        if self.latents is not None:
+            return read_latent(self.latents, self.origin, stage, self.request.device)
+        latent = self.draft if stage == "draft" else self.highres
+        assert latent is not None
+        return latent
 
     def forget_tensors(self) -> None:
         """Let the memory go once the files are written."""
@@ -66,95 +85,159 @@ class Clip:
 
     def sheet_row(self) -> SheetRow:
         """The clip's row of the contact sheet."""
-        return SheetRow(caption=f"{self.prompt.id}: {self.prompt.text}", strips=(*self.strips,))
+        return SheetRow(caption=f"{self.prompt.id}: {self.prompt.text}", strips=self.strips)
 
     def path(self, suffix: str) -> Path:
         """`OUT/<id><suffix>`."""
         return self.request.out / f"{self.prompt.id}{suffix}"
 
+    @property
+    def target(self) -> Path:
+        """Where the video will be."""
+        return self.path(suffix(self.request.codec))
 
-def start_clip(request: Request, prompt: Prompt, noise: dict[StageName, Tensor]) -> Clip:
+    @property
+    def growing(self) -> Path | None:
+        """Where the video can be watched until then, if that is asked for."""
+        return growing_name(self.target) if self.request.fragmented else None
+
+
+def start_clip(
+    request: Request,
+    prompt: Prompt,
+    noise: Mapping[StageName, Tensor],
+    bundle: Bundle,
+    engines: Mapping[StageName, OnEngines],
+) -> Clip:
     """A clip with nothing computed yet; `noise` by stage overrides what the seeds would draw."""
+    seeds = seeds_for(request.seed, prompt.position)
+    files = {name: record.sha256 for name, record in bundle.files.items()}
+    origin = Origin(
+        prompt=prompt,
+        negative=request.negative,
+        preset=request.preset,
+        options=Options(
+            codec=request.codec,
+            precision=request.precision,
+            device=str(request.device),
+            kernels=request.kernels,
+            attention=request.attention_kernel,
+            policy=request.policy,
+            chunk=request.chunk,
+            draft_only=request.draft_only,
+            save_latents=request.save_latents,
+        ),
+        seeds={"base": request.seed, **asdict(seeds)},
+        noise={},
+        noise_file=str(request.noise) if request.noise else None,
+        bundle={"digest": bundle.digest, **files},
+        vae=vae_digest(bundle),
+        engines={
+            stage: {"backend": one.choice.backend, "reason": one.choice.reason}
+            for stage, one in engines.items()
+        },
+        notices=(),
+        seconds={},
+        versions=versions(),
+    )
     return Clip(
         prompt=prompt,
         request=request,
-        seeds=seeds_for(request.seed, prompt.position),
+        seeds=seeds,
+        model=bundle.root,
+        origin=origin,
         noise=dict(noise),
         watch=Stopwatch(request.device),
     )
 
 
-def keep_thumbs(clip: Clip, stage: StageName, chunks: Iterable[FrameChunk]) -> Iterator[FrameChunk]:
-    """Pass a stage's frames on and keep a few of them, small, for the contact sheet."""
+def keep_thumbs(
+    clip: Clip, stage: StageName, chunks: Iterable[FrameChunk], strips: list[Filmstrip]
+) -> Iterator[FrameChunk]:
+    """Pass a stage's frames on and add a few of them, small, to `strips`."""
     plan = clip.request.stages[stage]
     thumbs: list[Thumb] = []
     wanted = sample_frames(clip.request.preset.video.frames, THUMBS)
     yield from watch_frames(chunks, wanted, thumbs)
-    strip = Filmstrip(name=stage, width=plan.width, height=plan.height, thumbs=tuple(thumbs))
-    clip.strips.append(strip)
+    strips.append(Filmstrip(name=stage, width=plan.width, height=plan.height, thumbs=tuple(thumbs)))
 
 
-def write_latents(clip: Clip) -> Path:
+def save_latents(clip: Clip) -> Path:
     """Write all tensors of the clip so far to `<id>.latents.safetensors`. Raises WriteFailed.
 
-    The file can be passed to --noise.
+    The file can be passed to --noise and, once it has the last stage's latent, to `pw decode`.
     """
     tensors: dict[str, Tensor] = {f"{stage}_noise": x for stage, x in clip.noise.items()}
     if clip.text is not None:
         tensors |= {"text_context": clip.text.cond, "negative_context": clip.text.uncond}
-    for stage, latent in (("draft", clip.draft), ("highres", clip.highres)):
-        if latent is not None:
-            tensors[f"{stage}_latent"] = latent.x
-    path = clip.path(".latents.safetensors")
-    write_tensors(path, {name: x.cpu().contiguous() for name, x in tensors.items()})
+    stages: dict[StageName, Latent | None] = {"draft": clip.draft, "highres": clip.highres}
+    tensors |= {f"{stage}_latent": one.x for stage, one in stages.items() if one is not None}
+    clip.origin = replace(
+        clip.origin,
+        noise={stage: tensor_digest(x) for stage, x in clip.noise.items()},
+        notices=tuple(clip.notices),
+        seconds=dict(clip.watch.seconds),
+    )
+    path = clip.path(SUFFIX)
+    write_latents(path, clip.origin, tensors)
+    if stages[clip.last_stage] is not None:
+        clip.latents = path
     return path
 
 
-def write_clip_receipt(
-    clip: Clip,
-    bundle: Bundle,
-    engines: Mapping[StageName, OnEngines],
-    loading: float,
-    video_bytes: int,
-) -> None:
-    """Write `<id>.json` for a finished clip; `loading` is in seconds. Raises WriteFailed."""
-    request = clip.request
-    options = {
-        "codec": request.codec,
-        "precision": request.precision,
-        "device": str(request.device),
-        "kernels": request.kernels,
-        "attention": request.attention_kernel,
-        "policy": request.policy,
-        "chunk": request.chunk,
-        "draft_only": request.draft_only,
-        "save_latents": request.save_latents,
-    }
-    assert clip.video is not None
+def finishing_command(clip: Clip) -> str:
+    """The command that finishes the clip from its latents file."""
+    assert clip.latents is not None
+    request, options = clip.request, clip.origin.options
+    words = ["pw", "decode", str(clip.latents), "--model", str(clip.model)]
+    words += ["--device", str(request.device)]
+    words += ["--out", str(request.out)] if request.out != clip.latents.parent else []
+    words += ["--codec", request.codec] if request.codec != options.codec else []
+    words += ["--kernels", request.kernels] if request.kernels != options.kernels else []
+    words += ["--fragmented"] if request.fragmented else []
+    words += ["--overwrite"] if clip.target.exists() else []
+    return shlex.join(words)
+
+
+def write_clip_receipt(clip: Clip, loading: float, video_bytes: int) -> None:
+    """Write `<id>.json` for a finished clip; `loading` is in seconds. Raises WriteFailed.
+
+    Of a clip finished from its latents, what only the run that made them could tell is absent.
+    """
+    origin, request = clip.origin, clip.request
+    seconds = {name: round(value, 4) for name, value in clip.watch.seconds.items()}
+    peaks, launches = peak_memory(request.device), kernel_launches()
+    finished = None
+    if clip.reopened:
+        assert clip.latents is not None
+        finished = {
+            "latents": clip.latents.name,
+            "codec": request.codec,
+            "device": str(request.device),
+            "kernels": request.kernels,
+            "load_seconds": round(loading, 4),
+            "peak_memory_bytes": peaks,
+            "kernel_launches": launches,
+            "versions": versions(),
+        }
+    else:
+        seconds = {"load_all_networks": round(loading, 4), **seconds}
     receipt = Receipt(
-        prompt=dataclasses.asdict(clip.prompt),
-        negative=request.negative,
-        seeds={"base": request.seed, **dataclasses.asdict(clip.seeds)},
-        noise={stage: tensor_digest(x) for stage, x in clip.noise.items()},
-        noise_file=str(request.noise) if request.noise else None,
-        preset=dataclasses.asdict(request.preset),
-        options=options,
-        bundle={
-            "digest": bundle.digest,
-            **{name: record.sha256 for name, record in bundle.files.items()},
-        },
-        video={"file": clip.video.name, "bytes": video_bytes},
-        seconds={
-            "load_all_networks": round(loading, 4),
-            **{name: round(value, 4) for name, value in clip.watch.seconds.items()},
-        },
-        peak_memory_bytes=peak_memory(request.device),
-        engines={
-            stage: {"backend": one.choice.backend, "reason": one.choice.reason}
-            for stage, one in engines.items()
-        },
-        kernel_launches=kernel_launches(),
+        prompt=asdict(origin.prompt),
+        negative=origin.negative,
+        seeds=origin.seeds,
+        noise=origin.noise,
+        noise_file=origin.noise_file,
+        preset=asdict(origin.preset),
+        options=asdict(origin.options),
+        bundle=origin.bundle,
+        video={"file": clip.target.name, "bytes": video_bytes},
+        seconds=seconds,
+        engines=origin.engines,
         notices=clip.notices,
-        versions=versions(),
+        versions=origin.versions,
+        peak_memory_bytes=None if finished else peaks,
+        kernel_launches=None if finished else launches,
+        finished_from_latents=finished,
     )
     write_receipt(receipt, clip.path(".json"))

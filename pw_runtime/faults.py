@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from pw_runtime.clip import Clip, write_latents
+from pw_runtime.clip import Clip, finishing_command, save_latents
 from pw_runtime.errors import BadResult, PixelWizardError
 from pw_runtime.progress import Reporter
 from pw_runtime.types import Latent
@@ -26,14 +26,44 @@ def others_go_on(clip: Clip, reporter: Reporter) -> Iterator[None]:
         if not isinstance(known, PixelWizardError):
             reporter.warn(traceback.format_exc())
         reporter.warn(f"prompt {clip.prompt.id} failed: {clip.error}")
-        if clip.draft is not None and not clip.request.save_latents:
+        if clip.latents is None and clip.draft is not None:
             try:
-                reporter.warn(f"its latents are kept in {write_latents(clip)}")
+                path = save_latents(clip)
+                if clip.latents is None:
+                    reporter.warn(f"what was computed for it is kept in {path}")
             except Exception as lost:
                 reporter.warn(f"its latents could not be kept: {lost}")
+        tell_what_is_kept(clip, reporter)
 
 
-def out_of_memory(error: Exception) -> BadResult | None:
+@contextmanager
+def end_of_run_tells(clips: Iterable[Clip], reporter: Reporter) -> Iterator[None]:
+    """When the run ends before its time, Ctrl-C included, say what is kept of which clip.
+
+    Raises BadResult where memory ran out between the clips: a network did not fit.
+    """
+    try:
+        yield
+    except BaseException as error:
+        for clip in clips:
+            if clip.video is None and clip.error is None:
+                tell_what_is_kept(clip, reporter)
+        known = out_of_memory(error)
+        if known is not None:
+            raise known from error
+        raise
+
+
+def tell_what_is_kept(clip: Clip, reporter: Reporter) -> None:
+    """Say where the latents of an unfinished clip are and which command finishes it."""
+    if clip.latents is not None:
+        reporter.warn(f"the latents of {clip.prompt.id} are kept in {clip.latents}")
+        reporter.warn(f"this finishes the clip: {finishing_command(clip)}")
+    if clip.growing is not None and clip.growing.exists():
+        reporter.warn(f"what was encoded of it can be watched: {clip.growing}")
+
+
+def out_of_memory(error: BaseException) -> BadResult | None:
     """The one clear error for what torch and Python raise when memory runs out."""
     torch_words = ("can't allocate memory", "not enough memory")
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole program: prompt -> text -> draft -> condition -> highres -> decode -> write.
 
-Stages run one after another over all prompts, so that every network is loaded once and only
-one transformer is in memory. A prompt that fails does not take the others with it.
+Each stage runs over all prompts before the next begins, so that every network is loaded once
+and only one is in memory. Before anything is decoded, all latents are on the disk. A prompt that
+fails does not take the others with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,10 +18,11 @@ from pw_engines import EngineStore
 from pw_kernels.launcher import tally
 from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, verify
-from pw_runtime.clip import Clip, keep_thumbs, start_clip, write_clip_receipt, write_latents
-from pw_runtime.contact_sheet import write_contact_sheet
+from pw_runtime.clip import Clip, keep_thumbs, save_latents, start_clip, write_clip_receipt
+from pw_runtime.contact_sheet import Filmstrip, write_contact_sheet
 from pw_runtime.engines import OnEngines, choose_engines
-from pw_runtime.faults import others_go_on, require_finite
+from pw_runtime.errors import WriteFailed
+from pw_runtime.faults import end_of_run_tells, others_go_on, require_finite
 from pw_runtime.models import VaeDecoder
 from pw_runtime.networks import (
     check_networks,
@@ -40,9 +42,16 @@ from pw_runtime.stages.decode import decode
 from pw_runtime.stages.draft import draft
 from pw_runtime.stages.highres import highres
 from pw_runtime.stages.text import encode_text
-from pw_runtime.stages.write import pixel_format_for, suffix, write_video
+from pw_runtime.stages.write import pixel_format_for, write_video
 from pw_runtime.trace import Stopwatch
-from pw_runtime.types import DecodePlan, Latent, Outcome, Request, StageName, TextContext
+from pw_runtime.types import (
+    DecodePlan,
+    Outcome,
+    Request,
+    StageName,
+    StagePlan,
+    TextContext,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,7 @@ class Run:
     clips: tuple[Clip, ...]
     loading: Stopwatch
     reporter: Reporter
-    engines: dict[StageName, OnEngines] = field(default_factory=dict)
+    engines: Mapping[StageName, OnEngines] = field(default_factory=dict)
 
 
 def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outcome, ...]:
@@ -71,7 +80,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     Raises:
         BadRequest, BadWeights: the request or the bundle cannot work; nothing was computed.
         WriteFailed: the contact sheet could not be written; all clips are finished.
-        KeyboardInterrupt: finished clips are on disk, the unfinished one left no file.
+        KeyboardInterrupt: finished clips are on disk, and the latents that were; said which.
     """
     check_request(request)
     noise = {}
@@ -82,18 +91,20 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     verify(bundle)
     reset_peak_memory(request.device)
     tally.clear()
-    clips = tuple(start_clip(request, prompt, noise) for prompt in request.prompts)
-    run = Run(request, bundle, clips, Stopwatch(request.device), reporter)
-    run.engines.update({stage: pick_engines(run, stage) for stage in request.stages})
+    engines = {stage: pick_engines(request, bundle, stage, reporter) for stage in request.stages}
+    clips = tuple(start_clip(request, one, noise, bundle, engines) for one in request.prompts)
+    run = Run(request, bundle, clips, Stopwatch(request.device), reporter, engines)
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
     with (
         torch.inference_mode(),
         using(request.kernels, attention=request.attention_kernel),
+        end_of_run_tells(clips, reporter),
     ):
         encode_texts(run)
         make_drafts(run)
-        finish_clips(run)
+        make_highres(run)
+        decode_clips(run)
     rows = [clip.sheet_row() for clip in clips if clip.video is not None]
     if request.contact_sheet and rows:
         write_contact_sheet(rows, request.out / "contact_sheet.png")
@@ -125,30 +136,34 @@ def make_drafts(run: Run) -> None:
     for clip in run.clips:
         if clip.text is None:
             continue
-        with (
-            others_go_on(clip, reporter),
-            reporter.steps(f"draft {clip.prompt.id}", plan.steps) as advance,
-            clip.watch.stage("draft"),
-        ):
-            latent = draft(clip.text, clip.noise_for("draft"), plan, compat, net, advance)
-            clip.draft = require_finite(latent, "draft")
+        with others_go_on(clip, reporter):
+            with (
+                reporter.steps(f"draft {clip.prompt.id}", plan.steps) as advance,
+                clip.watch.stage("draft"),
+            ):
+                latent = draft(clip.text, clip.noise_for("draft"), plan, compat, net, advance)
+                clip.draft = require_finite(latent, "draft")
+            if clip.last_stage == "draft":
+                put_aside(run, clip)
 
 
-def pick_engines(run: Run, stage: StageName) -> OnEngines:
+def pick_engines(
+    request: Request, bundle: Bundle, stage: StageName, reporter: Reporter
+) -> OnEngines:
     """What a network will run on; said once. Raises BadRequest."""
-    request, config = run.request, require_dit(run.bundle, stage)
+    config = require_dit(bundle, stage)
     segments = segments_of(config, request.precision, request.chunk)
     command = (
-        f"pw build --model {run.bundle.root} --precision {request.precision} "
+        f"pw build --model {bundle.root} --precision {request.precision} "
         f"--chunk {request.chunk} --device {request.device}"
     )
     # Engines have kernels of their own: with ours asked for, the segments run.
     policy = "eager" if request.kernels == "triton" else request.policy
     choice = choose_engines(segments, policy, EngineStore(), request.device, command)
     if choice.backend != "eager":
-        run.reporter.say(f"the {stage} network runs on {choice.reason} ({choice.backend})")
+        reporter.say(f"the {stage} network runs on {choice.reason} ({choice.backend})")
     elif policy == "auto":
-        run.reporter.say(
+        reporter.say(
             f"the {stage} network runs without engines ({choice.reason}); `{command}` makes them"
         )
     return OnEngines(segments, choice)
@@ -161,73 +176,114 @@ def load_transformer(run: Run, stage: StageName) -> SegmentedDiT:
     return SegmentedDiT(net, picked.segments, picked.choice.engines)
 
 
-def finish_clips(run: Run) -> None:
-    """Draft latents -> high-res latents -> files, one prompt after the other."""
-    request, compat, reporter = run.request, run.request.preset.compat, run.reporter
-    plan, net = request.stages.get("highres"), None
+def make_highres(run: Run) -> None:
+    """Draft latents -> high-res latents; the transformer is let go at the end."""
+    plan = run.request.stages.get("highres")
+    waiting = [clip for clip in run.clips if clip.draft is not None]
+    if plan is None or not waiting:
+        return
     with run.loading.stage("load"):
-        vae = load_decoder(run.bundle, request.device)
-        if plan is not None:
-            net = load_transformer(run, "highres")
-    for clip in run.clips:
-        if clip.text is None or clip.draft is None:
-            continue
-        with others_go_on(clip, reporter):
-            if plan is not None and net is not None:
-                with clip.watch.stage("condition"):
-                    conditioning = condition(clip.draft, plan)
-                    noise = clip.noise_for("highres")
-                with (
-                    reporter.steps(f"highres {clip.prompt.id}", plan.steps) as advance,
-                    clip.watch.stage("highres"),
-                ):
-                    latent = highres(clip.text, conditioning, noise, plan, compat, net, advance)
-                    clip.highres = require_finite(latent, "high-res")
-            if request.save_latents:
-                write_latents(clip)
-            write_clip(run, clip, vae)
+        net = load_transformer(run, "highres")
+    for clip in waiting:
+        with others_go_on(clip, run.reporter):
+            paint_clip(run, clip, plan, net)
+            put_aside(run, clip)
+        if clip.error is not None:
+            clip.forget_tensors()
+
+
+def paint_clip(run: Run, clip: Clip, plan: StagePlan, net: SegmentedDiT) -> None:
+    """One clip's draft latent -> its high-res latent. After an exception the clip is as before."""
+    assert clip.text is not None
+    assert clip.draft is not None
+    with clip.watch.stage("condition"):
+        conditioning = condition(clip.draft, plan)
+        noise = clip.noise_for("highres")
+    with (
+        run.reporter.steps(f"highres {clip.prompt.id}", plan.steps) as advance,
+        clip.watch.stage("highres"),
+    ):
+        compat = run.request.preset.compat
+        latent = highres(clip.text, conditioning, noise, plan, compat, net, advance)
+        clip.highres = require_finite(latent, "high-res")
+
+
+def put_aside(run: Run, clip: Clip) -> None:
+    """The clip's tensors go to the disk, where they wait for the decode."""
+    try:
+        with clip.watch.stage("latents"):
+            save_latents(clip)
+    except WriteFailed as error:  # better a clip without that than none
+        notify(run, (clip,), f"its latents stay in memory until they are decoded: {error}")
+    else:
         clip.forget_tensors()
 
 
-def write_clip(run: Run, clip: Clip, vae: VaeDecoder) -> None:
-    """The clip's last latent -> frames -> video file and receipt."""
-    request, preset, watch = run.request, run.request.preset, clip.watch
-    stage, plan = list(request.stages.items())[-1]
-    latent = clip.draft if stage == "draft" else clip.highres
-    assert latent is not None
+def decode_clips(run: Run) -> None:
+    """Latents files -> video files and receipts. `pw decode` is this alone."""
+    waiting = [clip for clip in run.clips if clip.error is None]
+    if not waiting:
+        return
+    with run.loading.stage("load"):
+        vae = load_decoder(run.bundle, run.request.device)
+    for clip in waiting:
+        with others_go_on(clip, run.reporter):
+            finish_clip(run, clip, decode_clip(run, clip, vae))
+        clip.forget_tensors()
+
+
+def decode_clip(run: Run, clip: Clip, vae: VaeDecoder) -> int:
+    """One clip's last latent -> its video file, whose bytes are returned. After an exception the
+    clip is as before and the file is not there."""
+    request, preset, watch = clip.request, clip.request.preset, clip.watch
+    stage, plan = clip.last_stage, clip.request.stages[clip.last_stage]
+    with watch.stage("latents"):
+        latent = clip.latent_of(stage)
     # The draft of a high-res preset is small enough to be decoded in one piece.
     cut = preset.decode if stage == "highres" or preset.highres is None else DecodePlan()
+    strips: list[Filmstrip] = []
     if request.contact_sheet and stage == "highres":
-        preview_draft(clip, vae)
+        preview_draft(clip, vae, strips)
+    if clip.growing is not None:
+        run.reporter.say(f"{clip.growing} can be watched while it grows")
     pixels = pixel_format_for(request.codec, preset.compat)
     with run.reporter.steps(f"decode {clip.prompt.id}", preset.video.frames) as advance:
         chunks = watch.each("decode", decode(latent, cut, preset.compat, vae, pixels))
         if request.contact_sheet:
-            chunks = keep_thumbs(clip, stage, chunks)
-        path = clip.path(suffix(request.codec))
+            chunks = keep_thumbs(clip, stage, chunks, strips)
         with watch.stage("write"):
             size = write_video(
                 count_frames(chunks, advance),
-                path,
+                clip.target,
                 width=plan.width,
                 height=plan.height,
                 frames=preset.video.frames,
                 fps=preset.video.fps,
                 codec=request.codec,
+                growing=clip.growing,
             )
-    clip.video = path
-    write_clip_receipt(clip, run.bundle, run.engines, run.loading.seconds["load"], size)
-    run.reporter.finished(path)
+    clip.strips = tuple(strips)
+    return size
 
 
-def preview_draft(clip: Clip, vae: VaeDecoder) -> None:
+def preview_draft(clip: Clip, vae: VaeDecoder, strips: list[Filmstrip]) -> None:
     """Decode the draft for the contact sheet alone."""
-    latent: Latent | None = clip.draft
-    assert latent is not None
     with clip.watch.stage("preview"):
-        chunks = decode(latent, DecodePlan(), clip.request.preset.compat, vae)
-        for _ in keep_thumbs(clip, "draft", chunks):
+        chunks = decode(clip.latent_of("draft"), DecodePlan(), clip.request.preset.compat, vae)
+        for _ in keep_thumbs(clip, "draft", chunks, strips):
             pass
+
+
+def finish_clip(run: Run, clip: Clip, video_bytes: int) -> None:
+    """The video is there: write the receipt, and remove the latents file that nobody asked for."""
+    write_clip_receipt(clip, run.loading.seconds["load"], video_bytes)
+    clip.video = clip.target
+    run.reporter.finished(clip.video)
+    if clip.latents is not None and not clip.request.save_latents:
+        try:
+            clip.latents.unlink(missing_ok=True)
+        except OSError as error:
+            run.reporter.warn(f"{clip.latents} is not needed any more, but stays: {error}")
 
 
 def notify(run: Run, clips: Iterable[Clip], text: str) -> None:

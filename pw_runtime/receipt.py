@@ -33,17 +33,27 @@ class Receipt:
     bundle: dict[str, str]
     video: dict[str, Any]
     seconds: dict[str, float]
-    peak_memory_bytes: dict[str, int]
     engines: dict[str, dict[str, str]]  # network -> backend, and why that
-    kernel_launches: dict[str, dict[str, int]]  # kernel -> library or jit -> so far in the run
     notices: list[str]
     versions: dict[str, str]
-    format: int = 1
+    # Of the run; absent from the file where the clip was finished by another run than the one
+    # that made its latents. That run then tells its own.
+    peak_memory_bytes: dict[str, int] | None
+    kernel_launches: dict[str, dict[str, int]] | None  # kernel -> library or jit -> so far
+    finished_from_latents: dict[str, Any] | None = None
+    format: int = 2
+
+
+_ABSENT_IF_NONE = ("peak_memory_bytes", "kernel_launches", "finished_from_latents")
 
 
 def write_receipt(receipt: Receipt, path: Path) -> None:
     """Write the receipt as JSON. Raises WriteFailed."""
-    write_text(path, json.dumps(asdict(receipt), indent=2, ensure_ascii=False) + "\n")
+    content = asdict(receipt)
+    for name in _ABSENT_IF_NONE:
+        if content[name] is None:
+            del content[name]
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def kernel_launches() -> dict[str, dict[str, int]]:

@@ -11,6 +11,7 @@ import torch
 from pw_kernels.attention_libraries import available
 from pw_kernels.library import library, status
 from pw_runtime.errors import BadRequest
+from pw_runtime.latents import SUFFIX
 from pw_runtime.stages.write import check_codec
 from pw_runtime.types import Precision, Request
 
@@ -45,7 +46,8 @@ def default_precision(wanted: Precision | None, device: torch.device) -> Precisi
 
 def check_request(request: Request) -> None:
     """Check codec, kernels and the output folder, which is made. Raises BadRequest."""
-    check_codec(request.codec)
+    check_codec(request.codec, fragmented=request.fragmented)
+    _check_names(request)
     if (request.kernels, request.attention_kernel) != ("reference", "reference"):
         _check_kernels(request)
     try:
@@ -62,6 +64,22 @@ def check_request(request: Request) -> None:
             got="no permission",
             do="choose another --out",
         )
+
+
+def _check_names(request: Request) -> None:
+    """Raise BadRequest where one file of the run would take the place of another, or of --noise."""
+    ids = {prompt.id for prompt in request.prompts}
+    for one in sorted(ids):
+        if request.fragmented and f"{one}.partial" in ids:
+            raise BadRequest(
+                f"with --fragmented the clip {one} grows under the name of the clip {one}.partial",
+                do="change one of the two ids",
+            )
+        if request.noise and request.noise.absolute() == (request.out / (one + SUFFIX)).absolute():
+            raise BadRequest(
+                f"the run would replace its noise file {request.noise} by latents of its own",
+                do="choose another --out, or give a copy of the file to --noise",
+            )
 
 
 def _check_kernels(request: Request) -> None:

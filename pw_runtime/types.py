@@ -249,6 +249,7 @@ class Request:
     seed: int = 0  # base seed, not negative
     noise: Path | None = None  # safetensors file that replaces the drawn noise
     codec: Codec = "h264"
+    fragmented: bool = False  # an mp4 beside it that plays while it grows
     save_latents: bool = False
     draft_only: bool = False
     contact_sheet: bool = False

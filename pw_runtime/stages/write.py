@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames -> one video file, encoded as they arrive."""
+"""Frames -> one video file, encoded in a thread of its own while the next ones are made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import av
 import numpy as np
@@ -27,6 +27,8 @@ from av.video.stream import VideoStream
 
 from pw_runtime.atomic import atomic_file, write_failed
 from pw_runtime.errors import BadRequest, WriteFailed
+from pw_runtime.growing import GrowingFile
+from pw_runtime.overlap import overlap
 from pw_runtime.types import Codec, Compat, FrameChunk, PixelFormat
 
 MATRIX_RGB: Final = 0  # AVCOL_SPC_RGB, which PyAV does not name
@@ -84,9 +86,15 @@ def pixel_format_for(codec: Codec, compat: Compat) -> PixelFormat:
     return "yuv420p" if planes else "rgb24"
 
 
-def check_codec(codec: Codec) -> None:
-    """Raise BadRequest if the installed PyAV cannot encode `codec`. Costs nothing: call it
-    before anything is computed."""
+def check_codec(codec: Codec, *, fragmented: bool = False) -> None:
+    """Raise BadRequest if the installed PyAV cannot encode `codec`, or if its file cannot be
+    fragmented where that is asked for. Costs nothing: call it before anything is computed."""
+    if fragmented and suffix(codec) != ".mp4":
+        raise BadRequest(
+            f"--fragmented makes an mp4, which {codec} does not",
+            wanted=f"--codec {', '.join(c for c in _RECIPES if suffix(c) == '.mp4')}",
+            do="choose another codec, or leave --fragmented out",
+        )
     encoder = _RECIPES[codec].encoder
     try:
         av.Codec(encoder, "w")
@@ -108,22 +116,28 @@ def write_video(
     frames: int,
     fps: int,
     codec: Codec,
+    growing: Path | None = None,
 ) -> int:
     """Encode `frames` frames of `width` x `height` pixels into `path`; return its bytes.
 
     h264, hevc and av1 are BT.709 limited-range yuv420p in an mp4 that starts to play before it
     is wholly loaded; ffv1 is lossless RGB in Matroska. Chunks of rgb24 are converted to that by
-    libswscale, chunks of yuv420p go to the encoder as they are. A chunk is let go before the next
-    one is asked for, and `path` appears only when it is complete.
+    libswscale, chunks of yuv420p go to the encoder as they are. The encoder works in a thread of
+    its own while `chunks` makes the next one; at most three are alive, the one in the making among
+    them. `path` appears only when it is complete.
+
+    `growing`, for the mp4 codecs, gets the same packets as a fragmented mp4, which any player can
+    open in the meantime. It is gone once `path` stands, and stays when the writing fails.
 
     Raises WriteFailed when the disk or the encoder refuses, ValueError when the chunks are not
-    the frames announced. Whatever `chunks` raises passes through.
+    the frames announced, BadRequest for a codec that cannot be had or cannot grow. Whatever
+    `chunks` raises passes through.
     """
-    check_codec(codec)
+    check_codec(codec, fragmented=growing is not None)
     clip = _Format(width=width, height=height, frames=frames, fps=fps)
     with atomic_file(path) as partial:
         try:
-            _encode(chunks, partial, _RECIPES[codec], clip)
+            overlap(chunks, lambda taken: _encode(taken, partial, _RECIPES[codec], clip, growing))
             written = _packets(partial)
         except av.FFmpegError as error:
             raise write_failed(path, error) from error
@@ -135,10 +149,18 @@ def write_video(
                 do="run the same command again, with another codec if it happens twice",
             )
         size = partial.stat().st_size
+    if growing is not None:
+        growing.unlink(missing_ok=True)
     return size
 
 
-def _encode(chunks: Iterable[FrameChunk], path: Path, recipe: _Recipe, clip: _Format) -> None:
+def _encode(
+    chunks: Iterable[FrameChunk],
+    path: Path,
+    recipe: _Recipe,
+    clip: _Format,
+    growing: Path | None = None,
+) -> None:
     mp4 = recipe.suffix == ".mp4"
     container = av.open(
         os.fspath(path),
@@ -146,18 +168,34 @@ def _encode(chunks: Iterable[FrameChunk], path: Path, recipe: _Recipe, clip: _Fo
         format="mp4" if mp4 else "matroska",
         options={"movflags": "+faststart"} if mp4 else {},
     )
+    copy: GrowingFile | None = None
     try:
         stream = _open_stream(container, recipe, clip)
+        if growing is not None:
+            copy = GrowingFile(growing, stream, recipe.tag)
         for frame in _video_frames(chunks, clip, recipe.pix_fmt):
-            container.mux(stream.encode(frame))
+            _mux(stream.encode(frame), container, copy)
             del frame  # it may be memory of the chunk
-        container.mux(stream.encode())
+        _mux(stream.encode(), container, copy)
+        if copy is not None:
+            copy.close()
         container.close()
     except BaseException:
         # The file is thrown away; a second error from closing it would hide the first.
-        with suppress(av.FFmpegError):
-            container.close()
+        for opened in (copy, container):
+            with suppress(av.FFmpegError):
+                if opened is not None:
+                    opened.close()
         raise
+
+
+def _mux(
+    packets: Iterable[av.Packet[Any]], container: OutputContainer, copy: GrowingFile | None
+) -> None:
+    for packet in packets:
+        if copy is not None:
+            copy.add(packet)
+        container.mux(packet)
 
 
 def _open_stream(container: OutputContainer, recipe: _Recipe, clip: _Format) -> VideoStream:

@@ -284,7 +284,12 @@ def test_ctrl_c_keeps_finished_clips_and_leaves_no_partial_one(
     ended = generate("--prompt", "a cat", "--prompt", "a dog")
     assert ended.code == 130
     assert "interrupted" in ended.err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.json", "0.mp4"]
+    left = tmp_path / "out" / "1.latents.safetensors"
+    assert f"the latents of 1 are kept in {left}" in ended.err
+    assert f"pw decode {left} --model" in ended.err
+    assert sorted(tmp_path.glob("out/*")) == [
+        tmp_path / "out" / "0.json", tmp_path / "out" / "0.mp4", left
+    ]  # fmt: skip
 
 
 def test_what_the_triton_kernels_cannot_take_is_refused_before_anything_is_computed(

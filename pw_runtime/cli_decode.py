@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw decode`: clips finished from their latents files."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pw_runtime.cli_options import (
+    CODECS,
+    FILE,
+    FOLDER,
+    device_option,
+    exit_code,
+    fragmented_option,
+)
+
+
+@click.command()
+@click.argument("latents", nargs=-1, required=True, type=FILE)
+@click.option("--model", type=FOLDER, required=True, help="Bundle with the VAE of their run.")
+@click.option("--out", type=FOLDER, help="Folder for the clips. [default: that of the file]")
+@click.option("--codec", type=CODECS, help="[default: that of the run]")
+@device_option
+@click.option(
+    "--kernels",
+    type=click.Choice(["reference", "triton"]),
+    help="Implementation of the operations. [default: that of the run]",
+)
+@fragmented_option
+@click.option("--overwrite", is_flag=True, help="Replace clips that exist.")
+@click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+def decode(latents: tuple[Path, ...], **options: Any) -> int:
+    """Finish clips from the LATENTS.safetensors that an earlier `pw generate` left."""
+    from pw_runtime.bundle import open_bundle
+    from pw_runtime.finish import finish
+    from pw_runtime.progress import Reporter
+    from pw_runtime.request import pick_device
+
+    reporter = Reporter(quiet=options["quiet"])
+    run = partial(
+        finish,
+        latents,
+        open_bundle(options["model"]),
+        reporter,
+        device=pick_device(options["device"]),
+        out=options["out"],
+        codec=options["codec"],
+        kernels=options["kernels"],
+        fragmented=options["fragmented"],
+        overwrite=options["overwrite"],
+    )
+    return exit_code(run, reporter)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw decode`: clips finished from the latents that an earlier run left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pw_kernels.launcher import tally
+from pw_kernels.op import using
+from pw_runtime.bundle import Bundle, load_tensors, verify
+from pw_runtime.clip import Clip
+from pw_runtime.errors import BadRequest
+from pw_runtime.faults import end_of_run_tells
+from pw_runtime.latents import Origin, check_latents
+from pw_runtime.noise import Seeds
+from pw_runtime.pipeline import Run, decode_clips
+from pw_runtime.progress import Reporter
+from pw_runtime.receipt import reset_peak_memory
+from pw_runtime.request import check_request
+from pw_runtime.trace import Stopwatch
+from pw_runtime.types import Codec, Kernels, Outcome, Request
+
+
+def finish(
+    files: Sequence[Path],
+    bundle: Bundle,
+    reporter: Reporter,
+    *,
+    device: torch.device,
+    out: Path | None = None,
+    codec: Codec | None = None,
+    kernels: Kernels | None = None,
+    fragmented: bool = False,
+    overwrite: bool = False,
+) -> tuple[Outcome, ...]:
+    """Decode and encode clips whose latents are on the disk, which stay there.
+
+    On the device and with the kernels of the run that made the latents, the frames are those
+    that this run would have made, bit for bit.
+
+    Args:
+        files: latents files.
+        bundle: one with the VAE of the run that made them.
+        reporter: told about progress.
+        device: to decode on.
+        out: folder for the clips; None: that of each file.
+        codec: None: that of the run.
+        kernels: implementation of the operations; None: that of the run.
+        fragmented: make an mp4 beside each clip that plays while it grows.
+        overwrite: replace clips that exist.
+
+    Returns:
+        One outcome per file, in order.
+
+    Raises:
+        BadRequest, BadWeights: nothing was decoded.
+        KeyboardInterrupt: finished clips are on disk.
+    """
+    clips = []
+    for file in files:
+        origin = check_latents(file, bundle)
+        request = Request(
+            prompts=(origin.prompt,),
+            preset=origin.preset,
+            out=file.parent if out is None else out,
+            negative=origin.negative,
+            seed=origin.seeds["base"],
+            codec=codec or origin.options.codec,
+            fragmented=fragmented,
+            save_latents=True,
+            draft_only=origin.options.draft_only,
+            precision=origin.options.precision,
+            kernels=kernels or origin.options.kernels,
+            attention=None if kernels else origin.options.attention,
+            policy=origin.options.policy,
+            chunk=origin.options.chunk,
+            device=device,
+        )
+        _check_kernels(file, request)
+        check_request(request)
+        clips.append(_reopen(file, origin, request, bundle))
+    _check_targets(clips, overwrite=overwrite)
+    load_tensors(bundle, "vae")
+    verify(bundle, "vae")
+    reset_peak_memory(device)
+    tally.clear()
+    with torch.inference_mode(), end_of_run_tells(clips, reporter):
+        for group in _alike(clips):
+            request = group[0].request
+            run = Run(request, bundle, tuple(group), Stopwatch(device), reporter)
+            with using(request.kernels, attention=request.attention_kernel):
+                decode_clips(run)
+    return tuple(clip.outcome() for clip in clips)
+
+
+def _reopen(file: Path, origin: Origin, request: Request, bundle: Bundle) -> Clip:
+    watch = Stopwatch(request.device)
+    watch.seconds.update(origin.seconds)
+    return Clip(
+        prompt=origin.prompt,
+        request=request,
+        seeds=Seeds(draft=origin.seeds["draft"], highres=origin.seeds["highres"]),
+        model=bundle.root,
+        origin=origin,
+        noise={},
+        watch=watch,
+        notices=list(origin.notices),
+        latents=file,
+        reopened=True,
+    )
+
+
+def _alike(clips: Sequence[Clip]) -> list[list[Clip]]:
+    """Clips that one run can decode, together: they have the settings of their networks in
+    common."""
+    groups: dict[tuple[object, ...], list[Clip]] = {}
+    for clip in clips:
+        one = clip.request
+        key = (one.kernels, one.attention_kernel, one.precision, one.policy, one.chunk)
+        groups.setdefault(key, []).append(clip)
+    return list(groups.values())
+
+
+def _check_kernels(file: Path, request: Request) -> None:
+    wanted = (request.kernels, request.attention_kernel)
+    if request.device.type != "cuda" and wanted != ("reference", "reference"):
+        raise BadRequest(
+            f"{file} comes from a run with --kernels {wanted[0]} --attention {wanted[1]}",
+            got=f"device {request.device}",
+            wanted="a CUDA device, for the same frames bit for bit",
+            do="add --kernels reference: frames then differ by rounding",
+        )
+
+
+def _check_targets(clips: Sequence[Clip], *, overwrite: bool) -> None:
+    taken: dict[Path, Path] = {}
+    for clip in clips:
+        assert clip.latents is not None
+        target = clip.target.resolve()
+        if target in taken:
+            raise BadRequest(
+                f"two latents files would become {clip.target}",
+                got=f"{taken[target]} and {clip.latents}",
+                do="run `pw decode` for each, with an --out of its own",
+            )
+        taken[target] = clip.latents
+        if clip.target.exists() and not overwrite:
+            raise BadRequest(
+                f"{clip.target} exists",
+                do="add --overwrite if these latents shall replace it, or choose another --out",
+            )

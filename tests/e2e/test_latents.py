@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing that was computed is lost: latents are on the disk before the decode, and `pw decode`
+makes the clip of them that the run would have made."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from pw_runtime import clip as clip_module
+from pw_runtime import pipeline
+from pw_runtime.errors import WriteFailed
+from pw_runtime.stages import write
+from tests.e2e.pw import Ended, Pw
+
+LATENTS = "0.latents.safetensors"
+
+
+@pytest.fixture
+def generate(pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path):
+    def run(*arguments: object) -> Ended:
+        return pw(
+            "generate", "--model", bundle_dir, "--preset", preset, "--out", tmp_path / "out",
+            "--codec", "ffv1", "--prompt", "a cat", *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def whole(generate, tmp_path: Path) -> np.ndarray:
+    """Frames of the run that nothing disturbs."""
+    assert generate("--out", tmp_path / "whole").code == 0
+    return frames(tmp_path / "whole" / "0.mkv")
+
+
+def frames(path: Path) -> np.ndarray:
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def told_command(err: str) -> list[str]:
+    """The command that the message tells, without `pw`."""
+    (line,) = [one for one in err.splitlines() if "this finishes the clip: " in one]
+    return shlex.split(line.partition("clip: ")[2])[1:]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No file may grow past what the latents took."""
+    write_video = pipeline.write_video
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(chunks, path, **arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return write_video(chunks, path, **arguments)
+
+    monkeypatch.setattr(pipeline, "write_video", limited)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@contextmanager
+def broken_encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def broken(*arguments: object) -> None:
+        raise av.error.ExternalError(-542398533, "Generic error in an external library")
+
+    monkeypatch.setattr(write, "_mux", broken)
+    yield
+
+
+@contextmanager
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    decode = pipeline.decode
+
+    def run_out(*arguments):
+        yield next(decode(*arguments))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "decode", run_out)
+    yield
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (full_disk, "File too large"),
+        (broken_encoder, "Generic error in an external library"),
+        (no_memory, "memory ran out"),
+    ],
+)
+def test_a_fault_after_the_denoise_costs_one_command(
+    generate, pw, whole, tmp_path, monkeypatch, fault, says
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.mkv").write_bytes(b"an earlier clip")
+    with monkeypatch.context() as patch, fault(patch):
+        ended = generate()
+    assert ended.code == 3
+    assert says in ended.err
+    assert "Traceback" not in ended.err
+    assert names(tmp_path / "out") == [LATENTS, "0.mkv"]
+    assert (tmp_path / "out" / "0.mkv").read_bytes() == b"an earlier clip"
+    finished = pw(*told_command(ended.err))
+    assert finished.code == 0, finished.err
+    assert finished.out.split() == [str(tmp_path / "out" / "0.mkv")]
+    assert (frames(tmp_path / "out" / "0.mkv") == whole).all()
+    assert names(tmp_path / "out") == ["0.json", LATENTS, "0.mkv"]
+
+
+KILLED = """
+import os, signal, sys
+from pw_runtime import cli, pipeline
+decode = pipeline.decode
+def killed(*arguments):
+    yield next(decode(*arguments))
+    os.kill(os.getpid(), signal.SIGKILL)
+pipeline.decode = killed
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_decode_leaves_the_latents_of_all_its_clips(
+    pw, bundle_dir, preset, whole, tmp_path
+) -> None:
+    out = tmp_path / "out"
+    arguments = (
+        "generate", "--model", bundle_dir, "--preset", preset, "--out", out, "--codec", "ffv1",
+        "--prompt", "a cat", "--prompt", "a dog",
+    )  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    kept = ["0.latents.safetensors", "1.latents.safetensors"]
+    assert [name for name in names(out) if not name.startswith(".")] == kept
+    finished = pw("decode", *(out / name for name in kept), "--model", bundle_dir)
+    assert finished.code == 0, finished.err
+    assert names(out) == ["0.json", kept[0], "0.mkv", "1.json", kept[1], "1.mkv"]
+    assert (frames(out / "0.mkv") == whole).all()
+
+
+@pytest.mark.parametrize("stage", ["draft", "highres"])
+def test_memory_that_runs_out_in_a_denoise_keeps_what_there_was(
+    generate, pw, bundle_dir, tmp_path, monkeypatch, stage
+) -> None:
+    def run_out(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, stage, run_out)
+        ended = generate()
+    assert ended.code == 3
+    assert "memory ran out" in ended.err
+    assert "Traceback" not in ended.err
+    file = tmp_path / "out" / LATENTS
+    if stage == "draft":
+        assert names(tmp_path / "out") == []
+        return
+    assert f"what was computed for it is kept in {file}" in ended.err
+    refused = pw("decode", file, "--model", bundle_dir)
+    assert refused.code == 2
+    assert "ends before the highres stage" in refused.err
+    assert generate("--noise", file, "--out", tmp_path / "again").code == 0
+
+
+def test_a_decoder_that_does_not_fit_leaves_all_latents(generate, tmp_path, monkeypatch) -> None:
+    def run_out(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "load_decoder", run_out)
+    ended = generate("--prompt", "a dog")
+    assert ended.code == 3
+    assert "memory ran out" in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.err.count("this finishes the clip") == 2
+    assert names(tmp_path / "out") == [LATENTS, "1.latents.safetensors"]
+
+
+def test_a_clip_fails_alone_and_can_be_painted_and_decoded_again(
+    generate, whole, tmp_path, monkeypatch
+) -> None:
+    """What a retry needs: after an exception the clip is as it was."""
+    failed = []
+
+    def twice(function):
+        def run(run, clip, *rest):
+            if clip.prompt.id == "0":
+                kept = (clip.strips, clip.video, clip.latents, clip.highres)
+                with monkeypatch.context() as patch, no_memory(patch):
+                    patch.setattr(pipeline, "highres", broken)
+                    with pytest.raises(torch.OutOfMemoryError):
+                        function(run, clip, *rest)
+                assert (clip.strips, clip.video, clip.latents, clip.highres) == kept
+                failed.append(function.__name__)
+            return function(run, clip, *rest)
+
+        return run
+
+    def broken(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("paint_clip", "decode_clip"):
+        monkeypatch.setattr(pipeline, name, twice(getattr(pipeline, name)))
+    ended = generate("--prompt", "a dog", "--contact-sheet")
+    assert ended.code == 0, ended.err
+    assert failed == ["paint_clip", "decode_clip"]
+    assert (frames(tmp_path / "out" / "0.mkv") == whole).all()
+
+
+def test_before_the_decode_latents_are_on_the_disk_and_networks_are_gone(
+    generate, tmp_path, monkeypatch
+) -> None:
+    load_transformer, load_decoder = pipeline.load_transformer, pipeline.load_decoder
+    nets, seen, decoded = [], [], []
+    highres, decode = pipeline.highres, pipeline.decode
+
+    def loaded(*arguments):
+        net = load_transformer(*arguments)
+        nets.append(weakref.ref(net))
+        return net
+
+    def looked(*arguments):
+        assert [net() for net in nets] == [None, None]
+        assert names(tmp_path / "out") == [LATENTS, "1.latents.safetensors"]
+        assert [one() for one in seen] == [None, None]
+        return load_decoder(*arguments)
+
+    def painted(*arguments):
+        latent = highres(*arguments)
+        decoded.append(latent.x.clone())
+        seen.append(weakref.ref(latent.x))
+        return latent
+
+    def compared(latent, *rest):
+        assert torch.equal(latent.x, decoded.pop(0))
+        return decode(latent, *rest)
+
+    monkeypatch.setattr(pipeline, "load_transformer", loaded)
+    monkeypatch.setattr(pipeline, "load_decoder", looked)
+    monkeypatch.setattr(pipeline, "highres", painted)
+    monkeypatch.setattr(pipeline, "decode", compared)
+    ended = generate("--prompt", "a dog")
+    assert ended.code == 0, ended.err
+    assert decoded == []
+    assert names(tmp_path / "out") == ["0.json", "0.mkv", "1.json", "1.mkv"]
+
+
+def test_a_disk_that_refuses_the_latents_does_not_cost_the_clip(
+    generate, whole, tmp_path, monkeypatch
+) -> None:
+    def refused(path, *rest):
+        raise WriteFailed(f"cannot write {path}", got="No space left on device")
+
+    monkeypatch.setattr(clip_module, "write_latents", refused)
+    ended = generate()
+    assert ended.code == 0, ended.err
+    assert "its latents stay in memory until they are decoded" in ended.err
+    assert (frames(tmp_path / "out" / "0.mkv") == whole).all()
+    assert "No space left" in json.loads((tmp_path / "out" / "0.json").read_text())["notices"][-1]
+
+
+def test_a_noise_file_that_the_run_would_replace_is_refused(generate, tmp_path) -> None:
+    assert generate("--save-latents").code == 0
+    before = (tmp_path / "out" / LATENTS).read_bytes()
+    ended = generate("--noise", tmp_path / "out" / LATENTS)
+    assert ended.code == 2
+    assert "would replace its noise file" in ended.err
+    assert (tmp_path / "out" / LATENTS).read_bytes() == before
+
+
+def test_a_clip_that_grows_is_told_and_kept_when_the_run_fails(
+    generate, tmp_path, monkeypatch
+) -> None:
+    growing = tmp_path / "out" / "0.partial.mp4"
+    write_video = pipeline.write_video
+
+    def broken(chunks, path, **arguments):
+        assert arguments["growing"] == growing
+        growing.write_bytes(b"half a clip")
+        raise WriteFailed(f"cannot write {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_video", broken)
+        ended = generate("--codec", "h264", "--fragmented")
+    assert ended.code == 3
+    assert f"what was encoded of it can be watched: {growing}" in ended.err
+    assert "--fragmented" in told_command(ended.err)
+    assert pipeline.write_video is write_video
+    ended = generate("--codec", "h264", "--fragmented")
+    assert ended.code == 0
+    assert f"{growing} can be watched" in ended.err
+    assert names(tmp_path / "out") == ["0.json", "0.mp4"]
+
+
+def test_fragments_are_refused_before_anything_is_computed(
+    generate, pw, bundle_dir, preset, tmp_path
+) -> None:
+    ended = generate("--fragmented")
+    assert ended.code == 2
+    assert "which ffv1 does not" in ended.err
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"id": "a", "text": "x"}\n{"id": "a.partial", "text": "x"}')
+    ended = pw(
+        "generate", "--model", bundle_dir, "--preset", preset, "--out", tmp_path / "out",
+        "--prompts", prompts, "--fragmented",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "under the name of the clip a.partial" in ended.err
