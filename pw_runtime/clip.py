@@ -20,6 +20,7 @@ from pw_runtime.trace import Stopwatch
 from pw_runtime.types import (
     FrameChunk,
     Latent,
+    Network,
     Outcome,
     Prompt,
     Request,
@@ -113,7 +114,7 @@ def write_latents(clip: Clip) -> Path:
 def write_clip_receipt(
     clip: Clip,
     bundle: Bundle,
-    engines: Mapping[StageName, OnEngines],
+    engines: Mapping[Network, OnEngines],
     loading: float,
     video_bytes: int,
 ) -> None:
@@ -150,8 +151,8 @@ def write_clip_receipt(
         },
         peak_memory_bytes=peak_memory(request.device),
         engines={
-            stage: {"backend": one.choice.backend, "reason": one.choice.reason}
-            for stage, one in engines.items()
+            name: {"backend": one.choice.backend, "reason": one.choice.reason}
+            for name, one in engines.items()
         },
         kernel_launches=kernel_launches(),
         notices=clip.notices,

@@ -19,7 +19,8 @@ from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, verify
 from pw_runtime.clip import Clip, keep_thumbs, start_clip, write_clip_receipt, write_latents
 from pw_runtime.contact_sheet import write_contact_sheet
-from pw_runtime.engines import OnEngines, choose_engines
+from pw_runtime.decoder_engines import choose_decoder, decoder_on
+from pw_runtime.engines import OnEngines, build_command, choose_engines
 from pw_runtime.faults import others_go_on, require_finite
 from pw_runtime.models import VaeDecoder
 from pw_runtime.networks import (
@@ -42,7 +43,15 @@ from pw_runtime.stages.highres import highres
 from pw_runtime.stages.text import encode_text
 from pw_runtime.stages.write import pixel_format_for, suffix, write_video
 from pw_runtime.trace import Stopwatch
-from pw_runtime.types import DecodePlan, Latent, Outcome, Request, StageName, TextContext
+from pw_runtime.types import (
+    DecodePlan,
+    Latent,
+    Network,
+    Outcome,
+    Request,
+    StageName,
+    TextContext,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,7 @@ class Run:
     clips: tuple[Clip, ...]
     loading: Stopwatch
     reporter: Reporter
-    engines: dict[StageName, OnEngines] = field(default_factory=dict)
+    engines: dict[Network, OnEngines] = field(default_factory=dict)
 
 
 def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outcome, ...]:
@@ -85,6 +94,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     clips = tuple(start_clip(request, prompt, noise) for prompt in request.prompts)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter)
     run.engines.update({stage: pick_engines(run, stage) for stage in request.stages})
+    run.engines["vae"] = choose_decoder(request, bundle, reporter.say)
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
     with (
@@ -138,10 +148,7 @@ def pick_engines(run: Run, stage: StageName) -> OnEngines:
     """What a network will run on; said once. Raises BadRequest."""
     request, config = run.request, require_dit(run.bundle, stage)
     segments = segments_of(config, request.precision, request.chunk)
-    command = (
-        f"pw build --model {run.bundle.root} --precision {request.precision} "
-        f"--chunk {request.chunk} --device {request.device}"
-    )
+    command = build_command(request, run.bundle.root)
     # Engines have kernels of their own: with ours asked for, the segments run.
     policy = "eager" if request.kernels == "triton" else request.policy
     choice = choose_engines(segments, policy, EngineStore(), request.device, command)
@@ -195,13 +202,14 @@ def write_clip(run: Run, clip: Clip, vae: VaeDecoder) -> None:
     stage, plan = list(request.stages.items())[-1]
     latent = clip.draft if stage == "draft" else clip.highres
     assert latent is not None
+    painter = decoder_on(vae, run.engines["vae"])
     # The draft of a high-res preset is small enough to be decoded in one piece.
     cut = preset.decode if stage == "highres" or preset.highres is None else DecodePlan()
     if request.contact_sheet and stage == "highres":
         preview_draft(clip, vae)
     pixels = pixel_format_for(request.codec, preset.compat)
     with run.reporter.steps(f"decode {clip.prompt.id}", preset.video.frames) as advance:
-        chunks = watch.each("decode", decode(latent, cut, preset.compat, vae, pixels))
+        chunks = watch.each("decode", decode(latent, cut, preset.compat, painter, pixels))
         if request.contact_sheet:
             chunks = keep_thumbs(clip, stage, chunks)
         path = clip.path(suffix(request.codec))

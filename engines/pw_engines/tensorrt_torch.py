@@ -121,8 +121,7 @@ def export(
     """The program of a segment, of its limits alone. Raises EngineError with PyTorch's words."""
     sizes = dict(spec.limits)
     examples = tuple(
-        torch.empty(one.sized(sizes), dtype=DTYPES[one.dtype], device=device)
-        for one in spec.inputs
+        torch.empty(one.sized(sizes), dtype=DTYPES[one.dtype], device=device) for one in spec.inputs
     )
     try:
         program = torch.export.export(Positional(segment), examples, strict=False)

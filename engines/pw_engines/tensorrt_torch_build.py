@@ -107,13 +107,13 @@ def build_plan(request: TorchRequest) -> None:
     messages = Messages(trt)
     what = f"the plan that torch-tensorrt {frontend.__version__} made"
     try:
-        opener = trt.Runtime(messages.logger)
+        runtime = trt.Runtime(messages.logger)
     except TypeError as error:  # the package's way of saying that there is no runtime
         raise messages.error(f"TensorRT {trt.__version__} cannot start on this device") from error
-    opened = messages.need(
-        opener.deserialize_cuda_engine(plan), f"TensorRT {trt.__version__} cannot open {what}"
+    engine = messages.need(
+        runtime.deserialize_cuda_engine(plan), f"TensorRT {trt.__version__} cannot open {what}"
     )
-    names = match_by_order(request.spec, tensors_of(trt, opened), what)
+    names = match_by_order(request.spec, tensors_of(trt, engine), what)
     request.plan.write_bytes(plan)
     append_names(request.plan, names)
 
@@ -140,6 +140,7 @@ def _convert(frontend: Any, request: TorchRequest) -> bytes:
             plan = getattr(frontend.dynamo, CONVERT)(program, **asked)
         except Exception as error:  # whatever its converters raise belongs to the build
             said = "\n".join(str(one.message) for one in warned)
+            print(said, file=sys.stderr)
             unsupported = sorted(set(_UNSUPPORTED.findall(said)))
             reason = f"no converter for {', '.join(unsupported)}" if unsupported else _cause(error)
             raise EngineError(f"{failure}: {reason}") from error
