@@ -158,7 +158,8 @@ class TensorrtEngine:
             if sizes.get(name, limit) != limit:
                 self._refuse(f"wanted {name} padded to {limit}, got {sizes[name]}")
         self.spec.check_outputs(outputs, sizes)
-        for name, x in zip(self._names, (*inputs, *outputs), strict=True):
+        tensors = (*self.spec.inputs, *self.spec.outputs)
+        for name, x in zip((one.name for one in tensors), (*inputs, *outputs), strict=True):
             if x.device != self._lane.device:
                 self._refuse(f"tensor {name}: wanted it on {self._lane.device}, got {x.device}")
             if not x.is_contiguous():
