@@ -148,14 +148,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify(bundle: Bundle, network: Network | None = None) -> None:
-    """Check the size, then the SHA-256 of every file of the bundle, or of one network alone.
+def verify(bundle: Bundle, names: Collection[str] | None = None) -> None:
+    """Check the size, then the SHA-256 of every file of the bundle, or of those named.
 
     Raises BadWeights naming the first file that differs from bundle.json.
     """
-    entry = getattr(bundle.networks, network) if network else None
-    names = entry.files if entry else bundle.files
-    files = [(bundle.root / name, bundle.files[name]) for name in names]
+    files = [(bundle.root / name, record) for name, record in bundle.files.items()]
+    if names is not None:
+        files = [(bundle.root / name, bundle.files[name]) for name in names]
     for path, record in files:
         _check_size(path, record)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:

@@ -143,7 +143,8 @@ def convert(
     type=click.Choice(["auto", "engines", "eager"]),
     default="auto",
     show_default=True,
-    help="auto: engines of `pw build` where there are; engines: nothing else; eager: none.",
+    help="auto: engines of `pw build` where there are; engines: nothing else for the "
+    "transformers; eager: none.",
 )
 @chunk_option
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")

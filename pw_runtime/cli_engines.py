@@ -31,6 +31,11 @@ from pw_runtime.errors import BadRequest
     show_default=True,
     help="auto: TensorRT where it is installed, else AOTInductor.",
 )
+@click.option(
+    "--frontend",
+    type=click.Choice(["onnx", "torch-tensorrt"]),
+    help="What TensorRT is given the networks by. [default: onnx]",
+)
 @chunk_option
 @precision_option
 @device_option
@@ -39,12 +44,13 @@ from pw_runtime.errors import BadRequest
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
 @click.option("--onnx-only", type=FOLDER, help="Write ONNX models of all segments there instead.")
-@click.option("--preset", help="With --onnx-only: the decoder's graphs too, of this preset's size.")
+@click.option("--preset", help="The decoder too, for pictures of this preset's size alone.")
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 def build(**options: Any) -> int:
-    """Compile a model's transformers, once for every preset and resolution."""
+    """Compile a model's transformers, once for every preset, and the decoder for one of them."""
     from pw_engines import EngineStore
-    from pw_runtime.bundle import open_bundle
+    from pw_runtime.bundle import open_bundle, verify
+    from pw_runtime.engines import COMPILERS
     from pw_runtime.presets import find_preset
     from pw_runtime.progress import Reporter
     from pw_runtime.request import default_precision, pick_device
@@ -54,34 +60,37 @@ def build(**options: Any) -> int:
     reporter = Reporter(quiet=options["quiet"])
     device = pick_device(options["device"])
     precision = default_precision(options["precision"], device)
-    networks = open_bundle(options["model"]).networks
+    bundle = open_bundle(options["model"])
+    networks = bundle.networks
+    preset = None if options["preset"] is None else find_preset(options["preset"])
     configs = {"draft": networks.draft.config}
     if networks.highres is not None:
         configs["highres"] = networks.highres.config
     if options["onnx_only"] is not None:
         if options["dry_run"]:
             raise BadRequest("--onnx-only and --dry-run", do="give one of them")
-        preset = options["preset"]
-        decoder = (networks.vae.config, find_preset(preset)) if preset else None
+        if options["frontend"] is not None:
+            raise BadRequest("--onnx-only and --frontend", do="give one of them")
+        decoder = None if preset is None else (networks.vae.config, preset)
         onnx.export_onnx(
             configs, precision, options["chunk"], options["onnx_only"], reporter.say, decoder
         )
         return DONE
-    if options["preset"] is not None:
-        raise BadRequest(
-            "engines do not depend on a preset",
-            got=f"--preset {options['preset']}",
-            do="leave it out; with --onnx-only it adds the decoder's graphs",
-        )
-    backend = make.pick_backend(options["backend"], device)
+    compiler = make.pick_compiler(options["backend"], options["frontend"], device)
+    sources = [make.TransformerSource(one, precision, options["chunk"]) for one in configs.values()]
+    if preset is not None:
+        if COMPILERS[compiler].bakes:
+            verify(bundle, networks.vae.files)
+        sources.append(make.DecoderSource(bundle.root, preset))
     store = EngineStore()
-    jobs, fresh = make.jobs_for(
-        configs.values(), precision, options["chunk"], backend, device, store
-    )
+    jobs, fresh = make.jobs_for(sources, compiler, device, store)
     reporter.say(
-        f"{backend} engines for {device}, {precision}, up to {options['chunk']} tokens, in "
+        f"{compiler} engines for {device}, {precision}, up to {options['chunk']} tokens, in "
         f"{store.root}: {len(fresh)} built, {len(jobs)} to build"
     )
+    if preset is not None:
+        last = preset.highres or preset.draft
+        reporter.say(f"those of the decoder are for {last.width}x{last.height} alone")
     for job in jobs if options["dry_run"] else ():
         reporter.say(f"  {job.key.folder}")
     if options["dry_run"] or not jobs:

@@ -22,6 +22,7 @@ from pw_runtime.trace import Stopwatch
 from pw_runtime.types import (
     FrameChunk,
     Latent,
+    Network,
     Outcome,
     Prompt,
     Request,
@@ -107,7 +108,7 @@ def start_clip(
     prompt: Prompt,
     noise: Mapping[StageName, Tensor],
     bundle: Bundle,
-    engines: Mapping[StageName, OnEngines],
+    engines: Mapping[Network, OnEngines],
 ) -> Clip:
     """A clip with nothing computed yet; `noise` by stage overrides what the seeds would draw."""
     seeds = seeds_for(request.seed, prompt.position)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines a transformer runs on: those that were built, or the segments themselves.
+"""Which engines a network runs on: those that were built, or the segments themselves.
 
 Nothing is compiled here: `pw build` does that. What runs is said, and stands in the receipt.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 
@@ -18,39 +20,84 @@ from pw_engines import (
     EngineError,
     EngineKey,
     EngineStore,
+    FrontEnd,
     aoti,
     tensorrt,
+    tensorrt_torch,
 )
 from pw_engines.eager import EagerEngine
 from pw_runtime.errors import BadRequest
 from pw_runtime.segments import Segment
-from pw_runtime.types import EnginePolicy
+from pw_runtime.types import EnginePolicy, Request
+
+CompilerName = Literal["tensorrt", "torch-tensorrt", "aoti"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Compiler:
-    """A backend whose engines lie in the store: what a key of it depends on, how to load one."""
+    """A way to engines in the store: what a key of it depends on, how to load one."""
 
+    backend: Backend
     file: str
     unavailable: Callable[[torch.device], str | None]
     platform: Callable[[torch.device], tuple[tuple[str, str], ...]]
     load: Callable[..., Engine]
+    frontend: FrontEnd | None = None  # of TensorRT
+    bakes: bool = False  # the decoder's weights become part of its engines
+
+    @property
+    def options(self) -> tuple[tuple[str, str], ...]:
+        """As in a key."""
+        return () if self.frontend is None else (("frontend", self.frontend),)
 
 
-COMPILERS: Mapping[Backend, Compiler] = MappingProxyType(
+COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
     {  # in the order of preference
         "tensorrt": Compiler(
-            tensorrt.FILE, tensorrt.unavailable, tensorrt.tensorrt_platform, tensorrt.load
+            backend="tensorrt",
+            file=tensorrt.FILE,
+            unavailable=tensorrt.unavailable,
+            platform=tensorrt.tensorrt_platform,
+            load=tensorrt.load,
+            frontend="onnx",
+            bakes=True,
         ),
-        "aoti": Compiler(aoti.FILE, aoti.unavailable_to_run, aoti.aoti_platform, aoti.load),
+        "torch-tensorrt": Compiler(
+            backend="tensorrt",
+            file=tensorrt.FILE,
+            unavailable=tensorrt.unavailable,  # to run: the front end only builds
+            platform=tensorrt_torch.torch_platform,
+            load=tensorrt.load,
+            frontend="torch-tensorrt",
+            bakes=True,
+        ),
+        "aoti": Compiler(
+            backend="aoti",
+            file=aoti.FILE,
+            unavailable=aoti.unavailable_to_run,
+            platform=aoti.aoti_platform,
+            load=aoti.load,
+        ),
     }
 )
 
 
-def key_of(segment: Segment, backend: Backend, device: torch.device) -> EngineKey:
+def key_of(segment: Segment, name: CompilerName, device: torch.device) -> EngineKey:
     """The key of a segment's engine for this machine."""
+    compiler = COMPILERS[name]
     return EngineKey(
-        spec=segment.spec, backend=backend, platform=COMPILERS[backend].platform(device)
+        spec=segment.spec,
+        backend=compiler.backend,
+        platform=compiler.platform(device),
+        options=compiler.options,
+    )
+
+
+def build_command(request: Request, bundle: Path) -> str:
+    """The command that builds a model's engines as a request needs them."""
+    return (
+        f"pw build --model {bundle} --precision {request.precision} "
+        f"--chunk {request.chunk} --device {request.device}"
     )
 
 
@@ -61,6 +108,11 @@ class Choice:
     engines: Mapping[str, Engine]
     backend: Backend
     reason: str
+
+
+def eager_engines(segments: Mapping[str, Segment]) -> dict[str, Engine]:
+    """The segments themselves, as engines."""
+    return {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +143,56 @@ def choose_engines(
     Raises:
         BadRequest: engines were asked for and there are none, or one cannot be opened.
     """
-    lacking = []
-    for backend, compiler in COMPILERS.items() if policy != "eager" else ():
+    reason = "asked for"
+    if policy != "eager":
+        found = find_engines(lambda compiler: segments, store, device, command)
+        if isinstance(found, OnEngines):
+            return found.choice
+        reason = found
+    if policy == "engines":
+        raise BadRequest(
+            f"--policy engines, and {store.root} lacks engines for this model and machine",
+            got=reason,
+            do=f"run `{command}` first, or leave --policy out",
+        )
+    engines = eager_engines(segments)
+    return Choice(engines, "eager", reason)
+
+
+def find_engines(
+    segments_for: Callable[[Compiler], Mapping[str, Segment]],
+    store: EngineStore,
+    device: torch.device,
+    command: str,
+) -> OnEngines | str:
+    """Engines of the first compiler that has built all of them; else why there are none.
+
+    Args:
+        segments_for: gives the segments that a compiler's engines are of, by name.
+        store: where engines lie.
+        device: that they run on.
+        command: that would build them.
+
+    Raises:
+        BadRequest: an engine cannot be opened.
+    """
+    lacking: dict[str, str] = {}
+    for label, compiler in COMPILERS.items():
         why = compiler.unavailable(device)
         if why:
-            lacking.append(f"{backend}: {why}")
+            lacking[compiler.backend] = why  # said once for both front ends
             continue
-        found = {n: store.find(key_of(one, backend, device)) for n, one in segments.items()}
-        missing = [f"{name} ({one.reason})" for name, one in found.items() if one.path is None]
+        segments = segments_for(compiler)
+        files = {name: store.find(key_of(one, label, device)) for name, one in segments.items()}
+        missing = [f"{name} ({one.reason})" for name, one in files.items() if one.path is None]
         if missing:
-            what = "none is built" if len(missing) == len(found) else f"no {', '.join(missing)}"
-            lacking.append(f"{backend}: {what}")
+            none = len(missing) == len(files)
+            lacking[label] = "none is built" if none else f"no {', '.join(missing)}"
             continue
         try:
             engines = {
                 name: compiler.load(segments[name].spec, one.path, device)
-                for name, one in found.items()
+                for name, one in files.items()
             }
         except EngineError as error:
             raise BadRequest(
@@ -114,13 +200,7 @@ def choose_engines(
                 got=error,
                 do=f"run `pw engines prune --all` and `{command}`, or add --policy eager",
             ) from error
-        return Choice(engines, backend, f"built engines in {store.root}")
-    if policy == "engines":
-        raise BadRequest(
-            f"--policy engines, and {store.root} lacks engines for this model and machine",
-            got="; ".join(lacking),
-            do=f"run `{command}` first, or leave --policy out",
-        )
-    engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
-    reason = "asked for" if policy == "eager" else "; ".join(lacking)
-    return Choice(engines, "eager", reason)
+        by = f", front end {compiler.frontend}" if compiler.frontend else ""
+        choice = Choice(engines, compiler.backend, f"built engines in {store.root}{by}")
+        return OnEngines(segments, choice)
+    return "; ".join(f"{label}: {why}" for label, why in lacking.items())

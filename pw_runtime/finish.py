@@ -12,6 +12,7 @@ from pw_kernels.launcher import tally
 from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, load_tensors, verify
 from pw_runtime.clip import Clip
+from pw_runtime.decoder_engines import choose_decoder
 from pw_runtime.errors import BadRequest
 from pw_runtime.faults import end_of_run_tells
 from pw_runtime.latents import Origin, check_latents
@@ -38,8 +39,8 @@ def finish(
 ) -> tuple[Outcome, ...]:
     """Decode and encode clips whose latents are on the disk, which stay there.
 
-    On the device and with the kernels of the run that made the latents, the frames are those
-    that this run would have made, bit for bit.
+    On the device, with the kernels and with the engines of the run that made the latents, the
+    frames are those that it would have made, bit for bit.
 
     Args:
         files: latents files.
@@ -84,13 +85,16 @@ def finish(
         clips.append(_reopen(file, origin, request, bundle))
     _check_targets(clips, overwrite=overwrite)
     load_tensors(bundle, "vae")
-    verify(bundle, "vae")
+    verify(bundle, bundle.networks.vae.files)
     reset_peak_memory(device)
     tally.clear()
     with torch.inference_mode(), end_of_run_tells(clips, reporter):
         for group in _alike(clips):
             request = group[0].request
-            run = Run(request, bundle, tuple(group), Stopwatch(device), reporter)
+            engines: dict[Network, OnEngines] = {
+                "vae": choose_decoder(request, bundle, reporter.say)
+            }
+            run = Run(request, bundle, tuple(group), Stopwatch(device), reporter, engines)
             with using(request.kernels, attention=request.attention_kernel):
                 decode_clips(run)
     return tuple(clip.outcome() for clip in clips)
@@ -114,12 +118,12 @@ def _reopen(file: Path, origin: Origin, request: Request, bundle: Bundle) -> Cli
 
 
 def _alike(clips: Sequence[Clip]) -> list[list[Clip]]:
-    """Clips that one run can decode, together: they have the settings of their networks in
-    common."""
+    """Clips that one run can decode, together: they have their settings and engines in common."""
     groups: dict[tuple[object, ...], list[Clip]] = {}
     for clip in clips:
         one = clip.request
-        key = (one.kernels, one.attention_kernel, one.precision, one.policy, one.chunk)
+        settings = (one.kernels, one.attention_kernel, one.precision, one.policy, one.chunk)
+        key = (settings, one.preset, one.draft_only)
         groups.setdefault(key, []).append(clip)
     return list(groups.values())
 

@@ -20,7 +20,8 @@ from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, verify
 from pw_runtime.clip import Clip, keep_thumbs, save_latents, start_clip, write_clip_receipt
 from pw_runtime.contact_sheet import Filmstrip, write_contact_sheet
-from pw_runtime.engines import OnEngines, choose_engines
+from pw_runtime.decoder_engines import choose_decoder, decoder_on
+from pw_runtime.engines import OnEngines, build_command, choose_engines
 from pw_runtime.errors import WriteFailed
 from pw_runtime.faults import end_of_run_tells, others_go_on, require_finite
 from pw_runtime.models import VaeDecoder
@@ -46,6 +47,7 @@ from pw_runtime.stages.write import pixel_format_for, write_video
 from pw_runtime.trace import Stopwatch
 from pw_runtime.types import (
     DecodePlan,
+    Network,
     Outcome,
     Request,
     StageName,
@@ -63,7 +65,7 @@ class Run:
     clips: tuple[Clip, ...]
     loading: Stopwatch
     reporter: Reporter
-    engines: Mapping[StageName, OnEngines] = field(default_factory=dict)
+    engines: Mapping[Network, OnEngines] = field(default_factory=dict)
 
 
 def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outcome, ...]:
@@ -91,7 +93,10 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     verify(bundle)
     reset_peak_memory(request.device)
     tally.clear()
-    engines = {stage: pick_engines(request, bundle, stage, reporter) for stage in request.stages}
+    engines: dict[Network, OnEngines] = {
+        stage: pick_engines(request, bundle, stage, reporter) for stage in request.stages
+    }
+    engines["vae"] = choose_decoder(request, bundle, reporter.say)
     clips = tuple(start_clip(request, one, noise, bundle, engines) for one in request.prompts)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter, engines)
     if noise and len(clips) > 1:
@@ -153,10 +158,7 @@ def pick_engines(
     """What a network will run on; said once. Raises BadRequest."""
     config = require_dit(bundle, stage)
     segments = segments_of(config, request.precision, request.chunk)
-    command = (
-        f"pw build --model {bundle.root} --precision {request.precision} "
-        f"--chunk {request.chunk} --device {request.device}"
-    )
+    command = build_command(request, bundle.root)
     # Engines have kernels of their own: with ours asked for, the segments run.
     policy = "eager" if request.kernels == "triton" else request.policy
     choice = choose_engines(segments, policy, EngineStore(), request.device, command)
@@ -241,6 +243,7 @@ def decode_clip(run: Run, clip: Clip, vae: VaeDecoder) -> int:
         latent = clip.latent_of(stage)
     # The draft of a high-res preset is small enough to be decoded in one piece.
     cut = preset.decode if stage == "highres" or preset.highres is None else DecodePlan()
+    on_engines = decoder_on(vae, run.engines["vae"])
     strips: list[Filmstrip] = []
     if request.contact_sheet and stage == "highres":
         preview_draft(clip, vae, strips)
@@ -248,7 +251,7 @@ def decode_clip(run: Run, clip: Clip, vae: VaeDecoder) -> int:
         run.reporter.say(f"{clip.growing} can be watched while it grows")
     pixels = pixel_format_for(request.codec, preset.compat)
     with run.reporter.steps(f"decode {clip.prompt.id}", preset.video.frames) as advance:
-        chunks = watch.each("decode", decode(latent, cut, preset.compat, vae, pixels))
+        chunks = watch.each("decode", decode(latent, cut, preset.compat, on_engines, pixels))
         if request.contact_sheet:
             chunks = keep_thumbs(clip, stage, chunks, strips)
         with watch.stage("write"):

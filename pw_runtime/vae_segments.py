@@ -40,9 +40,18 @@ _TAPS = ".taps"  # end the names of what stands for the weight of a convolution 
 
 
 def segments_of_decode(
-    config: VaeConfig, plan: DecodePlan, rows: int, columns: int
+    config: VaeConfig,
+    plan: DecodePlan,
+    rows: int,
+    columns: int,
+    *,
+    baked: VaeDecoder | None = None,
+    digest: str | None = None,
 ) -> dict[str, Segment]:
-    """Every segment that the decode of a latent of `rows` x `columns` needs, by name and size."""
+    """Every segment that the decode of a latent of `rows` x `columns` needs, by name and size.
+
+    `baked` and `digest` are as those of `segments_of_vae`.
+    """
     exact = plan.tiling == "exact"
     overlap = max(plan.overlap, exact_halo(config)) if exact else plan.overlap
     strips = {one.last - one.first for one in make_strips(columns, plan.strips, overlap)}
@@ -50,13 +59,18 @@ def segments_of_decode(
     return {
         f"{segment.name}_{rows}x{width}": segment
         for width in sorted(widths["coarse"] | strips)
-        for segment in segments_of_vae(config, rows, width).values()
+        for segment in segments_of_vae(config, rows, width, baked=baked, digest=digest).values()
         if any(width in widths[part] and part in segment.name for part in PARTS)
     }
 
 
 def segments_of_vae(
-    config: VaeConfig, rows: int, columns: int, *, baked: VaeDecoder | None = None
+    config: VaeConfig,
+    rows: int,
+    columns: int,
+    *,
+    baked: VaeDecoder | None = None,
+    digest: str | None = None,
 ) -> dict[str, Segment]:
     """The four segments by name, for one size.
 
@@ -64,7 +78,9 @@ def segments_of_vae(
         config: of the decoder.
         rows: of the latent.
         columns: of the latent, or of the part of it that a strip is computed from.
-        baked: a decoder whose weights become part of the segments.
+        baked: a decoder whose weights become part of the segments; on the meta device, where the
+            segments are only to be found and not to be run.
+        digest: of the weights to bake, where it is known; else it is computed from them.
     """
     with torch.device("meta"):
         net = VaeDecoder(config).requires_grad_(False)
@@ -78,7 +94,7 @@ def segments_of_vae(
             result = getattr(net, method)(x, memory[part])
             held = {names[conv]: past for conv, past in memory[part].past.items()}
             step = _Step(_Caller(net, part, first, list(held)))
-            made[segment_name(part, first=first)] = _segment(step, x, (result, held), baked)
+            made[segment_name(part, first=first)] = _segment(step, x, (result, held), baked, digest)
             x = result
     return made
 
@@ -138,6 +154,7 @@ def _segment(
     x: Tensor,
     results: tuple[Tensor, dict[str, Tensor]],
     baked: VaeDecoder | None,
+    digest: str | None,
 ) -> Segment:
     """The segment of a step that makes `results`, of these shapes, of x."""
     caller, (out, held) = step.caller, results
@@ -157,7 +174,7 @@ def _segment(
         ),
         limits=(),
         sources=source_digest(),
-        weights=digest_of(_bytes(one) for one in weights.values()) if baked else None,
+        weights=(digest or digest_of(map(_bytes, weights.values()))) if baked else None,
     )
     if baked:
         return Segment(spec, _Baked(step, list(weights.values())), ())

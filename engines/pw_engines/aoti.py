@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pw_engines.engine import EngineError, random_inputs
+from pw_engines.engine import EngineError, Positional, random_inputs
 from pw_engines.spec import SMALLEST, Backend, EngineSpec, digest_of
 
 FILE = "engine.pt2"
@@ -76,26 +76,13 @@ def build(spec: EngineSpec, segment: nn.Module, path: Path, device: torch.device
     )
     try:
         program = torch.export.export(
-            _Positional(segment), examples, dynamic_shapes=(varying,), strict=False
+            Positional(segment), examples, dynamic_shapes=(varying,), strict=False
         )
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs=_PARALLEL
         )
     except Exception as error:  # Inductor raises what it likes: all of it belongs to the build
         raise EngineError(f"AOTInductor cannot compile {spec.segment}: {error}") from error
-
-
-class _Positional(nn.Module):
-    """A segment called with its inputs in order, whatever it names them."""
-
-    def __init__(self, segment: nn.Module) -> None:
-        super().__init__()
-        self.segment = segment
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of the segment."""
-        results: tuple[Tensor, ...] = self.segment(*inputs)
-        return results
 
 
 def load(spec: EngineSpec, path: Path, device: torch.device) -> AotiEngine:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pw_engines.spec import DTYPES, SMALLEST, Backend, DType, EngineSpec
 
@@ -125,3 +125,16 @@ def relative_l2(got: Tensor, wanted: Tensor) -> float:
     """|got - wanted| / |wanted| in fp64."""
     distance = (got.double() - wanted.double()).norm()
     return (distance / wanted.double().norm().clamp_min(1e-30)).item()
+
+
+class Positional(nn.Module):
+    """A segment called with its inputs in order, whatever it names them."""
+
+    def __init__(self, segment: nn.Module) -> None:
+        super().__init__()
+        self.segment = segment
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the segment."""
+        results: tuple[Tensor, ...] = self.segment(*inputs)
+        return results

@@ -15,6 +15,7 @@ from torch import Tensor
 
 SMALLEST: Final = 2  # of a named dimension: compilers take 1 for a dimension to broadcast
 Backend = Literal["eager", "aoti", "tensorrt"]
+FrontEnd = Literal["onnx", "torch-tensorrt"]  # what TensorRT is given a segment by
 DType = Literal["fp32", "bf16", "fp16", "int64"]
 
 DTYPES: Final[Mapping[DType, torch.dtype]] = MappingProxyType(

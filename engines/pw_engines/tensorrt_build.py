@@ -54,7 +54,7 @@ class Request:
         data = json.loads(text)
         cache = data["timing_cache"]
         return Request(
-            spec=_spec(data["spec"]),
+            spec=spec_of(data["spec"]),
             onnx=Path(data["onnx"]),
             plan=Path(data["plan"]),
             device=data["device"],
@@ -62,7 +62,8 @@ class Request:
         )
 
 
-def _spec(data: dict[str, Any]) -> EngineSpec:
+def spec_of(data: dict[str, Any]) -> EngineSpec:
+    """The spec that was written as JSON."""
     tensors = {
         name: tuple(TensorSpec(**{**one, "shape": tuple(one["shape"])}) for one in data[name])
         for name in ("inputs", "outputs")

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from pw_engines.engine import EngineError
 from pw_engines.spec import Backend, EngineSpec
-from pw_engines.tensorrt_library import Found, Messages, bindings, check_tensors, dtype_names
+from pw_engines.tensorrt_library import (
+    Found,
+    Messages,
+    bindings,
+    check_tensors,
+    dtype_names,
+    match_by_order,
+)
+from pw_engines.tensorrt_names import split_plan
 
 ALIGNMENT: Final = 256  # bytes, of every address that TensorRT is given
 
@@ -80,7 +88,9 @@ class TensorrtEngine:
     def __init__(self, spec: EngineSpec, path: Path, device: torch.device) -> None:
         """Open a plan that the store has verified. Raises EngineError."""
         self.spec = spec
-        self._names = [one.name for one in (*spec.inputs, *spec.outputs)]
+        plan, own = split_plan(path.read_bytes())
+        ours = [one.name for one in (*spec.inputs, *spec.outputs)]
+        self._names = ours if own is None else own  # that the plan has, in the order of the spec
         self._lane = lane(device)
         self._bound = (0, 0)  # scratch that the context knows
         self._has_run = False
@@ -88,10 +98,13 @@ class TensorrtEngine:
         what = f"{path}, a plan of {spec.segment},"
         with torch.cuda.device(device):
             engine = messages.need(
-                self._lane.runtime.deserialize_cuda_engine(path.read_bytes()),
+                self._lane.runtime.deserialize_cuda_engine(plan),
                 f"TensorRT {trt.__version__} cannot open {what} on this device: build it again",
             )
-            check_tensors(spec, _tensors(trt, engine), what)
+            if own is None:
+                check_tensors(spec, tensors_of(trt, engine), what)
+            elif match_by_order(spec, tensors_of(trt, engine), what) != tuple(own):
+                raise EngineError(f"{what} has other names than it was built with; build it again")
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
             context = engine.create_execution_context(strategy)
             self._context = messages.need(context, f"TensorRT cannot make a context of {what}")
@@ -103,12 +116,13 @@ class TensorrtEngine:
         """Tell the context the sizes of the spec, the only ones there are."""
         sizes = dict(self.spec.limits)
         context = self._context
-        for one in self.spec.inputs:
+        count = len(self.spec.inputs)
+        for name, one in zip(self._names[:count], self.spec.inputs, strict=True):
             shape = one.sized(sizes)
-            done = context.set_input_shape(one.name, shape)
+            done = context.set_input_shape(name, shape)
             self._lane.messages.need(done, f"{what} does not take {one.name} of {shape}")
-        for one in self.spec.outputs:
-            got, wanted = tuple(context.get_tensor_shape(one.name)), one.sized(sizes)
+        for name, one in zip(self._names[count:], self.spec.outputs, strict=True):
+            got, wanted = tuple(context.get_tensor_shape(name)), one.sized(sizes)
             if got != wanted:
                 raise EngineError(
                     f"{what} gives {one.name} of {got}, wanted {wanted}; export and build it again"
@@ -144,7 +158,8 @@ class TensorrtEngine:
             if sizes.get(name, limit) != limit:
                 self._refuse(f"wanted {name} padded to {limit}, got {sizes[name]}")
         self.spec.check_outputs(outputs, sizes)
-        for name, x in zip(self._names, (*inputs, *outputs), strict=True):
+        tensors = (*self.spec.inputs, *self.spec.outputs)
+        for name, x in zip((one.name for one in tensors), (*inputs, *outputs), strict=True):
             if x.device != self._lane.device:
                 self._refuse(f"tensor {name}: wanted it on {self._lane.device}, got {x.device}")
             if not x.is_contiguous():
@@ -168,7 +183,8 @@ class TensorrtEngine:
         self._lane.keep_scratch()
 
 
-def _tensors(trt: Any, engine: Any) -> Iterator[Found]:
+def tensors_of(trt: Any, engine: Any) -> Iterator[Found]:
+    """Inputs and outputs of a plan, in its order."""
     names = dtype_names(trt)
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)

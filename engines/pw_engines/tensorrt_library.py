@@ -119,6 +119,33 @@ def check_tensors(spec: EngineSpec, found: Iterable[Found], what: str) -> None:
         )
 
 
+def match_by_order(spec: EngineSpec, found: Iterable[Found], what: str) -> tuple[str, ...]:
+    """Names that `what` has for the tensors of the spec: inputs, then outputs, each in order.
+
+    Raises EngineError where their number, a dtype or a shape is not that of the spec.
+    """
+    listed = tuple(found)
+    names: list[str] = []
+    faults = []
+    for is_input, tensors in ((True, spec.inputs), (False, spec.outputs)):
+        kind = "inputs" if is_input else "outputs"
+        got = [one for one in listed if one.is_input == is_input]
+        if len(got) != len(tensors):
+            faults.append(f"wanted {len(tensors)} {kind}, got {len(got)}")
+            continue
+        for wanted, one in zip(tensors, got, strict=True):
+            names.append(one.name)
+            fault = _mismatch(spec, wanted, is_input, one)
+            if fault:
+                faults.append(f"{wanted.name}, there {one.name}: {fault}")
+    if faults:
+        raise EngineError(
+            f"{what} has not the inputs and outputs of {spec.segment} in their order\n  "
+            + "\n  ".join(faults)
+        )
+    return tuple(names)
+
+
 def _mismatch(spec: EngineSpec, wanted: TensorSpec, is_input: bool, got: Found | None) -> str:
     """What is wrong with a tensor; empty if nothing is."""
     if got is None:

@@ -6,43 +6,88 @@ from __future__ import annotations
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from pw_engines import (
-    Backend,
     EngineError,
     EngineKey,
     EngineStore,
+    FrontEnd,
     Parity,
     StoreError,
     aoti,
     check_parity,
     require_parity,
     tensorrt,
+    tensorrt_torch,
 )
 from pw_engines.store import Entry
 from pw_export.onnx_export import export_segment
-from pw_runtime.engines import COMPILERS, key_of
+from pw_runtime import vae_segments
+from pw_runtime.bundle import open_bundle
+from pw_runtime.decoder_engines import decoder_segments
+from pw_runtime.engines import COMPILERS, Compiler, CompilerName, key_of
 from pw_runtime.errors import BadRequest
-from pw_runtime.segments import segments_of, source_digest
-from pw_runtime.types import DitConfig, Precision
+from pw_runtime.networks import load_decoder
+from pw_runtime.segments import Segment, segments_of, source_digest
+from pw_runtime.types import DitConfig, Precision, Preset
+
+Builders = dict[CompilerName, Callable[[torch.device], str | None]]
+
+
+class Source(Protocol):
+    """Whose segments are built, as a worker process can be told."""
+
+    def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
+        """By name, for the engines of a compiler.
+
+        Weights that become part of them are loaded to `device`; without one the segments can be
+        found in the store, not built.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerSource:
+    """A transformer."""
+
+    config: DitConfig
+    precision: Precision
+    chunk: int
+
+    def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
+        """As in `Source`; the same for all, as weights are inputs."""
+        return segments_of(self.config, self.precision, self.chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSource:
+    """A bundle's decoder, for the last picture of a preset."""
+
+    bundle: Path
+    preset: Preset
+
+    def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
+        """As in `Source`. Raises BadWeights."""
+        bundle = open_bundle(self.bundle)
+        baked = load_decoder(bundle, device) if compiler.bakes and device is not None else None
+        return decoder_segments(bundle, self.preset, compiler, baked)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One engine to build, as a worker process can be told."""
 
-    network: DitConfig
-    precision: Precision
-    chunk: int
+    source: Source
     segment: str
-    backend: Backend
+    compiler: CompilerName
     device: str
     store: Path
     key: EngineKey
@@ -59,41 +104,55 @@ class Built:
     error: str | None = None
 
 
-def pick_backend(wanted: str, device: torch.device) -> Backend:
-    """The backend to build for: the best that can build here, or the one asked for.
+def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device) -> CompilerName:
+    """The way to build here: the best that there is, or the one asked for.
+
+    Args:
+        backend: "tensorrt", "aoti" or "auto".
+        frontend: of TensorRT, which it asks for; None: ONNX, or no TensorRT.
+        device: to build for.
 
     Raises BadRequest with the reason where it cannot.
     """
-    builders: dict[Backend, Callable[[torch.device], str | None]] = {
-        "tensorrt": tensorrt.unavailable,
-        "aoti": aoti.unavailable,
+    if frontend is not None and backend == "aoti":
+        raise BadRequest(
+            "--frontend is TensorRT's",
+            got=f"--frontend {frontend} with --backend aoti",
+            do="leave one of them out",
+        )
+    if frontend is not None:
+        backend = "tensorrt"
+    by_torch: Builders = {"torch-tensorrt": tensorrt_torch.unavailable}
+    others: Builders = {"tensorrt": tensorrt.unavailable, "aoti": aoti.unavailable}
+    builders = by_torch if frontend == "torch-tensorrt" else others
+    reasons = {
+        name: unavailable(device)
+        for name, unavailable in builders.items()
+        if backend in ("auto", COMPILERS[name].backend)
     }
-    reasons = {name: check(device) for name, check in builders.items()}
     for name, reason in reasons.items():
-        if wanted in ("auto", name) and reason is None:
+        if reason is None:
             return name
     raise BadRequest(
-        f"engines cannot be built by {wanted} on {device}",
-        got="; ".join(r for name, r in reasons.items() if r and wanted in ("auto", name)),
+        f"engines cannot be built by {backend} on {device}",
+        got="; ".join(filter(None, reasons.values())),
         do="mend what is said, or generate without engines",
     )
 
 
 def jobs_for(
-    networks: Iterable[DitConfig],
-    precision: Precision,
-    chunk: int,
-    backend: Backend,
+    sources: Iterable[Source],
+    name: CompilerName,
     device: torch.device,
     store: EngineStore,
 ) -> tuple[list[Job], list[Job]]:
-    """Engines to build, and those that the store has already; each once for all networks."""
+    """Engines to build, and those that the store has already; each once for all sources."""
     missing: dict[str, Job] = {}
     fresh: dict[str, Job] = {}
-    for network in networks:
-        for name, segment in segments_of(network, precision, chunk).items():
-            key = key_of(segment, backend, device)
-            job = Job(network, precision, chunk, name, backend, str(device), store.root, key)
+    for source in sources:
+        for segment, one in source.segments(COMPILERS[name], None).items():
+            key = key_of(one, name, device)
+            job = Job(source, segment, name, str(device), store.root, key)
             found = store.find(key)
             (missing if found.path is None else fresh)[key.digest] = job
     return list(missing.values()), list(fresh.values())
@@ -143,21 +202,15 @@ def build(job: Job) -> Built:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about itself
     store, device = EngineStore(job.store), torch.device(job.device)
-    segment = segments_of(job.network, job.precision, job.chunk)[job.segment]
-    compiler = COMPILERS[job.backend]
+    compiler = COMPILERS[job.compiler]
     start = time.monotonic()
     try:
         with store.locked(job.key):
             if store.find(job.key).path is not None:
                 return Built(job, 0.0)
+            segment = job.source.segments(compiler, device)[job.segment]
             with torch.inference_mode(), store.publishing(job.key, compiler.file) as path:
-                if job.backend == "tensorrt":
-                    cache = job.store / "timing.cache"
-                    model = export_segment(segment)
-                    say = (lambda text: None) if job.quiet else print
-                    tensorrt.build(segment.spec, model, path, device, timing_cache=cache, say=say)
-                else:
-                    aoti.build(segment.spec, segment.module, path, device)
+                _compile(job, segment, path, device)
                 engine = compiler.load(segment.spec, path, device)
                 parity = check_parity(engine, segment.module, device)
                 require_parity(job.segment, parity)
@@ -166,14 +219,32 @@ def build(job: Job) -> Built:
     return Built(job, time.monotonic() - start, tuple(parity))
 
 
+def _compile(job: Job, segment: Segment, path: Path, device: torch.device) -> None:
+    """Write the engine of a segment. Raises EngineError."""
+
+    def say(text: str) -> None:
+        if not job.quiet:
+            print(text)
+
+    if job.compiler == "tensorrt":
+        cache = job.store / "timing.cache"
+        model = export_segment(segment)
+        tensorrt.build(segment.spec, model, path, device, timing_cache=cache, say=say)
+    elif job.compiler == "torch-tensorrt":
+        tensorrt_torch.build(segment.spec, segment.module, path, device, say=say)
+    else:
+        aoti.build(segment.spec, segment.module, path, device)
+
+
 def unusable(entry: Entry) -> str | None:
     """Why no run of this version on this machine takes an engine of the store; None if one may."""
     try:
         sources, platform = entry.key["spec"]["sources"], dict(entry.key["platform"])
-        compiler = COMPILERS[entry.key["backend"]]
-    except (KeyError, TypeError, ValueError):
+        made_by = (entry.key["backend"], dict(entry.key["options"]))
+        compiler = next(c for c in COMPILERS.values() if (c.backend, dict(c.options)) == made_by)
+    except (KeyError, TypeError, ValueError, StopIteration):
         return "its key is not one of this version"
-    if sources != source_digest():
+    if sources not in (source_digest(), vae_segments.source_digest()):
         return "made from other sources of the networks"
     device = torch.device("cuda" if "gpu" in platform else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():

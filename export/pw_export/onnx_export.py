@@ -136,8 +136,10 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
         EngineError: a package is missing, or PyTorch cannot export the segment.
     """
     spec, limits = segment.spec, dict(segment.spec.limits)
+    baked = next(segment.module.buffers(), None)
+    device = "meta" if baked is None else baked.device
     examples = tuple(
-        torch.empty(one.sized(limits), dtype=DTYPES[one.dtype], device="meta")
+        torch.empty(one.sized(limits), dtype=DTYPES[one.dtype], device=device)
         for one in spec.inputs
     )
     dims = {name: torch.export.Dim(name, min=SMALLEST, max=limit) for name, limit in spec.limits}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -40,15 +41,27 @@ def store(
         return "not on this machine"
 
     compilers = {
-        "tensorrt": Compiler("engine.plan", lacking, lambda device: (), load),
-        "aoti": Compiler("engine.pt2", lambda device: None, lambda device: (("cpu", "any"),), load),
+        name: Compiler(
+            backend=one.backend,
+            file=one.file,
+            unavailable=lacking if one.backend == "tensorrt" else lambda device: None,
+            platform=lambda device: (("cpu", "any"),),
+            load=load,
+            frontend=one.frontend,
+        )
+        for name, one in engines.COMPILERS.items()
     }
     monkeypatch.setattr(engines, "COMPILERS", MappingProxyType(compilers))
     return EngineStore(tmp_path / "engines")
 
 
-def put(store: EngineStore, segment: Segment, text: str = "good") -> None:
-    key = key_of(segment, "aoti", CPU)
+def put(
+    store: EngineStore,
+    segment: Segment,
+    text: str = "good",
+    compiler: engines.CompilerName = "aoti",
+) -> None:
+    key = key_of(segment, compiler, CPU)
     with store.locked(key), store.publishing(key, "engine.pt2") as path:
         path.write_text(text)
 
@@ -107,3 +120,48 @@ def test_a_changed_file_counts_as_missing(store: EngineStore, segments: dict[str
     assert choice.backend == "eager"
     assert "no embed" in choice.reason
     assert "SHA-256 differs" in choice.reason
+
+
+@pytest.fixture
+def with_tensorrt(store: EngineStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT is there too."""
+    able = {
+        name: replace(one, unavailable=lambda device: None)
+        for name, one in engines.COMPILERS.items()
+    }
+    monkeypatch.setattr(engines, "COMPILERS", MappingProxyType(able))
+
+
+@pytest.mark.usefixtures("with_tensorrt")
+def test_front_ends_are_searched_in_order_and_the_reason_names_which(
+    store: EngineStore, segments: dict[str, Segment]
+) -> None:
+    for segment in segments.values():
+        put(store, segment, compiler="torch-tensorrt")
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
+    assert choice.backend == "tensorrt"
+    assert choice.reason == f"built engines in {store.root}, front end torch-tensorrt"
+    for segment in segments.values():
+        put(store, segment, compiler="tensorrt")
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
+    assert choice.reason == f"built engines in {store.root}, front end onnx"
+
+
+@pytest.mark.usefixtures("with_tensorrt")
+def test_engines_of_two_front_ends_are_not_mixed(
+    store: EngineStore, segments: dict[str, Segment]
+) -> None:
+    for segment in segments.values():
+        put(store, segment, compiler="tensorrt" if segment.name == "head" else "torch-tensorrt")
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
+    assert choice.backend == "eager"
+    assert "torch-tensorrt: no head (not built yet)" in choice.reason
+
+
+def test_a_plan_of_another_front_end_is_another_engine(
+    store: EngineStore, segments: dict[str, Segment]
+) -> None:
+    keys = {name: key_of(segments["head"], name, CPU) for name in ("tensorrt", "torch-tensorrt")}
+    assert keys["tensorrt"].options == (("frontend", "onnx"),)
+    assert keys["torch-tensorrt"].options == (("frontend", "torch-tensorrt"),)
+    assert keys["tensorrt"].folder != keys["torch-tensorrt"].folder

@@ -10,16 +10,27 @@ import pytest
 import torch
 from torch import nn
 
-from pw_engines import EngineError, EngineSpec, EngineStore
+from pw_engines import EngineError, EngineSpec, EngineStore, FrontEnd
 from pw_engines.eager import EagerEngine
 from pw_export import build as builder
-from pw_export.build import Job, build, jobs_for, pick_backend, unusable
+from pw_export.build import (
+    DecoderSource,
+    Job,
+    TransformerSource,
+    build,
+    jobs_for,
+    pick_compiler,
+    unusable,
+)
 from pw_runtime.engines import COMPILERS, Compiler
 from pw_runtime.errors import BadRequest
+from pw_runtime.presets import NANO_CLIP, NANO_DRAFT
+from pw_runtime.types import Preset
 from tests.engines.faulty import FaultyEngine
 from tests.engines.test_segments import DRAFT, HIGHRES
 
 CPU = torch.device("cpu")
+SMALL = Preset(draft=replace(NANO_DRAFT, width=48, height=32), video=NANO_CLIP)
 MODULES: dict[str, nn.Module] = {}
 
 
@@ -46,7 +57,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def jobs(store: EngineStore, chunk: int = 64) -> tuple[list[Job], list[Job]]:
-    return jobs_for([DRAFT, HIGHRES], "fp32", chunk, "aoti", CPU, store)
+    sources = [TransformerSource(one, "fp32", chunk) for one in (DRAFT, HIGHRES)]
+    return jobs_for(sources, "aoti", CPU, store)
 
 
 def test_every_engine_is_built_once_for_both_networks(
@@ -121,7 +133,43 @@ def test_a_backend_that_cannot_build_here_says_why(
 ) -> None:
     monkeypatch.setattr("pw_engines.aoti.shutil.which", lambda name: None)
     with pytest.raises(BadRequest, match=message):
-        pick_backend(wanted, CPU)
+        pick_compiler(wanted, None, CPU)
+
+
+def test_a_front_end_asks_for_tensorrt() -> None:
+    with pytest.raises(BadRequest, match=r"(?s)built by tensorrt on cpu.*runs on NVIDIA GPUs"):
+        pick_compiler("auto", "torch-tensorrt", CPU)
+    with pytest.raises(BadRequest, match=r"--frontend onnx with --backend aoti"):
+        pick_compiler("aoti", "onnx", CPU)
+
+
+@pytest.mark.parametrize(
+    ("frontend", "compiler"),
+    [(None, "tensorrt"), ("onnx", "tensorrt"), ("torch-tensorrt", "torch-tensorrt")],
+)
+def test_front_ends_of_tensorrt(
+    frontend: FrontEnd | None, compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder.tensorrt, "unavailable", lambda device: None)
+    monkeypatch.setattr(builder.tensorrt_torch, "unavailable", lambda device: None)
+    assert pick_compiler("tensorrt", frontend, CPU) == compiler
+
+
+def test_engines_of_the_decoder_are_of_one_size_and_kept(
+    store: EngineStore, quick: pytest.MonkeyPatch, bundle_dir: Path
+) -> None:
+    source = DecoderSource(bundle_dir, SMALL)
+    missing, _ = jobs_for([source], "aoti", CPU, store)
+    assert [job.segment for job in missing] == [
+        "vae_coarse_first_2x3", "vae_fine_first_2x3", "vae_coarse_next_2x3", "vae_fine_next_2x3",
+    ]  # fmt: skip
+    built = build(missing[0])
+    assert built.error is None
+    (entry,) = store.entries(verify=True)
+    assert unusable(entry) is None
+    taller = replace(SMALL, draft=replace(SMALL.draft, height=64))
+    others, fresh = jobs_for([DecoderSource(bundle_dir, taller)], "aoti", CPU, store)
+    assert (len(others), fresh) == (4, [])
 
 
 def test_engines_of_other_sources_are_of_no_use(
@@ -132,6 +180,8 @@ def test_engines_of_other_sources_are_of_no_use(
     assert unusable(entry) is None
     other = entry.key | {"platform": [["cpu", "another"]]}
     assert "another machine" in str(unusable(replace(entry, key=other)))
+    unknown = entry.key | {"options": [["frontend", "another"]]}
+    assert unusable(replace(entry, key=unknown)) == "its key is not one of this version"
     spec = entry.key["spec"] | {"sources": "0"}
     assert unusable(replace(entry, key=entry.key | {"spec": spec})) is not None
 

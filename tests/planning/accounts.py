@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pw_bench.ledger import Ledger
-from pw_engines.eager import EagerEngine
+from pw_runtime.engines import eager_engines
 from pw_runtime.models import WanDiT
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.noise import latent_shape
@@ -72,7 +72,7 @@ def stage_peak(
         weights = None
         if plan.weights != "resident":
             weights = StreamedWeights(net, segments, precision, CPU)
-        engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
+        engines = eager_engines(segments)
         on_engines = SegmentedDiT(net, segments, engines, weights, share=plan.share)
         _run(on_engines, config, replace(stage, steps=3), video)
         if weights is not None:

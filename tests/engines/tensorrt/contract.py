@@ -97,7 +97,7 @@ def accepts(kind: str, value: Any) -> bool:
     if kind in ("int", "SupportsInt"):
         return isinstance(value, int)
     if kind in ("buffer", "Buffer"):
-        return isinstance(value, bytes)
+        return isinstance(value, bytes | memoryview)
     if kind in ("bool", "str", "tuple", "list"):
         return type(value).__name__ == kind
     if kind == "Dims" and isinstance(value, tuple | list):

@@ -16,8 +16,9 @@ def fault() -> str:
     return os.environ.get(FAULT, "")
 
 
-def read_plan(data: bytes) -> dict[str, Any]:
+def read_plan(plan: bytes | memoryview) -> dict[str, Any]:
     """What a plan holds; ValueError if it is not whole."""
+    data = bytes(plan)
     if not data.startswith(MAGIC):
         raise ValueError("no plan")
     return json.loads(data.removeprefix(MAGIC))

@@ -34,7 +34,7 @@ class Runtime(Simulated):
     def __init__(self, logger: Any) -> None:
         self._use(logger)
 
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
+    def deserialize_cuda_engine(self, serialized_engine: bytes | memoryview) -> Any:
         try:
             plan = read_plan(serialized_engine)
         except ValueError:

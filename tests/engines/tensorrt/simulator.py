@@ -8,6 +8,7 @@ TensorRT: None or False, and a message to the logger.
 from __future__ import annotations
 
 import enum
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +44,7 @@ def make(version: str) -> Any:
     """The package `tensorrt` of a version; `seen` has the names that were used of it."""
     entries = manifest()[version]
     trt: Any = ModuleType("tensorrt")
+    trt.__spec__ = ModuleSpec("tensorrt", None)  # torch.export asks whether there is one
     trt.__version__ = version
     trt.seen = set()
     trt.ILogger = type("ILogger", (ILogger,), {})

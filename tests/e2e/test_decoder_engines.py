@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw generate` decodes on the decoder's engines where they are, and says so; frames stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import av
+import pytest
+import torch
+
+from pw_engines import EngineError, EngineSpec, EngineStore
+from pw_engines.eager import EagerEngine
+from pw_runtime import engines
+from pw_runtime.bundle import Bundle, open_bundle
+from pw_runtime.decoder_engines import choose_decoder, decoder_segments
+from pw_runtime.engines import COMPILERS, key_of
+from pw_runtime.errors import BadRequest
+from pw_runtime.networks import load_decoder
+from pw_runtime.presets import find_preset
+from pw_runtime.types import EnginePolicy, Prompt, Request
+from tests.e2e.pw import Ended, Pw
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle_dir: Path, preset: Path
+) -> Callable[[], None]:
+    """Puts engines of the decoder into a store of its own: files that open as the segments."""
+    monkeypatch.setenv("PW_CACHE", str(tmp_path / "cache"))
+    aoti = COMPILERS["aoti"]
+    segments = decoder_segments(open_bundle(bundle_dir), find_preset(str(preset)), aoti)
+    modules = {one.spec: one.module for one in segments.values()}
+
+    def load(spec: EngineSpec, path: Path, device: torch.device) -> EagerEngine:
+        if path.read_text() != "good":
+            raise EngineError(f"{path} is no engine")
+        return EagerEngine(spec, modules[spec])
+
+    quick = {**COMPILERS, "aoti": replace(aoti, load=load)}
+    monkeypatch.setattr(engines, "COMPILERS", MappingProxyType(quick))
+
+    def put(text: str = "good") -> None:
+        store = EngineStore()
+        for segment in segments.values():
+            key = key_of(segment, "aoti", CPU)
+            with store.locked(key), store.publishing(key, aoti.file) as path:
+                path.write_text(text)
+
+    return put
+
+
+@pytest.fixture
+def generate(pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path) -> Callable[..., Ended]:
+    def run(out: str, *more: object) -> Ended:
+        ended = pw(
+            "generate", "--model", bundle_dir, "--prompt", "a cat", "--preset", preset,
+            "--codec", "ffv1", "--out", tmp_path / out, *more,
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        return ended
+
+    return run
+
+
+def receipt(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "0.json").read_text())["engines"]["vae"]
+
+
+def frames(folder: Path) -> list[bytes]:
+    with av.open(str(folder / "0.mkv")) as file:
+        return [one.to_ndarray(format="rgb24").tobytes() for one in file.decode(video=0)]
+
+
+def test_frames_by_engines_are_the_decoders(
+    generate: Callable[..., Ended], built: Callable[..., None], tmp_path: Path
+) -> None:
+    without = generate("without")
+    assert "the decoder runs without engines (" in without.err
+    assert "--preset FILE.toml` makes them" in without.err
+    assert receipt(tmp_path / "without")["backend"] == "eager"
+    built()
+    on = generate("on")
+    assert f"the decoder runs on built engines in {tmp_path}/cache/engines (aoti)" in on.err
+    assert receipt(tmp_path / "on")["backend"] == "aoti"
+    assert frames(tmp_path / "on") == frames(tmp_path / "without")  # eager engines, bit for bit
+
+
+def test_a_draft_and_policy_eager_take_none(
+    generate: Callable[..., Ended], built: Callable[..., None], tmp_path: Path
+) -> None:
+    built()
+    ended = generate("draft", "--draft-only")
+    assert "its engines are of the high-res picture, and a draft is decoded" in ended.err
+    assert receipt(tmp_path / "draft")["backend"] == "eager"
+    ended = generate("eager", "--policy", "eager", "--draft-only")
+    assert "the decoder" not in ended.err
+    assert receipt(tmp_path / "eager") == {"backend": "eager", "reason": "asked for"}
+
+
+def request_for(preset: Path, policy: EnginePolicy) -> Request:
+    prompt = Prompt(id="0", text="a cat", position=1)
+    return Request(
+        prompts=(prompt,), preset=find_preset(str(preset)), out=preset.parent, policy=policy
+    )
+
+
+def test_policy_engines_does_without_those_of_the_decoder_and_says_so(
+    bundle_dir: Path, preset: Path
+) -> None:
+    said: list[str] = []
+    picked = choose_decoder(request_for(preset, "engines"), open_bundle(bundle_dir), said.append)
+    assert picked.choice.backend == "eager"
+    (line,) = said
+    assert line.startswith("the decoder runs without engines (")
+    assert "pw build --model" in line
+
+
+@pytest.mark.parametrize("policy", ["auto", "engines"])
+def test_an_engine_that_cannot_be_opened_is_an_error(
+    policy: EnginePolicy, bundle_dir: Path, preset: Path, built: Callable[..., None]
+) -> None:
+    built("bad")
+    with pytest.raises(BadRequest, match=r"(?s)cannot be opened.*is no engine"):
+        choose_decoder(request_for(preset, policy), open_bundle(bundle_dir), lambda line: None)
+
+
+def test_other_sizes_are_other_engines(
+    bundle_dir: Path, preset: Path, built: Callable[..., None]
+) -> None:
+    built()
+    request, bundle = request_for(preset, "auto"), open_bundle(bundle_dir)
+    assert choose_decoder(request, bundle, lambda line: None).choice.backend == "aoti"
+    assert request.preset.highres is not None
+    lower = replace(request.preset.highres, height=64)
+    other = replace(request, preset=replace(request.preset, highres=lower))
+    picked = choose_decoder(other, bundle, lambda line: None)
+    assert picked.choice.backend == "eager"
+    assert "aoti: none is built" in picked.choice.reason
+
+
+def test_baked_segments_are_found_without_their_weights(bundle_dir: Path, preset: Path) -> None:
+    """By the digests of the bundle's files: the same keys as those that are built."""
+    bundle: Bundle = open_bundle(bundle_dir)
+    compiler, plan = COMPILERS["tensorrt"], find_preset(str(preset))
+    looked_for = decoder_segments(bundle, plan, compiler)
+    made = decoder_segments(bundle, plan, compiler, load_decoder(bundle, CPU))
+    assert {n: one.spec for n, one in looked_for.items()} == {n: s.spec for n, s in made.items()}
+    for name, one in made.items():
+        assert not one.weights
+        assert all(x.device == CPU for x in one.module.buffers())
+        assert all(x.is_meta for x in looked_for[name].module.buffers())
+
+
+def test_build_names_what_the_preset_adds(pw: Pw, bundle_dir: Path, preset: Path) -> None:
+    ended = pw("build", "--model", bundle_dir, "--preset", preset, "--dry-run")
+    assert ended.code == 0, ended.err
+    assert "0 built, 13 to build" in ended.err
+    assert "those of the decoder are for 192x96 alone" in ended.err
+    assert "vae_fine_next-aoti-" in ended.err
