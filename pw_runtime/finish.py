@@ -91,10 +91,8 @@ def finish(
     with torch.inference_mode(), end_of_run_tells(clips, reporter):
         for group in _alike(clips):
             request = group[0].request
-            engines: dict[Network, OnEngines] = {
-                "vae": choose_decoder(request, bundle, reporter.say)
-            }
-            run = Run(request, bundle, tuple(group), Stopwatch(device), reporter, engines)
+            picked = choose_decoder(request, bundle, reporter.say)
+            run = Run(request, bundle, tuple(group), Stopwatch(device), reporter, {"vae": picked})
             with using(request.kernels, attention=request.attention_kernel):
                 decode_clips(run)
     return tuple(clip.outcome() for clip in clips)
