@@ -64,7 +64,7 @@ def plan(**options: Any) -> int:
     from pw_runtime.bundle import open_bundle
     from pw_runtime.estimate import KNOWN, measure_rates
     from pw_runtime.plan_report import plan_report
-    from pw_runtime.planner import make_plan
+    from pw_runtime.planner import ladders, make_plan
     from pw_runtime.presets import find_preset
     from pw_runtime.request import default_precision
     from pw_runtime.workload import budget_of, workload
@@ -89,10 +89,11 @@ def plan(**options: Any) -> int:
         chunk=options["chunk"],
     )
     budget = budget_of(device, options["gpu_memory"], options["host_memory"])
+    run_plan = make_plan(ladders(work, gpu=budget.device is not None), budget)
     rates = None
     if options["gpu"] is not None:
         rates = KNOWN[options["gpu"]]
     elif device.type == "cpu" or not budgeted:
         rates = measure_rates(device, precision)
-    click.echo(plan_report(work, make_plan(work, budget), rates, verbose=options["verbose"]))
+    click.echo(plan_report(work, run_plan, rates, verbose=options["verbose"]))
     return DONE

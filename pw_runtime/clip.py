@@ -13,10 +13,11 @@ from torch import Tensor
 from pw_runtime.bundle import Bundle
 from pw_runtime.contact_sheet import Filmstrip, SheetRow, Thumb, sample_frames, watch_frames
 from pw_runtime.engines import OnEngines
+from pw_runtime.fitting import Fitting
 from pw_runtime.growing import growing_name
 from pw_runtime.latents import SUFFIX, Options, Origin, read_latent, vae_digest, write_latents
 from pw_runtime.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
-from pw_runtime.receipt import Receipt, kernel_launches, peak_memory, versions, write_receipt
+from pw_runtime.receipt import Receipt, kernel_launches, versions, write_receipt
 from pw_runtime.stages.write import suffix
 from pw_runtime.trace import Stopwatch
 from pw_runtime.types import (
@@ -200,14 +201,14 @@ def finishing_command(clip: Clip) -> str:
     return shlex.join(words)
 
 
-def write_clip_receipt(clip: Clip, loading: float, video_bytes: int) -> None:
+def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fitting: Fitting) -> None:
     """Write `<id>.json` for a finished clip; `loading` is in seconds. Raises WriteFailed.
 
     Of a clip finished from its latents, what only the run that made them could tell is absent.
     """
     origin, request = clip.origin, clip.request
     seconds = {name: round(value, 4) for name, value in clip.watch.seconds.items()}
-    peaks, launches = peak_memory(request.device), kernel_launches()
+    peaks, launches = fitting.peaks(), kernel_launches()
     finished = None
     if clip.reopened:
         assert clip.latents is not None
@@ -218,6 +219,7 @@ def write_clip_receipt(clip: Clip, loading: float, video_bytes: int) -> None:
             "kernels": request.kernels,
             "load_seconds": round(loading, 4),
             "peak_memory_bytes": peaks,
+            "plan": fitting.account(),
             "kernel_launches": launches,
             "versions": versions(),
         }
@@ -238,6 +240,7 @@ def write_clip_receipt(clip: Clip, loading: float, video_bytes: int) -> None:
         notices=clip.notices,
         versions=origin.versions,
         peak_memory_bytes=None if finished else peaks,
+        plan=None if finished else fitting.account(),
         kernel_launches=None if finished else launches,
         finished_from_latents=finished,
     )

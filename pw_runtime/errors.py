@@ -14,7 +14,7 @@ class PixelWizardError(Exception):
     def __init__(
         self, what: str, *, got: object = None, wanted: object = None, do: str | None = None
     ) -> None:
-        self.what = what
+        self.what, self.got = what, got
         parts = [what]
         if got is not None:
             parts.append(f"got: {got}")

@@ -7,10 +7,9 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from pw_runtime.clip import Clip, finishing_command, save_latents
 from pw_runtime.errors import BadResult, PixelWizardError
+from pw_runtime.fitting import out_of_memory
 from pw_runtime.progress import Reporter
 from pw_runtime.types import Latent
 
@@ -61,20 +60,6 @@ def tell_what_is_kept(clip: Clip, reporter: Reporter) -> None:
         reporter.warn(f"this finishes the clip: {finishing_command(clip)}")
     if clip.growing is not None and clip.growing.exists():
         reporter.warn(f"what was encoded of it can be watched: {clip.growing}")
-
-
-def out_of_memory(error: BaseException) -> BadResult | None:
-    """The one clear error for what torch and Python raise when memory runs out."""
-    torch_words = ("can't allocate memory", "not enough memory")
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
-        words in str(error) for words in torch_words
-    ):
-        return None
-    return BadResult(
-        "memory ran out",
-        got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        do="take a smaller preset or fewer frames, more [decode] strips, or --precision bf16",
-    )
 
 
 def require_finite(latent: Latent, name: str) -> Latent:

@@ -17,9 +17,8 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.faults import end_of_run_tells
 from pw_runtime.latents import Origin, check_latents
 from pw_runtime.noise import Seeds
-from pw_runtime.pipeline import Run, decode_clips
+from pw_runtime.pipeline import Run, decode_clips, fit
 from pw_runtime.progress import Reporter
-from pw_runtime.receipt import reset_peak_memory
 from pw_runtime.request import check_request
 from pw_runtime.trace import Stopwatch
 from pw_runtime.types import Codec, Kernels, Outcome, Request
@@ -86,14 +85,18 @@ def finish(
     _check_targets(clips, overwrite=overwrite)
     load_tensors(bundle, "vae")
     verify(bundle, bundle.networks.vae.files)
-    reset_peak_memory(device)
     tally.clear()
     with torch.inference_mode(), end_of_run_tells(clips, reporter):
         for group in _alike(clips):
             request = group[0].request
             picked = choose_decoder(request, bundle, reporter.say)
-            run = Run(request, bundle, tuple(group), Stopwatch(device), reporter, {"vae": picked})
-            with using(request.kernels, attention=request.attention_kernel):
+            fitting = fit(request, bundle, reporter, decode_only=True)
+            watch = Stopwatch(device)
+            run = Run(request, bundle, tuple(group), watch, reporter, {"vae": picked}, fitting)
+            with (
+                using(request.kernels, attention=request.attention_kernel),
+                fitting.measuring("decode"),
+            ):
                 decode_clips(run)
     return tuple(clip.outcome() for clip in clips)
 

@@ -8,36 +8,33 @@ fails does not take the others with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
-from pw_engines import EngineStore
 from pw_kernels.launcher import tally
 from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, verify
 from pw_runtime.clip import Clip, keep_thumbs, save_latents, start_clip, write_clip_receipt
 from pw_runtime.contact_sheet import Filmstrip, write_contact_sheet
 from pw_runtime.decoder_engines import choose_decoder, decoder_on
-from pw_runtime.engines import OnEngines, build_command, choose_engines
+from pw_runtime.engines import OnEngines
 from pw_runtime.errors import WriteFailed
 from pw_runtime.faults import end_of_run_tells, others_go_on, require_finite
+from pw_runtime.fitting import Fitting
+from pw_runtime.loaded import Loaded, load_transformer, pick_engines
 from pw_runtime.models import VaeDecoder
-from pw_runtime.networks import (
-    check_networks,
-    load_decoder,
-    load_dit,
-    load_text_network,
-    require_dit,
-)
+from pw_runtime.models.text_encoder import TextNetwork
+from pw_runtime.networks import check_networks, load_decoder, load_text_network
 from pw_runtime.noise import load_noise
+from pw_runtime.planner import ladders
 from pw_runtime.progress import Reporter, count_frames
-from pw_runtime.receipt import reset_peak_memory
 from pw_runtime.request import check_request
 from pw_runtime.segmented import SegmentedDiT
-from pw_runtime.segments import segments_of
 from pw_runtime.stages.condition import condition
 from pw_runtime.stages.decode import decode
 from pw_runtime.stages.draft import draft
@@ -54,6 +51,7 @@ from pw_runtime.types import (
     StagePlan,
     TextContext,
 )
+from pw_runtime.workload import budget_of, workload_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,8 @@ class Run:
     clips: tuple[Clip, ...]
     loading: Stopwatch
     reporter: Reporter
-    engines: Mapping[Network, OnEngines] = field(default_factory=dict)
+    engines: Mapping[Network, OnEngines]
+    fitting: Fitting
 
 
 def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outcome, ...]:
@@ -91,14 +90,14 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     reporter.say(f"checking the files of {bundle.root}")
     check_networks(bundle, request.stages, request.attention_kernel)
     verify(bundle)
-    reset_peak_memory(request.device)
     tally.clear()
     engines: dict[Network, OnEngines] = {
         stage: pick_engines(request, bundle, stage, reporter) for stage in request.stages
     }
     engines["vae"] = choose_decoder(request, bundle, reporter.say)
     clips = tuple(start_clip(request, one, noise, bundle, engines) for one in request.prompts)
-    run = Run(request, bundle, clips, Stopwatch(request.device), reporter, engines)
+    fitting = fit(request, bundle, reporter, [engines[stage] for stage in request.stages])
+    run = Run(request, bundle, clips, Stopwatch(request.device), reporter, engines, fitting)
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
     with (
@@ -106,76 +105,92 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
         using(request.kernels, attention=request.attention_kernel),
         end_of_run_tells(clips, reporter),
     ):
-        encode_texts(run)
-        make_drafts(run)
-        make_highres(run)
-        decode_clips(run)
+        for stage, work in STAGES.items():
+            with run.fitting.measuring(stage):
+                work(run)
     rows = [clip.sheet_row() for clip in clips if clip.video is not None]
     if request.contact_sheet and rows:
         write_contact_sheet(rows, request.out / "contact_sheet.png")
     return tuple(clip.outcome() for clip in clips)
 
 
+def fit(
+    request: Request,
+    bundle: Bundle,
+    reporter: Reporter,
+    engines: Iterable[OnEngines] = (),
+    *,
+    decode_only: bool = False,
+) -> Fitting:
+    """The plan of a run, or of its decode alone, said line by line. Raises BadRequest where nothing
+    fits."""
+    padded = any(one.padded for on in engines for one in on.choice.engines.values())
+    work = workload_of(request, bundle.networks, padded=padded)
+    budget = budget_of(request.device, request.gpu_memory, request.host_memory)
+    ways = ladders(work, gpu=budget.device is not None, decode_only=decode_only)
+    fitting = Fitting(ways, budget, request.device)
+    for decision in fitting.plan.decisions:
+        reporter.say(decision)
+    return fitting
+
+
 def encode_texts(run: Run) -> None:
     """Prompts -> text contexts; the negative prompt is encoded once."""
     request, bundle, reporter = run.request, run.bundle, run.reporter
-    with run.loading.stage("load"):
-        net = load_text_network(bundle, request.precision, request.device)
     text_len = bundle.networks.draft.config.text_len
-    with reporter.steps("text", len(run.clips)) as advance:
-        uncond = encode_text(
-            request.negative, net, text_len, lambda cut: notify(run, run.clips, f"negative {cut}")
+
+    def begin() -> tuple[TextNetwork, Tensor]:
+        on = request.device if run.fitting.plan.text == "device" else torch.device("cpu")
+        net = load_text_network(bundle, request.precision, on)
+        cut = partial(notify, run, run.clips)
+        return net, encode_text(request.negative, net, text_len, lambda it: cut(f"negative {it}"))
+
+    with run.loading.stage("load"):
+        net, uncond = run.fitting.attempt(
+            "text", begin, lambda: None, partial(notify, run, run.clips)
         )
+    with reporter.steps("text", len(run.clips)) as advance:
         for clip in run.clips:
             with others_go_on(clip, reporter), clip.watch.stage("text"):
                 cond = encode_text(clip.prompt.text, net, text_len, partial(notify, run, (clip,)))
-                clip.text = TextContext(cond=cond, uncond=uncond)
+                on = request.device
+                clip.text = TextContext(cond=cond.to(on), uncond=uncond.to(on))
             advance()
 
 
 def make_drafts(run: Run) -> None:
     """Text contexts -> draft latents."""
-    plan, compat, reporter = run.request.preset.draft, run.request.preset.compat, run.reporter
-    with run.loading.stage("load"):
-        net = load_transformer(run, "draft")
-    for clip in run.clips:
-        if clip.text is None:
-            continue
-        with others_go_on(clip, reporter):
-            with (
-                reporter.steps(f"draft {clip.prompt.id}", plan.steps) as advance,
-                clip.watch.stage("draft"),
-            ):
-                latent = draft(clip.text, clip.noise_for("draft"), plan, compat, net, advance)
-                clip.draft = require_finite(latent, "draft")
-            if clip.last_stage == "draft":
-                put_aside(run, clip)
+    with loaded_for(run, "draft") as loaded:
+        for clip in run.clips:
+            if clip.text is None:
+                continue
+            with others_go_on(clip, run.reporter):
+                work = partial(draft_clip, run, clip, run.request.preset.draft)
+                loaded.attempt(work, partial(notify, run, (clip,)))
+                if clip.last_stage == "draft":
+                    put_aside(run, clip)
 
 
-def pick_engines(
-    request: Request, bundle: Bundle, stage: StageName, reporter: Reporter
-) -> OnEngines:
-    """What a network will run on; said once. Raises BadRequest."""
-    config = require_dit(bundle, stage)
-    segments = segments_of(config, request.precision, request.chunk)
-    command = build_command(request, bundle.root)
-    # Engines have kernels of their own: with ours asked for, the segments run.
-    policy = "eager" if request.kernels == "triton" else request.policy
-    choice = choose_engines(segments, policy, EngineStore(), request.device, command)
-    if choice.backend != "eager":
-        reporter.say(f"the {stage} network runs on {choice.reason} ({choice.backend})")
-    elif policy == "auto":
-        reporter.say(
-            f"the {stage} network runs without engines ({choice.reason}); `{command}` makes them"
-        )
-    return OnEngines(segments, choice)
+def draft_clip(run: Run, clip: Clip, plan: StagePlan, net: SegmentedDiT) -> None:
+    """One clip's text -> its draft latent. After an exception the clip is as before."""
+    assert clip.text is not None
+    with (
+        run.reporter.steps(f"draft {clip.prompt.id}", plan.steps) as advance,
+        clip.watch.stage("draft"),
+    ):
+        compat = run.request.preset.compat
+        latent = draft(clip.text, clip.noise_for("draft"), plan, compat, net, advance)
+        clip.draft = require_finite(latent, "draft")
 
 
-def load_transformer(run: Run, stage: StageName) -> SegmentedDiT:
-    """A network's weights, on the engines picked for it."""
-    request, picked = run.request, run.engines[stage]
-    net = load_dit(run.bundle, stage, request.precision, request.device)
-    return SegmentedDiT(net, picked.segments, picked.choice.engines)
+def loaded_for(run: Run, stage: StageName) -> Loaded:
+    """A stage's transformer, loaded as the plan has it when it is first used."""
+
+    def load() -> SegmentedDiT:
+        plan = run.fitting.plan.networks[stage]
+        return load_transformer(run.request, run.bundle, stage, run.engines[stage], plan)
+
+    return Loaded(stage, load, run.fitting, run.loading)
 
 
 def make_highres(run: Run) -> None:
@@ -184,14 +199,14 @@ def make_highres(run: Run) -> None:
     waiting = [clip for clip in run.clips if clip.draft is not None]
     if plan is None or not waiting:
         return
-    with run.loading.stage("load"):
-        net = load_transformer(run, "highres")
-    for clip in waiting:
-        with others_go_on(clip, run.reporter):
-            paint_clip(run, clip, plan, net)
-            put_aside(run, clip)
-        if clip.error is not None:
-            clip.forget_tensors()
+    with loaded_for(run, "highres") as loaded:
+        for clip in waiting:
+            with others_go_on(clip, run.reporter):
+                work = partial(paint_clip, run, clip, plan)
+                loaded.attempt(work, partial(notify, run, (clip,)))
+                put_aside(run, clip)
+            if clip.error is not None:
+                clip.forget_tensors()
 
 
 def paint_clip(run: Run, clip: Clip, plan: StagePlan, net: SegmentedDiT) -> None:
@@ -230,7 +245,14 @@ def decode_clips(run: Run) -> None:
         vae = load_decoder(run.bundle, run.request.device)
     for clip in waiting:
         with others_go_on(clip, run.reporter):
-            finish_clip(run, clip, decode_clip(run, clip, vae))
+            size = run.fitting.attempt(
+                "decode",
+                partial(decode_clip, run, clip, vae),
+                lambda: None,
+                partial(notify, run, (clip,)),
+            )
+            run.fitting.measure("decode")
+            finish_clip(run, clip, size)
         clip.forget_tensors()
 
 
@@ -242,7 +264,8 @@ def decode_clip(run: Run, clip: Clip, vae: VaeDecoder) -> int:
     with watch.stage("latents"):
         latent = clip.latent_of(stage)
     # The draft of a high-res preset is small enough to be decoded in one piece.
-    cut = preset.decode if stage == "highres" or preset.highres is None else DecodePlan()
+    whole = stage == "draft" and preset.highres is not None
+    cut = DecodePlan() if whole else run.fitting.plan.decode
     on_engines = decoder_on(vae, run.engines["vae"])
     strips: list[Filmstrip] = []
     if request.contact_sheet and stage == "highres":
@@ -279,7 +302,7 @@ def preview_draft(clip: Clip, vae: VaeDecoder, strips: list[Filmstrip]) -> None:
 
 def finish_clip(run: Run, clip: Clip, video_bytes: int) -> None:
     """The video is there: write the receipt, and remove the latents file that nobody asked for."""
-    write_clip_receipt(clip, run.loading.seconds["load"], video_bytes)
+    write_clip_receipt(clip, run.loading.seconds["load"], video_bytes, run.fitting)
     clip.video = clip.target
     run.reporter.finished(clip.video)
     if clip.latents is not None and not clip.request.save_latents:
@@ -287,6 +310,11 @@ def finish_clip(run: Run, clip: Clip, video_bytes: int) -> None:
             clip.latents.unlink(missing_ok=True)
         except OSError as error:
             run.reporter.warn(f"{clip.latents} is not needed any more, but stays: {error}")
+
+
+STAGES: Mapping[str, Callable[[Run], None]] = MappingProxyType(
+    {"text": encode_texts, "draft": make_drafts, "highres": make_highres, "decode": decode_clips}
+)
 
 
 def notify(run: Run, clips: Iterable[Clip], text: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from pw_runtime.decode_memory import decode_memory
 from pw_runtime.errors import BadRequest
@@ -54,24 +54,39 @@ class Way(Generic[Choice]):
     memory: StageMemory
 
 
-def make_plan(work: Workload, budget: Budget) -> RunPlan:
-    """Fit a run into a budget.
+Ladders = Mapping[str, tuple[Way[Any], ...]]
+"""Stage -> its ways, the fastest first."""
+
+
+def ladders(work: Workload, *, gpu: bool, decode_only: bool = False) -> Ladders:
+    """The ways of every stage of a run, or of the decode alone."""
+    found: dict[str, tuple[Way[Any], ...]] = {}
+    if not decode_only:
+        found["text"] = text_ways(work, gpu=gpu)
+        found |= {name: network_ways(work, name, gpu=gpu) for name in work.stages}
+    return found | {"decode": decode_ways(work, gpu=gpu)}
+
+
+def make_plan(ways: Ladders, budget: Budget) -> RunPlan:
+    """Fit a run into a budget: of each stage the first way that fits.
 
     Raises BadRequest where it cannot work, with the nearest budget that can.
     """
-    gpu = budget.device is not None
-    text, decode = text_ways(work, gpu=gpu), decode_ways(work, gpu=gpu)
-    networks = {name: network_ways(work, name, gpu=gpu) for name in work.stages}
-    ladders: list[Sequence[Way[Any]]] = [text, *networks.values(), decode]
-    _require_fit(ladders, budget)
-    decisions = tuple(_decision(ways, budget) for ways in ladders)
+    _require_fit([*ways.values()], budget)
+    taken = {stage: _first(one, budget) for stage, one in ways.items()}
+    return plan_of(budget, taken, [_decision(one, budget) for one in ways.values()])
+
+
+def plan_of(budget: Budget, taken: Mapping[str, Way[Any]], decisions: Sequence[str]) -> RunPlan:
+    """The plan that takes one way for each stage."""
+    networks = {name: way.choice for name, way in taken.items() if name not in ("text", "decode")}
     return RunPlan(
         budget=budget,
-        text=_first(text, budget).choice,
-        networks={name: _first(ways, budget).choice for name, ways in networks.items()},
-        decode=_first(decode, budget).choice,
-        stages=tuple(_first(ways, budget).memory for ways in ladders),
-        decisions=decisions,
+        text=taken["text"].choice if "text" in taken else None,
+        networks=cast(dict[StageName, NetworkPlan], networks),
+        decode=taken["decode"].choice,
+        stages=tuple(way.memory for way in taken.values()),
+        decisions=tuple(decisions),
     )
 
 
@@ -97,14 +112,14 @@ def _decision(ways: Sequence[Way[Any]], budget: Budget) -> str:
     return f"{text}; {ways[0].name} would take {gib(faster.peak(over))} of {where}"
 
 
-def _require_fit(ladders: Sequence[Sequence[Way[Any]]], budget: Budget) -> None:
+def _require_fit(stages: Sequence[Sequence[Way[Any]]], budget: Budget) -> None:
     """Raise BadRequest where a stage has no way that fits."""
-    wrong = [ways for ways in ladders if not any(fits(way.memory, budget) for way in ways)]
+    wrong = [ways for ways in stages if not any(fits(way.memory, budget) for way in ways)]
     if not wrong:
         return
     least = [
         min(ways, key=lambda way: (way.memory.peak("device"), way.memory.peak("host"))).memory
-        for ways in ladders
+        for ways in stages
     ]
     need = Budget(
         host=max(memory.peak("host") for memory in least),

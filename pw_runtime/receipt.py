@@ -39,12 +39,13 @@ class Receipt:
     # Of the run; absent from the file where the clip was finished by another run than the one
     # that made its latents. That run then tells its own.
     peak_memory_bytes: dict[str, int] | None
+    plan: dict[str, Any] | None  # decisions; by stage predicted and measured peaks, in bytes
     kernel_launches: dict[str, dict[str, int]] | None  # kernel -> library or jit -> so far
     finished_from_latents: dict[str, Any] | None = None
     format: int = 2
 
 
-_ABSENT_IF_NONE = ("peak_memory_bytes", "kernel_launches", "finished_from_latents")
+_ABSENT_IF_NONE = ("peak_memory_bytes", "plan", "kernel_launches", "finished_from_latents")
 
 
 def write_receipt(receipt: Receipt, path: Path) -> None:

@@ -87,6 +87,10 @@ class SegmentedDiT:
         self._weights = weights or ResidentWeights(net, segments)
         self._share, self._part = share, part
 
+    def close(self) -> None:
+        """Let go what brings the weights; nothing can be run any more."""
+        self._weights.close()
+
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
         """As `WanDiT.text_keys_values`."""
         context, bias = self.net.padded_text(context)

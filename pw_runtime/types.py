@@ -258,6 +258,8 @@ class Request:
     attention: AttentionKernel | None = None  # of attention alone; None: as `kernels`
     policy: EnginePolicy = "auto"  # which engines the transformers run on
     chunk: int = CHUNK
+    gpu_memory: int | None = None  # most bytes to take; None: what is free
+    host_memory: int | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
     @property
@@ -319,7 +321,7 @@ class RunPlan:
     """How all stages run within a budget, and what each takes at its peak."""
 
     budget: Budget
-    text: Place
+    text: Place | None  # None: another run has encoded the text
     networks: Mapping[StageName, NetworkPlan]
     decode: DecodePlan
     stages: tuple[StageMemory, ...]

@@ -37,6 +37,10 @@ class Weights(Protocol):
         """All work on these has been given to the device: the next block's may come."""
         ...
 
+    def close(self) -> None:
+        """Nothing will be taken any more."""
+        ...
+
 
 class ResidentWeights:
     """All weights lie on the device."""
@@ -55,6 +59,9 @@ class ResidentWeights:
 
     def done(self, segment: str, block: int) -> None:
         """Nothing has to move."""
+
+    def close(self) -> None:
+        """Nothing has to end."""
 
 
 class StreamedWeights:

@@ -17,6 +17,7 @@ from pw_runtime.types import (
     DitConfig,
     Precision,
     Preset,
+    Request,
     StageName,
     StagePlan,
     TextEncoderConfig,
@@ -42,6 +43,19 @@ class Workload:
     chunk: int  # most tokens that the engines take at a time
     padded: bool = False  # they take no fewer
     process: int  # bytes of host memory that the program itself takes
+
+
+def workload_of(request: Request, networks: Networks, *, padded: bool = False) -> Workload:
+    """What a request asks of a bundle's networks. Raises BadRequest where a stage has none."""
+    return workload(
+        networks,
+        request.preset,
+        draft_only=request.draft_only,
+        precision=request.precision,
+        codec=request.codec,
+        chunk=request.chunk,
+        padded=padded,
+    )
 
 
 def workload(

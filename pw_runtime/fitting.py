@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways a run takes through its stages, and the next one where memory ran out all the same."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from pw_runtime.errors import BadResult
+from pw_runtime.planner import Ladders, Way, fits, make_plan, plan_of
+from pw_runtime.receipt import peak_memory, reset_peak_memory
+from pw_runtime.types import Budget, RunPlan
+
+Result = TypeVar("Result")
+
+
+class Fitting:
+    """The plan of a run as it goes on: a stage that runs out of memory takes its next way.
+
+    Attributes:
+        plan: as it is now.
+        measured: peak bytes by stage, of the process and of the device's allocator.
+    """
+
+    def __init__(self, ways: Ladders, budget: Budget, device: torch.device) -> None:
+        """Make the plan. Raises BadRequest where nothing fits."""
+        self.plan: RunPlan = make_plan(ways, budget)
+        self.measured: dict[str, dict[str, int]] = {}
+        self._ways = ways
+        self._at = {
+            stage: next(i for i, way in enumerate(ways) if fits(way.memory, budget))
+            for stage, ways in self._ways.items()
+        }
+        self._device = device
+
+    @contextmanager
+    def measuring(self, stage: str) -> Iterator[None]:
+        """Take the peak of what happens inside for that of the stage."""
+        reset_peak_memory(self._device)
+        try:
+            yield
+        finally:
+            self.measure(stage)
+
+    def measure(self, stage: str) -> None:
+        """Note the peak since the stage began."""
+        self.measured[stage] = peak_memory(self._device)
+
+    def peaks(self) -> dict[str, int]:
+        """The highest of all stages, by place."""
+        places = {place for peaks in self.measured.values() for place in peaks}
+        return {p: max(peaks.get(p, 0) for peaks in self.measured.values()) for p in sorted(places)}
+
+    def attempt(
+        self,
+        stage: str,
+        work: Callable[[], Result],
+        release: Callable[[], None],
+        notify: Callable[[str], None],
+    ) -> Result:
+        """Do something of a stage; where memory runs out, do it once more in the next way.
+
+        Args:
+            stage: that the work belongs to.
+            work: reads the plan each time, and leaves everything as before where it fails.
+            release: lets go what was loaded for the way so far.
+            notify: told that, and how it goes on.
+
+        Raises:
+            Whatever `work` raises the second time, or the first time where memory is not the
+            reason or there is no other way.
+        """
+        try:
+            return work()
+        except Exception as error:
+            lacking = out_of_memory(error)
+            if lacking is None or self._at[stage] + 1 >= len(self._ways[stage]):
+                raise
+            text = str(lacking.got)
+        # Out of the block above, which holds the tensors of what failed.
+        self._at[stage] += 1
+        way = self._ways[stage][self._at[stage]]
+        taken: Mapping[str, Way[Any]] = {
+            name: ways[self._at[name]] for name, ways in self._ways.items()
+        }
+        told = f"{stage}: memory ran out ({text}); it goes on with {way.name}"
+        notify(told)
+        self.plan = plan_of(self.plan.budget, taken, (*self.plan.decisions, told))
+        release()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return work()
+
+    def account(self) -> dict[str, Any]:
+        """For the receipt: what was decided, predicted and measured, in bytes."""
+        return {
+            "budget": {"host": self.plan.budget.host, "device": self.plan.budget.device},
+            "decisions": list(self.plan.decisions),
+            "stages": {
+                one.stage: {
+                    "predicted": {
+                        place: one.peak(place)
+                        for place in ("host", "device")
+                        if place == "host" or self.plan.budget.device is not None
+                    },
+                    "measured": self.measured.get(one.stage),
+                }
+                for one in self.plan.stages
+            },
+        }
+
+
+def out_of_memory(error: BaseException) -> BadResult | None:
+    """The one clear error for what torch and Python raise when memory runs out."""
+    torch_words = ("can't allocate memory", "not enough memory")
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+        words in str(error) for words in torch_words
+    ):
+        return None
+    return BadResult(
+        "memory ran out",
+        got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        do="take a smaller preset or fewer frames, or --precision bf16; `pw plan` says what a "
+        "clip takes",
+    )
