@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pw_kernels import attention, causal_conv3d
 from pw_runtime.models import VaeDecoder, expected_shapes
-from pw_runtime.models.vae_blocks import CausalCache
+from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.noise import latent_shape
 from pw_runtime.types import (
     PATCH,

@@ -13,6 +13,7 @@ from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, load_tensors, verify
 from pw_runtime.clip import Clip
 from pw_runtime.decoder_engines import choose_decoder
+from pw_runtime.engines import OnEngines
 from pw_runtime.errors import BadRequest
 from pw_runtime.faults import end_of_run_tells
 from pw_runtime.latents import Origin, check_latents
@@ -21,7 +22,7 @@ from pw_runtime.pipeline import Run, decode_clips, fit
 from pw_runtime.progress import Reporter
 from pw_runtime.request import check_request
 from pw_runtime.trace import Stopwatch
-from pw_runtime.types import Codec, Kernels, Outcome, Request
+from pw_runtime.types import Codec, Kernels, Network, Outcome, Request
 
 
 def finish(
@@ -89,10 +90,12 @@ def finish(
     with torch.inference_mode(), end_of_run_tells(clips, reporter):
         for group in _alike(clips):
             request = group[0].request
-            picked = choose_decoder(request, bundle, reporter.say)
-            fitting = fit(request, bundle, reporter, decode_only=True)
+            picked: dict[Network, OnEngines] = {
+                "vae": choose_decoder(request, bundle, reporter.say)
+            }
+            fitting = fit(request, bundle, reporter, picked, decode_only=True)
             watch = Stopwatch(device)
-            run = Run(request, bundle, tuple(group), watch, reporter, {"vae": picked}, fitting)
+            run = Run(request, bundle, tuple(group), watch, reporter, picked, fitting)
             with (
                 using(request.kernels, attention=request.attention_kernel),
                 fitting.measuring("decode"),

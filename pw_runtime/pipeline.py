@@ -96,7 +96,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     }
     engines["vae"] = choose_decoder(request, bundle, reporter.say)
     clips = tuple(start_clip(request, one, noise, bundle, engines) for one in request.prompts)
-    fitting = fit(request, bundle, reporter, [engines[stage] for stage in request.stages])
+    fitting = fit(request, bundle, reporter, engines)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter, engines, fitting)
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
@@ -118,14 +118,20 @@ def fit(
     request: Request,
     bundle: Bundle,
     reporter: Reporter,
-    engines: Iterable[OnEngines] = (),
+    engines: Mapping[Network, OnEngines],
     *,
     decode_only: bool = False,
 ) -> Fitting:
     """The plan of a run, or of its decode alone, said line by line. Raises BadRequest where nothing
     fits."""
-    padded = any(one.padded for on in engines for one in on.choice.engines.values())
-    work = workload_of(request, bundle.networks, padded=padded)
+    padded = any(
+        one.padded
+        for name, on in engines.items()
+        for one in on.choice.engines.values()
+        if name != "vae"
+    )
+    decoder_engines = engines["vae"].choice.backend != "eager"
+    work = workload_of(request, bundle.networks, padded=padded, decoder_engines=decoder_engines)
     budget = budget_of(request.device, request.gpu_memory, request.host_memory)
     ways = ladders(work, gpu=budget.device is not None, decode_only=decode_only)
     fitting = Fitting(ways, budget, request.device)

@@ -7,15 +7,17 @@ memory runs out all the same, the stage goes on with the next one (pipeline.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
-from pw_runtime.decode_memory import decode_memory
+from pw_runtime.decode_memory import PIXEL_CHANNELS, decode_memory
 from pw_runtime.errors import BadRequest
 from pw_runtime.noise import latent_shape
 from pw_runtime.text_memory import text_memory
+from pw_runtime.tiling import make_strips
 from pw_runtime.transformer_memory import stage_memory
 from pw_runtime.types import (
     Budget,
@@ -28,6 +30,7 @@ from pw_runtime.types import (
     RunPlan,
     StageMemory,
     StageName,
+    VaeConfig,
 )
 from pw_runtime.workload import Workload
 
@@ -193,14 +196,14 @@ def decode_ways(work: Workload, *, gpu: bool) -> tuple[Way[DecodePlan], ...]:
     first, last = work.preset.decode, list(work.stages.values())[-1]
     shape = latent_shape(last, work.preset.video)
     plans = [first]
-    if first.tiling == "exact":
+    if first.tiling == "exact" and not work.decoder_engines:  # those are of one size each
         counts = [first.strips * 2**n for n in range(8)]
         plans += [replace(first, strips=n) for n in counts if first.strips < n <= shape[2]]
-    if gpu and first.caches == "device":
+    if gpu and first.tiling == "exact" and not work.decoder_engines:
         plans += [replace(plan, caches="host") for plan in plans]
     ways = []
     for plan in plans:
-        items = decode_memory(work.vae, shape, plan)
+        items = _decode_items(work.vae, shape, plan)
         if not gpu:
             items = _moved(items, "host")
         frame = 3 * last.width * last.height // 2
@@ -209,6 +212,32 @@ def decode_ways(work: Workload, *, gpu: bool) -> tuple[Way[DecodePlan], ...]:
         memory = _stage("decode", (*items, encoder), work, gpu=gpu)
         ways.append(Way(plan, decode_text(plan), memory))
     return tuple(ways)
+
+
+def _decode_items(
+    config: VaeConfig, shape: tuple[int, ...], plan: DecodePlan
+) -> tuple[MemoryItem, ...]:
+    """What a decode takes, of strips that are blended too."""
+    _, frames, rows, columns = shape
+    if plan.tiling == "exact":
+        return decode_memory(
+            config,
+            frames=frames,
+            rows=rows,
+            columns=columns,
+            strips=plan.strips,
+            caches=plan.caches,
+        )
+    # Each strip is a picture of its own, with memory of its own; they run one after the other.
+    total = Counter[tuple[str, Place]]()
+    for strip in make_strips(columns, plan.strips, plan.overlap):
+        width = strip.last - strip.first
+        for item in decode_memory(config, frames=frames, rows=rows, columns=width):
+            key = item.name, item.place
+            own = "caches" in item.name
+            total[key] = total[key] + item.bytes if own else max(total[key], item.bytes)
+    total["blended frames", "device"] = 4 * PIXEL_CHANNELS * 4 * (8 * rows) * (8 * columns)
+    return tuple(MemoryItem(name=n, bytes=size, place=place) for (n, place), size in total.items())
 
 
 def decode_text(plan: DecodePlan) -> str:

@@ -29,7 +29,6 @@ Kernels = Literal["reference", "triton"]
 EnginePolicy = Literal["auto", "engines", "eager"]
 AttentionKernel = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
 
-Place = Literal["device", "host"]
 Residency = Literal["resident", "streamed", "mapped"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
@@ -229,18 +228,6 @@ class TextEncoderConfig:
 
 
 Config = DitConfig | VaeConfig | TextEncoderConfig
-
-
-# ---- what a run takes --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryItem:
-    """Something that lies in memory, for the account of a plan."""
-
-    name: str
-    bytes: int
-    place: Place
 
 
 # ---- one run ----------------------------------------------------------------------------------

@@ -42,10 +42,17 @@ class Workload:
     codec: Codec
     chunk: int  # most tokens that the engines take at a time
     padded: bool = False  # they take no fewer
+    decoder_engines: bool = False  # the decoder runs on engines
     process: int  # bytes of host memory that the program itself takes
 
 
-def workload_of(request: Request, networks: Networks, *, padded: bool = False) -> Workload:
+def workload_of(
+    request: Request,
+    networks: Networks,
+    *,
+    padded: bool = False,
+    decoder_engines: bool = False,
+) -> Workload:
     """What a request asks of a bundle's networks. Raises BadRequest where a stage has none."""
     return workload(
         networks,
@@ -55,6 +62,7 @@ def workload_of(request: Request, networks: Networks, *, padded: bool = False) -
         codec=request.codec,
         chunk=request.chunk,
         padded=padded,
+        decoder_engines=decoder_engines,
     )
 
 
@@ -67,6 +75,7 @@ def workload(
     codec: Codec,
     chunk: int,
     padded: bool = False,
+    decoder_engines: bool = False,
 ) -> Workload:
     """Collect what a plan depends on. Raises BadRequest where a stage has no network."""
     stages = preset.stages(draft_only=draft_only)
@@ -85,6 +94,7 @@ def workload(
         codec=codec,
         chunk=chunk,
         padded=padded,
+        decoder_engines=decoder_engines,
         process=rss_bytes(),
     )
 
