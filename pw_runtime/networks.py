@@ -67,13 +67,22 @@ def load_dit(
     return net.eval().requires_grad_(False)
 
 
-def load_decoder(bundle: Bundle, device: torch.device) -> VaeDecoder:
-    """Load the decoder half of the VAE, fp32. Raises BadWeights as `load_dit` does."""
+def load_decoder(bundle: Bundle, device: torch.device, precision: Precision = "fp32") -> VaeDecoder:
+    """Load the decoder half of the VAE. Raises BadWeights as `load_dit` does.
+
+    With "bf16" weights and activations are bf16; norms, attention's softmax and the latent's
+    scale are computed in fp32, the gains of the norms stay fp32.
+    """
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     with torch.device("meta"):
         decoder = VaeDecoder(bundle.networks.vae.config)
     weights = load_tensors(bundle, "vae", prefix=("decoder.", "conv2."))
     decoder.load_state_dict(
-        {name: channels_last(w.to(device).float()) for name, w in weights.items()}, assign=True
+        {
+            name: channels_last(w.to(device, torch.float32 if "gamma" in name else dtype))
+            for name, w in weights.items()
+        },
+        assign=True,
     )
     return decoder.eval().requires_grad_(False)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pw_engines import DTYPES, Engine
 from pw_runtime.models import VaeDecoder
-from pw_runtime.models.vae_blocks import CausalCache
+from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.segments import Segment
 from pw_runtime.vae_segments import (
     LAST,

@@ -58,6 +58,35 @@ def exact_halo(config: VaeConfig) -> int:
     return math.ceil(reach)
 
 
+def make_bands(rows: int, bands: int, config: VaeConfig) -> tuple[slice, ...]:
+    """Latent rows that each band of an exact decode is given, from the top.
+
+    What a band makes lags behind what it is given, so the first one gets as many rows more: the
+    results then have rows / bands rows each. Where fewer rows are left than that, the bands at
+    the bottom are one.
+
+    Args:
+        rows: latent rows of the picture.
+        bands: number of bands, at least 1.
+        config: of the decoder.
+    """
+    lag = math.ceil(band_lag(config))
+    ends = [min(rows, math.ceil(rows * band / bands) + lag) for band in range(1, bands)]
+    borders = sorted({0, *ends, rows})
+    return tuple(slice(start, stop) for start, stop in pairwise(borders))
+
+
+def band_lag(config: VaeConfig) -> float:
+    """Latent rows that the result of a band lags behind what the decoder's fine part was given.
+
+    One row of its own grid for every 3x3 convolution, and for every upsampling one of the grid
+    before it. 6.125 for the full-size decoder.
+    """
+    last = len(config.decoder_dims) - 2
+    stages = sum((2 * config.decoder_blocks + 1) / 2**stage for stage in range(1, last))
+    return stages + (2 * config.decoder_blocks + 1) / 2**last
+
+
 def blend_ramp(strip: Strip, width: int, overlap: int) -> Tensor:
     """Weight of each pixel column of a strip in the official blend.
 

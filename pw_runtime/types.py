@@ -23,6 +23,7 @@ Network = Literal["draft", "highres", "vae", "text_encoder"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["h264", "hevc", "av1", "ffv1"]
 PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
+Place = Literal["device", "host"]
 Kernels = Literal["reference", "triton"]
 EnginePolicy = Literal["auto", "engines", "eager"]
 AttentionKernel = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
@@ -66,12 +67,15 @@ class VideoPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
-    """How the VAE decode is cut along the width.
+    """How the VAE decode is cut.
 
-    `exact` equals the undivided decode whatever `strips` says; `official` blends strips that
-    were decoded independently, as the research code does (visible in the result).
-    `overlap` is what a strip sees of its neighbours on each inner side, in latent columns;
-    `exact` always takes at least the reach of the decoder (6).
+    `exact` equals the undivided decode whatever `strips` says: it decodes bands of rows, each of
+    which hands the next one what it needs (on engines strips of columns, with a halo); `official`
+    blends strips of columns that were decoded independently, as the research code does (visible
+    in the result). `overlap` is what a strip of columns sees of its neighbours on each inner
+    side, in latent columns; `exact` always takes at least the reach of the decoder (6).
+    `caches` is where the past frames of the fine part lie, most of what the decode holds: in host
+    memory they cost their way to the device and back once per latent frame.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN
@@ -79,6 +83,7 @@ class DecodePlan:
     tiling: Tiling = "exact"
     strips: int = 1
     overlap: int = 3
+    caches: Place = "device"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +222,18 @@ class TextEncoderConfig:
 
 
 Config = DitConfig | VaeConfig | TextEncoderConfig
+
+
+# ---- what a run takes --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryItem:
+    """Something that lies in memory, for the account of a plan."""
+
+    name: str
+    bytes: int
+    place: Place
 
 
 # ---- one run ----------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from torch.func import functional_call
 
 from pw_engines import EngineSpec, TensorSpec, digest_of
 from pw_runtime.models import VaeDecoder
-from pw_runtime.models.vae_blocks import CausalCache, Upsample
+from pw_runtime.models.vae_blocks import Upsample
+from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.segments import Segment, digest_of_files
 from pw_runtime.tiling import exact_halo, make_strips
 from pw_runtime.types import DecodePlan, VaeConfig
@@ -241,7 +242,7 @@ class _Baked(nn.Module):
 
 # As in `pw_runtime.segments`.
 _KERNELS = ("causal_conv3d", "channel_norm", "chunked_attention", "dup_up", "upsample2x")
-_MODELS = ("vae", "vae_blocks")
+_MODELS = ("vae", "vae_blocks", "vae_memory")
 
 
 @cache

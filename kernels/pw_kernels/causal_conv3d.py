@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends import mkldnn as onednn
 
 from pw_kernels.op import Cost, Op, register, require
 
+_NAME = "causal_conv3d"
 LARGEST = 2**31 - 1
 """Elements that the input and the result of one library call may have.
 
@@ -18,7 +20,9 @@ cuDNN counts elements in 32 bits in its fast paths; at 2K and 4K the decoder goe
 """
 
 
-def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def causal_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, rows_given: bool = False
+) -> Tensor:
     """Convolve frames behind their past. Rows and columns are zero-padded to keep their size.
 
     The past stands in x itself, so that nothing is joined or padded for the convolution: who
@@ -29,31 +33,51 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x: [B, C, kt-1+T, H, W], the past and the next frames.
         weight: [C', C, kt, kh, kw], odd kh and kw.
         bias: [C'] or None.
+        rows_given: rows are not padded: x has the rows above and below those of the result.
 
     Returns:
-        [B, C', T, H, W]. Where it or x has more than LARGEST elements, it is made in slices of
+        [B, C', T, H, W], H - kh + 1 rows where they are given. Where it or x has more than LARGEST elements, it is made in slices of
         frames, or of rows where one frame is too large by itself.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
     """
     _check(x, weight, bias)
+    if rows_given:
+        require(x.shape[3] >= weight.shape[3], _NAME, f"{weight.shape[3]} rows or more", x.shape[3])
     frames, rows = slice_sizes(x.shape, weight.shape, LARGEST)
     if frames == x.shape[2] - weight.shape[2] + 1 and rows == x.shape[3]:
-        return reference(x, weight, bias)
-    return _in_slices(x, weight, bias, frames, rows)
+        return _call(x, weight, bias, rows_given)
+    return _in_slices(x, weight, bias, rows_given, frames, rows)
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool = False) -> Tensor:
     """The oracle of `causal_conv3d`: one call."""
-    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
-    return F.conv3d(x, weight, bias, padding=padding)
+    return F.conv3d(x, weight, bias, padding=_padding(weight, rows_given))
 
 
-def cost(x: Tensor, weight: Tensor, bias: Tensor | None) -> Cost:
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool) -> Tensor:
+    """As `reference`; on a CPU by oneDNN whatever the size.
+
+    PyTorch gives a 3-D convolution to oneDNN only where channels x frames x rows exceed 20480,
+    and else to code of its own, four times as slow and with a copy of its input for every tap.
+    """
+    plain = x.dtype != torch.float32 or x.device.type != "cpu" or not onednn.is_available()
+    if plain or type(x) is not Tensor or torch.compiler.is_compiling():
+        return reference(x, weight, bias, rows_given)
+    ones = (1, 1, 1)
+    return torch.mkldnn_convolution(x, weight, bias, _padding(weight, rows_given), ones, ones, 1)
+
+
+def _padding(weight: Tensor, rows_given: bool) -> tuple[int, int, int]:
+    return 0, 0 if rows_given else weight.shape[3] // 2, weight.shape[4] // 2
+
+
+def cost(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool = False) -> Cost:
     """Every tap of every result; x, weight and bias read once, the result written once."""
     frames = x.shape[2] - weight.shape[2] + 1
-    results = x.shape[0] * weight.shape[0] * frames * x.shape[3] * x.shape[4]
+    rows = x.shape[3] - rows_given * (weight.shape[3] - 1)
+    results = x.shape[0] * weight.shape[0] * frames * rows * x.shape[4]
     flops = results * (2 * weight[0].numel() + (bias is not None))
     moved = x.numel() + weight.numel() + results + (0 if bias is None else bias.numel())
     return Cost(flops=flops, bytes=moved * x.element_size())
@@ -73,23 +97,31 @@ def slice_sizes(x: tuple[int, ...], weight: tuple[int, ...], largest: int) -> tu
     if frames >= 1:
         return min(frames, given - history), rows
     some = min(largest // (row_in * (1 + history)), largest // row_out) - beside
-    require(some >= 1, "causal_conv3d", f"three rows within {largest} elements", x)
+    require(some >= 1, _NAME, f"three rows within {largest} elements", x)
     return 1, some
 
 
-def _in_slices(x: Tensor, weight: Tensor, bias: Tensor | None, frames: int, rows: int) -> Tensor:
+def _in_slices(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool, frames: int, rows: int
+) -> Tensor:
     """As `reference`, `frames` frames and `rows` rows of the result at a time."""
     history, beside = weight.shape[2] - 1, weight.shape[3] // 2
-    total, height = x.shape[2] - history, x.shape[3]
+    above = beside if rows_given else 0  # rows of x before the first of the result
+    total, height = x.shape[2] - history, x.shape[3] - 2 * above
     order = torch.channels_last_3d if x.stride(1) < x.stride(4) else torch.contiguous_format
     shape = (x.shape[0], weight.shape[0], total, height, x.shape[4])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
     for start, stop in _pieces(total, frames):
         for top, bottom in _pieces(height, rows):
-            # Rows beside the slice are convolved with it and dropped: they see padding.
-            first, last = max(0, top - beside), min(height, bottom + beside)
-            part = reference(x[:, :, start : stop + history, first:last], weight, bias)
-            out[:, :, start:stop, top:bottom] = part[:, :, :, top - first : bottom - first]
+            given = x[:, :, start : stop + history]
+            if rows_given:
+                part = _call(given[:, :, :, top : bottom + 2 * above], weight, bias, True)
+            else:
+                # Rows beside the slice are convolved with it and dropped: they see padding.
+                first, last = max(0, top - beside), min(height, bottom + beside)
+                part = _call(given[:, :, :, first:last], weight, bias, False)
+                part = part[:, :, :, top - first : bottom - first]
+            out[:, :, start:stop, top:bottom] = part
     return out
 
 
@@ -98,21 +130,20 @@ def _pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    name = "causal_conv3d"
-    require(x.dim() == 5, name, "x [B, C, kt-1+T, H, W]", tuple(x.shape))
+    require(x.dim() == 5, _NAME, "x [B, C, kt-1+T, H, W]", tuple(x.shape))
     wanted = f"weight [C', {x.shape[1]}, kt, kh, kw]"
     fits = weight.dim() == 5 and weight.shape[1] == x.shape[1]
-    require(fits, name, wanted, tuple(weight.shape))
+    require(fits, _NAME, wanted, tuple(weight.shape))
     odd = weight.shape[3] % 2 == weight.shape[4] % 2 == 1
-    require(odd, name, "odd kh and kw", tuple(weight.shape[3:]))
-    require(x.shape[2] >= weight.shape[2], name, f"{weight.shape[2]} frames or more", x.shape[2])
-    require(x.numel() > 0, name, "at least one position", tuple(x.shape))
+    require(odd, _NAME, "odd kh and kw", tuple(weight.shape[3:]))
+    require(x.shape[2] >= weight.shape[2], _NAME, f"{weight.shape[2]} frames or more", x.shape[2])
+    require(x.numel() > 0, _NAME, "at least one position", tuple(x.shape))
     if bias is not None:
         right = bias.shape == weight.shape[:1]
-        require(right, name, f"bias [{weight.shape[0]}]", tuple(bias.shape))
+        require(right, _NAME, f"bias [{weight.shape[0]}]", tuple(bias.shape))
     for tensor in (weight, *(() if bias is None else (bias,))):
-        require(tensor.dtype == x.dtype, name, f"one dtype, {x.dtype}", tensor.dtype)
-        require(tensor.device == x.device, name, f"all on {x.device}", tensor.device)
+        require(tensor.dtype == x.dtype, _NAME, f"one dtype, {x.dtype}", tensor.dtype)
+        require(tensor.device == x.device, _NAME, f"all on {x.device}", tensor.device)
 
 
-OP = register(Op("causal_conv3d", reference, cost))
+OP = register(Op(_NAME, reference, cost))

@@ -10,7 +10,9 @@ from torch import Tensor
 from pw_kernels.op import Cost, Op, register, require
 
 
-def upsample2x_conv(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+def upsample2x_conv(
+    x: Tensor, taps: Tensor, bias: Tensor | None, *, above: int = 0, below: int = 0
+) -> Tensor:
     """conv3x3(nearest x2 of x), zero-padded by 1, as four 2x2 convolutions of x itself.
 
     Of the three taps along an axis, two fall on the same element of x: the even results see
@@ -21,9 +23,11 @@ def upsample2x_conv(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
         x: [B, C, H, W].
         taps: [4, C', C, 2, 2] from `phase_taps`.
         bias: [C'] or None.
+        above, below: rows of x at its top and bottom that are there for their neighbours only;
+            the result has none of theirs.
 
     Returns:
-        [B, C', 2H, 2W], channels last in memory where the convolution leaves them so.
+        [B, C', 2 (H - above - below), 2W], channels last in memory where the convolution leaves them so.
 
     Raises:
         ValueError: taps of another shape.
@@ -31,13 +35,14 @@ def upsample2x_conv(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     shape = tuple(taps.shape)
     fits = taps.dim() == 5 and (shape[0], *shape[2:]) == (4, x.shape[1], 2, 2)
     require(fits, "upsample2x_conv", f"taps [4, C', {x.shape[1]}, 2, 2]", shape)
-    height, width = x.shape[2:]
+    height, width = x.shape[2] - above - below, x.shape[3]
+    require(height > 0, "upsample2x_conv", "a row besides those for their neighbours", x.shape[2])
     out: Tensor | None = None
     for phase in range(4):
         row, column = divmod(phase, 2)
         # Padded by the convolution on all sides and cropped: no padded copy of x.
         part = F.conv2d(x, taps[phase], bias, padding=1)
-        part = part[:, :, row : row + height, column : column + width]
+        part = part[:, :, above + row : above + row + height, column : column + width]
         if out is None:
             out = _doubled(part)
         out[:, :, row::2, column::2] = part
@@ -66,9 +71,9 @@ def phase_taps(weight: Tensor) -> Tensor:
     return torch.stack(phases)
 
 
-def cost(x: Tensor, taps: Tensor, bias: Tensor | None) -> Cost:
+def cost(x: Tensor, taps: Tensor, bias: Tensor | None, above: int = 0, below: int = 0) -> Cost:
     """Four taps a result; x, taps and bias read once, the result written once."""
-    results = x.shape[0] * taps.shape[1] * 4 * x.shape[2] * x.shape[3]
+    results = x.shape[0] * taps.shape[1] * 4 * (x.shape[2] - above - below) * x.shape[3]
     flops = results * (2 * 4 * taps.shape[2] + (bias is not None))
     moved = x.numel() + taps.numel() + results + (0 if bias is None else bias.numel())
     return Cost(flops=flops, bytes=moved * x.element_size())

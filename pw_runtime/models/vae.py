@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from pw_runtime.models.vae_blocks import (
     AttentionBlock,
-    CausalCache,
     CausalConv3d,
     ChannelNorm,
     DownStage,
     ResidualBlock,
     UpStage,
 )
+from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.types import VAE_STRIDE, VaeConfig
 
 PIXEL_CHANNELS = 12  # 3 colours of a 2x2 pixel block
@@ -92,7 +92,8 @@ class VaeDecoder(nn.Module):
         Returns:
             [1, C', t, 2H, 2W], t = 1 for the first frame of a clip and 2 after it.
         """
-        return self.coarse_layers(self.denormalised(frame), cache)
+        x = self.denormalised(frame)
+        return self.coarse_layers(x.to(self.conv2.weight.dtype), cache)
 
     def denormalised(self, frame: Tensor) -> Tensor:
         """[C, 1, H, W] normalised latent -> [1, C, 1, H, W] as the layers take it."""
@@ -110,15 +111,16 @@ class VaeDecoder(nn.Module):
         return x
 
     def fine(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """Second part, on any strip of columns.
+        """Second part, on the whole picture or on any part of it.
 
         Args:
-            x: [1, C', t, 2H, columns] from `coarse`.
-            cache: this strip's cache.
+            x: [1, C', t, rows, columns] from `coarse`.
+            cache: this part's cache. Where it has a seam, x is the next band of rows: those of
+                the result lag behind it, by `band_lag` rows of pixel blocks at most.
 
         Returns:
-            [12, F, 8H, 4 columns] colours of 2x2 pixel blocks (`unpatchify_pixels` spreads them),
-            not clamped; F = 1 for the first frame, then 4.
+            [12, F, 4 rows, 4 columns] fp32 colours of 2x2 pixel blocks (`unpatchify_pixels`
+            spreads them), not clamped; F = 1 for the first frame, then 4.
         """
         *stages, last = self.decoder.upsamples[1:]
         for stage in stages:
@@ -129,7 +131,7 @@ class VaeDecoder(nn.Module):
             x = block(x, cache)
         x = self.decoder.head(x, cache)
         cache.first = False
-        return x[0]
+        return x[0].float() if x.dtype == torch.bfloat16 else x[0]
 
 
 class EncoderLayers(nn.Module):

@@ -9,7 +9,7 @@ memory, [T, H, W, C], on every device: norms and convolutions of few channels ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,7 @@ from pw_kernels import (
     phase_taps,
     upsample2x_conv,
 )
-
-
-@dataclass(slots=True)
-class CausalCache:
-    """Past input frames of every causal convolution, filled as chunks go through."""
-
-    past: dict[nn.Module, Tensor] = field(default_factory=dict)
-    first: bool = True  # no chunk has gone through yet
+from pw_runtime.models.vae_memory import CausalCache
 
 
 class CausalConv3d(nn.Conv3d):
@@ -40,37 +33,64 @@ class CausalConv3d(nn.Conv3d):
         """[B, C, T, H, W] -> [B, C', T, H, W]."""
         if self.kernel_size[0] == 1:
             return causal_conv3d(x, self.weight, self.bias)
-        buffer = self.buffer(x, cache)
-        buffer[:, :, -x.shape[2] :] = x
+        buffer, frames = self.buffer(x, cache)
+        frames.copy_(x)
         return self.convolve(buffer, cache)
 
-    def buffer(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """[B, C, kt-1+T, H, W] for frames like x, still to be written behind their past."""
-        history = self.kernel_size[0] - 1
-        shape = (*x.shape[:2], history + x.shape[2], *x.shape[3:])
+    def buffer(self, x: Tensor, cache: CausalCache) -> tuple[Tensor, Tensor]:
+        """Memory that `convolve` reads, and the view of it where frames like x are to be written.
+
+        Returns:
+            [B, C, kt-1+T, H, W]: the past, then the frames. In bands it has besides the rows
+            that the band above has left, or zeros above the picture, and zeros below it.
+        """
+        history, (above, below) = self.kernel_size[0] - 1, self._beside(cache)
+        b, c, t, h, w = x.shape
+        shape = (b, c, history + t, above + h + below, w)
         order = torch.channels_last_3d
         buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
+        if above:
+            assert cache.seam is not None
+            left = cache.seam.rows.get(self)
+            buffer[:, :, :, :above] = 0 if left is None else left
+        if below:
+            buffer[:, :, :, above + h :] = 0
+        own = buffer[:, :, :, above : above + h]
         past = cache.past.get(self)
-        buffer[:, :, :history] = 0 if past is None else past
-        return buffer
+        if past is None:
+            own[:, :, :history] = 0
+        else:
+            own[:, :, :history].copy_(past, non_blocking=True)
+        return buffer, own[:, :, history:]
+
+    def _beside(self, cache: CausalCache) -> tuple[int, int]:
+        """Rows that a buffer has above and below those of the band; none without bands."""
+        seam, reach = cache.seam, self.kernel_size[1] // 2
+        if seam is None or reach == 0:
+            return 0, 0
+        return 2 * reach if self in seam.rows else reach, reach if seam.bottom else 0
 
     def normed(self, x: Tensor, norm: nn.Module, cache: CausalCache) -> Tensor:
         """[B, C, T, H, W] -> a buffer that holds their norm and SiLU behind the past.
 
         The norm writes where the convolution reads: nothing is joined, padded or copied.
         """
-        buffer = self.buffer(x, cache)
-        norm(x, silu=True, out=buffer[:, :, -x.shape[2] :])
+        buffer, frames = self.buffer(x, cache)
+        norm(x, silu=True, out=frames)
         return buffer
 
     def convolve(self, buffer: Tensor, cache: CausalCache) -> Tensor:
-        """Convolve a written buffer; its last frames become the past of the next chunk."""
+        """Convolve a written buffer; its last frames become the past of the next chunk.
+
+        In bands, its last rows are left to the band below.
+        """
+        above, below = self._beside(cache)
         last = buffer[:, :, buffer.shape[2] - self.kernel_size[0] + 1 :]
-        if self in cache.past:
-            cache.past[self].copy_(last)
-        else:
-            cache.past[self] = last.clone()
-        return causal_conv3d(buffer, self.weight, self.bias)
+        cache.keep(self, last[:, :, :, above : buffer.shape[3] - below])
+        if above:
+            assert cache.seam is not None
+            cache.seam.leave(self, buffer, 2 * (self.kernel_size[1] // 2))
+        return causal_conv3d(buffer, self.weight, self.bias, rows_given=above > 0)
 
 
 class ChannelNorm(nn.Module):
@@ -110,7 +130,12 @@ class ResidualBlock(nn.Module):
         del h  # beside the buffer and the result it would be a third of the peak
         h = second.convolve(buffer, cache)
         del buffer
-        h += x if self.shortcut is None else self.shortcut(x, cache)
+        if self.shortcut is not None:
+            x = self.shortcut(x, cache)
+        if cache.seam is None:
+            h += x
+        else:
+            cache.seam.add(self, h, x, Tensor.add_)
         return h
 
 
@@ -160,8 +185,12 @@ class Upsample(nn.Module):
             x = interleave_frames(self.time_conv(x, cache))
         conv = self.resample["1"]
         assert isinstance(conv, nn.Conv2d)
-        frames = x[0].transpose(0, 1)  # [T, C, H, W]
-        return upsample2x_conv(frames, self.made_taps(), conv.bias).transpose(0, 1)[None]
+        frames, above, below = x[0].transpose(0, 1), 0, 0  # [T, C, H, W]
+        if cache.seam is not None:
+            frames, above, below = cache.seam.join(self, frames)
+        taps = self.made_taps()
+        out = upsample2x_conv(frames, taps, conv.bias, above=above, below=below)
+        return out.transpose(0, 1)[None]
 
     def made_taps(self) -> Tensor:
         """[4, C, C, 2, 2] `phase_taps` of the weight, made once."""
@@ -202,8 +231,14 @@ class UpStage(nn.Module):
         h = x
         for layer in self.upsamples:
             h = layer(h, cache)
-        if self.up:
-            h = dup_up_add(h, x, self.time_factor, 2, first=cache.first)
+        if not self.up:
+            return h
+        spread = partial(
+            dup_up_add, time_factor=self.time_factor, space_factor=2, first=cache.first
+        )
+        if cache.seam is None:
+            return spread(h, x)
+        cache.seam.add(self, h, x, spread, grow=2)
         return h
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pw_kernels import pack_frames, pack_yuv
 from pw_runtime.models import VaeDecoder
-from pw_runtime.models.vae_blocks import CausalCache
-from pw_runtime.tiling import Strip, blend_ramp, exact_halo, make_strips
+from pw_runtime.models.vae_memory import CausalCache, Seam
+from pw_runtime.tiling import Strip, blend_ramp, exact_halo, make_bands, make_strips
 from pw_runtime.types import (
     VAE_STRIDE,
     Compat,
@@ -19,9 +19,11 @@ from pw_runtime.types import (
     FrameChunk,
     Latent,
     PixelFormat,
+    Place,
 )
 
 BLOCK_STRIDE = VAE_STRIDE[2] // 2  # columns of 2x2 pixel blocks in one latent column
+COARSE_STRIDE = 2  # rows, and columns, that the coarse part makes of one
 
 
 def decode(
@@ -50,46 +52,101 @@ def decode(
     """
     if compat.truncating_uint8 and pixel_format != "rgb24":
         raise ValueError(f"truncating_uint8 is for frames as rgb24, got {pixel_format}")
-    width = latent.x.shape[3]
-    cut = _exact if plan.tiling == "exact" else _official
-    overlap = plan.overlap
-    if plan.tiling == "exact":
-        overlap = max(overlap, exact_halo(vae.config))
-    decode_frame = cut(vae, make_strips(width, plan.strips, overlap), width, overlap)
+    cut = _cut(plan, vae, *latent.x.shape[2:])
     start = 0
     for frame in latent.x.split(1, dim=1):  # [C, 1, H, W]
         with torch.inference_mode():
-            blocks, weight = decode_frame(frame)
-            if pixel_format == "rgb24":
-                packed = pack_frames(blocks, weight, truncate=compat.truncating_uint8).cpu()
-            else:
-                packed = pack_yuv(blocks, pixel_format, weight).cpu()
-        del blocks
+            packed = _packed(cut(frame), latent, pixel_format, truncate=compat.truncating_uint8)
         frames = len(packed)
         yield FrameChunk(start=start, pixel_format=pixel_format, frames=packed)
         del packed  # while the next chunk is made, this one must be free
         start += frames
 
 
-# [C, 1, H, W] -> colours of pixel blocks [12, F, 8 H, 8 W] and, where strips were blended, the sum
+# Colours of some rows of pixel blocks, [12, F, rows, 8 W], and, where strips were blended, the sum
 # of their weights by pixel column, [16 W], that the colours are still to be divided by
-DecodeFrame = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Rows = tuple[Tensor, Tensor | None]
+# [C, 1, H, W] -> all rows of its frames, from the top
+DecodeFrame = Callable[[Tensor], Iterator[Rows]]
 
 
-def _exact(vae: VaeDecoder, strips: tuple[Strip, ...], width: int, overlap: int) -> DecodeFrame:
-    """Coarse part whole, fine part in strips that see as far as the convolutions reach."""
+def _cut(plan: DecodePlan, vae: VaeDecoder, height: int, width: int) -> DecodeFrame:
+    if plan.tiling == "official":
+        overlap = plan.overlap
+        return _official(vae, make_strips(width, plan.strips, overlap), width, overlap)
+    if isinstance(vae, VaeDecoder):
+        return _exact(vae, make_bands(height, plan.strips, vae.config), plan.caches)
+    overlap = max(plan.overlap, exact_halo(vae.config))
+    return _with_halo(vae, make_strips(width, plan.strips, overlap))
+
+
+def _packed(
+    parts: Iterator[Rows], latent: Latent, pixel_format: PixelFormat, *, truncate: bool
+) -> Tensor:
+    """Pack rows as they come; the frames of one chunk, as `FrameChunk` has them, on the CPU."""
+    height, width = (16 * cells for cells in latent.x.shape[2:])
+    frames, top = torch.empty(0), 0
+    for blocks, weight in parts:
+        count, bottom = blocks.shape[1], top + 2 * blocks.shape[2]
+        if pixel_format == "rgb24":
+            if top == 0:
+                frames = torch.empty((count, height, width, 3), dtype=torch.uint8)
+            frames[:, top:bottom] = pack_frames(blocks, weight, truncate=truncate)
+        else:
+            if top == 0:
+                frames = torch.empty((count, height * 3 // 2, width), dtype=torch.uint8)
+            packed = pack_yuv(blocks, pixel_format, weight)
+            _place_planes(packed, frames, top)
+        top = bottom
+    return frames
+
+
+def _place_planes(packed: Tensor, frames: Tensor, top: int) -> None:
+    """Write the planes of some rows, [F, 3/2 rows, width], into those of whole frames from `top`.
+
+    Below Y lie U and V, each with half the rows and columns, two of their lines on one.
+    """
+    (count, lines, width), height = packed.shape, frames.shape[1] * 2 // 3
+    rows = lines * 2 // 3
+    frames[:, top : top + rows] = packed[:, :rows]
+    whole = frames[:, height:].view(count, 2, height // 2, width // 2)
+    whole[:, :, top // 2 : (top + rows) // 2] = packed[:, rows:].view(count, 2, -1, width // 2)
+
+
+def _exact(vae: VaeDecoder, bands: tuple[slice, ...], caches: Place) -> DecodeFrame:
+    """Coarse part whole, fine part in bands of rows that hand on what the next one needs."""
+    coarse_cache, on_host = CausalCache(), caches == "host"
+    memory = [CausalCache(on_host=on_host) for _ in bands]
+
+    def decode_frame(frame: Tensor) -> Iterator[Rows]:
+        x = vae.coarse(frame, coarse_cache)
+        seam = Seam() if len(bands) > 1 else None
+        for band, cache in zip(bands, memory, strict=True):
+            cache.seam = seam
+            if seam is not None:
+                seam.bottom = band is bands[-1]
+            part = x[..., band.start * COARSE_STRIDE : band.stop * COARSE_STRIDE, :]
+            yield vae.fine(part, cache), None
+
+    return decode_frame
+
+
+def _with_halo(vae: VaeDecoder, strips: tuple[Strip, ...]) -> DecodeFrame:
+    """Coarse part whole, fine part in strips that see as far as the convolutions reach.
+
+    For engines: a strip needs nothing of the one before it but its own columns.
+    """
     coarse_cache = CausalCache()
     caches = [CausalCache() for _ in strips]
-    grow = 2  # columns that the coarse part makes of one latent column
 
-    def decode_frame(frame: Tensor) -> tuple[Tensor, None]:
+    def decode_frame(frame: Tensor) -> Iterator[Rows]:
         x = vae.coarse(frame, coarse_cache)
         parts = []
         for strip, cache in zip(strips, caches, strict=True):
-            part = vae.fine(x[..., strip.first * grow : strip.last * grow], cache)
+            part = vae.fine(x[..., strip.first * COARSE_STRIDE : strip.last * COARSE_STRIDE], cache)
             skip = (strip.start - strip.first) * BLOCK_STRIDE
             parts.append(part[..., skip : skip + (strip.stop - strip.start) * BLOCK_STRIDE])
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)), None
+        yield (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)), None
 
     return decode_frame
 
@@ -99,7 +156,7 @@ def _official(vae: VaeDecoder, strips: tuple[Strip, ...], width: int, overlap: i
     caches = [(CausalCache(), CausalCache()) for _ in strips]
     ramps = [blend_ramp(strip, width, overlap) for strip in strips]
 
-    def decode_frame(frame: Tensor) -> tuple[Tensor, Tensor]:
+    def decode_frame(frame: Tensor) -> Iterator[Rows]:
         total, weight = frame.new_zeros(()), frame.new_zeros(width * VAE_STRIDE[2])
         for strip, ramp, (coarse, fine) in zip(strips, ramps, caches, strict=True):
             part = vae.fine(vae.coarse(frame[..., strip.first : strip.last], coarse), fine)
@@ -112,6 +169,6 @@ def _official(vae: VaeDecoder, strips: tuple[Strip, ...], width: int, overlap: i
             columns = slice(strip.first * BLOCK_STRIDE, strip.last * BLOCK_STRIDE)
             total[..., columns] += (colours * pairs.T[:, None, None, None]).flatten(0, 2)
             weight.view(-1, 2)[columns] += pairs
-        return total, weight.clamp_min(1e-6)
+        yield total, weight.clamp_min(1e-6)
 
     return decode_frame

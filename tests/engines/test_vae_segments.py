@@ -17,7 +17,8 @@ from pw_engines.engine import check_parity, relative_l2, require_parity
 from pw_export.nano import NANO_VAE
 from pw_export.published import VAE
 from pw_runtime.models import VaeDecoder
-from pw_runtime.models.vae_blocks import CausalCache, CausalConv3d
+from pw_runtime.models.vae_blocks import CausalConv3d
+from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.networks import channels_last
 from pw_runtime.presets import PRESETS
 from pw_runtime.segmented_vae import SegmentedVae

@@ -15,15 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pw_kernels.causal_conv3d import LARGEST
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae_blocks import (
-    CausalCache,
     CausalConv3d,
     ResidualBlock,
     Upsample,
     interleave_frames,
 )
+from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.types import VaeConfig
 from tests.closeness import max_abs
 from tests.models.test_vae_golden import config
+
+
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.mkldnn_convolution.default)
 
 
 class Calls(TorchDispatchMode):
@@ -37,8 +40,8 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.names[func.overloadpacket.__name__] += 1
-        if func is torch.ops.aten.convolution.default:
+        self.names[func.overloadpacket.__name__.removeprefix("mkldnn_")] += 1
+        if func in CONVOLUTIONS:
             self.largest = max(self.largest, args[0].numel(), out.numel())
             if args[1].dim() == 5 and args[1].shape[2] > 1:
                 self.convolved.append(args[0])
@@ -114,7 +117,7 @@ def test_a_block_holds_its_input_and_two_of_its_own_tensors() -> None:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.convolution.default:
+            if func in CONVOLUTIONS:
                 alive.append(sum(ref() is not None for ref in made))
                 made.append(weakref.ref(out))
             return out

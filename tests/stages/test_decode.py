@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from pw_kernels import pack_frames
 from pw_kernels.pack_frames import pixels_of
 from pw_runtime.models import VaeDecoder
-from pw_runtime.models.vae_blocks import CausalCache
+from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.stages import decode as stage
-from pw_runtime.tiling import exact_halo, make_strips
+from pw_runtime.tiling import band_lag, exact_halo, make_bands, make_strips
 from pw_runtime.types import Compat, DecodePlan, Latent, PixelFormat
 from tests.closeness import max_abs
 from tests.models.test_vae_golden import config
@@ -31,29 +33,84 @@ def random_latent(width: int, frames: int = 2) -> torch.Tensor:
     return torch.randn(48, frames, 2, width, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("strips", [2, 3, 5])
-def test_exact_strips_equal_the_undivided_decode_in_fp64(decoder, strips) -> None:
-    """Halo of 6 latent columns: no difference at all once rounding is out of the way."""
+def in_fp64(decoder: VaeDecoder) -> VaeDecoder:
     net = VaeDecoder(config()).requires_grad_(False)
     net.load_state_dict(decoder.state_dict())
-    net.double()
-    z = random_latent(31).double()
-    halo = exact_halo(net.config)
-    whole = stage._exact(net, make_strips(31, 1, halo), 31, halo)
-    cut = stage._exact(net, make_strips(31, strips, halo), 31, halo)
+    return net.double()
+
+
+def put_together(cut: stage.DecodeFrame, frame: torch.Tensor) -> torch.Tensor:
+    return torch.cat([blocks for blocks, _ in cut(frame)], dim=2)
+
+
+def tall_latent(height: int, frames: int = 3) -> torch.Tensor:
+    return random_latent(height, frames).transpose(2, 3).contiguous()
+
+
+@pytest.mark.parametrize(("rows", "bands"), [(31, 2), (31, 3), (23, 7), (9, 2), (9, 9), (2, 2)])
+def test_exact_bands_equal_the_undivided_decode_in_fp64(decoder, rows, bands) -> None:
+    """No difference at all once rounding is out of the way, however narrow the bands."""
+    net, z = in_fp64(decoder), tall_latent(rows).double()
+    whole = stage._exact(net, make_bands(rows, 1, net.config), "device")
+    cut = stage._exact(net, make_bands(rows, bands, net.config), "device")
     for frame in z.split(1, dim=1):
-        assert max_abs(cut(frame)[0], whole(frame)[0]) <= 1e-13
+        assert max_abs(put_together(cut, frame), put_together(whole, frame)) <= 1e-13
+
+
+@pytest.mark.parametrize("pixel_format", ["rgb24", "yuv420p"])
+@pytest.mark.parametrize("bands", [2, 5])
+def test_frames_in_bands_are_those_of_the_undivided_decode(decoder, bands, pixel_format) -> None:
+    latent = Latent(x=tall_latent(29))
+    whole = stage.decode(latent, DecodePlan(), Compat(), decoder, pixel_format)
+    cut = stage.decode(latent, DecodePlan(strips=bands), Compat(), decoder, pixel_format)
+    for one, other in zip(cut, whole, strict=True):
+        assert one.start == other.start
+        difference = one.frames.int() - other.frames.int()
+        assert difference.abs().max() <= 1  # rounded to another byte where fp32 differs
+        assert difference.ne(0).float().mean() <= 1e-3
+
+
+def test_bands_compute_no_row_twice_and_keep_none_twice(decoder) -> None:
+    """The past of all bands is as large as that of the undivided decode."""
+    z, held = tall_latent(40), []
+    for bands in (1, 4):
+        memory = stage._exact(decoder, make_bands(40, bands, decoder.config), "device")
+        for frame in z.split(1, dim=1):
+            put_together(memory, frame)
+        caches = inspect.getclosurevars(memory).nonlocals["memory"]
+        held.append(sum(x.numel() for cache in caches for x in cache.past.values()))
+        assert not any(cache.seam and cache.seam.rows for cache in caches)
+    assert held[0] == held[1]
+
+
+def test_bands_have_equal_results_and_are_fewer_where_rows_run_out() -> None:
+    assert band_lag(config()) == 6.125
+    assert make_bands(90, 4, config()) == (
+        slice(0, 30),
+        slice(30, 52),
+        slice(52, 75),
+        slice(75, 90),
+    )
+    assert make_bands(9, 4, config()) == (slice(0, 9),)
+
+
+@pytest.mark.parametrize("strips", [2, 3, 5])
+def test_strips_with_a_halo_equal_the_undivided_decode_in_fp64(decoder, strips) -> None:
+    """Halo of 6 latent columns: what engines decode."""
+    net, z = in_fp64(decoder), random_latent(31).double()
+    halo = exact_halo(net.config)
+    whole = stage._with_halo(net, make_strips(31, 1, halo))
+    cut = stage._with_halo(net, make_strips(31, strips, halo))
+    for frame in z.split(1, dim=1):
+        assert max_abs(put_together(cut, frame), put_together(whole, frame)) <= 1e-13
 
 
 def test_a_halo_one_column_short_is_seen(decoder) -> None:
     """The guard of the test above: 5 columns do not suffice for a reach of 5.75."""
-    net = VaeDecoder(config()).requires_grad_(False)
-    net.load_state_dict(decoder.state_dict())
-    net.double()
-    z = random_latent(31, frames=1).double()
-    whole = stage._exact(net, make_strips(31, 1, 5), 31, 5)(z)
-    cut = stage._exact(net, make_strips(31, 2, 5), 31, 5)(z)
-    assert max_abs(cut[0], whole[0]) > 1e-12
+    net, z = in_fp64(decoder), random_latent(31, frames=1).double()
+    whole = stage._with_halo(net, make_strips(31, 1, 5))
+    cut = stage._with_halo(net, make_strips(31, 2, 5))
+    assert max_abs(put_together(cut, z), put_together(whole, z)) > 1e-12
 
 
 def test_reach_of_the_decoder_is_six_latent_columns() -> None:
@@ -64,7 +121,7 @@ def test_official_strips_equal_the_official_blend(decoder) -> None:
     misc = golden.load("pipeline_misc")
     z = misc["tiled_z"][0]
     blend = stage._official(decoder, make_strips(z.shape[3], 3, 3), z.shape[3], 3)
-    assert max_abs(pixels_of(*blend(z)), misc["tiled_video"]) <= 1e-5
+    assert max_abs(pixels_of(*next(blend(z))), misc["tiled_video"]) <= 1e-5
     packed = pack_frames(oracle_vae.pixel_patchify(misc["tiled_video"][None])[0], truncate=True)
     assert torch.equal(packed, misc["tiled_uint8"].permute(1, 2, 3, 0))
 
@@ -86,7 +143,7 @@ def test_official_strips_narrower_than_their_overlap_equal_official(
     z = random_latent(width, frames=1)
     blend = stage._official(decoder, make_strips(width, strips, overlap), width, overlap)
     wanted = oracle_vae.decode_tiled(golden.load("vae_tiny_weights"), z, strips, overlap)
-    assert max_abs(pixels_of(*blend(z)), wanted) <= 1e-5
+    assert max_abs(pixels_of(*next(blend(z))), wanted) <= 1e-5
 
 
 def test_chunks_come_in_order_and_cover_the_clip(decoder) -> None:
