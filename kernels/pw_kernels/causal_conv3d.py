@@ -36,8 +36,9 @@ def causal_conv3d(
         rows_given: rows are not padded: x has the rows above and below those of the result.
 
     Returns:
-        [B, C', T, H, W], H - kh + 1 rows where they are given. Where it or x has more than LARGEST elements, it is made in slices of
-        frames, or of rows where one frame is too large by itself.
+        [B, C', T, H, W], H - kh + 1 rows where they are given. Where it or x has
+        more than LARGEST elements, it is made in slices of frames, or of rows where one frame is
+        too large by itself.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together.
@@ -122,6 +123,7 @@ def _in_slices(
                 part = _call(given[:, :, :, first:last], weight, bias, False)
                 part = part[:, :, :, top - first : bottom - first]
             out[:, :, start:stop, top:bottom] = part
+            del part  # the next one must not stand beside it
     return out
 
 

@@ -27,7 +27,8 @@ def upsample2x_conv(
             the result has none of theirs.
 
     Returns:
-        [B, C', 2 (H - above - below), 2W], channels last in memory where the convolution leaves them so.
+        [B, C', 2 (H - above - below), 2W], channels last in memory where the convolution
+        leaves them so.
 
     Raises:
         ValueError: taps of another shape.
@@ -46,6 +47,7 @@ def upsample2x_conv(
         if out is None:
             out = _doubled(part)
         out[:, :, row::2, column::2] = part
+        del part  # the next one must not stand beside it
     assert out is not None
     return out
 

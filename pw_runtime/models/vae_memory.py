@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-
 Add = Callable[[Tensor, Tensor], object]
 
 

@@ -25,7 +25,6 @@ from pw_runtime.types import VaeConfig
 from tests.closeness import max_abs
 from tests.models.test_vae_golden import config
 
-
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.mkldnn_convolution.default)
 
 
