@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from pw_kernels.causal_conv3d import LARGEST, slice_sizes
 from pw_kernels.chunked_attention import SCORE_BYTES
@@ -103,7 +104,7 @@ class _Walk:
         count = z * z + z + _conv(z, dims[0]) + 2 * _block(dims[0], dims[0])
         count += 4 * dims[0] ** 2 + 5 * dims[0]  # attention
         last = len(dims) - 2
-        for stage, (c_in, c) in enumerate(zip(dims, dims[1:], strict=False)):
+        for stage, (c_in, c) in enumerate(pairwise(dims)):
             count += _block(c_in, c) + (self.config.decoder_blocks - 1) * _block(c, c)
             if stage != last:
                 count += (9 + 16) * c * c + c + temporal[stage] * (6 * c * c + 2 * c)
