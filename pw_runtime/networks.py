@@ -90,18 +90,23 @@ def load_decoder(bundle: Bundle, device: torch.device, precision: Precision = "f
     With "bf16" weights and activations are bf16; norms, attention's softmax and the latent's
     scale are computed in fp32, the gains of the norms stay fp32.
     """
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     with torch.device("meta"):
         decoder = VaeDecoder(bundle.networks.vae.config)
     weights = load_tensors(bundle, "vae", prefix=("decoder.", "conv2."))
     decoder.load_state_dict(
         {
-            name: channels_last(w.to(device, torch.float32 if "gamma" in name else dtype))
+            name: channels_last(decoder_weight(name, w.to(device), precision))
             for name, w in weights.items()
         },
         assign=True,
     )
     return decoder.eval().requires_grad_(False)
+
+
+def decoder_weight(name: str, weight: Tensor, precision: Precision) -> Tensor:
+    """A weight of the decoder in the dtype that it is used in: bf16, but for gains of norms."""
+    kept = precision == "fp32" or name.endswith("gamma")
+    return weight.to(torch.float32 if kept else torch.bfloat16)
 
 
 def channels_last(weight: Tensor) -> Tensor:

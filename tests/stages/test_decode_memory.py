@@ -13,6 +13,7 @@ from pw_export.published import VAE
 from pw_runtime.decode_memory import decode_memory, peak_bytes
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae_blocks import Upsample
+from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.stages.decode import decode
 from pw_runtime.types import Compat, DecodePlan, Latent, VaeConfig
 
@@ -62,3 +63,14 @@ def test_more_strips_never_take_more() -> None:
     """Seen with a halo: sixteen strips took more than one."""
     peaks = [predicted(VAE, 90, 160, strips) for strips in (1, 2, 4, 8, 16)]
     assert peaks == sorted(peaks, reverse=True)
+
+
+def test_caches_on_the_host_hold_the_same_frames() -> None:
+    """Seen from a device that is not there: nothing of the past stays on it."""
+    with FakeTensorMode():
+        cache, frames = CausalCache(on_host=True), torch.empty(1, 8, 2, 4, 4, device="cuda:0")
+        conv = torch.nn.Identity()
+        cache.keep(conv, frames)
+        cache.keep(conv, frames)
+        assert cache.past[conv].device.type == "cpu"
+        assert cache.past[conv].shape == frames.shape

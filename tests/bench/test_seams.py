@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seam index, on made-up pictures and on both ways to decode in strips."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pw_bench.seams import seam_index
+from pw_export import nano
+from pw_export.nano import NANO_VAE
+from pw_kernels.pack_frames import pixels_of
+from pw_runtime.models import VaeDecoder
+from pw_runtime.stages import decode as stage
+from pw_runtime.tiling import make_bands, make_strips
+from tests.closeness import max_abs
+
+
+def test_a_step_on_a_border_is_seen_and_a_slope_is_not() -> None:
+    slope = torch.arange(8.0).repeat(3, 5, 1)
+    assert seam_index(slope, [4], -1) == pytest.approx(1)
+    slope[..., 4:] += 1
+    assert seam_index(slope, [4], -1) == pytest.approx(4)
+    assert seam_index(slope.mT, [4], -2) == pytest.approx(4)
+
+
+@pytest.fixture(scope="module")
+def smooth() -> VaeDecoder:
+    """The built-in decoder: its pictures are smooth, so that a step is seen."""
+    net = VaeDecoder(NANO_VAE).requires_grad_(False)
+    weights = nano._vae(NANO_VAE, torch.Generator().manual_seed(2))
+    net.load_state_dict({name: weights[name] for name in net.state_dict()})
+    return net
+
+
+def latent_frame(rows: int, columns: int) -> Tensor:
+    coarse = torch.randn(48, 1, rows // 2, columns // 3, generator=torch.Generator().manual_seed(1))
+    size = (rows, columns)
+    return F.interpolate(coarse[:, 0][None], size=size, mode="bilinear").transpose(0, 1)
+
+
+def undivided(net: VaeDecoder, z: Tensor) -> Tensor:
+    return pixels_of(*next(stage._exact(net, (slice(0, z.shape[2]),), "device")(z)))
+
+
+def test_exact_bands_have_the_index_of_the_undivided_picture(smooth) -> None:
+    z = latent_frame(28, 6)
+    parts = [blocks for blocks, _ in stage._exact(smooth, make_bands(28, 3, NANO_VAE), "device")(z)]
+    borders = [2 * parts[0].shape[2], 2 * (parts[0].shape[2] + parts[1].shape[2])]
+    banded = pixels_of(torch.cat(parts, dim=2), None)
+    index = seam_index(undivided(smooth, z), borders, -2)
+    assert seam_index(banded, borders, -2) == pytest.approx(index, rel=1e-3)
+
+
+def test_official_strips_have_a_seam_that_their_blend_spreads(smooth) -> None:
+    """A step where they do not overlap; with the ramp no step, but other colours around it."""
+    z, borders = latent_frame(6, 24), [128, 256]
+    whole = undivided(smooth, z)
+    index = seam_index(whole, borders, -1)
+    stripes, blended = (
+        pixels_of(*next(stage._official(smooth, make_strips(24, 3, overlap), 24, overlap)(z)))
+        for overlap in (0, 3)
+    )
+    assert seam_index(stripes, borders, -1) > 10 * index
+    assert seam_index(blended, borders, -1) < 2 * index
+    assert max_abs(blended, whole) > 0.1
