@@ -230,18 +230,6 @@ class TextEncoderConfig:
 Config = DitConfig | VaeConfig | TextEncoderConfig
 
 
-# ---- what a run takes --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryItem:
-    """Something that lies in memory, for the account of a plan."""
-
-    name: str
-    bytes: int
-    place: Place
-
-
 # ---- one run ----------------------------------------------------------------------------------
 
 
