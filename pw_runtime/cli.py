@@ -25,7 +25,10 @@ from pw_runtime.cli_options import (
     device_option,
     exit_code,
     fragmented_option,
+    gpu_memory_option,
+    host_memory_option,
     precision_option,
+    vae_precision_option,
 )
 from pw_runtime.cli_plan import plan
 from pw_runtime.errors import BadRequest, PixelWizardError
@@ -125,6 +128,9 @@ def convert(
 @click.option("--draft-only", is_flag=True, help="Stop after the draft; the clip shows it.")
 @click.option("--contact-sheet", is_flag=True, help="Write contact_sheet.png too.")
 @precision_option
+@vae_precision_option
+@gpu_memory_option
+@host_memory_option
 @device_option
 @click.option(
     "--kernels",
@@ -201,6 +207,9 @@ def read_request(options: dict[str, Any]) -> Any:
         kernels=options["kernels"],
         attention=options["attention"],
         policy=options["policy"],
+        vae_precision=options["vae_precision"],
+        gpu_memory=options["gpu_memory"],
+        host_memory=options["host_memory"],
         chunk=options["chunk"],
         device=device,
     )

@@ -16,6 +16,8 @@ from pw_runtime.cli_options import (
     device_option,
     exit_code,
     fragmented_option,
+    gpu_memory_option,
+    host_memory_option,
 )
 
 
@@ -24,6 +26,8 @@ from pw_runtime.cli_options import (
 @click.option("--model", type=FOLDER, required=True, help="Bundle with the VAE of their run.")
 @click.option("--out", type=FOLDER, help="Folder for the clips. [default: that of the file]")
 @click.option("--codec", type=CODECS, help="[default: that of the run]")
+@gpu_memory_option
+@host_memory_option
 @device_option
 @click.option(
     "--kernels",
@@ -52,5 +56,7 @@ def decode(latents: tuple[Path, ...], **options: Any) -> int:
         kernels=options["kernels"],
         fragmented=options["fragmented"],
         overwrite=options["overwrite"],
+        gpu_memory=options["gpu_memory"],
+        host_memory=options["host_memory"],
     )
     return exit_code(run, reporter)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,31 @@ class NonEmptyPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A size in bytes: 24GiB, 24G, 512MiB; powers of two."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Turn the text of an option into bytes."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
+        size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+        if size <= 0:
+            self.fail(f"{value!r} is no size: write 24GiB or 512MiB", param, ctx)
+        return size
+
+
+gpu_memory_option = click.option(
+    "--gpu-memory", type=Bytes(), help="Most GPU memory to take. [default: what is free]"
+)
+host_memory_option = click.option(
+    "--host-memory", type=Bytes(), help="Most host memory to take. [default: what is free]"
+)
 FOLDER = NonEmptyPath(path_type=Path)
 FILE = NonEmptyPath(path_type=Path)
 CODECS = click.Choice(["h264", "hevc", "av1", "ffv1"])
@@ -45,6 +71,13 @@ precision_option = click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16"]),
     help="Of matrix products. [default: fp32 on a CPU, bf16 on a GPU]",
+)
+vae_precision_option = click.option(
+    "--vae-precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="bf16: half the memory of the decode; an approximation (docs/numerics.md).",
 )
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."

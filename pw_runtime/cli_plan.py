@@ -3,40 +3,22 @@
 
 from __future__ import annotations
 
-import re
 from importlib import import_module
 from typing import Any
 
 import click
 
-from pw_runtime.cli_options import DONE, FOLDER, chunk_option, precision_option
+from pw_runtime.cli_options import (
+    CODECS,
+    DONE,
+    FOLDER,
+    chunk_option,
+    gpu_memory_option,
+    host_memory_option,
+    precision_option,
+    vae_precision_option,
+)
 from pw_runtime.errors import BadRequest
-
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
-
-class Bytes(click.ParamType):  # type: ignore[type-arg]
-    """A size in bytes: 24GiB, 24G, 512MiB; powers of two."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Turn the text of an option into bytes."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
-        size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-        if size <= 0:
-            self.fail(f"{value!r} is no size: write 24GiB or 512MiB", param, ctx)
-        return size
-
-
-gpu_memory_option = click.option(
-    "--gpu-memory", type=Bytes(), help="Most GPU memory to take. [default: what is free]"
-)
-host_memory_option = click.option(
-    "--host-memory", type=Bytes(), help="Most host memory to take. [default: what is free]"
-)
 
 
 @click.command()
@@ -47,14 +29,10 @@ host_memory_option = click.option(
 @click.option(
     "--gpu", type=click.Choice(["H200"]), help="Estimate times for this GPU. [default: this one]"
 )
-@click.option(
-    "--codec",
-    type=click.Choice(["h264", "hevc", "av1", "ffv1"]),
-    default="h264",
-    show_default=True,
-)
+@click.option("--codec", type=CODECS, default="h264", show_default=True)
 @click.option("--draft-only", is_flag=True, help="Stop after the draft.")
 @precision_option
+@vae_precision_option
 @chunk_option
 @click.option("--verbose", is_flag=True, help="List everything that lives at each stage's peak.")
 def plan(**options: Any) -> int:
@@ -85,6 +63,7 @@ def plan(**options: Any) -> int:
         find_preset(options["preset"]),
         draft_only=options["draft_only"],
         precision=precision,
+        vae_precision=options["vae_precision"],
         codec=options["codec"],
         chunk=options["chunk"],
     )

@@ -121,6 +121,7 @@ def start_clip(
         options=Options(
             codec=request.codec,
             precision=request.precision,
+            vae_precision=request.vae_precision,
             device=str(request.device),
             kernels=request.kernels,
             attention=request.attention_kernel,

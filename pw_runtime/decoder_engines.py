@@ -56,6 +56,8 @@ def choose_decoder(request: Request, bundle: Bundle, say: Callable[[str], None])
     """
     if request.policy == "eager" or request.kernels == "triton":
         return OnEngines({}, Choice({}, "eager", "asked for"))
+    if request.vae_precision != "fp32":
+        return OnEngines({}, Choice({}, "eager", "its engines are fp32"))
     command = f"{build_command(request, bundle.root)} --preset {_name(request.preset)}"
     if request.draft_only and request.preset.highres is not None:
         found: OnEngines | str = "its engines are of the high-res picture, and a draft is decoded"

@@ -36,6 +36,8 @@ def finish(
     kernels: Kernels | None = None,
     fragmented: bool = False,
     overwrite: bool = False,
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
 ) -> tuple[Outcome, ...]:
     """Decode and encode clips whose latents are on the disk, which stay there.
 
@@ -52,6 +54,8 @@ def finish(
         kernels: implementation of the operations; None: that of the run.
         fragmented: make an mp4 beside each clip that plays while it grows.
         overwrite: replace clips that exist.
+        gpu_memory: most bytes to take; None: what is free.
+        host_memory: as that.
 
     Returns:
         One outcome per file, in order.
@@ -74,6 +78,9 @@ def finish(
             save_latents=True,
             draft_only=origin.options.draft_only,
             precision=origin.options.precision,
+            vae_precision=origin.options.vae_precision,
+            gpu_memory=gpu_memory,
+            host_memory=host_memory,
             kernels=kernels or origin.options.kernels,
             attention=None if kernels else origin.options.attention,
             policy=origin.options.policy,
@@ -127,7 +134,7 @@ def _alike(clips: Sequence[Clip]) -> list[list[Clip]]:
     for clip in clips:
         one = clip.request
         settings = (one.kernels, one.attention_kernel, one.precision, one.policy, one.chunk)
-        key = (settings, one.preset, one.draft_only)
+        key = (settings, one.vae_precision, one.preset, one.draft_only)
         groups.setdefault(key, []).append(clip)
     return list(groups.values())
 

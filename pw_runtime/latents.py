@@ -51,6 +51,7 @@ class Options:
 
     codec: Codec
     precision: Precision
+    vae_precision: Precision
     device: str
     kernels: Kernels
     attention: AttentionKernel

@@ -248,7 +248,7 @@ def decode_clips(run: Run) -> None:
     if not waiting:
         return
     with run.loading.stage("load"):
-        vae = load_decoder(run.bundle, run.request.device)
+        vae = load_decoder(run.bundle, run.request.device, run.request.vae_precision)
     for clip in waiting:
         with others_go_on(clip, run.reporter):
             size = run.fitting.attempt(

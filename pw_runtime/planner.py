@@ -203,7 +203,7 @@ def decode_ways(work: Workload, *, gpu: bool) -> tuple[Way[DecodePlan], ...]:
         plans += [replace(plan, caches="host") for plan in plans]
     ways = []
     for plan in plans:
-        items = _decode_items(work.vae, shape, plan)
+        items = _decode_items(work.vae, shape, plan, 4 if work.vae_precision == "fp32" else 2)
         if not gpu:
             items = _moved(items, "host")
         frame = 3 * last.width * last.height // 2
@@ -215,7 +215,7 @@ def decode_ways(work: Workload, *, gpu: bool) -> tuple[Way[DecodePlan], ...]:
 
 
 def _decode_items(
-    config: VaeConfig, shape: tuple[int, ...], plan: DecodePlan
+    config: VaeConfig, shape: tuple[int, ...], plan: DecodePlan, itemsize: int
 ) -> tuple[MemoryItem, ...]:
     """What a decode takes, of strips that are blended too."""
     _, frames, rows, columns = shape
@@ -226,13 +226,14 @@ def _decode_items(
             rows=rows,
             columns=columns,
             strips=plan.strips,
+            itemsize=itemsize,
             caches=plan.caches,
         )
     # Each strip is a picture of its own, with memory of its own; they run one after the other.
     total = Counter[tuple[str, Place]]()
     for strip in make_strips(columns, plan.strips, plan.overlap):
         width = strip.last - strip.first
-        for item in decode_memory(config, frames=frames, rows=rows, columns=width):
+        for item in decode_memory(config, frames=frames, rows=rows, columns=width, itemsize=item):
             key = item.name, item.place
             own = "caches" in item.name
             total[key] = total[key] + item.bytes if own else max(total[key], item.bytes)

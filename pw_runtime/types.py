@@ -257,6 +257,7 @@ class Request:
     draft_only: bool = False
     contact_sheet: bool = False
     precision: Precision = "fp32"
+    vae_precision: Precision = "fp32"
     kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
     attention: AttentionKernel | None = None  # of attention alone; None: as `kernels`
     policy: EnginePolicy = "auto"  # which engines the transformers run on

@@ -39,6 +39,7 @@ class Workload:
     vae: VaeConfig
     text_encoder: TextEncoderConfig
     precision: Precision
+    vae_precision: Precision
     codec: Codec
     chunk: int  # most tokens that the engines take at a time
     padded: bool = False  # they take no fewer
@@ -59,6 +60,7 @@ def workload_of(
         request.preset,
         draft_only=request.draft_only,
         precision=request.precision,
+        vae_precision=request.vae_precision,
         codec=request.codec,
         chunk=request.chunk,
         padded=padded,
@@ -72,6 +74,7 @@ def workload(
     *,
     draft_only: bool,
     precision: Precision,
+    vae_precision: Precision,
     codec: Codec,
     chunk: int,
     padded: bool = False,
@@ -91,6 +94,7 @@ def workload(
         vae=networks.vae.config,
         text_encoder=networks.text_encoder.config,
         precision=precision,
+        vae_precision=vae_precision,
         codec=codec,
         chunk=chunk,
         padded=padded,
