@@ -120,20 +120,25 @@ def _require_fit(stages: Sequence[Sequence[Way[Any]]], budget: Budget) -> None:
     wrong = [ways for ways in stages if not any(fits(way.memory, budget) for way in ways)]
     if not wrong:
         return
-    least = [
-        min(ways, key=lambda way: (way.memory.peak("device"), way.memory.peak("host"))).memory
-        for ways in stages
-    ]
+    least = [min(ways, key=lambda way: _strain(way.memory, budget)).memory for ways in stages]
+    device = max(memory.peak("device") for memory in least)
     need = Budget(
-        host=max(memory.peak("host") for memory in least),
-        device=None if budget.device is None else max(memory.peak("device") for memory in least),
+        host=max(budget.host, *(memory.peak("host") for memory in least)),
+        device=None if budget.device is None else max(budget.device, device),
     )
     raise BadRequest(
         f"the {' and the '.join(ways[0].memory.stage for ways in wrong)} stage cannot run",
         got=budget_text(budget),
-        wanted=f"{budget_text(need)}, the smallest that this clip and model run in",
-        do="free memory, name a larger budget, or take a smaller preset or fewer frames",
+        wanted=f"{budget_text(need)}, the nearest that this clip and model run in",
+        do="free memory, name a larger budget, take a smaller preset or fewer frames, or add "
+        "--vae-precision bf16 where the decode is what does not fit",
     )
+
+
+def _strain(memory: StageMemory, budget: Budget) -> float:
+    """How many times the budget a stage takes."""
+    host = memory.peak("host") / budget.host
+    return host if budget.device is None else max(host, memory.peak("device") / budget.device)
 
 
 def budget_text(budget: Budget) -> str:
@@ -233,7 +238,8 @@ def _decode_items(
     total = Counter[tuple[str, Place]]()
     for strip in make_strips(columns, plan.strips, plan.overlap):
         width = strip.last - strip.first
-        for item in decode_memory(config, frames=frames, rows=rows, columns=width, itemsize=item):
+        alone = decode_memory(config, frames=frames, rows=rows, columns=width, itemsize=itemsize)
+        for item in alone:
             key = item.name, item.place
             own = "caches" in item.name
             total[key] = total[key] + item.bytes if own else max(total[key], item.bytes)
