@@ -56,6 +56,8 @@ def choose_decoder(request: Request, bundle: Bundle, say: Callable[[str], None])
     """
     if request.policy == "eager" or request.kernels == "triton":
         return OnEngines({}, Choice({}, "eager", "asked for"))
+    if request.preset.decode.caches == "host":
+        return OnEngines({}, Choice({}, "eager", "its past frames are to lie on the host"))
     if request.vae_precision != "fp32":
         return OnEngines({}, Choice({}, "eager", "its engines are fp32"))
     command = f"{build_command(request, bundle.root)} --preset {_name(request.preset)}"

@@ -7,6 +7,7 @@ memory runs out all the same, the stage goes on with the next one (pipeline.py).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from pw_runtime.decode_memory import PIXEL_CHANNELS, decode_memory
 from pw_runtime.errors import BadRequest
+from pw_runtime.models import expected_shapes
 from pw_runtime.noise import latent_shape
 from pw_runtime.text_memory import text_memory
 from pw_runtime.tiling import make_strips
@@ -35,6 +37,7 @@ from pw_runtime.types import (
 from pw_runtime.workload import Workload
 
 GIB = 2**30
+LIBRARIES = 48 * 2**20  # measured: pages of code that the decode is the first to read
 # Beside what PyTorch allocates a process on a GPU takes memory for its code, for cuBLAS and cuDNN
 # and for gaps between allocations. An estimate: not measured by this project.
 DEVICE_RESERVE = GIB
@@ -210,13 +213,23 @@ def decode_ways(work: Workload, *, gpu: bool) -> tuple[Way[DecodePlan], ...]:
     for plan in plans:
         items = _decode_items(work.vae, shape, plan, 4 if work.vae_precision == "fp32" else 2)
         if not gpu:
-            items = _moved(items, "host")
+            items = (*_moved(items, "host"), *_on_a_cpu(work.vae))
         frame = 3 * last.width * last.height // 2
         held = ENCODER_FRAMES[work.codec] * frame
         encoder = MemoryItem(name=f"{work.codec} encoder (estimate)", bytes=held, place="host")
         memory = _stage("decode", (*items, encoder), work, gpu=gpu)
-        ways.append(Way(plan, decode_text(plan), memory))
+        ways.append(Way(plan, decode_text(plan, gpu=gpu), memory))
     return tuple(ways)
+
+
+def _on_a_cpu(config: VaeConfig) -> tuple[MemoryItem, ...]:
+    """What oneDNN takes beside tensors: the weight of the call in an order of its own, its code."""
+    shapes = expected_shapes("vae", config).items()
+    largest = max(4 * math.prod(shape) for name, shape in shapes if name.startswith("decoder."))
+    return (
+        MemoryItem(name="a weight in oneDNN's order", bytes=largest, place="host"),
+        MemoryItem(name="code of oneDNN and the encoder", bytes=LIBRARIES, place="host"),
+    )
 
 
 def _decode_items(
@@ -247,11 +260,12 @@ def _decode_items(
     return tuple(MemoryItem(name=n, bytes=size, place=place) for (n, place), size in total.items())
 
 
-def decode_text(plan: DecodePlan) -> str:
+def decode_text(plan: DecodePlan, *, gpu: bool) -> str:
     """How a clip is decoded, in words."""
     kind = "band" if plan.tiling == "exact" else "blended strip"
     pieces = f"{plan.strips} {kind}s" if plan.strips > 1 else "the picture as a whole"
-    return f"{pieces}, past frames on the {'GPU' if plan.caches == 'device' else 'host'}"
+    where = f", past frames on the {'GPU' if plan.caches == 'device' else 'host'}"
+    return pieces + where * gpu
 
 
 def _moved(items: Iterable[MemoryItem], place: Place) -> tuple[MemoryItem, ...]:

@@ -123,6 +123,8 @@ def check_preset(preset: Preset, source: str) -> None:
     columns = (preset.highres or preset.draft).width // VAE_STRIDE[2]
     if not 1 <= preset.decode.strips <= columns:
         problems.append(f"decode.strips is {preset.decode.strips}, wanted 1 to {columns}")
+    if preset.decode.tiling == "official" and preset.decode.caches == "host":
+        problems.append("decode.caches is host, which decode.tiling official does not know")
     if preset.decode.overlap < 0:
         problems.append(f"decode.overlap is {preset.decode.overlap}, wanted 0 or more")
     if problems:
