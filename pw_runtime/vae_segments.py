@@ -147,7 +147,7 @@ def to_engine(x: Tensor) -> Tensor:
 
 def from_engine(x: Tensor) -> Tensor:
     """[T, H, W, C] -> a view [1, C, T, H, W]."""
-    return x.movedim(-1, 0)[None]
+    return x[None].movedim(-1, 1)
 
 
 def _segment(

@@ -100,7 +100,8 @@ class VaeDecoder(nn.Module):
         mean = frame.new_tensor(self.config.latent_mean).view(-1, 1, 1, 1)
         std = frame.new_tensor(self.config.latent_std).view(-1, 1, 1, 1)
         # Divided by 1/std, as the official code does: z * std rounds differently.
-        return (frame / (1 / std) + mean)[None]
+        x = (frame / (1 / std) + mean)[None]
+        return x.contiguous(memory_format=torch.channels_last_3d)
 
     def coarse_layers(self, x: Tensor, cache: CausalCache) -> Tensor:
         """All of `coarse` that has weights: [1, C, 1, H, W] -> [1, C', t, 2H, 2W]."""

@@ -190,7 +190,7 @@ class Upsample(nn.Module):
             frames, above, below = cache.seam.join(self, frames)
         taps = self.made_taps()
         out = upsample2x_conv(frames, taps, conv.bias, above=above, below=below)
-        return out.transpose(0, 1)[None]
+        return out[None].transpose(1, 2)  # in this order: convolutions go by the strides
 
     def made_taps(self) -> Tensor:
         """[4, C, C, 2, 2] `phase_taps` of the weight, made once."""
@@ -255,7 +255,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         """[1, C, T, H, W] -> [1, C, T or T/2, H/2, W/2]; a first frame is kept as it is."""
         frames = F.pad(x[0].transpose(0, 1), (0, 1, 0, 1))  # zero right and bottom
-        x = self.resample["1"](frames).transpose(0, 1)[None]
+        x = self.resample["1"](frames)[None].transpose(1, 2)
         if self.time_conv is None:
             return x
         past = cache.past.get(self)

@@ -22,6 +22,7 @@ from pw_runtime.models.vae_blocks import (
 )
 from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.types import VaeConfig
+from pw_runtime.vae_segments import from_engine, to_engine
 from tests.closeness import max_abs
 from tests.models.test_vae_golden import config
 
@@ -160,3 +161,12 @@ def test_taps_follow_the_weight() -> None:
         {f"up.{name}": x.double() * 2 for name, x in other.state_dict().items()}, assign=True
     )
     assert error() < 1e-13
+
+
+def test_activations_keep_strides_that_convolutions_know() -> None:
+    """Seen: a batch stride of C had every 1x1 convolution copy its input twice."""
+    upsample = Upsample(8, temporal=False).requires_grad_(False)
+    x = torch.randn(1, 8, 2, 4, 4).contiguous(memory_format=torch.channels_last_3d)
+    out = upsample(x, CausalCache())
+    assert out.stride() == (out.numel(), 1, 8 * 64, 8 * 8, 8)
+    assert from_engine(to_engine(out)).stride() == out.stride()
