@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from pw_runtime.errors import BadResult
+from pw_runtime.machine import return_freed_memory
 from pw_runtime.planner import Ladders, Way, fits, make_plan, plan_of
 from pw_runtime.receipt import peak_memory, reset_peak_memory
 from pw_runtime.types import Budget, RunPlan
@@ -40,6 +41,8 @@ class Fitting:
     @contextmanager
     def measuring(self, stage: str) -> Iterator[None]:
         """Take the peak of what happens inside for that of the stage."""
+        gc.collect()
+        return_freed_memory()  # of the stages before
         reset_peak_memory(self._device)
         try:
             yield
