@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage that runs out of memory goes on once, in its next smaller way, and says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pw_runtime import loaded, pipeline
+from pw_runtime.weights import StreamedWeights
+from tests.e2e.pw import Ended, Pw
+
+
+@pytest.fixture
+def generate(pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path) -> Callable[..., Ended]:
+    def run(*arguments: object) -> Ended:
+        return pw(
+            "generate", "--model", bundle_dir, "--preset", preset, "--out", tmp_path / "out",
+            "--codec", "ffv1", "--prompt", "a cat", "--prompt", "a dog", "--save-latents",
+            *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+def fails(times: int, work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work`, whose first calls run out of memory."""
+    calls: list[None] = []
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return work(*arguments, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("stage", ["draft", "highres", "decode"])
+def test_it_goes_on_with_the_same_result(
+    generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+) -> None:
+    assert generate("--out", tmp_path / "whole").code == 0
+    monkeypatch.setattr(pipeline, stage, fails(1, getattr(pipeline, stage)))
+    ended = generate()
+    assert ended.code == 0
+    assert f"{stage}: memory ran out (CUDA out of memory. Tried to allocate 1 GiB)" in ended.err
+    for clip in "01":
+        name = f"{clip}.latents.safetensors"
+        wanted, got = load_file(tmp_path / "whole" / name), load_file(tmp_path / "out" / name)
+        assert all(torch.equal(wanted[key], got[key]) for key in wanted)
+        receipt = json.loads((tmp_path / "out" / f"{clip}.json").read_text())
+        assert any("it goes on with" in one for one in receipt["plan"]["decisions"])
+    told = [
+        sum("memory ran out" in one for one in json.loads(path.read_text())["notices"])
+        for path in sorted((tmp_path / "out").glob("?.json"))
+    ]
+    assert told == [1, 0]  # the second clip began in the smaller way
+
+
+def test_a_network_that_does_not_fit_is_loaded_in_the_smaller_way(
+    generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded, "load_dit", fails(1, loaded.load_dit))
+    ended = generate()
+    assert ended.code == 0
+    assert "draft: memory ran out" in ended.err
+    assert "it goes on with weights resident, first attention not shared" in ended.err
+
+
+def test_the_second_time_is_the_end_of_that_prompt_alone(
+    generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pipeline, "highres", fails(2, pipeline.highres))
+    ended = generate()
+    assert ended.code == 3
+    assert "prompt 0 failed: memory ran out" in ended.err
+    assert not (tmp_path / "out" / "0.mkv").exists()
+    assert (tmp_path / "out" / "1.mkv").exists()
+
+
+def test_streamed_weights_make_the_same_clip(
+    generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert generate("--out", tmp_path / "whole").code == 0
+    made: list[StreamedWeights] = []
+
+    class Noted(StreamedWeights):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    def third(ways: Any, budget: Any) -> Any:  # the first way with weights that come from the files
+        return next(way for way in ways if getattr(way.choice, "weights", "mapped") == "mapped")
+
+    monkeypatch.setattr(loaded, "StreamedWeights", Noted)
+    monkeypatch.setattr("pw_runtime.planner._first", third)
+    ended = generate()
+    assert ended.code == 0
+    assert len(made) == 2
+    wanted, got = (
+        load_file(tmp_path / name / "0.latents.safetensors") for name in ("whole", "out")
+    )
+    assert all(torch.equal(wanted[key], got[key]) for key in wanted)
+
+
+def test_a_budget_is_heeded_or_refused_before_anything_is_loaded(
+    generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_text_network", lambda *arguments: pytest.fail("loaded"))
+    ended = generate("--host-memory", "64MiB")
+    assert ended.code == 2
+    assert "cannot run" in ended.err
+    assert "do this: free memory" in ended.err
+
+
+def test_other_errors_are_not_tried_again(
+    generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+
+    def broken(*arguments: Any) -> None:
+        calls.append(None)
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(pipeline, "highres", broken)
+    assert generate().code == 3
+    assert len(calls) == 2  # once a prompt
+
+
+def test_measured_and_predicted_peaks_stand_in_the_receipt(
+    generate: Callable[..., Ended], tmp_path: Path
+) -> None:
+    assert generate().code == 0
+    receipt = json.loads((tmp_path / "out" / "0.json").read_text())
+    stages = receipt["plan"]["stages"]
+    assert list(stages) == ["text", "draft", "highres", "decode"]
+    assert all(one["measured"]["host"] > 0 < one["predicted"]["host"] for one in stages.values())
+    measured = max(one["measured"]["host"] for one in stages.values())
+    assert receipt["peak_memory_bytes"]["host"] >= measured

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan decides, refuses and says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from pw_export.published import NETWORKS
+from pw_runtime.errors import BadRequest
+from pw_runtime.estimate import KNOWN
+from pw_runtime.plan_report import plan_report, seconds_by_stage
+from pw_runtime.planner import GIB, fits, ladders, make_plan
+from pw_runtime.presets import PRESETS
+from pw_runtime.types import Budget, DecodePlan, Precision, RunPlan
+from pw_runtime.workload import Workload, workload
+
+
+def work_for(
+    preset: str = "4k", *, vae_precision: Precision = "fp32", decode: DecodePlan | None = None
+) -> Workload:
+    found = PRESETS[preset]
+    if decode is not None:
+        found = replace(found, decode=decode)
+    work = workload(
+        NETWORKS,
+        found,
+        draft_only=False,
+        precision="bf16",
+        vae_precision=vae_precision,
+        codec="h264",
+        chunk=8192,
+    )
+    return replace(work, process=GIB)
+
+
+def plan_for(preset: str, gpu: float, host: float = 64) -> RunPlan:
+    budget = Budget(host=int(host * GIB), device=int(gpu * GIB))
+    return make_plan(ladders(work_for(preset), gpu=True), budget)
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpu", "weights"),
+    [("2k", 16, "resident"), ("4k", 24, "resident"), ("4k", 16, "streamed")],
+)
+def test_the_promised_budgets_are_met(preset: str, gpu: int, weights: str) -> None:
+    plan = plan_for(preset, gpu)
+    assert plan.networks["highres"].weights == weights
+    assert all(fits(memory, plan.budget) for memory in plan.stages)
+
+
+def test_a_large_gpu_takes_the_fastest_way_of_every_stage() -> None:
+    plan = plan_for("4k", 141, 128)
+    assert plan.text == "device"
+    assert {one.weights for one in plan.networks.values()} == {"resident"}
+    assert all(one.share for one in plan.networks.values())
+    assert plan.decode == PRESETS["4k"].decode
+    assert all(" would take " not in decision for decision in plan.decisions)
+
+
+def test_less_memory_goes_down_one_ladder_after_the_other() -> None:
+    """Sharing is given up before weights leave the GPU: it saves less than they take."""
+    ways = [plan_for("2k", gpu).networks["highres"] for gpu in (17, 16, 12)]
+    assert [(one.weights, one.share) for one in ways] == [
+        ("resident", True),
+        ("resident", False),
+        ("streamed", True),
+    ]
+
+
+def test_files_that_hold_the_precision_are_not_copied_to_host_memory() -> None:
+    work = replace(work_for(), stored={"draft": "bf16", "highres": "bf16"})
+    plan = make_plan(ladders(work, gpu=True), Budget(host=64 * GIB, device=16 * GIB))
+    assert plan.networks["highres"].weights == "mapped"
+    assert "streamed from the bundle's files" in plan.decisions[2]
+
+
+def test_engines_of_one_size_keep_their_part_and_their_strips() -> None:
+    work = replace(work_for(), padded=True, decoder_engines=True)
+    found = ladders(work, gpu=True)
+    assert {way.choice.part for way in found["highres"]} == {8192}
+    assert [way.choice for way in found["decode"]] == [PRESETS["4k"].decode]
+
+
+def test_blended_strips_are_never_recut() -> None:
+    official = DecodePlan(tiling="official", strips=4)
+    found = ladders(work_for(decode=official), gpu=True)
+    assert [way.choice for way in found["decode"]] == [official]
+
+
+def test_what_cannot_work_is_refused_with_a_budget_that_does() -> None:
+    with pytest.raises(BadRequest) as refused:
+        plan_for("4k", 8)
+    text = str(refused.value)
+    assert "the highres and the decode stage cannot run" in text
+    assert "8.0 GiB of GPU memory" in text
+    wanted = text.splitlines()[2]
+    gpu, host = (float(number) for number in re.findall(r"([\d.]+) GiB", wanted))
+    plan_for("4k", gpu, host)  # and that one works
+    with pytest.raises(BadRequest):
+        plan_for("4k", gpu - 0.5, host)
+
+
+def test_half_the_precision_of_the_decoder_takes_half_of_its_memory() -> None:
+    sizes = [
+        ladders(work_for(vae_precision=kind), gpu=True)["decode"][0].memory.peak("device")
+        for kind in ("fp32", "bf16")
+    ]
+    assert sizes[1] < 0.53 * sizes[0]
+
+
+def test_the_account_adds_up_and_names_everything() -> None:
+    work, plan = work_for(), plan_for("4k", 24)
+    text = plan_report(work, plan, None, verbose=True)
+    highres = plan.stages[2]
+    assert sum(item.bytes for item in highres.items) == sum(
+        highres.peak(place) for place in ("device", "host")
+    )
+    for stage in plan.stages:
+        assert all(item.name in text for item in stage.items)
+    assert "a clip" not in text.splitlines()[3]  # no rates, no times
+
+
+def test_arithmetic_is_that_of_the_specification() -> None:
+    """44.66 and 200.9 PFLOP without a shared attention (kernel accounting of the model)."""
+    rates = replace(KNOWN["H200"], matmul=1e15, attention=1e15, conv=1e15)
+    for preset, wanted in (("2k", 44.66), ("4k", 200.9)):
+        work, plan = work_for(preset), plan_for(preset, 141, 128)
+        alone = {name: replace(one, share=False) for name, one in plan.networks.items()}
+        seconds = seconds_by_stage(work, replace(plan, networks=alone), rates)
+        assert seconds["highres"] == pytest.approx(wanted, rel=1e-3)
+        assert seconds["draft"] == pytest.approx(3.52, rel=1e-2)
