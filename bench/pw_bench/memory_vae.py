@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter
 
 from pw_bench.commit import commit
-from pw_bench.peers_vae import process_bytes, reset_peak
+from pw_bench.sides import process_bytes, reset_peak
 from pw_export.published import VAE
 from pw_runtime.atomic import write_text
 from pw_runtime.decode_memory import decode_memory

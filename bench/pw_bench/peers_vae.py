@@ -9,10 +9,6 @@ turns. Their time ends with the values, ours with the bytes.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from pw_bench.commit import commit
-from pw_bench.ledger import Ledger
+from pw_bench.sides import Sample, in_turns, report
 from pw_export.nano import NANO_VAE
 from pw_runtime import keymaps
 from pw_runtime.atomic import write_text
@@ -34,15 +30,6 @@ from pw_runtime.stages.decode import decode
 from pw_runtime.types import VAE_STRIDE, Compat, DecodePlan, Latent
 
 THEIRS, TILED, OURS = "diffusers", "diffusers tiled", "ours"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One decode in a process of its own; `peak_bytes` beyond what lay there before it."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +95,7 @@ def our_decoder(theirs: Any) -> VaeDecoder:
 
 
 def run_side(side: str, shape: tuple[int, ...], strips: int, *, account: bool, file: Path) -> None:
-    """In a child: decode once, write the frames to a file, print seconds, CPU seconds, bytes."""
+    """In a child: decode once, write the values or, of ours, the bytes to a file."""
     latent = torch.randn(48, *shape, generator=torch.Generator().manual_seed(1))
     theirs = their_vae()
     if side == TILED:
@@ -123,70 +110,36 @@ def run_side(side: str, shape: tuple[int, ...], strips: int, *, account: bool, f
             video: Tensor = theirs.decode(latent[None], return_dict=False)[0][0]
             return video
 
-    if account:
-        with Ledger() as ledger:
-            frames = run()
-        peak, seconds, cpu_seconds = ledger.peak["cpu"], 0.0, 0.0
-    else:
-        before = reset_peak()
-        start, cpu = time.perf_counter(), time.process_time()
-        frames = run()
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        peak = process_bytes("VmHWM") - before
-    if ours is None:
-        frames = ((frames.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8).permute(1, 2, 3, 0)
-    torch.save(frames, file)
-    print(seconds, cpu_seconds, peak)
+    weights = (theirs if ours is None else ours).state_dict().values()
+    report(run, [latent, *weights], account=account, file=file)
 
 
-def process_bytes(key: str) -> int:
-    """A size of this process as Linux states it: VmRSS, or VmHWM, the most it has been."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def reset_peak() -> int:
-    """Begin the process's peak anew; resident bytes now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return process_bytes("VmRSS")
-
-
-def sample(side: str, args: list[str], file: Path, *, account: bool = False) -> Sample:
-    """Run a side in a process of its own."""
-    command = [sys.executable, "-m", "pw_bench.peers_vae", "--side", side, "--out", str(file)]
-    command += [*args, *(["--account"] if account else [])]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    seconds, cpu_seconds, peak = out.split()[-3:]
-    return Sample(seconds=float(seconds), cpu_seconds=float(cpu_seconds), peak_bytes=int(peak))
+def as_bytes(output: Tensor) -> Tensor:
+    """Frames [T, H, W, 3] in levels of 255, of what any side gives."""
+    if output.dtype == torch.uint8:
+        return output
+    return ((output.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8).permute(1, 2, 3, 0)
 
 
 def compare(names: list[str], args: list[str], rounds: int) -> list[Side]:
     """All sides in turns, then their accounts."""
-    taken: dict[str, list[Sample]] = {name: [] for name in names}
+    taken = in_turns("pw_bench.peers_vae", names, args, rounds)
+    wanted = as_bytes(taken[THEIRS].output).int()
     sides = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{index}.pt" for index, name in enumerate(names)}
-        for _ in range(rounds):
-            for name in names:
-                taken[name].append(sample(name, args, files[name]))
-        wanted = torch.load(files[THEIRS]).int()
-        for name in names:
-            difference = (torch.load(files[name]).int() - wanted).abs()
-            side = Side(
-                name=name,
-                samples=taken[name],
-                ledger_bytes=sample(name, args, files[name], account=True).peak_bytes,
-                largest_difference=int(difference.max()),
-                share_that_differs=difference.ne(0).float().mean().item(),
-            )
-            sides.append(side)
-            best = min(one.cpu_seconds for one in side.samples)
-            peak = max(one.peak_bytes for one in side.samples)
-            click.echo(
-                f"{name:16} {best:6.1f} CPU s at best, process +{peak / 2**20:5.0f} MiB, tensors "
-                f"{side.ledger_bytes / 2**20:5.0f} MiB, differs in {side.share_that_differs:.2e} "
-                f"of the bytes by {side.largest_difference} at most"
-            )
+    for name, one in taken.items():
+        difference = (as_bytes(one.output).int() - wanted).abs()
+        side = Side(
+            name=name,
+            samples=one.samples,
+            ledger_bytes=one.ledger_bytes,
+            largest_difference=int(difference.max()),
+            share_that_differs=difference.ne(0).float().mean().item(),
+        )
+        sides.append(side)
+        click.echo(
+            f"{name:16} {one}, differs in {side.share_that_differs:.2e} of the bytes by "
+            f"{side.largest_difference} at most"
+        )
     return sides
 
 
