@@ -67,6 +67,12 @@ class Work:
     text: int  # rows of the texts that are no padding
     part: int  # most tokens that we work on at a time
 
+    def __post_init__(self) -> None:
+        whole = not (self.dim % 384 or self.width % 32 or self.height % 32 or self.frames % 4 != 1)
+        if not whole or not 0 < self.text <= TEXT_ROWS:
+            wanted = "dim in 384s, width and height in 32s, frames 4n+1, text up to 512"
+            raise click.UsageError(f"wanted {wanted}, got {self}")
+
     @property
     def config(self) -> DitConfig:
         """The network, with the proportions of the published one."""
@@ -211,6 +217,8 @@ def compare(args: list[str], rounds: int) -> list[Side]:
             f"{name:26} {one}, differs by {side.relative_l2:.1e} (relative L2), "
             f"{side.max_abs:.1e} at most"
         )
+    for name in (THEIRS, PER_TOKEN):
+        click.echo(f"ours against {name}: {taken[OURS].against(taken[name])}")
     return sides
 
 

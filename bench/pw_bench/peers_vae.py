@@ -140,6 +140,8 @@ def compare(names: list[str], args: list[str], rounds: int) -> list[Side]:
             f"{name:16} {one}, differs in {side.share_that_differs:.2e} of the bytes by "
             f"{side.largest_difference} at most"
         )
+    for name in (THEIRS, TILED):
+        click.echo(f"ours against {name}: {taken[OURS].against(taken[name])}")
     return sides
 
 

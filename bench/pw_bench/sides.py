@@ -38,12 +38,36 @@ class Taken:
     ledger_bytes: int  # most that its tensors took at once, beside weights and inputs
     output: Tensor
 
+    @property
+    def seconds(self) -> float:
+        """Wall seconds, at best."""
+        return min(one.seconds for one in self.samples)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds, at best."""
+        return min(one.cpu_seconds for one in self.samples)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident bytes, at most."""
+        return max(one.peak_bytes for one in self.samples)
+
     def __str__(self) -> str:
-        best = min(one.cpu_seconds for one in self.samples)
-        peak = max(one.peak_bytes for one in self.samples)
         return (
-            f"{best:6.1f} CPU s at best, process +{peak / 2**20:5.0f} MiB, "
+            f"{self.seconds:6.1f} s and {self.cpu_seconds:6.1f} CPU s at best, "
+            f"process +{self.peak_bytes / 2**20:5.0f} MiB, "
             f"tensors {self.ledger_bytes / 2**20:5.0f} MiB"
+        )
+
+    def against(self, other: Taken) -> str:
+        """How much faster than another side, and what share of its memory."""
+        theirs = max(other.peak_bytes, 1)  # a small run may find all its pages there
+        return (
+            f"{other.seconds / self.seconds:.2f} x as fast "
+            f"({other.cpu_seconds / self.cpu_seconds:.2f} x in CPU seconds), "
+            f"{self.peak_bytes / theirs:.2f} of its process memory, "
+            f"{self.ledger_bytes / other.ledger_bytes:.2f} of its tensors"
         )
 
 
