@@ -19,6 +19,7 @@ from pw_runtime.types import VAE_STRIDE, MemoryItem, Place, VaeConfig
 
 HISTORY = 2  # past frames that a convolution over time sees
 PIXEL_CHANNELS = 12
+FINE_CACHES = "fine caches"  # past frames of the part that runs in bands
 
 
 def decode_memory(
@@ -50,12 +51,12 @@ def decode_memory(
     bands = [band.stop - band.start for band in make_bands(rows, strips, config)]
     walk.weigh()
     walk.chunk(rows, columns, bands)  # fills the caches
-    on_host = walk.live.pop("fine caches") if caches == "host" else 0
+    on_host = walk.live.pop(FINE_CACHES) if caches == "host" else 0
     walk.caches_grow = False
     walk.peak = Counter()
     walk.chunk(rows, columns, bands)
     pixels = VAE_STRIDE[0] * rows * columns * VAE_STRIDE[1] * VAE_STRIDE[2]
-    host = {"fine caches": on_host, "packed frames": pixels * 3 // 2}
+    host = {FINE_CACHES: on_host, "packed frames": pixels * 3 // 2}
     return (
         *(MemoryItem(name=name, bytes=size, place="device") for name, size in walk.peak.items()),
         *(MemoryItem(name=name, bytes=size, place="host") for name, size in host.items() if size),
@@ -135,7 +136,7 @@ class _Walk:
 
     def fine(self, bands: list[int], columns: int) -> None:
         """The rest, band by band, of the frames that the coarse part made of one."""
-        dims, place = self.config.decoder_dims, "fine caches"
+        dims, place = self.config.decoder_dims, FINE_CACHES
         temporal = (*reversed(self.config.temporal_downsample), False)
         last = len(dims) - 2
         for index, given in enumerate(bands):

@@ -35,22 +35,24 @@ CELLS = 8  # rows and columns of the latent on which the decoder's arithmetic is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """FLOP per second of the three kinds of work that matter."""
+    """FLOP per second of the three kinds of work that matter, and bytes per second of copies."""
 
     matmul: float
     attention: float
     conv: float
+    copy: float  # between host memory and the device
     source: str
 
 
 # Published by others, none measured by this project: matrix products of 8192^3 in bf16, cuDNN
-# attention of 111600 tokens with heads of 128, and the convolutions in TF32.
+# attention of 111600 tokens with heads of 128, convolutions in TF32, PCIe 5.
 KNOWN: Mapping[str, Rates] = MappingProxyType(
     {
         "H200": Rates(
             matmul=790e12,
             attention=565e12,
             conv=275e12,
+            copy=50e9,
             source="modelled from published rates of an H200",
         )
     }
@@ -58,9 +60,14 @@ KNOWN: Mapping[str, Rates] = MappingProxyType(
 
 
 def denoise_seconds(
-    config: DitConfig, stage: StagePlan, video: VideoPlan, plan: NetworkPlan, rates: Rates
+    config: DitConfig,
+    stage: StagePlan,
+    video: VideoPlan,
+    plan: NetworkPlan,
+    rates: Rates,
+    streamed: int = 0,
 ) -> float:
-    """Of one clip's denoising stage."""
+    """Of one clip's denoising stage; `streamed` bytes of weights come to the device every pass."""
     tokens = math.prod(latent_shape(stage, video)[1:]) // PATCH**2
     shapes = expected_shapes("draft", config)
     weights = sum(
@@ -75,17 +82,23 @@ def denoise_seconds(
     looks = config.num_layers * 2 - plan.share  # self-attentions of a step
     products = 2 * 2 * tokens * weights
     attended = each * (tokens * looks + 2 * config.text_len * config.num_layers)
-    return stage.steps * (products / rates.matmul + attended / rates.attention)
+    computed = products / rates.matmul + attended / rates.attention
+    # Streamed weights come while the passes compute.
+    return stage.steps * max(computed, 2 * streamed / rates.copy)
 
 
-def decode_seconds(config: VaeConfig, stage: StagePlan, video: VideoPlan, rates: Rates) -> float:
-    """Of one clip's decode."""
+def decode_seconds(
+    config: VaeConfig, stage: StagePlan, video: VideoPlan, rates: Rates, on_host: int = 0
+) -> float:
+    """Of one clip's decode; `on_host` bytes of past frames go to the device and back for each
+    latent frame."""
     _, frames, rows, columns = latent_shape(stage, video)
     first, later = _frame_flops(config)
     cells = rows * columns
     attended = 4 * cells * cells * config.decoder_dims[0] * frames
     convolved = (first + later * (frames - 1)) * cells / CELLS**2
-    return convolved / rates.conv + attended / rates.matmul
+    copied = 2 * on_host * frames / rates.copy
+    return convolved / rates.conv + attended / rates.matmul + copied
 
 
 def _frame_flops(config: VaeConfig) -> tuple[int, int]:
@@ -124,8 +137,18 @@ def measure_rates(device: torch.device, precision: Precision) -> Rates:
         * side
         * weight.numel()
         / _seconds(lambda: causal_conv3d(frames, weight, None), device),
+        copy=_copied(device),
         source="from a second of work on this machine",
     )
+
+
+def _copied(device: torch.device) -> float:
+    """Bytes per second from pinned host memory to the device; no copy is needed on a CPU."""
+    if device.type == "cpu":
+        return math.inf
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    return len(host) / _seconds(lambda: there.copy_(host, non_blocking=True), device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

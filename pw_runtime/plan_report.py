@@ -6,9 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from pw_runtime.decode_memory import FINE_CACHES
 from pw_runtime.estimate import Rates, decode_seconds, denoise_seconds
 from pw_runtime.noise import latent_shape
 from pw_runtime.planner import budget_text, gib
+from pw_runtime.transformer_memory import weight_bytes
 from pw_runtime.types import Place, RunPlan, StageMemory
 from pw_runtime.workload import Workload
 
@@ -28,11 +30,18 @@ def plan_report(work: Workload, plan: RunPlan, rates: Rates | None, *, verbose: 
 def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, float]:
     """Estimated seconds of one clip."""
     video, last = work.preset.video, list(work.stages.values())[-1]
-    times: dict[str, float] = {
-        name: denoise_seconds(work.transformers[name], stage, video, plan.networks[name], rates)
-        for name, stage in work.stages.items()
-    }
-    return times | {"decode": decode_seconds(work.vae, last, video, rates)}
+    times: dict[str, float] = {}
+    for name, stage in work.stages.items():
+        way, config = plan.networks[name], work.transformers[name]
+        streamed = 0 if way.weights == "resident" else weight_bytes(config, work.precision).blocks
+        times[name] = denoise_seconds(config, stage, video, way, rates, streamed)
+    (decode,) = (one for one in plan.stages if one.stage == "decode")
+    on_host = sum(
+        item.bytes
+        for item in decode.items
+        if item.name == FINE_CACHES and item.place == "host" and plan.budget.device is not None
+    )
+    return times | {"decode": decode_seconds(work.vae, last, video, rates, on_host)}
 
 
 def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) -> Iterator[str]:

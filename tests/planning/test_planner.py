@@ -125,7 +125,7 @@ def test_the_account_adds_up_and_names_everything() -> None:
 
 def test_arithmetic_is_that_of_the_specification() -> None:
     """44.66 and 200.9 PFLOP without a shared attention (kernel accounting of the model)."""
-    rates = replace(KNOWN["H200"], matmul=1e15, attention=1e15, conv=1e15)
+    rates = replace(KNOWN["H200"], matmul=1e15, attention=1e15, conv=1e15, copy=1e15)
     for preset, wanted in (("2k", 44.66), ("4k", 200.9)):
         work, plan = work_for(preset), plan_for(preset, 141, 128)
         alone = {name: replace(one, share=False) for name, one in plan.networks.items()}
