@@ -9,6 +9,7 @@ decode holds a few frames only, its peak does not depend on the length of the cl
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -64,6 +65,8 @@ class ClipMemory:
     frame_fp32_bytes: int
     samples: list[tuple[float, int]]
     marks: list[tuple[float, str]]
+    # By stage, "predicted" and "measured" bytes: the plan's account in the clip's receipt.
+    plan: dict[str, dict[str, dict[str, int]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,8 @@ def measure(model: Path, width: int, height: int, frames: int) -> ClipMemory:
         lines = [(round(time.monotonic() - start, 2), line.strip()) for line in child.stderr]
         code = child.wait()
         sampler.join()
+        receipt = Path(folder) / "0.json"
+        plan = json.loads(receipt.read_text())["plan"]["stages"] if receipt.exists() else {}
     if code != 0:
         raise SystemExit(f"pw generate ended with {code}: {[line for _, line in lines]}")
     marks = [(t, line) for t, line in lines if re.search(r": \d+/\d+", line)]  # progress
@@ -110,6 +115,7 @@ def measure(model: Path, width: int, height: int, frames: int) -> ClipMemory:
         frame_fp32_bytes=frame,
         samples=samples[:: max(1, len(samples) // 400)],
         marks=marks,
+        plan=plan,
     )
 
 
@@ -144,6 +150,12 @@ def main(model: Path, out: Path, width: int, height: int, frames: tuple[int, ...
             f"added by it {(clip.peak_bytes - clip.at_decode_start_bytes) / 2**20:5.0f} MiB, "
             f"the clip in fp32 {clip.clip_fp32_bytes / 2**20:6.0f} MiB, {clip.seconds:.0f} s"
         )
+        for stage, one in clip.plan.items():
+            predicted, measured = one["predicted"]["host"], one["measured"]["host"]
+            click.echo(
+                f"     {stage:<8} predicted {predicted / 2**20:6.0f} MiB, "
+                f"measured {measured / 2**20:6.0f} MiB, {measured / predicted:.3f} of it"
+            )
     result = Result(machine=describe(), commit=commit(), width=width, height=height, clips=clips)
     write_text(out, TypeAdapter(Result).dump_json(result, indent=1).decode() + "\n")
 
