@@ -21,6 +21,7 @@ from pw_runtime.receipt import Receipt, kernel_launches, versions, write_receipt
 from pw_runtime.stages.write import suffix
 from pw_runtime.trace import Stopwatch
 from pw_runtime.types import (
+    DecodePlan,
     FrameChunk,
     Latent,
     Network,
@@ -110,6 +111,7 @@ def start_clip(
     noise: Mapping[StageName, Tensor],
     bundle: Bundle,
     engines: Mapping[Network, OnEngines],
+    decode: DecodePlan,
 ) -> Clip:
     """A clip with nothing computed yet; `noise` by stage overrides what the seeds would draw."""
     seeds = seeds_for(request.seed, prompt.position)
@@ -118,6 +120,7 @@ def start_clip(
         prompt=prompt,
         negative=request.negative,
         preset=request.preset,
+        decode=decode,
         options=Options(
             codec=request.codec,
             precision=request.precision,

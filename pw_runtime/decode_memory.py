@@ -51,12 +51,13 @@ def decode_memory(
     bands = [band.stop - band.start for band in make_bands(rows, strips, config)]
     walk.weigh()
     walk.chunk(rows, columns, bands)  # fills the caches
-    on_host = walk.live.pop(FINE_CACHES) if caches == "host" else 0
+    if caches == "host":
+        del walk.live[FINE_CACHES]
     walk.caches_grow = False
     walk.peak = Counter()
     walk.chunk(rows, columns, bands)
     pixels = VAE_STRIDE[0] * rows * columns * VAE_STRIDE[1] * VAE_STRIDE[2]
-    host = {FINE_CACHES: on_host, "packed frames": pixels * 3 // 2}
+    host = {FINE_CACHES: walk.pinned if caches == "host" else 0, "packed frames": pixels * 3 // 2}
     return (
         *(MemoryItem(name=name, bytes=size, place="device") for name, size in walk.peak.items()),
         *(MemoryItem(name=name, bytes=size, place="host") for name, size in host.items() if size),
@@ -91,6 +92,7 @@ class _Walk:
     live: Counter[str] = field(default_factory=Counter)
     peak: Counter[str] = field(default_factory=Counter)  # what lived when most did
     caches_grow: bool = True
+    pinned: int = 0  # bytes of the fine part's caches in pinned memory
 
     def hold(self, name: str, size: int) -> None:
         """Add bytes, or take them away."""
@@ -252,6 +254,8 @@ class _Walk:
         """Past frames, which stay."""
         if self.caches_grow:
             self.hold(place, size)
+            if place == FINE_CACHES:  # each by itself, and PyTorch pins powers of two
+                self.pinned += 1 << (size - 1).bit_length()
 
     def leave(self, band: _Band, elements: int) -> None:
         """Rows that the top band leaves, the others replace and the last one drops."""

@@ -33,6 +33,7 @@ def others_go_on(clip: Clip, reporter: Reporter) -> Iterator[None]:
             except Exception as lost:
                 reporter.warn(f"its latents could not be kept: {lost}")
         tell_what_is_kept(clip, reporter)
+        del known, error  # their tracebacks hold the tensors of what failed, and each other
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,8 +42,9 @@ def finish(
 ) -> tuple[Outcome, ...]:
     """Decode and encode clips whose latents are on the disk, which stay there.
 
-    On the device, with the kernels and with the engines of the run that made the latents, the
-    frames are those that it would have made, bit for bit.
+    On the device, with the kernels, the engines and the cut of the run that made the latents, the
+    frames are those that it would have made, bit for bit. The cut is another, and then they differ
+    by rounding, where the memory that is free now asks for it.
 
     Args:
         files: latents files.
@@ -69,7 +71,7 @@ def finish(
         origin = check_latents(file, bundle)
         request = Request(
             prompts=(origin.prompt,),
-            preset=origin.preset,
+            preset=replace(origin.preset, decode=origin.decode),
             out=file.parent if out is None else out,
             negative=origin.negative,
             seed=origin.seeds["base"],
@@ -94,21 +96,23 @@ def finish(
     load_tensors(bundle, "vae")
     verify(bundle, bundle.networks.vae.files)
     tally.clear()
+    runs = [_run(group, bundle, device, reporter) for group in _alike(clips)]
     with torch.inference_mode(), end_of_run_tells(clips, reporter):
-        for group in _alike(clips):
-            request = group[0].request
-            picked: dict[Network, OnEngines] = {
-                "vae": choose_decoder(request, bundle, reporter.say)
-            }
-            fitting = fit(request, bundle, reporter, picked, decode_only=True)
-            watch = Stopwatch(device)
-            run = Run(request, bundle, tuple(group), watch, reporter, picked, fitting)
+        for run in runs:
             with (
-                using(request.kernels, attention=request.attention_kernel),
-                fitting.measuring("decode"),
+                using(run.request.kernels, attention=run.request.attention_kernel),
+                run.fitting.measuring("decode"),
             ):
                 decode_clips(run)
     return tuple(clip.outcome() for clip in clips)
+
+
+def _run(group: Sequence[Clip], bundle: Bundle, device: torch.device, reporter: Reporter) -> Run:
+    """The decode of clips that have their settings in common, planned."""
+    request = group[0].request
+    picked: dict[Network, OnEngines] = {"vae": choose_decoder(request, bundle, reporter.say)}
+    fitting = fit(request, bundle, reporter, picked, decode_only=True)
+    return Run(request, bundle, tuple(group), Stopwatch(device), reporter, picked, fitting)
 
 
 def _reopen(file: Path, origin: Origin, request: Request, bundle: Bundle) -> Clip:

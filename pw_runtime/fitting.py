@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
+from pw_engines import EngineError
 from pw_runtime.errors import BadResult
 from pw_runtime.machine import return_freed_memory
 from pw_runtime.planner import Ladders, Way, fits, make_plan, plan_of
 from pw_runtime.receipt import peak_memory, reset_peak_memory
-from pw_runtime.types import Budget, RunPlan
+from pw_runtime.types import Budget, Place, RunPlan
 
 Result = TypeVar("Result")
 
@@ -41,8 +43,7 @@ class Fitting:
     @contextmanager
     def measuring(self, stage: str) -> Iterator[None]:
         """Take the peak of what happens inside for that of the stage."""
-        gc.collect()
-        return_freed_memory()  # of the stages before
+        free_memory(self._device)  # of the stages before
         reset_peak_memory(self._device)
         try:
             yield
@@ -64,40 +65,52 @@ class Fitting:
         work: Callable[[], Result],
         release: Callable[[], None],
         notify: Callable[[str], None],
+        *,
+        loading: bool = False,
     ) -> Result:
-        """Do something of a stage; where memory runs out, do it once more in the next way.
+        """Do something of a stage; where memory runs out, do it again in a smaller way.
 
         Args:
             stage: that the work belongs to.
             work: reads the plan each time, and leaves everything as before where it fails.
             release: lets go what was loaded for the way so far.
             notify: told that, and how it goes on.
+            loading: the weights are what does not fit: only ways with less of them help.
 
         Raises:
-            Whatever `work` raises the second time, or the first time where memory is not the
-            reason or there is no other way.
+            Whatever `work` raises where memory is not the reason or no way is left.
         """
-        try:
-            return work()
-        except Exception as error:
-            lacking = out_of_memory(error)
-            if lacking is None or self._at[stage] + 1 >= len(self._ways[stage]):
-                raise
-            text = str(lacking.got)
-        # Out of the block above, which holds the tensors of what failed.
-        self._at[stage] += 1
-        way = self._ways[stage][self._at[stage]]
-        taken: Mapping[str, Way[Any]] = {
-            name: ways[self._at[name]] for name, ways in self._ways.items()
-        }
-        told = f"{stage}: memory ran out ({text}); it goes on with {way.name}"
-        notify(told)
-        self.plan = plan_of(self.plan.budget, taken, (*self.plan.decisions, told))
-        release()
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        return work()
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                lacking = out_of_memory(error)
+                smaller = self._smaller(stage, loading=loading) if lacking else None
+                if lacking is None or smaller is None:
+                    raise
+                text = str(lacking.got)
+            # Out of the block above, which holds the tensors of what failed.
+            self._at[stage] = smaller
+            taken: Mapping[str, Way[Any]] = {
+                name: ways[self._at[name]] for name, ways in self._ways.items()
+            }
+            told = f"{stage}: memory ran out ({text}); it goes on with {taken[stage].name}"
+            notify(told)
+            self.plan = plan_of(self.plan.budget, taken, (*self.plan.decisions, told))
+            release()
+            free_memory(self._device)
+
+    def _smaller(self, stage: str, *, loading: bool) -> int | None:
+        """The next way of a stage that takes less where memory is short, and fits the budget."""
+        ways, budget = self._ways[stage], self.plan.budget
+        now = ways[self._at[stage]]
+        place: Place = "host" if budget.device is None else "device"
+        for index in range(self._at[stage] + 1, len(ways)):
+            way = ways[index]
+            less = way.memory.peak(place) < now.memory.peak(place)
+            if less and fits(way.memory, budget) and (way.weights < now.weights or not loading):
+                return index
+        return None
 
     def account(self) -> dict[str, Any]:
         """For the receipt: what was decided, predicted and measured, in bytes."""
@@ -118,16 +131,33 @@ class Fitting:
         }
 
 
+def free_memory(device: torch.device) -> None:
+    """Give what nothing refers to any more back to the system and the device."""
+    gc.collect()
+    return_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# What PyTorch, CUDA, its libraries and TensorRT say.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|could not allocate|alloc_failed",
+    re.IGNORECASE,
+)
+
+
 def out_of_memory(error: BaseException) -> BadResult | None:
-    """The one clear error for what torch and Python raise when memory runs out."""
-    torch_words = ("can't allocate memory", "not enough memory")
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
-        words in str(error) for words in torch_words
-    ):
-        return None
-    return BadResult(
-        "memory ran out",
-        got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        do="take a smaller preset or fewer frames, or --precision bf16; `pw plan` says what a "
-        "clip takes",
-    )
+    """The one clear error for what torch, Python and engines raise when memory runs out."""
+    found: BaseException | None = error
+    while found is not None:
+        kinds = (MemoryError, torch.OutOfMemoryError)
+        words = isinstance(found, RuntimeError | EngineError) and _OUT_OF_MEMORY.search(str(found))
+        if isinstance(found, kinds) or words:
+            return BadResult(
+                "memory ran out",
+                got=str(found).splitlines()[0] if str(found) else type(found).__name__,
+                do="take a smaller preset or fewer frames, or --precision bf16; `pw plan` says "
+                "what a clip takes",
+            )
+        found = found.__cause__
+    return None

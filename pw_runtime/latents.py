@@ -31,6 +31,7 @@ from pw_runtime.prompts import make_prompts
 from pw_runtime.types import (
     AttentionKernel,
     Codec,
+    DecodePlan,
     EnginePolicy,
     Kernels,
     Latent,
@@ -70,6 +71,7 @@ class Origin:
     prompt: Prompt
     negative: str
     preset: Preset
+    decode: DecodePlan  # how the run's plan had it, which decides the last bits of the frames
     options: Options
     seeds: dict[str, int]
     noise: dict[str, str]  # SHA-256 of each stage's initial noise
@@ -171,7 +173,7 @@ def read_latent(path: Path, origin: Origin, stage: StageName, device: torch.devi
         raise BadRequest(
             f"{path} ends before the {stage} stage",
             got=f"no {name}",
-            do=f"run `pw generate` again: --seed {origin.seeds['base']} gives the same clip",
+            do=f"run `pw generate` again with --seed {origin.seeds['base']}",
         )
     if x.shape != shape or x.dtype != torch.float32:
         raise BadRequest(

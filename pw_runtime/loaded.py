@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 
 from pw_engines import EngineStore
@@ -78,13 +79,15 @@ class Loaded:
     def attempt(self, work: Callable[[SegmentedDiT], None], notify: Callable[[str], None]) -> None:
         """Do something with the network, as `Fitting.attempt`."""
 
-        def with_net() -> None:
+        attempt = partial(self._fitting.attempt, self._stage, release=self._release, notify=notify)
+
+        def loaded() -> SegmentedDiT:
             if self._net is None:
                 with self._watch.stage("load"):
                     self._net = self._load()
-            work(self._net)
+            return self._net
 
-        self._fitting.attempt(self._stage, with_net, self._release, notify)
+        attempt(lambda: work(attempt(loaded, loading=True)))
 
     def _release(self) -> None:
         if self._net is not None:

@@ -84,5 +84,8 @@ def overlap(items: Iterable[Item], work: Callable[[Iterator[Item]], None]) -> No
         thread.join()
         raise
     if belt.failure is not None:
-        failure, belt.failure = belt.failure, None  # else the two hold each other's memory
-        raise failure
+        failure, belt.failure = belt.failure, None
+        try:
+            raise failure
+        finally:
+            del failure, iterator, items  # its traceback holds this frame, and that their memory

@@ -95,8 +95,9 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
         stage: pick_engines(request, bundle, stage, reporter) for stage in request.stages
     }
     engines["vae"] = choose_decoder(request, bundle, reporter.say)
-    clips = tuple(start_clip(request, one, noise, bundle, engines) for one in request.prompts)
     fitting = fit(request, bundle, reporter, engines)
+    cut = fitting.plan.decode.cut
+    clips = tuple(start_clip(request, one, noise, bundle, engines, cut) for one in request.prompts)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter, engines, fitting)
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
@@ -269,10 +270,8 @@ def decode_clip(run: Run, clip: Clip, vae: VaeDecoder) -> int:
     stage, plan = clip.last_stage, clip.request.stages[clip.last_stage]
     with watch.stage("latents"):
         latent = clip.latent_of(stage)
-    # The draft of a high-res preset is small enough to be decoded in one piece.
-    whole = stage == "draft" and preset.highres is not None
-    cut = DecodePlan() if whole else run.fitting.plan.decode
-    on_engines = decoder_on(vae, run.engines["vae"])
+    way = run.fitting.plan.decode
+    painter = decoder_on(vae, run.engines["vae"]) if way.engines else vae
     strips: list[Filmstrip] = []
     if request.contact_sheet and stage == "highres":
         preview_draft(clip, vae, strips)
@@ -280,7 +279,7 @@ def decode_clip(run: Run, clip: Clip, vae: VaeDecoder) -> int:
         run.reporter.say(f"{clip.growing} can be watched while it grows")
     pixels = pixel_format_for(request.codec, preset.compat)
     with run.reporter.steps(f"decode {clip.prompt.id}", preset.video.frames) as advance:
-        chunks = watch.each("decode", decode(latent, cut, preset.compat, on_engines, pixels))
+        chunks = watch.each("decode", decode(latent, way.cut, preset.compat, painter, pixels))
         if request.contact_sheet:
             chunks = keep_thumbs(clip, stage, chunks, strips)
         with watch.stage("write"):

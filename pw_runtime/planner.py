@@ -25,6 +25,7 @@ from pw_runtime.types import (
     Budget,
     Codec,
     DecodePlan,
+    DecoderPlan,
     MemoryItem,
     NetworkPlan,
     Place,
@@ -37,6 +38,7 @@ from pw_runtime.types import (
 from pw_runtime.workload import Workload
 
 GIB = 2**30
+WEIGHTS = ("weights", "weights of no block", "places for one block", "weights of the text encoder")
 LIBRARIES = 80 * 2**20  # measured: code that the decode is the first to read, and what oneDNN makes
 # Beside what PyTorch allocates a process on a GPU takes memory for its code, for cuBLAS and cuDNN
 # and for gaps between allocations. An estimate: not measured by this project.
@@ -58,6 +60,11 @@ class Way(Generic[Choice]):
     choice: Choice
     name: str
     memory: StageMemory
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights where the stage computes."""
+        return sum(item.bytes for item in self.memory.items if item.name in WEIGHTS)
 
 
 Ladders = Mapping[str, tuple[Way[Any], ...]]
@@ -140,8 +147,10 @@ def _require_fit(stages: Sequence[Sequence[Way[Any]]], budget: Budget) -> None:
 
 def _strain(memory: StageMemory, budget: Budget) -> float:
     """How many times the budget a stage takes."""
-    host = memory.peak("host") / budget.host
-    return host if budget.device is None else max(host, memory.peak("device") / budget.device)
+    host = memory.peak("host") / max(1, budget.host)
+    if budget.device is None:
+        return host
+    return max(host, memory.peak("device") / max(1, budget.device))
 
 
 def budget_text(budget: Budget) -> str:
@@ -199,19 +208,23 @@ def network_text(plan: NetworkPlan) -> str:
     return f"{weights}, {share}, up to {plan.part} tokens at a time"
 
 
-def decode_ways(work: Workload, *, gpu: bool) -> tuple[Way[DecodePlan], ...]:
+def decode_ways(work: Workload, *, gpu: bool) -> tuple[Way[DecoderPlan], ...]:
     """More and more strips, which change nothing in the picture; then caches on the host."""
-    first, last = work.preset.decode, list(work.stages.values())[-1]
+    first, last = work.decode, list(work.stages.values())[-1]
     shape = latent_shape(last, work.preset.video)
-    plans = [first]
-    if first.tiling == "exact" and not work.decoder_engines:  # those are of one size each
+    cuts = [first]
+    if first.tiling == "exact":
         counts = [first.strips * 2**n for n in range(8)]
-        plans += [replace(first, strips=n) for n in counts if first.strips < n <= shape[2]]
-    if gpu and first.tiling == "exact" and not work.decoder_engines:
-        plans += [replace(plan, caches="host") for plan in plans]
+        cuts += [replace(first, strips=n) for n in counts if first.strips < n <= shape[2]]
+    if gpu and first.tiling == "exact" and first.caches == "device":
+        cuts += [replace(cut, caches="host") for cut in cuts]
+    plans = [DecoderPlan(cut=cut) for cut in cuts]
+    if work.decoder_engines:  # which are of one size each
+        plans.insert(0, DecoderPlan(cut=first, engines=True))
     ways = []
     for plan in plans:
-        items = _decode_items(work.vae, shape, plan, 4 if work.vae_precision == "fp32" else 2)
+        itemsize = 4 if work.vae_precision == "fp32" else 2
+        items = _decode_items(work.vae, shape, plan.cut, itemsize)
         if not gpu:
             items = (*_moved(items, "host"), *_on_a_cpu(work.vae))
         frame = 3 * last.width * last.height // 2
@@ -260,12 +273,13 @@ def _decode_items(
     return tuple(MemoryItem(name=n, bytes=size, place=place) for (n, place), size in total.items())
 
 
-def decode_text(plan: DecodePlan, *, gpu: bool) -> str:
+def decode_text(plan: DecoderPlan, *, gpu: bool) -> str:
     """How a clip is decoded, in words."""
-    kind = "band" if plan.tiling == "exact" else "blended strip"
-    pieces = f"{plan.strips} {kind}s" if plan.strips > 1 else "the picture as a whole"
-    where = f", past frames on the {'GPU' if plan.caches == 'device' else 'host'}"
-    return pieces + where * gpu
+    cut = plan.cut
+    kind = "band" if cut.tiling == "exact" else "blended strip"
+    pieces = f"{cut.strips} {kind}s" if cut.strips > 1 else "the picture as a whole"
+    where = f", past frames on the {'GPU' if cut.caches == 'device' else 'host'}"
+    return "on engines, " * plan.engines + pieces + where * gpu
 
 
 def _moved(items: Iterable[MemoryItem], place: Place) -> tuple[MemoryItem, ...]:

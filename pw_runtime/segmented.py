@@ -24,7 +24,7 @@ from pw_runtime.weights import ResidentWeights, Weights
 
 # That the result of attention may take beside queries, keys and values: it is made some heads at a
 # time where all together would be larger.
-ATTENTION_BYTES = 512 * 2**20
+ATTENTION_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +173,17 @@ class SegmentedDiT:
         first: Tensor | None = None  # [at.padded, N, K] result of the first self-attention
         results: list[Tensor] = []
         for text in texts:
+            # The block that the next pass, or the next step, begins with.
+            again = int(self._share and len(results) + 1 < len(texts))
             x = self._over(at, "embed", [_padded(patchify(latent), at.padded)])[0]
             x = self._steered(0, x, steering, at)
-            y = self._attended(0, x, modulation, at) if first is None else first
+            y = self._attended(0, x, modulation, at, again) if first is None else first
             first = y if self._share and len(results) + 1 < len(texts) else None
             x = x.float()
             for block, keys in enumerate(text):
                 if block > 0:
                     x = self._steered(block, x, steering, at)
-                    y = self._attended(block, x, modulation, at)
+                    y = self._attended(block, x, modulation, at, again)
                 self._after_attention(at, x, y, modulation, keys, block)
                 del y
                 on_block()
@@ -206,11 +208,18 @@ class SegmentedDiT:
             first += size
         return x
 
-    def _attended(self, block: int, x: Tensor, modulation: Modulation, at: Parts) -> Tensor:
-        """Self-attention of all tokens, [at.padded, N, K], in the memory of the queries."""
+    def _attended(
+        self, block: int, x: Tensor, modulation: Modulation, at: Parts, again: int
+    ) -> Tensor:
+        """Self-attention of all tokens, [at.padded, N, K], in the memory of the queries.
+
+        After the last block that of number `again` is the next.
+        """
         name = "block_in" if x.dtype == torch.float32 else "block_in_first"
         beside = [modulation.blocks[block], at.positions.cos, at.positions.sin]
-        q, k, v = self._over(at, name, [x], beside, block=block, placed=True)
+        following = block + 1 if block + 1 < self.net.config.num_layers else again
+        blocks = (block, following)
+        q, k, v = self._over(at, name, [x], beside, blocks=blocks, placed=True)
         # What pads the tokens stays out of the attention, and nothing is read of it afterwards.
         whole, q, k, v = q, *(one[: at.tokens] for one in (q, k, v))
         whole[at.tokens :] = 0
@@ -237,7 +246,7 @@ class SegmentedDiT:
             (out,) = _outputs(engine, {"tokens": size}, x.device)
             engine.run([x[part.rows], y[part.rows], *beside, *weights], [out])
             x[part.rows] = out
-        self._weights.done("block_out", block)
+        self._weights.done("block_out", (block + 1) % self.net.config.num_layers)
 
     def _part_sizes(self, name: str, tokens: int) -> list[int]:
         """How many tokens an engine takes at a time: of almost one size, or whole chunks."""
@@ -257,18 +266,21 @@ class SegmentedDiT:
         tokens: list[Tensor],
         beside: list[Tensor] | None = None,
         *,
-        block: int = 0,
+        blocks: tuple[int, int] = (0, 0),
         placed: bool = False,
     ) -> list[Tensor]:
-        """Run an engine over all parts: on rows of `tokens`, with the same `beside` for each."""
+        """Run an engine over all parts: on rows of `tokens`, with the same `beside` for each.
+
+        `blocks` are the one whose weights it takes and the one that it will run for next.
+        """
         engine = self._engines[name]
         outputs = _outputs(engine, {"tokens": at.padded}, tokens[0].device)
-        weights = self._weights.take(name, block)
+        weights = self._weights.take(name, blocks[0])
         for part in at.parts:
             inputs = [one[part.rows] for one in tokens] + (beside or [])
             inputs += [part.place] if placed else []
             engine.run(inputs + weights, [one[part.rows] for one in outputs])
-        self._weights.done(name, block)
+        self._weights.done(name, blocks[1])
         return outputs
 
     def _run(self, name: str, inputs: list[Tensor], *, block: int = 0) -> list[Tensor]:
@@ -278,13 +290,14 @@ class SegmentedDiT:
         sizes = engine.spec.sizes(inputs)
         outputs = _outputs(engine, sizes, inputs[0].device)
         engine.run(inputs, outputs)
-        self._weights.done(name, block)
+        self._weights.done(name, block + 1)
         return outputs
 
 
 def heads_at_once(tokens: int, heads: int, width: int, item: int) -> int:
-    """Heads whose attention is made at a time, for elements of `item` bytes."""
-    return min(heads, max(1, ATTENTION_BYTES // (tokens * width * item)))
+    """Heads whose attention is made at a time, for elements of `item` bytes: as even as can be."""
+    most = min(heads, max(1, ATTENTION_BYTES // (tokens * width * item)))
+    return -(-heads // -(-heads // most))
 
 
 def _outputs(engine: Engine, sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:

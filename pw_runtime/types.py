@@ -292,6 +292,14 @@ class NetworkPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderPlan:
+    """How a clip is decoded in the memory there is."""
+
+    cut: DecodePlan
+    engines: bool = False  # on those that were built
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryItem:
     """Something that lives at the peak of a stage."""
 
@@ -327,7 +335,7 @@ class RunPlan:
     budget: Budget
     text: Place | None  # None: another run has encoded the text
     networks: Mapping[StageName, NetworkPlan]
-    decode: DecodePlan
+    decode: DecoderPlan
     stages: tuple[StageMemory, ...]
     decisions: tuple[str, ...]  # each with its reason
 

@@ -33,8 +33,8 @@ class Weights(Protocol):
         """
         ...
 
-    def done(self, segment: str, block: int) -> None:
-        """All work on these has been given to the device: the next block's may come."""
+    def done(self, segment: str, following: int) -> None:
+        """All work on these has been given to the device: those of block `following` may come."""
         ...
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class ResidentWeights:
         """As `Weights.take`."""
         return self._weights[segment][block]
 
-    def done(self, segment: str, block: int) -> None:
+    def done(self, segment: str, following: int) -> None:
         """Nothing has to move."""
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class StreamedWeights:
         device: torch.device,
     ) -> None:
         """Take a network whose blocks' weights lie in host memory, in any float dtype."""
-        self._stored, self._layers = dict(net.named_parameters()), net.config.num_layers
+        self._stored = dict(net.named_parameters())
         self._segments, self._precision, self._device = dict(segments), precision, device
         self._thread = ThreadPoolExecutor(1, "weights")
         self._places = {
@@ -97,23 +97,25 @@ class StreamedWeights:
             return [self._here(name) for name in names]
         name, held = place
         held.filling.result()
-        if held.block != block:  # another one was expected: the first pass of a step skips block 0
+        if held.block != block:  # after an error, or where another one was foretold
             self._thread.submit(self._fill, name, block).result()
         held.wait()
         return held.tensors
 
-    def done(self, segment: str, block: int) -> None:
+    def done(self, segment: str, following: int) -> None:
         """As `Weights.done`."""
         place = self._place(segment)
         if place is None:
             return
         name, held = place
         held.release()
-        held.filling = self._thread.submit(self._fill, name, (block + 1) % self._layers)
+        held.filling = self._thread.submit(self._fill, name, following)
 
     def close(self) -> None:
-        """End the thread; nothing can be taken any more."""
+        """End the thread and the copies; nothing can be taken any more."""
         self._thread.shutdown(cancel_futures=True)
+        for place in self._places.values():
+            place.finish()
 
     def _place(self, segment: str) -> tuple[str, _Place] | None:
         """The place of a segment; segments of the same weights share one."""
@@ -153,14 +155,19 @@ class _Place:
             self._staged = [torch.empty_like(one, pin_memory=True) for one in like]
             self._stream = torch.cuda.Stream(device)
             self._filled, self._free = torch.cuda.Event(), torch.cuda.Event()
+            self.release()  # this memory may be what work given before still reads
 
     def fill(self, block: int, weights: list[Tensor]) -> None:
         """Bring weights here, after all work that was given to the device before `release`."""
-        self.block = block
-        if not self._staged:
+        self.block = None  # until all of them are here: an error may come in between
+        if self._staged:
+            self._copy_staged(weights)
+        else:
             for target, one in zip(self.tensors, weights, strict=True):
                 target.copy_(one)
-            return
+        self.block = block
+
+    def _copy_staged(self, weights: list[Tensor]) -> None:
         self._filled.synchronize()  # the copy out of the pinned memory before
         for staged, one in zip(self._staged, weights, strict=True):
             staged.copy_(one)
@@ -169,6 +176,11 @@ class _Place:
             for target, staged in zip(self.tensors, self._staged, strict=True):
                 target.copy_(staged, non_blocking=True)
             self._filled.record(self._stream)
+
+    def finish(self) -> None:
+        """Wait for the last copy: this memory goes back to those who do not know of it."""
+        if self._staged:
+            self._stream.synchronize()
 
     def wait(self) -> None:
         """Let the device begin nothing more before the weights are here."""

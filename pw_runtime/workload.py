@@ -14,6 +14,7 @@ from pw_runtime.machine import available_memory_bytes, rss_bytes
 from pw_runtime.types import (
     Budget,
     Codec,
+    DecodePlan,
     DitConfig,
     Precision,
     Preset,
@@ -45,6 +46,12 @@ class Workload:
     padded: bool = False  # they take no fewer
     decoder_engines: bool = False  # the decoder runs on engines
     process: int  # bytes of host memory that the program itself takes
+
+    @property
+    def decode(self) -> DecodePlan:
+        """How the decode is to be cut; the draft of a high-res preset is decoded in one piece."""
+        draft = "highres" not in self.stages and self.preset.highres is not None
+        return DecodePlan() if draft else self.preset.decode
 
 
 def workload_of(
@@ -119,5 +126,6 @@ def budget_of(device: torch.device, gpu: int | None, host: int | None) -> Budget
             )
         host += rss_bytes()  # what the program has is part of what it may take
     if device.type == "cuda" and gpu is None:
+        torch.cuda.empty_cache()  # what PyTorch holds and nothing uses is free
         gpu = torch.cuda.mem_get_info(device)[0]
     return Budget(host=host, device=gpu)

@@ -118,6 +118,8 @@ class AotiEngine:
         try:
             with torch.cuda.device_of(inputs[0]):
                 results = self._model(*inputs)
+        except torch.OutOfMemoryError:
+            raise  # the caller may try again with less
         except RuntimeError as error:
             raise EngineError(f"{self.spec.segment} failed in AOTInductor: {error}") from error
         for target, result in zip(outputs, results, strict=True):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pw_runtime import loaded, pipeline
+from pw_engines import EngineError
+from pw_runtime import fitting, loaded, pipeline
+from pw_runtime.types import DecodePlan
 from pw_runtime.weights import StreamedWeights
-from tests.e2e.pw import Ended, Pw
+from tests.e2e.pw import Ended, Pw, write_preset
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    """High enough for several bands: 20 latent rows."""
+    path = write_preset(tmp_path / "high.toml", draft_width=64)
+    path.write_text(re.sub(r"height = \d+", "height = 320", path.read_text()))
+    path.write_text(path.read_text().replace("width = 192", "width = 64"))
+    return path
 
 
 @pytest.fixture
@@ -71,18 +83,56 @@ def test_a_network_that_does_not_fit_is_loaded_in_the_smaller_way(
     ended = generate()
     assert ended.code == 0
     assert "draft: memory ran out" in ended.err
-    assert "it goes on with weights resident, first attention not shared" in ended.err
+    # Not with as many weights, which would not fit either.
+    assert "it goes on with weights streamed from the bundle's files" in ended.err
 
 
-def test_the_second_time_is_the_end_of_that_prompt_alone(
+def test_where_no_way_is_left_that_prompt_alone_ends(
     generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pipeline, "highres", fails(2, pipeline.highres))
+    work = pipeline.highres
+
+    def first_clip_never_fits(text: Any, *arguments: Any) -> Any:
+        if not seen or text is seen[0]:
+            seen[:] = [text]
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work(text, *arguments)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(pipeline, "highres", first_clip_never_fits)
     ended = generate()
     assert ended.code == 3
+    assert "it goes on with" in ended.err  # every smaller way was tried before
     assert "prompt 0 failed: memory ran out" in ended.err
     assert not (tmp_path / "out" / "0.mkv").exists()
     assert (tmp_path / "out" / "1.mkv").exists()
+
+
+def test_an_engine_that_runs_out_of_memory_is_told_by_its_cause() -> None:
+    failed = EngineError("block_in failed in AOTInductor")
+    failed.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert fitting.out_of_memory(failed) is not None
+    assert fitting.out_of_memory(RuntimeError("CUDNN_STATUS_ALLOC_FAILED")) is not None
+    assert fitting.out_of_memory(EngineError("a plan of another GPU")) is None
+    assert fitting.out_of_memory(ValueError("out of memory")) is None
+
+
+def test_a_draft_is_decoded_as_it_was_planned(
+    generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seen: the plan was made for the preset's strips, and the draft decoded in one piece."""
+    cuts: list[DecodePlan] = []
+    work = pipeline.decode
+
+    def noted(latent: Any, cut: DecodePlan, *arguments: Any) -> Any:
+        cuts.append(cut)
+        if len(cuts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work(latent, cut, *arguments)
+
+    monkeypatch.setattr(pipeline, "decode", noted)
+    assert generate("--draft-only").code == 0
+    assert [cut.strips for cut in cuts] == [1, 2, 2]  # the second clip begins in the smaller way
 
 
 def test_streamed_weights_make_the_same_clip(

@@ -61,7 +61,7 @@ def test_only_one_block_is_held() -> None:
     weights = StreamedWeights(net, segments, "bf16", CPU)
     try:
         first = [one.data_ptr() for one in weights.take("block_out", 0)]
-        weights.done("block_out", 0)
+        weights.done("block_out", 1)
         assert [one.data_ptr() for one in weights.take("block_out", 1)] == first
         both = {name: weights.take(name, 1) for name in ("block_in", "block_in_first")}
         assert both["block_in"][0].data_ptr() == both["block_in_first"][0].data_ptr()

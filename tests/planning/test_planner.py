@@ -14,7 +14,7 @@ from pw_runtime.estimate import KNOWN
 from pw_runtime.plan_report import plan_report, seconds_by_stage
 from pw_runtime.planner import GIB, fits, ladders, make_plan
 from pw_runtime.presets import PRESETS
-from pw_runtime.types import Budget, DecodePlan, Precision, RunPlan
+from pw_runtime.types import Budget, DecodePlan, DecoderPlan, Precision, RunPlan
 from pw_runtime.workload import Workload, workload
 
 
@@ -56,7 +56,7 @@ def test_a_large_gpu_takes_the_fastest_way_of_every_stage() -> None:
     assert plan.text == "device"
     assert {one.weights for one in plan.networks.values()} == {"resident"}
     assert all(one.share for one in plan.networks.values())
-    assert plan.decode == PRESETS["4k"].decode
+    assert plan.decode == DecoderPlan(cut=PRESETS["4k"].decode)
     assert all(" would take " not in decision for decision in plan.decisions)
 
 
@@ -77,17 +77,18 @@ def test_files_that_hold_the_precision_are_not_copied_to_host_memory() -> None:
     assert "streamed from the bundle's files" in plan.decisions[2]
 
 
-def test_engines_of_one_size_keep_their_part_and_their_strips() -> None:
+def test_engines_of_one_size_keep_their_part_and_leave_the_decoder_itself_as_a_way() -> None:
     work = replace(work_for(), padded=True, decoder_engines=True)
     found = ladders(work, gpu=True)
     assert {way.choice.part for way in found["highres"]} == {8192}
-    assert [way.choice for way in found["decode"]] == [PRESETS["4k"].decode]
+    assert [way.choice.engines for way in found["decode"]][:2] == [True, False]
+    assert found["decode"][0].choice.cut == found["decode"][1].choice.cut == PRESETS["4k"].decode
 
 
 def test_blended_strips_are_never_recut() -> None:
     official = DecodePlan(tiling="official", strips=4)
     found = ladders(work_for(decode=official), gpu=True)
-    assert [way.choice for way in found["decode"]] == [official]
+    assert [way.choice.cut for way in found["decode"]] == [official]
 
 
 def test_what_cannot_work_is_refused_with_a_budget_that_does() -> None:

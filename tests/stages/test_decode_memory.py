@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pw_bench.ledger import Ledger
 from pw_export.nano import NANO_VAE
 from pw_export.published import VAE
-from pw_runtime.decode_memory import decode_memory, peak_bytes
+from pw_runtime.decode_memory import FINE_CACHES, decode_memory, peak_bytes
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae_blocks import Upsample
 from pw_runtime.models.vae_memory import CausalCache
@@ -54,8 +54,9 @@ def test_caches_on_the_host_leave_the_device() -> None:
     sizes = {"frames": 31, "rows": 134, "columns": 240, "strips": 8}
     on_device = decode_memory(VAE, **sizes)
     on_host = decode_memory(VAE, **sizes, caches="host")
-    moved = next(one.bytes for one in on_device if one.name == "fine caches")
-    assert moved == next(one.bytes for one in on_host if one.name == "fine caches")
+    moved = next(one.bytes for one in on_device if one.name == FINE_CACHES)
+    pinned = next(one.bytes for one in on_host if one.name == FINE_CACHES)
+    assert moved <= pinned < 2 * moved  # PyTorch pins powers of two
     assert peak_bytes(on_device, "device") - peak_bytes(on_host, "device") == moved
 
 
