@@ -34,6 +34,11 @@ from pw_runtime.cli_options import (
     type=click.Choice(["reference", "triton"]),
     help="Implementation of the operations. [default: that of the run]",
 )
+@click.option(
+    "--vae-precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Of the decoder; bf16 halves its memory and is an approximation. [default: the run's]",
+)
 @fragmented_option
 @click.option("--overwrite", is_flag=True, help="Replace clips that exist.")
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
@@ -54,6 +59,7 @@ def decode(latents: tuple[Path, ...], **options: Any) -> int:
         out=options["out"],
         codec=options["codec"],
         kernels=options["kernels"],
+        vae_precision=options["vae_precision"],
         fragmented=options["fragmented"],
         overwrite=options["overwrite"],
         gpu_memory=options["gpu_memory"],

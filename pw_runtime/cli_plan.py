@@ -69,6 +69,12 @@ def plan(**options: Any) -> int:
     )
     budget = budget_of(device, options["gpu_memory"], options["host_memory"])
     run_plan = make_plan(ladders(work, gpu=budget.device is not None), budget)
+    if options["gpu"] is not None and precision != "bf16":
+        raise BadRequest(
+            "the rates that are known of a GPU are those of bf16",
+            got=f"--gpu {options['gpu']} --precision {precision}",
+            do="leave --gpu out: the plan has no times then",
+        )
     rates = None
     if options["gpu"] is not None:
         rates = KNOWN[options["gpu"]]

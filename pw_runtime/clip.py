@@ -13,9 +13,18 @@ from torch import Tensor
 from pw_runtime.bundle import Bundle
 from pw_runtime.contact_sheet import Filmstrip, SheetRow, Thumb, sample_frames, watch_frames
 from pw_runtime.engines import OnEngines
+from pw_runtime.errors import BadRequest
 from pw_runtime.fitting import Fitting
 from pw_runtime.growing import growing_name
-from pw_runtime.latents import SUFFIX, Options, Origin, read_latent, vae_digest, write_latents
+from pw_runtime.latents import (
+    SUFFIX,
+    Options,
+    Origin,
+    is_finishable,
+    read_latent,
+    vae_digest,
+    write_latents,
+)
 from pw_runtime.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
 from pw_runtime.receipt import Receipt, kernel_launches, versions, write_receipt
 from pw_runtime.stages.write import suffix
@@ -191,6 +200,19 @@ def save_latents(clip: Clip) -> Path:
     return path
 
 
+def keep_unfinished(clips: Iterable[Clip]) -> None:
+    """Raise BadRequest where a run would overwrite what an earlier one has left to be finished."""
+    for clip in clips:
+        path = clip.path(SUFFIX)
+        videos = [clip.path(one) for one in (".mp4", ".mkv")]
+        if not any(video.exists() for video in videos) and is_finishable(path):
+            raise BadRequest(
+                f"{path} holds a clip that an earlier run has not finished",
+                do=f"`pw decode {shlex.quote(str(path))} --model {shlex.quote(str(clip.model))}` "
+                "finishes it; else remove the file, or choose another --out",
+            )
+
+
 def finishing_command(clip: Clip) -> str:
     """The command that finishes the clip from its latents file."""
     assert clip.latents is not None
@@ -221,6 +243,7 @@ def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fitting: Fi
             "codec": request.codec,
             "device": str(request.device),
             "kernels": request.kernels,
+            "vae_precision": request.vae_precision,
             "load_seconds": round(loading, 4),
             "peak_memory_bytes": peaks,
             "plan": fitting.account(),

@@ -14,11 +14,11 @@ from itertools import pairwise
 
 from pw_kernels.causal_conv3d import LARGEST, slice_sizes
 from pw_kernels.chunked_attention import SCORE_BYTES
+from pw_runtime.models.vae import PIXEL_CHANNELS
 from pw_runtime.tiling import make_bands
 from pw_runtime.types import VAE_STRIDE, MemoryItem, Place, VaeConfig
 
 HISTORY = 2  # past frames that a convolution over time sees
-PIXEL_CHANNELS = 12
 FINE_CACHES = "fine caches"  # past frames of the part that runs in bands
 
 
@@ -62,11 +62,6 @@ def decode_memory(
         *(MemoryItem(name=name, bytes=size, place="device") for name, size in walk.peak.items()),
         *(MemoryItem(name=name, bytes=size, place="host") for name, size in host.items() if size),
     )
-
-
-def peak_bytes(items: tuple[MemoryItem, ...], place: Place) -> int:
-    """Sum of what lies in one place."""
-    return sum(item.bytes for item in items if item.place == place)
 
 
 @dataclass(frozen=True, slots=True)

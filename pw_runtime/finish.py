@@ -23,7 +23,7 @@ from pw_runtime.pipeline import Run, decode_clips, fit
 from pw_runtime.progress import Reporter
 from pw_runtime.request import check_request
 from pw_runtime.trace import Stopwatch
-from pw_runtime.types import Codec, Kernels, Network, Outcome, Request
+from pw_runtime.types import Codec, Kernels, Network, Outcome, Precision, Request
 
 
 def finish(
@@ -35,6 +35,7 @@ def finish(
     out: Path | None = None,
     codec: Codec | None = None,
     kernels: Kernels | None = None,
+    vae_precision: Precision | None = None,
     fragmented: bool = False,
     overwrite: bool = False,
     gpu_memory: int | None = None,
@@ -54,6 +55,7 @@ def finish(
         out: folder for the clips; None: that of each file.
         codec: None: that of the run.
         kernels: implementation of the operations; None: that of the run.
+        vae_precision: of the decoder; None: that of the run.
         fragmented: make an mp4 beside each clip that plays while it grows.
         overwrite: replace clips that exist.
         gpu_memory: most bytes to take; None: what is free.
@@ -80,7 +82,7 @@ def finish(
             save_latents=True,
             draft_only=origin.options.draft_only,
             precision=origin.options.precision,
-            vae_precision=origin.options.vae_precision,
+            vae_precision=vae_precision or origin.options.vae_precision,
             gpu_memory=gpu_memory,
             host_memory=host_memory,
             kernels=kernels or origin.options.kernels,

@@ -35,8 +35,8 @@ class Fitting:
         self.measured: dict[str, dict[str, int]] = {}
         self._ways = ways
         self._at = {
-            stage: next(i for i, way in enumerate(ways) if fits(way.memory, budget))
-            for stage, ways in self._ways.items()
+            stage: next(i for i, way in enumerate(ladder) if fits(way.memory, budget))
+            for stage, ladder in ways.items()
         }
         self._device = device
 
@@ -156,8 +156,8 @@ def out_of_memory(error: BaseException) -> BadResult | None:
             return BadResult(
                 "memory ran out",
                 got=str(found).splitlines()[0] if str(found) else type(found).__name__,
-                do="take a smaller preset or fewer frames, or --precision bf16; `pw plan` says "
-                "what a clip takes",
+                do="free memory, take a smaller preset or fewer frames, or bf16: --precision for "
+                "the transformers, --vae-precision for the decode; `pw plan` says what each takes",
             )
         found = found.__cause__
     return None

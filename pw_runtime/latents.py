@@ -87,9 +87,7 @@ class Origin:
     @property
     def stages(self) -> dict[StageName, StagePlan]:
         """The stages of the run, in order; the last one's latent becomes the clip."""
-        if self.options.draft_only or self.preset.highres is None:
-            return {"draft": self.preset.draft}
-        return {"draft": self.preset.draft, "highres": self.preset.highres}
+        return self.preset.stages(draft_only=self.options.draft_only)
 
 
 _ORIGIN = TypeAdapter(Origin)
@@ -139,6 +137,16 @@ def read_origin(path: Path) -> Origin:
     return origin
 
 
+def is_finishable(path: Path) -> bool:
+    """Whether this is a latents file that `pw decode` could finish a clip from."""
+    try:
+        origin = read_origin(path)
+        with safe_open(path, framework="pt") as file:
+            return f"{list(origin.stages)[-1]}_latent" in file.keys()  # noqa: SIM118
+    except (BadRequest, OSError, SafetensorError):
+        return False
+
+
 def check_latents(path: Path, bundle: Bundle) -> Origin:
     """Read a latents file wholly and check that `bundle` can finish its clip.
 
@@ -162,6 +170,13 @@ def read_latent(path: Path, origin: Origin, stage: StageName, device: torch.devi
 
     Raises BadRequest where it is missing, of another shape or dtype, or not finite.
     """
+    told = read_origin(path)
+    if (told.prompt, told.noise, told.seeds) != (origin.prompt, origin.noise, origin.seeds):
+        raise BadRequest(
+            f"{path} is not that of this clip any more",
+            got=f"the latents of {told.prompt.text[:60]!r} with other noise",
+            do="give two runs two --out folders, and run this one again",
+        )
     name, shape = f"{stage}_latent", latent_shape(origin.stages[stage], origin.preset.video)
     try:
         with safe_open(path, framework="pt") as file:

@@ -19,7 +19,14 @@ from torch import Tensor
 from pw_kernels.launcher import tally
 from pw_kernels.op import using
 from pw_runtime.bundle import Bundle, verify
-from pw_runtime.clip import Clip, keep_thumbs, save_latents, start_clip, write_clip_receipt
+from pw_runtime.clip import (
+    Clip,
+    keep_thumbs,
+    keep_unfinished,
+    save_latents,
+    start_clip,
+    write_clip_receipt,
+)
 from pw_runtime.contact_sheet import Filmstrip, write_contact_sheet
 from pw_runtime.decoder_engines import choose_decoder, decoder_on
 from pw_runtime.engines import OnEngines
@@ -87,9 +94,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     noise = {}
     if request.noise is not None:
         noise = load_noise(request.noise, request.stages, request.preset.video)
-    reporter.say(f"checking the files of {bundle.root}")
     check_networks(bundle, request.stages, request.attention_kernel)
-    verify(bundle)
     tally.clear()
     engines: dict[Network, OnEngines] = {
         stage: pick_engines(request, bundle, stage, reporter) for stage in request.stages
@@ -98,6 +103,9 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     fitting = fit(request, bundle, reporter, engines)
     cut = fitting.plan.decode.cut
     clips = tuple(start_clip(request, one, noise, bundle, engines, cut) for one in request.prompts)
+    keep_unfinished(clips)
+    reporter.say(f"checking the files of {bundle.root}")
+    verify(bundle)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter, engines, fitting)
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
@@ -132,7 +140,13 @@ def fit(
         if name != "vae"
     )
     decoder_engines = engines["vae"].choice.backend != "eager"
-    work = workload_of(request, bundle.networks, padded=padded, decoder_engines=decoder_engines)
+    work = workload_of(
+        request,
+        bundle.networks,
+        padded=padded,
+        decoder_engines=decoder_engines,
+        decode_only=decode_only,
+    )
     budget = budget_of(request.device, request.gpu_memory, request.host_memory)
     ways = ladders(work, gpu=budget.device is not None, decode_only=decode_only)
     fitting = Fitting(ways, budget, request.device)
@@ -156,12 +170,12 @@ def encode_texts(run: Run) -> None:
         net, uncond = run.fitting.attempt(
             "text", begin, lambda: None, partial(notify, run, run.clips)
         )
+        uncond = uncond.to(request.device)
     with reporter.steps("text", len(run.clips)) as advance:
         for clip in run.clips:
             with others_go_on(clip, reporter), clip.watch.stage("text"):
                 cond = encode_text(clip.prompt.text, net, text_len, partial(notify, run, (clip,)))
-                on = request.device
-                clip.text = TextContext(cond=cond.to(on), uncond=uncond.to(on))
+                clip.text = TextContext(cond=cond.to(request.device), uncond=uncond)
             advance()
 
 

@@ -2,7 +2,7 @@
 """How a run fits into the memory there is: decided before anything is loaded, stage by stage.
 
 For each stage there is a ladder of ways, the fastest first; the first one that fits is taken. When
-memory runs out all the same, the stage goes on with the next one (pipeline.py).
+memory runs out all the same, the stage goes on in a smaller one (fitting.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
-from pw_runtime.decode_memory import PIXEL_CHANNELS, decode_memory
+from pw_runtime.decode_memory import decode_memory
 from pw_runtime.errors import BadRequest
 from pw_runtime.models import expected_shapes
+from pw_runtime.models.vae import PIXEL_CHANNELS
 from pw_runtime.noise import latent_shape
 from pw_runtime.text_memory import text_memory
 from pw_runtime.tiling import make_strips
@@ -189,7 +190,8 @@ def network_ways(work: Workload, name: StageName, *, gpu: bool) -> tuple[Way[Net
         for share, part in tried:
             plan = NetworkPlan(weights=weights, share=share, part=part)
             config, stage = work.transformers[name], work.stages[name]
-            items = stage_memory(config, stage, work.preset.video, work.precision, plan)
+            video, padded = work.preset.video, work.padded
+            items = stage_memory(config, stage, video, work.precision, plan, padded=padded)
             if not gpu:
                 items = _moved(items, "host")
             memory = _stage(name, items, work, gpu=gpu)
@@ -209,7 +211,7 @@ def network_text(plan: NetworkPlan) -> str:
 
 
 def decode_ways(work: Workload, *, gpu: bool) -> tuple[Way[DecoderPlan], ...]:
-    """More and more strips, which change nothing in the picture; then caches on the host."""
+    """More and more bands, which change rounding alone; then past frames on the host."""
     first, last = work.decode, list(work.stages.values())[-1]
     shape = latent_shape(last, work.preset.video)
     cuts = [first]

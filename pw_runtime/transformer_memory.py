@@ -71,6 +71,7 @@ def stage_memory(
     plan: NetworkPlan,
     *,
     text_tokens: int | None = None,
+    padded: bool = False,
 ) -> tuple[MemoryItem, ...]:
     """Everything that lives on the device, and for weights on the host, at a stage's peak.
 
@@ -81,12 +82,15 @@ def stage_memory(
         precision: of the weights.
         plan: how it is run.
         text_tokens: of the prompt and of its negative each; None: as many as there can be.
+        padded: engines take whole parts alone.
 
     Returns:
         Items, the largest first.
     """
     shape = latent_shape(stage, video)
     tokens = math.prod(shape[1:]) // PATCH**2
+    if padded:
+        tokens = -(-tokens // plan.part) * plan.part
     low = 4 if precision == "fp32" else 2
     stream = tokens * config.dim  # elements of the residual stream
     latent = 4 * math.prod(shape)

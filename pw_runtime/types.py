@@ -69,11 +69,11 @@ class VideoPlan:
 class DecodePlan:
     """How the VAE decode is cut.
 
-    `exact` equals the undivided decode whatever `strips` says: it decodes bands of rows, each of
-    which hands the next one what it needs (on engines strips of columns, with a halo); `official`
-    blends strips of columns that were decoded independently, as the research code does (visible
-    in the result). `overlap` is what a strip of columns sees of its neighbours on each inner
-    side, in latent columns; `exact` always takes at least the reach of the decoder (6).
+    `exact` equals the undivided decode to rounding whatever `strips` says: it decodes bands of
+    rows, each of which hands the next one what it needs (on engines strips of columns, with a
+    halo). `official` blends strips of columns that were decoded independently, as the research code
+    does (visible in the result). `overlap` is what a strip of columns sees of its neighbours on
+    each inner side, in latent columns; `exact` always takes at least the reach of the decoder (6).
     `caches` is where the past frames of the fine part lie, most of what the decode holds: in host
     memory they cost their way to the device and back once per latent frame.
     """

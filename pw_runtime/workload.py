@@ -60,6 +60,7 @@ def workload_of(
     *,
     padded: bool = False,
     decoder_engines: bool = False,
+    decode_only: bool = False,
 ) -> Workload:
     """What a request asks of a bundle's networks. Raises BadRequest where a stage has none."""
     return workload(
@@ -72,6 +73,7 @@ def workload_of(
         chunk=request.chunk,
         padded=padded,
         decoder_engines=decoder_engines,
+        decode_only=decode_only,
     )
 
 
@@ -86,12 +88,13 @@ def workload(
     chunk: int,
     padded: bool = False,
     decoder_engines: bool = False,
+    decode_only: bool = False,
 ) -> Workload:
-    """Collect what a plan depends on. Raises BadRequest where a stage has no network."""
+    """Collect what a plan depends on. Raises BadRequest where a stage that runs has no network."""
     stages = preset.stages(draft_only=draft_only)
     entries = {"draft": networks.draft, "highres": networks.highres}
     found = {name: entry for name in stages if (entry := entries[name]) is not None}
-    if missing := stages.keys() - found.keys():
+    if not decode_only and (missing := stages.keys() - found.keys()):
         raise BadRequest(f"the bundle has no {missing.pop()} network", do="add --draft-only")
     return Workload(
         preset=preset,

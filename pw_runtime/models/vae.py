@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Wan2.2 VAE in streaming form: one latent frame in, its pixel frames out.
 
-Source: wan/modules/vae2_2.py. Everything is fp32, as there.
+Source: wan/modules/vae2_2.py. Everything is fp32, as there, but for a decoder that
+was loaded in bf16: its products are bf16 then, its norms and softmax stay fp32.
 """
 
 from __future__ import annotations

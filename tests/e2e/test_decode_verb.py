@@ -253,3 +253,22 @@ def test_a_file_that_fails_does_not_take_the_others_with_it(
     assert "memory ran out" in ended.err
     assert f"the latents of 0 are kept in {latents}" in ended.err
     assert ended.out.split() == [str(tmp_path / "out" / "1.mp4")]
+
+
+def test_the_vae_alone_is_needed(pw, bundle_dir, latents, tmp_path) -> None:
+    copied = tmp_path / "without"
+    shutil.copytree(bundle_dir, copied)
+    manifest = json.loads((copied / "bundle.json").read_text())
+    gone = manifest["networks"]["highres"]["files"]
+    manifest["networks"]["highres"] = None
+    manifest["files"] = {n: one for n, one in manifest["files"].items() if n not in gone}
+    (copied / "bundle.json").write_text(json.dumps(manifest))
+    ended = pw("decode", latents, "--model", copied, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+
+
+def test_the_cut_of_the_run_is_kept_where_it_fits(pw, decode, latents, tmp_path) -> None:
+    rewrite(latents, change_origin=lambda origin: origin["decode"].update(strips=2))
+    assert decode().code == 0
+    told = json.loads((tmp_path / "out" / "0.json").read_text())["finished_from_latents"]
+    assert any("2 bands" in one for one in told["plan"]["decisions"])

@@ -315,6 +315,11 @@ def test_a_clip_that_grows_is_told_and_kept_when_the_run_fails(
     assert "--fragmented" in told_command(ended.err)
     assert pipeline.write_video is write_video
     ended = generate("--codec", "h264", "--fragmented")
+    assert ended.code == 2  # or the latents of the first run would be lost
+    assert "holds a clip that an earlier run has not finished" in ended.err
+    assert f"pw decode {tmp_path / 'out' / LATENTS}" in ended.err
+    (tmp_path / "out" / LATENTS).unlink()
+    ended = generate("--codec", "h264", "--fragmented")
     assert ended.code == 0
     assert f"{growing} can be watched" in ended.err
     assert names(tmp_path / "out") == ["0.json", "0.mp4"]
@@ -334,3 +339,21 @@ def test_fragments_are_refused_before_anything_is_computed(
     )  # fmt: skip
     assert ended.code == 2
     assert "under the name of the clip a.partial" in ended.err
+
+
+def test_latents_that_another_run_has_replaced_are_not_decoded(
+    generate, tmp_path, monkeypatch
+) -> None:
+    """Seen: two runs into one folder, and the receipt of one beside the picture of the other."""
+    assert generate("--out", tmp_path / "other", "--seed", 5, "--save-latents").code == 0
+    load_decoder = pipeline.load_decoder
+
+    def replaced(*arguments):
+        (tmp_path / "other" / LATENTS).replace(tmp_path / "out" / LATENTS)
+        return load_decoder(*arguments)
+
+    monkeypatch.setattr(pipeline, "load_decoder", replaced)
+    ended = generate()
+    assert ended.code == 3
+    assert "is not that of this clip any more" in ended.err
+    assert not (tmp_path / "out" / "0.mkv").exists()

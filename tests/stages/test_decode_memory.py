@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pw_bench.ledger import Ledger
 from pw_export.nano import NANO_VAE
 from pw_export.published import VAE
-from pw_runtime.decode_memory import FINE_CACHES, decode_memory, peak_bytes
+from pw_runtime.decode_memory import FINE_CACHES, decode_memory
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae_blocks import Upsample
 from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.stages.decode import decode
-from pw_runtime.types import Compat, DecodePlan, Latent, VaeConfig
+from pw_runtime.types import Compat, DecodePlan, Latent, MemoryItem, Place, VaeConfig
 
 
 def accounted(config: VaeConfig, rows: int, columns: int, plan: DecodePlan) -> int:
@@ -29,6 +29,10 @@ def accounted(config: VaeConfig, rows: int, columns: int, plan: DecodePlan) -> i
         for chunk in decode(Latent(x=latent), plan, Compat(), net, "yuv420p"):
             del chunk
     return ledger.peak["cpu"]
+
+
+def peak_bytes(items: tuple[MemoryItem, ...], place: Place) -> int:
+    return sum(item.bytes for item in items if item.place == place)
 
 
 def predicted(config: VaeConfig, rows: int, columns: int, strips: int) -> int:
