@@ -141,8 +141,9 @@ def _require_fit(stages: Sequence[Sequence[Way[Any]]], budget: Budget) -> None:
         f"the {' and the '.join(ways[0].memory.stage for ways in wrong)} stage cannot run",
         got=budget_text(budget),
         wanted=f"{budget_text(need)}, the nearest that this clip and model run in",
-        do="free memory, name a larger budget, take a smaller preset or fewer frames, or add "
-        "--vae-precision bf16 where the decode is what does not fit",
+        do="free memory, name a larger budget, or take a smaller preset or fewer frames"
+        # On a CPU bf16 takes many times as long.
+        + (", or --vae-precision bf16 for the decode" if budget.device is not None else ""),
     )
 
 
@@ -161,7 +162,9 @@ def budget_text(budget: Budget) -> str:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB, rounded up to a tenth of one."""
+    """Bytes in GiB, rounded up to a tenth of one; in MiB where they are few."""
+    if size < GIB:
+        return f"{-(-size // 2**20)} MiB"
     return f"{-(-size * 10 // GIB) / 10:.1f} GiB"
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Iterator
@@ -126,3 +127,31 @@ def test_an_error_of_the_making_unwinds_the_work(error: BaseException) -> None:
         overlap(items(), work)
     assert caught.value is error
     assert ended == ["unwound"]
+
+
+def test_what_failed_holds_no_memory() -> None:
+    """Seen: an error and the frame it came from held each other, and with them a whole decode."""
+
+    class Held:
+        pass
+
+    held = Held()
+    gone = weakref.ref(held)
+
+    def items(mine: Held) -> Iterator[Held]:
+        yield mine
+        yield mine
+
+    def fails(taken: Iterator[Held]) -> None:
+        next(taken)
+        raise OSError("disk full")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match="disk full") as caught:
+            overlap(items(held), fails)
+        del held, caught
+        assert gone() is None
+    finally:
+        gc.enable()
