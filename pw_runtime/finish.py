@@ -17,9 +17,10 @@ from pw_runtime.decoder_engines import choose_decoder
 from pw_runtime.engines import OnEngines
 from pw_runtime.errors import BadRequest
 from pw_runtime.faults import end_of_run_tells
+from pw_runtime.fitting import fit
 from pw_runtime.latents import Origin, check_latents
 from pw_runtime.noise import Seeds
-from pw_runtime.pipeline import Run, decode_clips, fit
+from pw_runtime.pipeline import Run, decode_clips
 from pw_runtime.progress import Reporter
 from pw_runtime.request import check_request
 from pw_runtime.trace import Stopwatch

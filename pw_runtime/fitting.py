@@ -12,11 +12,15 @@ from typing import Any, TypeVar
 import torch
 
 from pw_engines import EngineError
+from pw_runtime.bundle import Bundle
+from pw_runtime.engines import OnEngines
 from pw_runtime.errors import BadResult
 from pw_runtime.machine import return_freed_memory
-from pw_runtime.planner import Ladders, Way, fits, make_plan, plan_of
+from pw_runtime.planner import Ladders, Way, fits, ladders, make_plan, plan_of
+from pw_runtime.progress import Reporter
 from pw_runtime.receipt import peak_memory, reset_peak_memory
-from pw_runtime.types import Budget, Place, RunPlan
+from pw_runtime.types import Budget, Network, Place, Request, RunPlan
+from pw_runtime.workload import budget_of, workload_of
 
 Result = TypeVar("Result")
 
@@ -161,3 +165,35 @@ def out_of_memory(error: BaseException) -> BadResult | None:
             )
         found = found.__cause__
     return None
+
+
+def fit(
+    request: Request,
+    bundle: Bundle,
+    reporter: Reporter,
+    engines: Mapping[Network, OnEngines],
+    *,
+    decode_only: bool = False,
+) -> Fitting:
+    """The plan of a run, or of its decode alone, said line by line. Raises BadRequest where nothing
+    fits."""
+    padded = any(
+        one.padded
+        for name, on in engines.items()
+        for one in on.choice.engines.values()
+        if name != "vae"
+    )
+    decoder_engines = engines["vae"].choice.backend != "eager"
+    work = workload_of(
+        request,
+        bundle.networks,
+        padded=padded,
+        decoder_engines=decoder_engines,
+        decode_only=decode_only,
+    )
+    budget = budget_of(request.device, request.gpu_memory, request.host_memory)
+    ways = ladders(work, gpu=budget.device is not None, decode_only=decode_only)
+    fitting = Fitting(ways, budget, request.device)
+    for decision in fitting.plan.decisions:
+        reporter.say(decision)
+    return fitting

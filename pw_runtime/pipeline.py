@@ -32,13 +32,12 @@ from pw_runtime.decoder_engines import choose_decoder, decoder_on
 from pw_runtime.engines import OnEngines
 from pw_runtime.errors import WriteFailed
 from pw_runtime.faults import end_of_run_tells, others_go_on, require_finite
-from pw_runtime.fitting import Fitting
+from pw_runtime.fitting import Fitting, fit
 from pw_runtime.loaded import Loaded, load_transformer, pick_engines
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.text_encoder import TextNetwork
 from pw_runtime.networks import check_networks, load_decoder, load_text_network
 from pw_runtime.noise import load_noise
-from pw_runtime.planner import ladders
 from pw_runtime.progress import Reporter, count_frames
 from pw_runtime.request import check_request
 from pw_runtime.segmented import SegmentedDiT
@@ -58,7 +57,6 @@ from pw_runtime.types import (
     StagePlan,
     TextContext,
 )
-from pw_runtime.workload import budget_of, workload_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,38 +119,6 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     if request.contact_sheet and rows:
         write_contact_sheet(rows, request.out / "contact_sheet.png")
     return tuple(clip.outcome() for clip in clips)
-
-
-def fit(
-    request: Request,
-    bundle: Bundle,
-    reporter: Reporter,
-    engines: Mapping[Network, OnEngines],
-    *,
-    decode_only: bool = False,
-) -> Fitting:
-    """The plan of a run, or of its decode alone, said line by line. Raises BadRequest where nothing
-    fits."""
-    padded = any(
-        one.padded
-        for name, on in engines.items()
-        for one in on.choice.engines.values()
-        if name != "vae"
-    )
-    decoder_engines = engines["vae"].choice.backend != "eager"
-    work = workload_of(
-        request,
-        bundle.networks,
-        padded=padded,
-        decoder_engines=decoder_engines,
-        decode_only=decode_only,
-    )
-    budget = budget_of(request.device, request.gpu_memory, request.host_memory)
-    ways = ladders(work, gpu=budget.device is not None, decode_only=decode_only)
-    fitting = Fitting(ways, budget, request.device)
-    for decision in fitting.plan.decisions:
-        reporter.say(decision)
-    return fitting
 
 
 def encode_texts(run: Run) -> None:
