@@ -58,7 +58,6 @@ def plan(**options: Any) -> int:
         if options["model"] is None
         else open_bundle(options["model"]).networks
     )
-    import_module("pw_runtime.pipeline")  # what a run has in memory is part of what it takes
     work = workload(
         networks,
         find_preset(options["preset"]),
