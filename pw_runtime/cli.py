@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +29,8 @@ from pw_runtime.cli_options import (
     gpu_memory_option,
     host_memory_option,
     precision_option,
+    trace_option,
+    traced,
     vae_precision_option,
 )
 from pw_runtime.cli_plan import plan
@@ -153,6 +156,7 @@ def convert(
     "transformers; eager: none.",
 )
 @chunk_option
+@trace_option
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 @click.option(
     "--ckpt_dir", type=FOLDER, help="Official flag: checkpoint folder, converted on first use."
@@ -167,7 +171,8 @@ def generate(**options: Any) -> int:
     reporter = Reporter(quiet=options["quiet"])
     request = read_request(options)
     bundle = open_model(options, reporter)
-    return exit_code(lambda: run(request, bundle, reporter), reporter)
+    work = partial(exit_code, lambda: run(request, bundle, reporter), reporter)
+    return traced(work, options["trace"], request.device)
 
 
 def read_request(options: dict[str, Any]) -> Any:

@@ -18,6 +18,8 @@ from pw_runtime.cli_options import (
     fragmented_option,
     gpu_memory_option,
     host_memory_option,
+    trace_option,
+    traced,
 )
 
 
@@ -40,6 +42,7 @@ from pw_runtime.cli_options import (
     help="Of the decoder; bf16 halves its memory and is an approximation. [default: the run's]",
 )
 @fragmented_option
+@trace_option
 @click.option("--overwrite", is_flag=True, help="Replace clips that exist.")
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 def decode(latents: tuple[Path, ...], **options: Any) -> int:
@@ -49,13 +52,13 @@ def decode(latents: tuple[Path, ...], **options: Any) -> int:
     from pw_runtime.progress import Reporter
     from pw_runtime.request import pick_device
 
-    reporter = Reporter(quiet=options["quiet"])
+    reporter, device = Reporter(quiet=options["quiet"]), pick_device(options["device"])
     run = partial(
         finish,
         latents,
         open_bundle(options["model"]),
         reporter,
-        device=pick_device(options["device"]),
+        device=device,
         out=options["out"],
         codec=options["codec"],
         kernels=options["kernels"],
@@ -65,4 +68,4 @@ def decode(latents: tuple[Path, ...], **options: Any) -> int:
         gpu_memory=options["gpu_memory"],
         host_memory=options["host_memory"],
     )
-    return exit_code(run, reporter)
+    return traced(lambda: exit_code(run, reporter), options["trace"], device)

@@ -14,6 +14,8 @@ from pw_runtime.errors import BadResult, WriteFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
+
     from pw_runtime.progress import Reporter
     from pw_runtime.types import Outcome
 
@@ -87,6 +89,27 @@ fragmented_option = click.option(
     is_flag=True,
     help="Also write <id>.partial.mp4, which plays while it grows; gone when <id>.mp4 is there.",
 )
+
+
+trace_option = click.option(
+    "--trace",
+    type=FILE,
+    help="Write what took how long there, for Perfetto or chrome://tracing; spans are NVTX ranges.",
+)
+
+
+def traced(run: Callable[[], int], file: Path | None, device: torch.device) -> int:
+    """Run it, with a trace file where one is wanted, also of a run that fails."""
+    if file is None:
+        return run()
+    from pw_runtime.trace import Trace
+
+    trace = Trace(device)
+    try:
+        with trace.recording():
+            return run()
+    finally:
+        trace.write(file)
 
 
 def exit_code(run: Callable[[], Sequence[Outcome]], reporter: Reporter) -> int:

@@ -19,6 +19,7 @@ from pw_runtime.machine import return_freed_memory
 from pw_runtime.planner import Ladders, Way, fits, ladders, make_plan, plan_of
 from pw_runtime.progress import Reporter
 from pw_runtime.receipt import peak_memory, reset_peak_memory
+from pw_runtime.trace import span
 from pw_runtime.types import Budget, Network, Place, Request, RunPlan
 from pw_runtime.workload import budget_of, workload_of
 
@@ -137,10 +138,11 @@ class Fitting:
 
 def free_memory(device: torch.device) -> None:
     """Give what nothing refers to any more back to the system and the device."""
-    gc.collect()
-    return_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    with span("free memory"):
+        gc.collect()
+        return_freed_memory()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 # What PyTorch, CUDA, its libraries and TensorRT say.

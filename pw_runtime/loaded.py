@@ -83,7 +83,7 @@ class Loaded:
 
         def loaded() -> SegmentedDiT:
             if self._net is None:
-                with self._watch.stage("load"):
+                with self._watch.stage("load", self._stage):
                     self._net = self._load()
             return self._net
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import copy_context
 from typing import Final, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -62,7 +63,8 @@ def overlap(items: Iterable[Item], work: Callable[[Iterator[Item]], None]) -> No
     unwound from the place where it waits for the next. No thread is left either way.
     """
     belt: _Belt[Item] = _Belt()
-    thread = threading.Thread(target=belt.run, args=(work,), name="pw-overlap")
+    inherited = copy_context()  # with the trace that records
+    thread = threading.Thread(target=inherited.run, args=(belt.run, work), name="pw-overlap")
     iterator = iter(items)
     thread.start()
     try:

@@ -47,7 +47,7 @@ from pw_runtime.stages.draft import draft
 from pw_runtime.stages.highres import highres
 from pw_runtime.stages.text import encode_text
 from pw_runtime.stages.write import pixel_format_for, write_video
-from pw_runtime.trace import Stopwatch
+from pw_runtime.trace import Stopwatch, span
 from pw_runtime.types import (
     DecodePlan,
     Network,
@@ -92,18 +92,25 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     noise = {}
     if request.noise is not None:
         noise = load_noise(request.noise, request.stages, request.preset.video)
-    check_networks(bundle, request.stages, request.attention_kernel)
+    with span("check networks"):
+        check_networks(bundle, request.stages, request.attention_kernel)
     tally.clear()
-    engines: dict[Network, OnEngines] = {
-        stage: pick_engines(request, bundle, stage, reporter) for stage in request.stages
-    }
-    engines["vae"] = choose_decoder(request, bundle, reporter.say)
-    fitting = fit(request, bundle, reporter, engines)
+    with span("engines"):
+        engines: dict[Network, OnEngines] = {
+            stage: pick_engines(request, bundle, stage, reporter) for stage in request.stages
+        }
+        engines["vae"] = choose_decoder(request, bundle, reporter.say)
+    with span("plan"):
+        fitting = fit(request, bundle, reporter, engines)
     cut = fitting.plan.decode.cut
-    clips = tuple(start_clip(request, one, noise, bundle, engines, cut) for one in request.prompts)
+    with span("noise"):
+        clips = tuple(
+            start_clip(request, one, noise, bundle, engines, cut) for one in request.prompts
+        )
     keep_unfinished(clips)
     reporter.say(f"checking the files of {bundle.root}")
-    verify(bundle)
+    with span("check files"):
+        verify(bundle)
     run = Run(request, bundle, clips, Stopwatch(request.device), reporter, engines, fitting)
     if noise and len(clips) > 1:
         notify(run, clips, f"every prompt of this run starts from the noise in {request.noise}")
@@ -117,7 +124,8 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
                 work(run)
     rows = [clip.sheet_row() for clip in clips if clip.video is not None]
     if request.contact_sheet and rows:
-        write_contact_sheet(rows, request.out / "contact_sheet.png")
+        with span("contact sheet"):
+            write_contact_sheet(rows, request.out / "contact_sheet.png")
     return tuple(clip.outcome() for clip in clips)
 
 
@@ -132,7 +140,7 @@ def encode_texts(run: Run) -> None:
         cut = partial(notify, run, run.clips)
         return net, encode_text(request.negative, net, text_len, lambda it: cut(f"negative {it}"))
 
-    with run.loading.stage("load"):
+    with run.loading.stage("load", "text encoder"):
         net, uncond = run.fitting.attempt(
             "text", begin, lambda: None, partial(notify, run, run.clips)
         )
@@ -228,7 +236,7 @@ def decode_clips(run: Run) -> None:
     waiting = [clip for clip in run.clips if clip.error is None]
     if not waiting:
         return
-    with run.loading.stage("load"):
+    with run.loading.stage("load", "vae"):
         vae = load_decoder(run.bundle, run.request.device, run.request.vae_precision)
     for clip in waiting:
         with others_go_on(clip, run.reporter):
@@ -287,7 +295,8 @@ def preview_draft(clip: Clip, vae: VaeDecoder, strips: list[Filmstrip]) -> None:
 
 def finish_clip(run: Run, clip: Clip, video_bytes: int) -> None:
     """The video is there: write the receipt, and remove the latents file that nobody asked for."""
-    write_clip_receipt(clip, run.loading.seconds["load"], video_bytes, run.fitting)
+    with span("receipt"):
+        write_clip_receipt(clip, run.loading.seconds["load"], video_bytes, run.fitting)
     clip.video = clip.target
     run.reporter.finished(clip.video)
     if clip.latents is not None and not clip.request.save_latents:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from pw_kernels import Update, guided_update
+from pw_runtime.trace import look, span
 from pw_runtime.types import Solver
 
 Velocities = Callable[[Tensor, int], Sequence[Tensor]]
@@ -47,24 +48,26 @@ def sample(
     before: Tensor | None = None  # data prediction of the step before
     earlier: Tensor | None = None  # and of the one before that
     for i in range(len(sigmas) - 1):
-        cond, uncond = velocities(x, i)
         if solver == "unipc":
             corrector, predictor = unipc_corrector(sigmas, i), unipc_predictor(sigmas, i)
         else:
             corrector, predictor = None, dpm_update(sigmas, i)
-        x, corrected, m = guided_update(
-            cond,
-            uncond,
-            x,
-            corrected,
-            before,
-            earlier,
-            guidance,
-            sigmas[i],
-            corrector,
-            predictor,
-            bf16_einsum=bf16_einsum and solver == "unipc",
-        )
+        with span(f"step {i + 1}"):
+            cond, uncond = velocities(x, i)
+            x, corrected, m = guided_update(
+                cond,
+                uncond,
+                x,
+                corrected,
+                before,
+                earlier,
+                guidance,
+                sigmas[i],
+                corrector,
+                predictor,
+                bf16_einsum=bf16_einsum and solver == "unipc",
+            )
+        look("latent", x)
         del cond, uncond  # the network needs the memory for the next ones
         before, earlier = m, before
     return x

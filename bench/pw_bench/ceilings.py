@@ -3,37 +3,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from pw_bench.timing import Protocol, time_all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceiling:
+    """The best rate of one kind of work, by PyTorch's own operation for it."""
+
+    work: str  # what was timed
+    rate: float  # FLOP/s, or bytes/s read and written
+    samples_ms: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
     """The rates that percentages refer to."""
 
-    gemm_flops: float  # per second: a square product of random numbers: bf16, on a CPU fp32
-    copy_bytes: float  # per second, read and written
-    gemm_samples_ms: tuple[float, ...]
-    copy_samples_ms: tuple[float, ...]
+    gemm: Ceiling
+    attention: Ceiling
+    convolution: Ceiling
+    copy: Ceiling
 
 
 def measure_ceilings(device: torch.device, protocol: Protocol) -> Ceilings:
-    """Time one matrix product and one copy: 8192 wide and 4 GiB on a GPU, small on a CPU."""
+    """Time a product, an attention, a 3-D convolution and a copy, all of random numbers: large and
+    in bf16 on a GPU, small and in fp32 on a CPU, few of which have products in bf16."""
     large = device.type == "cuda"
-    width, elements = (8192, 2**31) if large else (1024, 2**24)
-    kind = torch.bfloat16 if large else torch.float32  # few CPUs have products in bf16
-    a, b = (torch.randn(width, width, device=device).to(kind) for _ in range(2))
+    kind = torch.bfloat16 if large else torch.float32
+    width = 8192 if large else 1024
+    tokens, heads = (16384, 24) if large else (1024, 4)
+    channels, side = (512, 128) if large else (128, 48)
+    elements = 2**31 if large else 2**24
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(kind)
+
+    a, b = randn(width, width), randn(width, width)
+    q, k, v = (randn(1, heads, tokens, 128) for _ in range(3))
+    layout = torch.channels_last_3d
+    x = randn(1, channels, 3, side, side).contiguous(memory_format=layout)
+    weight = randn(channels, channels, 3, 3, 3).contiguous(memory_format=layout)
     source = torch.randn(elements // 64, device=device).bfloat16().repeat(64)
     target = torch.empty_like(source)
-    work = {"gemm": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    timings = time_all(work, device, protocol)
-    gemm, copy = timings["gemm"], timings["copy"]
-    return Ceilings(
-        gemm_flops=2 * width**3 / gemm.median * 1e3,
-        copy_bytes=2 * source.numel() * source.element_size() / copy.median * 1e3,
-        gemm_samples_ms=gemm.samples,
-        copy_samples_ms=copy.samples,
-    )
+    with torch.inference_mode():
+        runs: dict[str, Callable[[], object]] = {
+            "gemm": lambda: a @ b,
+            "attention": lambda: F.scaled_dot_product_attention(q, k, v),
+            "convolution": lambda: F.conv3d(x, weight, padding=(0, 1, 1)),
+            "copy": lambda: target.copy_(source),
+        }
+        timings = time_all(runs, device, protocol)
+    name = str(kind).removeprefix("torch.")
+    amounts = {
+        "gemm": (f"[{width}, {width}] @ the same, {name}", 2 * width**3),
+        "attention": (
+            f"{heads} heads of 128, {tokens} tokens, {name}",
+            4 * heads * tokens**2 * 128,
+        ),
+        "convolution": (
+            f"3x3x3, {channels} channels, {side}x{side}, {name}",
+            2 * channels**2 * 27 * side**2,
+        ),
+        "copy": (f"{target.nbytes / 2**20:.0f} MiB", 2 * target.nbytes),
+    }
+    found = {
+        one: Ceiling(
+            work=work, rate=amount / timings[one].median * 1e3, samples_ms=timings[one].samples
+        )
+        for one, (work, amount) in amounts.items()
+    }
+    return Ceilings(**found)

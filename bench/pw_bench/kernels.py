@@ -114,9 +114,9 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, protocol: Prot
     runs = {str(one): lambda one=one: case.run(one, arguments) for one in timed}
     timings = time_all(runs, device, protocol) if runs else {}
     cost = case.cost(arguments)
-    work, ceiling = cost.bytes, ceilings.copy_bytes
+    work, ceiling = cost.bytes, ceilings.copy.rate
     if case.bound == "flops":
-        work, ceiling = cost.flops, ceilings.gemm_flops
+        work, ceiling = cost.flops, ceilings.gemm.rate
     baseline = next(rows[one] for one in ("cudnn", "reference") if one in ran)
     finished = []
     for one, row in rows.items():
@@ -181,8 +181,8 @@ def main(out: Path | None, sizes: tuple[str, ...], only: str, quick: bool, inter
     console = Console(width=None if sys.stdout.isatty() else 160)
     ceilings = measure_ceilings(device, protocol)
     console.print(
-        f"{device}: product {ceilings.gemm_flops / 1e9:,.1f} GFLOP/s, "
-        f"copy {ceilings.copy_bytes / 1e9:,.1f} GB/s; kernels: {library.status()}"
+        f"{device}: product {ceilings.gemm.rate / 1e9:,.1f} GFLOP/s, "
+        f"copy {ceilings.copy.rate / 1e9:,.1f} GB/s; kernels: {library.status()}"
     )
     rows: list[Row] = []
     make = Maker(device, interpreted=interpret)

@@ -12,6 +12,7 @@ from pw_kernels import pack_frames, pack_yuv
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae_memory import CausalCache, Seam
 from pw_runtime.tiling import Strip, blend_ramp, exact_halo, make_bands, make_strips
+from pw_runtime.trace import span
 from pw_runtime.types import (
     VAE_STRIDE,
     Compat,
@@ -91,12 +92,14 @@ def _packed(
         if pixel_format == "rgb24":
             if top == 0:
                 frames = torch.empty((count, height, width, 3), dtype=torch.uint8)
-            frames[:, top:bottom] = pack_frames(blocks, weight, truncate=truncate)
+            with span("pack"):
+                frames[:, top:bottom] = pack_frames(blocks, weight, truncate=truncate)
         else:
             if top == 0:
                 frames = torch.empty((count, height * 3 // 2, width), dtype=torch.uint8)
-            packed = pack_yuv(blocks, pixel_format, weight)
-            _place_planes(packed, frames, top)
+            with span("pack"):
+                packed = pack_yuv(blocks, pixel_format, weight)
+                _place_planes(packed, frames, top)
         top = bottom
     return frames
 

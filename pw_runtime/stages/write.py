@@ -29,6 +29,7 @@ from pw_runtime.atomic import atomic_file, write_failed
 from pw_runtime.errors import BadRequest, WriteFailed
 from pw_runtime.growing import GrowingFile
 from pw_runtime.overlap import overlap
+from pw_runtime.trace import span
 from pw_runtime.types import Codec, Compat, FrameChunk, PixelFormat
 
 MATRIX_RGB: Final = 0  # AVCOL_SPC_RGB, which PyAV does not name
@@ -174,12 +175,15 @@ def _encode(
         if growing is not None:
             copy = GrowingFile(growing, stream, recipe.tag)
         for frame in _video_frames(chunks, clip, recipe.pix_fmt):
-            _mux(stream.encode(frame), container, copy)
+            with span("encode"):
+                _mux(stream.encode(frame), container, copy)
             del frame  # it may be memory of the chunk
-        _mux(stream.encode(), container, copy)
-        if copy is not None:
-            copy.close()
-        container.close()
+        with span("encode"):
+            _mux(stream.encode(), container, copy)
+        with span("mux"):
+            if copy is not None:
+                copy.close()
+            container.close()
     except BaseException:
         # The file is thrown away; a second error from closing it would hide the first.
         for opened in (copy, container):
