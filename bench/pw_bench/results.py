@@ -8,6 +8,7 @@ them: `kernels` the checks of kernels, `clips` the waterfalls and memory of end-
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -216,7 +217,8 @@ class Result:
         when: UTC, ISO 8601.
         command: that makes it again.
         scope: what was measured, in words and sizes: results are comparable where it is equal.
-        modelled: names of figures that are not measured; always empty in files of this suite.
+        sides: name of a program -> what it is.
+        ratios: refused where the clips of the two differ by more than rounding, or fell back.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -259,8 +261,6 @@ def write_result(result: Result, path: Path) -> None:
 
 def read_result(path: Path) -> Result:
     """Read a results file. Raises BadRequest where it is none, or a newer version's."""
-    import json
-
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)

@@ -72,7 +72,7 @@ def test_result_file(tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     assert "gate_residual" in ran.output
     result = json.loads(out.read_text())
-    assert result["ceilings"]["gemm_flops"] > 0
+    assert result["ceilings"]["gemm"]["rate"] > 0
     (row,) = result["rows"]
     assert len(row["timing"]["samples"]) == QUICK.rounds * QUICK.samples_per_round
     assert row["median_ms"] > 0
