@@ -241,6 +241,21 @@ def open_model(options: dict[str, Any], reporter: Any) -> Any:
     )
 
 
+class Bench(click.Group):
+    """The verbs of pw_bench, which stands above the runtime: found when one is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return import_module("pw_bench.cli").bench.list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One of them."""
+        return import_module("pw_bench.cli").bench.get_command(ctx, cmd_name)
+
+
+cli.add_command(
+    Bench("bench", help="Measure latency and memory, compare, report (docs/benchmarks.md).")
+)
 cli.add_command(decode)
 cli.add_command(build)
 cli.add_command(engines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def _case(
     arguments: Callable[[], Arguments],
     exact: Callable[[Arguments], Tensor],
     *,
-    bound: str = "bytes",
+    bound: Literal["flops", "bytes"] = "bytes",
     call: Callable[..., Any] | None = None,
 ) -> Case:
     return Case(

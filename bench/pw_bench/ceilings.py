@@ -4,31 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from pw_bench.results import Ceiling, Ceilings
 from pw_bench.timing import Protocol, time_all
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ceiling:
-    """The best rate of one kind of work, by PyTorch's own operation for it."""
-
-    work: str  # what was timed
-    rate: float  # FLOP/s, or bytes/s read and written
-    samples_ms: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ceilings:
-    """The rates that percentages refer to."""
-
-    gemm: Ceiling
-    attention: Ceiling
-    convolution: Ceiling
-    copy: Ceiling
 
 
 def measure_ceilings(device: torch.device, protocol: Protocol) -> Ceilings:
@@ -73,9 +54,7 @@ def measure_ceilings(device: torch.device, protocol: Protocol) -> Ceilings:
         "copy": (f"{target.nbytes / 2**20:.0f} MiB", 2 * target.nbytes),
     }
     found = {
-        one: Ceiling(
-            work=work, rate=amount / timings[one].median * 1e3, samples_ms=timings[one].samples
-        )
+        one: Ceiling(work=work, rate=amount / timings[one].median, figure=timings[one])
         for one, (work, amount) in amounts.items()
     }
     return Ceilings(**found)

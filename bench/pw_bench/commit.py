@@ -6,11 +6,23 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+NO_CHECKOUT = "not a checkout"
+_HERE = str(Path(__file__).parent)
+
 
 def commit() -> str:
     """The checked-out commit, marked where files differ from it."""
+    return _git("describe", "--always", "--dirty") or NO_CHECKOUT
+
+
+def is_dirty() -> bool:
+    """Whether tracked files differ from the commit, or it cannot be told."""
+    return commit().endswith("-dirty") or commit() == NO_CHECKOUT
+
+
+def _git(*arguments: str) -> str:
     try:
-        git = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        command = ("git", "-C", _HERE, *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "not a checkout"
+        return ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Case:
     sample: Callable[[Tensor], Tensor]  # the rows to compare
     exact: Callable[[Arguments], Tensor]  # those rows in fp64, from untouched arguments
     implementations: tuple[Implementation, ...]
-    bound: str = "bytes"  # or "flops": which ceiling counts
+    bound: Literal["flops", "bytes"] = "bytes"  # which ceiling counts
 
     def cost(self, arguments: Arguments) -> Cost:
         """FLOPs and bytes of a call."""

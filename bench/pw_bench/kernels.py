@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check and time every kernel at the sizes of the draft, of 2K and of 4K clips.
 
-    python -m pw_bench.kernels --out bench/results/NAME.json
+    pw bench kernels --out FILE
 
 On a CUDA GPU every implementation of every operation; on a CPU the references, with --interpret
 the kernels too, on reduced shapes. A result is compared with fp64 at sampled rows, computed into
@@ -14,58 +14,29 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from pw_bench.cases_decoder import decoder_cases
 from pw_bench.cases_transformer import transformer_cases
-from pw_bench.ceilings import Ceilings, measure_ceilings
-from pw_bench.commit import commit
+from pw_bench.ceilings import measure_ceilings
+from pw_bench.identity import envelope, identify
 from pw_bench.kernel_cases import GRIDS, Case, Maker
-from pw_bench.timing import FULL, QUICK, Protocol, Timing, time_all
+from pw_bench.nvml import Nvml
+from pw_bench.results import Ceilings, Figure, KernelRow, Result, Skipped, write_result
+from pw_bench.timing import FULL, QUICK, Protocol, time_all
 from pw_kernels import library
 from pw_kernels.interpreter import install_exact_casts
 from pw_kernels.op import Implementation
-from pw_runtime.atomic import write_text
-from pw_runtime.machine import Machine, describe
+from pw_runtime.cli_options import FILE
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One implementation of one operation at one size."""
-
-    op: str
-    size: str
-    implementation: str
-    refused: str | None = None  # why it did not run
-    error: float | None = None  # relative L2 to fp64 at the sampled rows
-    error_ratio: float | None = None  # to the error of the baseline
-    same_twice: bool | None = None
-    finite: bool | None = None  # nothing of the NaN that memory was filled with
-    timing: Timing | None = None
-    median_ms: float | None = None
-    stable: bool | None = None
-    rate: float | None = None  # FLOP/s or bytes/s, by the operation's least cost
-    of_ceiling: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Content of the result file."""
-
-    machine: Machine
-    commit: str
-    kernels: str  # what they were launched from
-    baseline: str = "cudnn for attention where it runs, else the reference"
-    ceilings: Ceilings
-    rows: list[Row]
+NO_GPU = "no CUDA GPU that torch can use"
 
 
 def relative_l2(got: Tensor, exact: Tensor) -> float:
@@ -84,9 +55,15 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def check(case: Case, implementation: Implementation) -> Row:
+def check(case: Case, implementation: Implementation) -> KernelRow:
     """Run once on poisoned memory and once more; compare."""
-    row = Row(op=case.name, size=case.size, implementation=implementation)
+    row = KernelRow(
+        figure=f"{case.name}/{case.size}/{implementation}",
+        op=case.name,
+        size=case.size,
+        implementation=implementation,
+        bound=case.bound,
+    )
     results = []
     try:
         for _ in range(2):
@@ -105,7 +82,12 @@ def check(case: Case, implementation: Implementation) -> Row:
     )
 
 
-def measure(case: Case, device: torch.device, ceilings: Ceilings, protocol: Protocol) -> list[Row]:
+Measured = tuple[KernelRow, Figure | None]  # no figure: it did not run, or was interpreted
+
+
+def measure(
+    case: Case, device: torch.device, ceilings: Ceilings, protocol: Protocol
+) -> list[Measured]:
     """Check every implementation, then time those that ran in turns; not what is interpreted."""
     rows = {one: check(case, one) for one in case.implementations}
     ran = [one for one, row in rows.items() if row.refused is None]
@@ -116,45 +98,48 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, protocol: Prot
     cost = case.cost(arguments)
     work, ceiling = cost.bytes, ceilings.copy.rate
     if case.bound == "flops":
-        work, ceiling = cost.flops, ceilings.gemm.rate
+        attention = case.op == "attention"
+        work, ceiling = cost.flops, (ceilings.attention if attention else ceilings.gemm).rate
     baseline = next(rows[one] for one in ("cudnn", "reference") if one in ran)
-    finished = []
+    finished: list[Measured] = []
     for one, row in rows.items():
         if row.error and baseline.error:
             row = replace(row, error_ratio=row.error / baseline.error)
         if one not in timed:
-            finished.append(row)
+            finished.append((row, None))
             continue
-        timing = timings[one]
-        rate = work / timing.median * 1e3
-        finished.append(
-            replace(
-                row,
-                timing=timing,
-                median_ms=timing.median,
-                stable=timing.stable,
-                rate=rate,
-                of_ceiling=rate / ceiling,
-            )
+        rate = work / timings[one].median
+        figure = replace(
+            timings[one],
+            name=row.figure,
+            flops=cost.flops,
+            bytes=cost.bytes,
+            of_ceiling=rate / ceiling,
         )
+        finished.append((replace(row, rate=rate), figure))
     return finished
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(found: Sequence[Measured], console: Console) -> None:
     """The table."""
     table = Table("operation", "size", "by", "ms", "rate", "of ceiling", "error", "ratio", "notes")
-    for row in rows:
+    for row, figure in found:
         notes = [row.refused] if row.refused else []
         notes += ["differs when repeated"] if row.same_twice is False else []
         notes += ["NaN"] if row.finite is False else []
-        notes += ["unstable"] if row.stable is False else []
+        notes += ["unstable"] if figure is not None and not figure.stable else []
+        timed = ("", "", "")
+        if figure is not None and row.rate is not None:
+            timed = (
+                f"{figure.median * 1e3:.3f}",
+                f"{row.rate / 1e9:,.1f} G/s",
+                f"{figure.of_ceiling:.0%}",
+            )
         table.add_row(
             row.op,
             row.size,
             row.implementation,
-            "" if row.median_ms is None else f"{row.median_ms:.3f}",
-            "" if row.rate is None else f"{row.rate / 1e9:,.1f} G/s",
-            "" if row.of_ceiling is None else f"{row.of_ceiling:.0%}",
+            *timed,
             "" if row.error is None else f"{row.error:.1e}",
             "" if row.error_ratio is None else f"{row.error_ratio:.2f}",
             "; ".join(str(note) for note in notes),
@@ -162,48 +147,63 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
+def measure_kernels(
+    sizes: Sequence[str], only: str, device: torch.device, protocol: Protocol, *, interpreted: bool
+) -> Result:
+    """Check and time the operations whose name holds `only`; the table goes to the terminal."""
+    nvml = Nvml()
+    identity = identify(device, nvml, weights={}, engines={})
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    ceilings = measure_ceilings(device, protocol)
+    console.print(
+        f"{device}: product {ceilings.gemm.rate / 1e9:,.1f} GFLOP/s, attention "
+        f"{ceilings.attention.rate / 1e9:,.1f} GFLOP/s, copy {ceilings.copy.rate / 1e9:,.1f} GB/s; "
+        f"kernels: {library.status()}"
+    )
+    found: list[Measured] = []
+    make = Maker(device, interpreted=interpreted)
+    with torch.inference_mode():
+        for size in sizes:
+            cases = [*transformer_cases(size, make)]
+            cases += [] if size == "draft" else [*decoder_cases(size, make)]
+            for case in cases:
+                if only in case.name:
+                    found += measure(case, device, ceilings, protocol)
+    show(found, console)
+    scope = {
+        "words": "one call of each operation on random tensors, its caches cold on a GPU",
+        "sizes": ", ".join(sizes),
+        "device": device.type,
+        "kernels": library.status(),
+        "baseline of errors": "cudnn for attention where it runs, else the reference",
+    }
+    skipped = () if device.type == "cuda" else (Skipped(part="kernels on a GPU", reason=NO_GPU),)
+    return replace(
+        envelope("kernels", scope, identity, ceilings, nvml),
+        figures=tuple(figure for _, figure in found if figure is not None),
+        kernels=tuple(row for row, _ in found),
+        skipped=skipped,
+    )
+
+
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Result file.")
+@click.option("--out", type=FILE, help="Results file.")
 @click.option(
     "--sizes", multiple=True, type=click.Choice([*GRIDS]), help="[default: all true ones]"
 )
 @click.option("--only", default="", help="Only operations whose name holds this text.")
 @click.option("--quick", is_flag=True, help="Two samples each, no warm-up.")
 @click.option("--interpret", is_flag=True, help="On a CPU, with Triton's interpreter.")
-def main(out: Path | None, sizes: tuple[str, ...], only: str, quick: bool, interpret: bool) -> None:
-    """Check and time every kernel."""
+def kernels(
+    out: Path | None, sizes: tuple[str, ...], only: str, quick: bool, interpret: bool
+) -> None:
+    """Check and time every kernel: on a GPU all implementations, on a CPU the references."""
     device = torch.device("cuda" if torch.cuda.is_available() and not interpret else "cpu")
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
         install_exact_casts()
     sizes = sizes or (("draft", "2k", "4k") if device.type == "cuda" else ("tiny",))
     protocol = QUICK if quick else FULL
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    ceilings = measure_ceilings(device, protocol)
-    console.print(
-        f"{device}: product {ceilings.gemm.rate / 1e9:,.1f} GFLOP/s, "
-        f"copy {ceilings.copy.rate / 1e9:,.1f} GB/s; kernels: {library.status()}"
-    )
-    rows: list[Row] = []
-    make = Maker(device, interpreted=interpret)
-    with torch.inference_mode():
-        for size in sizes:
-            found = [*transformer_cases(size, make)]
-            found += [] if size == "draft" else [*decoder_cases(size, make)]
-            for case in found:
-                if only in case.name:
-                    rows += measure(case, device, ceilings, protocol)
-    show(rows, console)
+    result = measure_kernels(sizes, only, device, protocol, interpreted=interpret)
     if out is not None:
-        result = Result(
-            machine=describe(),
-            commit=commit(),
-            kernels=library.status(),
-            ceilings=ceilings,
-            rows=rows,
-        )
-        write_text(out, TypeAdapter(Result).dump_json(result, indent=1).decode() + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        write_result(result, out)

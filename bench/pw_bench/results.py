@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Final, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pw_bench.ceilings import Ceilings
 from pw_runtime.atomic import write_text
 from pw_runtime.errors import BadRequest
 from pw_runtime.machine import Machine
@@ -75,6 +74,25 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ceiling:
+    """The best rate of one kind of work, by PyTorch's own operation for it."""
+
+    work: str  # what was timed
+    rate: float  # FLOP/s, or bytes/s read and written
+    figure: Figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """The rates that shares refer to, measured in the same run."""
+
+    gemm: Ceiling
+    attention: Ceiling
+    convolution: Ceiling
+    copy: Ceiling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuState:
     """What NVML says at one moment; None where it says nothing."""
 
@@ -129,6 +147,7 @@ class Clip:
         wall: seconds.
         spans: in seconds from the start of the run.
         unattributed: seconds of the wall time that lie in no span of the main thread.
+        unattributed_shares: of the wall time, in every run of this side and start.
         host: (seconds from the start, resident bytes of the process).
         device: (seconds from the start, bytes of the GPU that the process holds by NVML).
         peaks: bytes by what counted them: "rss", "pss", "allocator", "reserved", "nvml".
@@ -142,6 +161,7 @@ class Clip:
     wall: float
     spans: tuple[Span, ...]
     unattributed: float
+    unattributed_shares: tuple[float, ...]
     host: tuple[tuple[float, int], ...]
     device: tuple[tuple[float, int], ...] = ()
     peaks: Mapping[str, int]

@@ -3,40 +3,15 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from pw_bench.results import Figure
+
 FLUSHED_BYTES = 256 * 2**20  # written between samples: no L2 is as large
-STABLE = 0.05  # (p90 - p10) / median that still counts as stable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """Samples of one candidate in milliseconds, in the order they were taken."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Milliseconds."""
-        return statistics.median(self.samples)
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        """10th and 90th percentile, milliseconds."""
-        ordered = sorted(self.samples)
-        last = len(ordered) - 1
-        return ordered[round(0.1 * last)], ordered[round(0.9 * last)]
-
-    @property
-    def stable(self) -> bool:
-        """Whether nine of ten samples lie together."""
-        low, high = self.spread
-        return high - low <= STABLE * self.median
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,20 +29,22 @@ FULL = Protocol(warmup_seconds=0.3, rounds=4, samples_per_round=5)
 
 def time_all(
     candidates: Mapping[str, Callable[[], object]], device: torch.device, protocol: Protocol
-) -> dict[str, Timing]:
+) -> dict[str, Figure]:
     """Time candidates in turns, so that a drift of the clocks meets all of them.
 
-    What comes out unstable is measured once more, all candidates again.
+    Where one comes out unstable, all are measured once more, and the first samples kept as
+    rejected.
     """
-    timings = _turns(candidates, device, protocol)
-    if not all(timing.stable for timing in timings.values()) and protocol is not QUICK:
-        timings = _turns(candidates, device, protocol)
-    return timings
+    first = _turns(candidates, device, protocol)
+    if protocol is QUICK or all(figure.stable for figure in first.values()):
+        return first
+    second = _turns(candidates, device, protocol)
+    return {name: replace(figure, rejected=first[name].samples) for name, figure in second.items()}
 
 
 def _turns(
     candidates: Mapping[str, Callable[[], object]], device: torch.device, protocol: Protocol
-) -> dict[str, Timing]:
+) -> dict[str, Figure]:
     sample = _gpu_sample if device.type == "cuda" else _cpu_sample
     for run in candidates.values():
         until = time.monotonic() + protocol.warmup_seconds
@@ -78,13 +55,15 @@ def _turns(
     for _ in range(protocol.rounds):
         for name, run in candidates.items():
             taken[name] += [sample(run, device) for _ in range(protocol.samples_per_round)]
-    return {name: Timing(samples=tuple(samples)) for name, samples in taken.items()}
+    return {
+        name: Figure(name=name, unit="s", samples=tuple(samples)) for name, samples in taken.items()
+    }
 
 
 def _cpu_sample(run: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     run()
-    return (time.perf_counter() - start) * 1e3
+    return time.perf_counter() - start
 
 
 def _gpu_sample(run: Callable[[], object], device: torch.device) -> float:
@@ -95,4 +74,4 @@ def _gpu_sample(run: Callable[[], object], device: torch.device) -> float:
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / 1e3

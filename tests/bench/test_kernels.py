@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from pw_bench import timing
 from pw_bench.cases_decoder import decoder_cases
 from pw_bench.cases_transformer import transformer_cases
 from pw_bench.kernel_cases import Maker
-from pw_bench.kernels import check, main
-from pw_bench.timing import QUICK, Timing, time_all
+from pw_bench.kernels import check, kernels
+from pw_bench.results import Figure, read_result
+from pw_bench.timing import QUICK, Protocol, time_all
 from pw_kernels.interpreter import install_exact_casts
 
 install_exact_casts()
@@ -68,15 +69,17 @@ def test_a_refusal_is_a_row() -> None:
 def test_result_file(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     arguments = ["--sizes", "tiny", "--only", "gate_residual", "--quick", "--out", str(out)]
-    ran = CliRunner().invoke(main, arguments)
+    ran = CliRunner().invoke(kernels, arguments)
     assert ran.exit_code == 0, ran.output
     assert "gate_residual" in ran.output
-    result = json.loads(out.read_text())
-    assert result["ceilings"]["gemm"]["rate"] > 0
-    (row,) = result["rows"]
-    assert len(row["timing"]["samples"]) == QUICK.rounds * QUICK.samples_per_round
-    assert row["median_ms"] > 0
-    assert row["error_ratio"] == 1
+    result = read_result(out)
+    assert result.ceilings.gemm.rate > 0
+    (row,), (figure,) = result.kernels, result.figures
+    assert row.figure == figure.name
+    assert len(figure.samples) == QUICK.rounds * QUICK.samples_per_round
+    assert row.rate == pytest.approx(figure.bytes / figure.median)
+    assert row.error_ratio == 1
+    assert [one.part for one in result.skipped] == ["kernels on a GPU"]
 
 
 def test_candidates_take_turns() -> None:
@@ -88,6 +91,20 @@ def test_candidates_take_turns() -> None:
 
 
 def test_what_counts_as_stable() -> None:
-    assert Timing(samples=(1.0, 1.01, 1.02, 0.99)).stable
-    assert not Timing(samples=(1.0, 1.5, 1.0, 0.8)).stable
-    assert Timing(samples=(3.0, 1.0, 2.0)).median == 2.0
+    def figure(*samples: float) -> Figure:
+        return Figure(name="a", unit="s", samples=samples)
+
+    assert figure(1.0, 1.01, 1.02, 0.99).stable
+    assert not figure(1.0, 1.5, 1.0, 0.8).stable
+    assert not figure(1.0, 1.0).stable  # two samples prove nothing
+    assert figure(3.0, 1.0, 2.0).median == 2.0
+    assert figure(*range(11)).spread == (1.0, 9.0)
+
+
+def test_unstable_samples_are_taken_again_and_the_first_ones_kept(monkeypatch) -> None:
+    seconds = iter([1.0, 2.0, 3.0, 4.0] + [5.0] * 4)
+    monkeypatch.setattr(timing, "_cpu_sample", lambda run, device: next(seconds))
+    protocol = Protocol(warmup_seconds=0.0, rounds=2, samples_per_round=2)
+    figure = time_all({"a": lambda: None}, CPU, protocol)["a"]
+    assert figure.rejected == (1.0, 2.0, 3.0, 4.0)
+    assert figure.samples == (5.0,) * 4

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw bench`: the verbs of the benchmark suite."""
+
+from __future__ import annotations
+
+import click
+
+from pw_bench.cli_e2e import e2e
+from pw_bench.kernels import kernels
+
+
+@click.group()
+def bench() -> None:
+    """Measure latency and memory, compare, report (docs/benchmarks.md)."""
+
+
+for command in (kernels, e2e):
+    bench.add_command(command)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw bench e2e`: options, weights and noise of a comparison, its table and its file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pw_bench.ceilings import measure_ceilings
+from pw_bench.e2e import run_all
+from pw_bench.identity import envelope, identify
+from pw_bench.job import SCOPE, Job
+from pw_bench.nvml import Nvml
+from pw_bench.programs import OURS, SIDES, why_not
+from pw_bench.results import Result, Skipped, write_result
+from pw_bench.timing import FULL
+from pw_bench.weights import Synthetic, Weights, converted, made_up
+from pw_runtime.atomic import write_tensors
+from pw_runtime.cli_options import FILE, FOLDER, device_option, precision_option
+from pw_runtime.errors import BadRequest
+from pw_runtime.noise import draw_noise, latent_shape, seeds_for
+from pw_runtime.presets import find_preset
+from pw_runtime.progress import Reporter
+from pw_runtime.request import default_precision, pick_device
+from pw_runtime.types import OFFICIAL_NEGATIVE, Preset
+
+PROMPT = "a red ball rolls over green grass, the camera follows it"
+NO_NVML = "memory, power and energy by NVML"
+
+
+@click.command()
+@click.option("--preset", required=True, help="As for `pw generate`.")
+@click.option("--draft-only", is_flag=True, help="The draft is the clip.")
+@click.option("--checkpoint", type=FOLDER, help="In the official layout. [default: made up]")
+@click.option(
+    "--synthetic",
+    type=click.Choice(get_args(Synthetic)),
+    default="nano",
+    show_default=True,
+    help="Size of made-up weights.",
+)
+@click.option(
+    "--side",
+    "sides",
+    multiple=True,
+    type=click.Choice([*SIDES]),
+    help="Program; may be repeated. [default: all that can make the clip, without engines]",
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--warm", type=click.IntRange(0), default=2, show_default=True, help="Per process.")
+@precision_option
+@device_option
+@click.option("--out", type=FILE, required=True, help="Results file.")
+def e2e(out: Path, **options: Any) -> None:
+    """Measure prompt to video, beside other programs: time, memory, equivalence."""
+    device = pick_device(options["device"])
+    preset = find_preset(options["preset"])
+    if options["draft_only"]:
+        preset = replace(preset, highres=None)
+    skipped = [] if device.type == "cuda" else [Skipped(part=NO_NVML, reason="no CUDA GPU")]
+    sides = pick_sides(options["sides"], preset, skipped)
+    reporter, nvml = Reporter(), Nvml()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        weights = pick_weights(options, folder, reporter)
+        job = Job(
+            checkpoint=weights.checkpoint,
+            bundle=weights.bundle,
+            prompt=PROMPT,
+            negative=OFFICIAL_NEGATIVE,
+            preset=preset,
+            noise=write_noise(preset, folder / "noise.safetensors"),
+            device=str(device),
+            precision=default_precision(options["precision"], device),
+            codec="h264",
+        )
+        names = {weights.name: weights.digest}
+        identity = identify(device, nvml, weights=names, engines={})
+        ceilings = measure_ceilings(device, FULL)
+        taken = run_all(
+            sides,
+            job,
+            folder,
+            rounds=options["rounds"],
+            warm=options["warm"],
+            environment={},
+            reporter=reporter,
+        )
+    identity = replace(identity, threads=taken.threads, engines=taken.engines)
+    result = replace(
+        envelope("e2e", scope_of(job, weights), identity, ceilings, nvml),
+        figures=taken.figures,
+        sides={side: SIDES[side].what for side in sides},
+        clips=taken.clips,
+        equivalence=taken.equivalence,
+        ratios=taken.ratios,
+        skipped=(*skipped, *taken.skipped),
+    )
+    write_result(result, out)
+    show(result)
+    click.echo(out)
+
+
+def pick_sides(wanted: tuple[str, ...], preset: Preset, skipped: list[Skipped]) -> tuple[str, ...]:
+    """The programs to run, ours first; those that cannot are skipped, or refused if asked for.
+
+    Raises BadRequest.
+    """
+    names = wanted or tuple(name for name in SIDES if name != "ours-engines")
+    sides = []
+    for name in dict.fromkeys((OURS, *names)):
+        reason = why_not(name, highres=preset.highres is not None)
+        if reason is None:
+            sides.append(name)
+        elif wanted:
+            do = "add --draft-only" if "high-res" in reason else "install it, or leave it out"
+            raise BadRequest(f"--side {name} cannot run", got=reason, do=do)
+        else:
+            skipped.append(Skipped(part=name, reason=reason))
+    return tuple(sides)
+
+
+def pick_weights(options: Mapping[str, Any], folder: Path, reporter: Reporter) -> Weights:
+    """Those of --checkpoint, or made up. Raises BadRequest, BadWeights."""
+    if options["checkpoint"] is not None:
+        return converted(options["checkpoint"], folder, reporter.say)
+    return made_up(options["synthetic"], folder, reporter.say)
+
+
+def write_noise(preset: Preset, path: Path) -> Path:
+    """The noise that `pw generate --seed 0` draws for the first prompt, in a file for all."""
+    seeds = seeds_for(0, 1)
+    noise = {
+        f"{stage}_noise": draw_noise(
+            latent_shape(plan, preset.video), getattr(seeds, stage), torch.device("cpu")
+        )
+        for stage, plan in preset.stages().items()
+    }
+    write_tensors(path, noise)
+    return path
+
+
+def scope_of(job: Job, weights: Weights) -> dict[str, str]:
+    """What is measured. Results compare where this is equal."""
+    scope = {"words": SCOPE}
+    for stage, plan in job.preset.stages().items():
+        scope[stage] = (
+            f"{plan.width}x{plan.height}, {plan.steps} steps of {plan.solver}, "
+            f"shift {plan.shift}, guidance {plan.guidance}"
+        )
+    video = job.preset.video
+    return scope | {
+        "video": f"{video.frames} frames at {video.fps} per second, {job.codec}",
+        "decode": f"{job.preset.decode.strips} strips in the official recipe",
+        "weights": weights.name,
+        "precision": job.precision,
+        "device": job.device,
+        "files": "in the page cache",
+    }
+
+
+def show(result: Result) -> None:
+    """The short table on the terminal."""
+    console = Console(highlight=False)
+    table = Table("figure", "median", "p10 to p90", "samples", "notes")
+    for one in result.figures:
+        scale, unit = {"s": (1.0, "s"), "B": (2**20, "MiB"), "J": (1.0, "J")}[one.unit]
+        low, high = one.spread
+        notes = [] if one.stable else ["unstable"]
+        notes += ["fell back"] if one.fell_back else []
+        table.add_row(
+            one.name,
+            f"{one.median / scale:.2f} {unit}",
+            f"{low / scale:.2f} to {high / scale:.2f}",
+            " ".join(f"{sample / scale:.2f}" for sample in one.samples),
+            ", ".join(notes),
+        )
+    console.print(table)
+    for same in result.equivalence:
+        frames = "frames equal" if same.psnr is None else f"frames {same.psnr:.1f} dB"
+        last = same.steps[-1].relative_l2
+        console.print(f"{same.side} against {same.against}: {same.label} ({last:.1e}, {frames})")
+    for ratio in result.ratios:
+        console.print(f"{ratio.side} against {ratio.against}: {said(ratio)}")
+    for clip in result.clips:
+        console.print(
+            f"{clip.side} {clip.start}: unattributed {max(clip.unattributed_shares):.2%} at most"
+        )
+    for part in result.skipped:
+        console.print(f"skipped: {part.part} ({part.reason})")
+
+
+def said(ratio: Any) -> str:
+    """A ratio in words."""
+    if ratio.refused:
+        return f"no ratio: {ratio.refused}"
+    parts = [f"{ratio.cold:.2f} x as fast cold"] if ratio.cold else []
+    parts += [f"{ratio.warm:.2f} x warm"] if ratio.warm else []
+    parts += [f"{ratio.memory:.2f} of its peak memory"] if ratio.memory else []
+    return ", ".join(parts)

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""End to end: prompt in, closed video on disk, by this runtime and by others in turns.
+
+    pw bench e2e --preset nano --out FILE
+
+Every round starts a process of each program, which makes a clip (cold) and then more (warm). Before
+them each program makes the clip once with its latents kept and frames lossless, which fills the
+page cache and is what equivalence is told from.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from pw_bench.child import Made, Task
+from pw_bench.equivalence import Output, compare_outputs
+from pw_bench.job import Job
+from pw_bench.nvml import Nvml
+from pw_bench.programs import EXACT, OURS
+from pw_bench.results import Clip, Equivalence, Figure, Ratio, Skipped
+from pw_bench.watching import Watch, between
+from pw_runtime.errors import BadResult
+from pw_runtime.progress import Reporter
+from pw_runtime.trace import Span
+
+MAIN = "MainThread"
+_TASK, _MADE = TypeAdapter(Task), TypeAdapter(Made)
+
+
+class ProgramFailed(Exception):
+    """A program ended without the clips it was asked for; its last words."""
+
+
+@dataclass(slots=True)
+class Samples:
+    """What one program gave so far, cold and warm."""
+
+    cold: list[Clip] = field(default_factory=list)
+    warm: list[Clip] = field(default_factory=list)
+    fell_back: set[str] = field(default_factory=set)
+    engines: dict[str, str] = field(default_factory=dict)
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """All that a comparison of programs gives."""
+
+    figures: tuple[Figure, ...]
+    clips: tuple[Clip, ...]
+    equivalence: tuple[Equivalence, ...]
+    ratios: tuple[Ratio, ...]
+    skipped: tuple[Skipped, ...]
+    engines: dict[str, str]
+    threads: int
+
+
+def run_all(
+    sides: Sequence[str],
+    job: Job,
+    folder: Path,
+    *,
+    rounds: int,
+    warm: int,
+    environment: dict[str, str],
+    reporter: Reporter,
+) -> Taken:
+    """Run programs in turns and compare what they gave.
+
+    A program that fails is skipped with its last words; what was measured before Ctrl-C is kept.
+
+    Args:
+        sides: names of programs, ours first.
+        job: for all of them.
+        folder: for their videos; removed by the caller.
+        rounds: processes of each program.
+        warm: clips of each process after its first.
+        environment: of the processes, besides ours.
+        reporter: told about progress.
+
+    Raises BadResult where our own program fails.
+    """
+    skipped: list[Skipped] = []
+    equivalence, alive = _equivalence(sides, job, folder, environment, reporter, skipped)
+    samples = {side: Samples() for side in alive}
+    rejected: dict[str, Samples] = {}
+    try:
+        _rounds(samples, job, folder, rounds, warm, environment, reporter)
+        if rounds >= 3 and any(not one.stable for one in _times(samples, {})):
+            reporter.say("unstable: all programs are measured once more")
+            rejected, again = samples, {side: Samples() for side in alive}
+            _rounds(again, job, folder, rounds, warm, environment, reporter)
+            samples = again
+    except KeyboardInterrupt:
+        reporter.warn("interrupted: what was measured until now is kept")
+        skipped.append(Skipped(part="the remaining rounds", reason="interrupted"))
+    samples = {side: one for side, one in samples.items() if one.cold}
+    figures = _figures(samples, rejected)
+    return Taken(
+        figures=figures,
+        clips=tuple(_median_clips(samples)),
+        equivalence=equivalence,
+        ratios=tuple(_ratios(samples, figures, equivalence)),
+        skipped=tuple(skipped),
+        engines={f"{s}/{net}": on for s, one in samples.items() for net, on in one.engines.items()},
+        threads=max((one.threads for one in samples.values()), default=0),
+    )
+
+
+def _equivalence(
+    sides: Sequence[str],
+    job: Job,
+    folder: Path,
+    environment: dict[str, str],
+    reporter: Reporter,
+    skipped: list[Skipped],
+) -> tuple[tuple[Equivalence, ...], list[str]]:
+    """Compare every program's clip with the exact one's; those that could make it."""
+    lossless = replace(job, codec="ffv1")
+    outputs: dict[str, Output] = {}
+    for side in dict.fromkeys((EXACT, *sides)):
+        place = folder / f"{side} lossless"
+        place.mkdir()
+        latents = place / "latents.safetensors"
+        task = Task(side=side, job=lossless, folder=place, clips=1, latents=latents)
+        reporter.say(f"{side}: the clip with all its latents")
+        try:
+            _start(task, environment, None)
+        except ProgramFailed as error:
+            if side == OURS:
+                raise BadResult("our own program failed", got=error) from error
+            reporter.warn(f"{side} is left out: {error}")
+            skipped.append(Skipped(part=side, reason=str(error)))
+            continue
+        outputs[side] = Output(side=side, latents=latents, video=place / "0.mkv")
+    found = tuple(
+        compare_outputs(output, outputs[EXACT], job.preset, job.precision)
+        for side, output in outputs.items()
+        if side != EXACT
+    )
+    return found, [side for side in sides if side in outputs]
+
+
+def _rounds(
+    samples: dict[str, Samples],
+    job: Job,
+    folder: Path,
+    rounds: int,
+    warm: int,
+    environment: dict[str, str],
+    reporter: Reporter,
+) -> None:
+    nvml = Nvml() if job.device.startswith("cuda") else None
+    for number in range(rounds):
+        for side, taken in samples.items():
+            place = folder / side
+            place.mkdir(exist_ok=True)
+            clips = _start(
+                Task(side=side, job=job, folder=place, clips=1 + warm), environment, nvml, taken
+            )
+            taken.cold.append(clips[0])
+            taken.warm += clips[1:]
+            walls = ", ".join(f"{clip.wall:.2f}" for clip in clips)
+            reporter.say(f"round {number + 1}/{rounds} {side}: {walls} s")
+
+
+def _start(
+    task: Task, environment: dict[str, str], nvml: Nvml | None, taken: Samples | None = None
+) -> list[Clip]:
+    """Run a process of a program and watch it. Raises ProgramFailed."""
+    for old in task.folder.iterdir():
+        old.unlink()
+    # The same for all: with spinning threads every program is slower wherever others run too.
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **environment}
+    started = time.perf_counter()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pw_bench.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=settings,
+        text=True,
+    )
+    try:
+        with Watch(child.pid, nvml) as watch:
+            out, errors = child.communicate(_TASK.dump_json(task).decode())
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    if child.returncode != 0:
+        last = (errors.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        raise ProgramFailed(last)
+    made = [_MADE.validate_json(line) for line in out.splitlines()]
+    if taken is not None:
+        taken.fell_back.update(text for one in made for text in one.fell_back)
+        taken.engines, taken.threads = made[0].engines, made[0].threads
+    return [_clip(task.side, one, watch, None if i else started) for i, one in enumerate(made)]
+
+
+def _clip(side: str, made: Made, watch: Watch, started: float | None) -> Clip:
+    """One clip's account; `started` is when its process was, of the first one."""
+    spans = made.spans
+    start = made.start
+    if started is not None:
+        start = started
+        process = Span(name="process start", start=started, end=made.start, depth=0, thread=MAIN)
+        spans = (process, *spans)
+    wall = made.end - start
+    unattributed = wall - covered(spans)
+    pss = [size for t, size in watch.pss if start <= t <= made.end]
+    nvml = [size for t, size in watch.device if start <= t <= made.end]
+    return Clip(
+        side=side,
+        start="warm" if started is None else "cold",
+        wall=wall,
+        spans=tuple(replace(s, start=s.start - start, end=s.end - start) for s in spans),
+        unattributed=unattributed,
+        unattributed_shares=(unattributed / wall,),
+        host=between(watch.host, start, made.end),
+        device=between(watch.device, start, made.end),
+        peaks=made.peaks
+        | ({"pss": max(pss)} if pss else {})
+        | ({"nvml": max(nvml)} if nvml else {}),
+        predicted=made.predicted,
+        joules=made.joules,
+        disk_bytes=made.disk_bytes,
+    )
+
+
+def covered(spans: Iterable[Span]) -> float:
+    """Seconds in which the main thread was in a span."""
+    return sum(one.end - one.start for one in spans if one.depth == 0 and one.thread == MAIN)
+
+
+def _times(samples: dict[str, Samples], rejected: dict[str, Samples]) -> Iterator[Figure]:
+    for side, one in samples.items():
+        before = rejected.get(side, Samples())
+        starts = {"cold": (one.cold, before.cold), "warm": (one.warm, before.warm)}
+        for start, (clips, first) in starts.items():
+            if clips:
+                yield Figure(
+                    name=f"{side}/{start}",
+                    unit="s",
+                    samples=tuple(clip.wall for clip in clips),
+                    rejected=tuple(clip.wall for clip in first),
+                    fell_back=tuple(sorted(one.fell_back)),
+                )
+
+
+def _figures(samples: dict[str, Samples], rejected: dict[str, Samples]) -> tuple[Figure, ...]:
+    """Times, and peaks of memory over the first clip of each process."""
+    found = [*_times(samples, rejected)]
+    names = {"rss": "process memory", "allocator": "GPU memory"}
+    for side, one in samples.items():
+        for counter, name in names.items():
+            peaks = tuple(clip.peaks[counter] for clip in one.cold if counter in clip.peaks)
+            if peaks:
+                fell_back = tuple(sorted(one.fell_back))
+                found.append(
+                    Figure(name=f"{side}/{name}", unit="B", samples=peaks, fell_back=fell_back)
+                )
+        joules = tuple(clip.joules for clip in one.warm if clip.joules is not None)
+        if joules:
+            found.append(Figure(name=f"{side}/energy", unit="J", samples=joules))
+    return tuple(found)
+
+
+def _median_clips(samples: dict[str, Samples]) -> Iterator[Clip]:
+    """Of each side and start, the clip of median time, with the shares of all of them."""
+    for one in samples.values():
+        for clips in (one.cold, one.warm):
+            if clips:
+                middle = sorted(clips, key=lambda clip: clip.wall)[len(clips) // 2]
+                shares = tuple(clip.unattributed / clip.wall for clip in clips)
+                yield replace(middle, unattributed_shares=shares)
+
+
+def _ratios(
+    samples: dict[str, Samples],
+    figures: tuple[Figure, ...],
+    equivalence: tuple[Equivalence, ...],
+) -> Iterator[Ratio]:
+    """Ours against every other, where their clips are the same to rounding and none fell back."""
+    by_name = {figure.name: figure for figure in figures}
+    labels = {one.side: one.label for one in equivalence}
+    ours = [side for side in samples if side.startswith(OURS)]
+    for side in ours:
+        for other in samples:
+            if other in ours:
+                continue
+            wrong = [s for s in (side, other) if labels.get(s) == "approximate"]
+            fallen = [s for s in (side, other) if samples[s].fell_back]
+            if wrong or fallen:
+                why = f"the clip of {wrong[0]} differs by more than rounding" if wrong else ""
+                why = why or f"{fallen[0]} fell back: {'; '.join(samples[fallen[0]].fell_back)}"
+                yield Ratio(side=side, against=other, refused=why)
+                continue
+
+            def times(start: str, side: str = side, other: str = other) -> float | None:
+                mine, theirs = (by_name.get(f"{s}/{start}") for s in (side, other))
+                return theirs.median / mine.median if mine and theirs else None
+
+            memory = "GPU memory" if f"{side}/GPU memory" in by_name else "process memory"
+            more = times(memory)
+            yield Ratio(
+                side=side,
+                against=other,
+                cold=times("cold"),
+                warm=times("warm"),
+                memory=None if more is None else 1 / more,
+            )

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On what and with what a result was measured; the envelope of every result is made here."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from pw_bench.commit import commit, is_dirty
+from pw_bench.nvml import Nvml
+from pw_bench.results import Ceilings, Identity, Kind, Result
+from pw_kernels.op import OPS, chosen
+from pw_runtime.machine import describe
+
+
+def identify(
+    device: torch.device,
+    nvml: Nvml,
+    *,
+    weights: Mapping[str, str],
+    engines: Mapping[str, str],
+) -> Identity:
+    """This machine and checkout, before anything is measured. Takes seconds.
+
+    Args:
+        device: that is measured.
+        nvml: of its GPU.
+        weights: name -> digest, or the seed that they are made of.
+        engines: network -> backend, and why that.
+    """
+    gpu = device.type == "cuda"
+    return Identity(
+        machine=describe(),
+        commit=commit().removesuffix("-dirty"),
+        dirty=is_dirty(),
+        threads=torch.get_num_threads(),
+        load_average=os.getloadavg()[0],
+        weights=weights,
+        engines=engines,
+        operations={name: chosen(name, device).implementation for name in sorted(OPS)},
+        gpu_start=nvml.state() if gpu else None,
+        nvml=nvml.reason if gpu else "",
+    )
+
+
+def envelope(
+    kind: Kind, scope: Mapping[str, str], identity: Identity, ceilings: Ceilings, nvml: Nvml
+) -> Result:
+    """A result without figures, of what has just been measured by this command."""
+    if identity.gpu_start is not None:
+        identity = replace(identity, gpu_end=nvml.state())
+    return Result(
+        kind=kind,
+        when=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        command=shlex.join(["pw", *sys.argv[1:]]),
+        scope=scope,
+        identity=identity,
+        ceilings=ceilings,
+        figures=(),
+        sides={},
+    )
+
+
+def packages(identity: Identity) -> dict[str, Any]:
+    """Versions by name, of what is installed."""
+    return {one.name: one.version for one in identity.machine.packages if one.version}

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This runtime as a program of the end-to-end benchmark: one `pw generate` per clip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from pw_bench.job import Job
+from pw_runtime.bundle import Bundle, open_bundle
+from pw_runtime.pipeline import generate
+from pw_runtime.progress import Reporter
+from pw_runtime.types import AttentionKernel, EnginePolicy, Kernels, Prompt, Request
+
+
+class Ours:
+    """`pw generate` in this process. Every clip loads its networks, as every run of `pw` does.
+
+    Attributes:
+        receipt: of the last clip.
+        fell_back: what its receipt tells of that went otherwise than planned.
+    """
+
+    def __init__(
+        self,
+        policy: EnginePolicy = "eager",
+        kernels: Kernels = "reference",
+        attention: AttentionKernel | None = None,
+        bundle: Bundle | None = None,
+    ) -> None:
+        """With engines or without; `bundle` takes the place of the job's."""
+        self._policy, self._kernels, self._attention = policy, kernels, attention
+        self._bundle = bundle
+        self.receipt: dict[str, object] = {}
+        self.fell_back: tuple[str, ...] = ()
+
+    def clip(self, job: Job, video: Path) -> None:
+        """Generate the one clip."""
+        request = Request(
+            prompts=(Prompt(id=video.stem, text=job.prompt, position=1),),
+            preset=job.preset,
+            out=video.parent,
+            negative=job.negative,
+            noise=job.noise,
+            codec=job.codec,
+            precision=job.precision,
+            policy=self._policy,
+            kernels=self._kernels,
+            attention=self._attention,
+            device=torch.device(job.device),
+        )
+        bundle = self._bundle or open_bundle(job.bundle)
+        (outcome,) = generate(request, bundle, Reporter(quiet=True))
+        if outcome.error is not None:
+            raise RuntimeError(outcome.error)
+        assert outcome.video == video
+        self.receipt = json.loads(video.with_suffix(".json").read_text())
+        self.fell_back = tuple(str(text) for text in self.receipt["notices"])  # type: ignore[attr-defined]

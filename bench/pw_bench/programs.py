@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that an end-to-end benchmark can run, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Final
+
+from pw_bench.job import Program
+
+OURS: Final = "ours"
+EXACT: Final = OURS  # what the others' clips are compared with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """A program to run: what it is in words, how it is made, what it needs."""
+
+    what: str
+    make: Callable[[], Program]
+    highres: bool = True  # whether it can make the high-res stage
+    package: str | None = None  # that must be installed
+
+
+def _ours() -> Program:
+    from pw_bench.ours import Ours
+
+    return Ours("eager")
+
+
+def _engines() -> Program:
+    from pw_bench.ours import Ours
+
+    return Ours("engines")
+
+
+def _official() -> Program:
+    from pw_bench.official.program import Official
+
+    return Official()
+
+
+def _diffusers() -> Program:
+    from pw_bench.diffusers_program import Diffusers
+
+    return Diffusers(compiled=False)
+
+
+def _diffusers_compiled() -> Program:
+    from pw_bench.diffusers_program import Diffusers
+
+    return Diffusers(compiled=True)
+
+
+SIDES: Final[Mapping[str, Side]] = MappingProxyType(
+    {
+        OURS: Side(what="this runtime without engines: `pw generate --policy eager`", make=_ours),
+        "ours-engines": Side(
+            what="this runtime on engines of `pw build`: `pw generate --policy engines`",
+            make=_engines,
+        ),
+        "official": Side(
+            what="the official recipe, composed in eager PyTorch from its specification: "
+            "modulation per token, texts padded to 512 rows, two passes a step one after the "
+            "other, fp32 VAE in strips blended on the host, models kept between clips",
+            make=_official,
+        ),
+        "diffusers": Side(
+            what="WanPipeline of diffusers, eager, kept between clips",
+            make=_diffusers,
+            highres=False,
+            package="diffusers",
+        ),
+        "diffusers-compiled": Side(
+            what="WanPipeline of diffusers, its transformer and decoder by torch.compile",
+            make=_diffusers_compiled,
+            highres=False,
+            package="diffusers",
+        ),
+    }
+)
+
+
+def why_not(name: str, *, highres: bool) -> str | None:
+    """Why a program cannot take part; None where it can."""
+    side = SIDES[name]
+    if side.package is not None and find_spec(side.package) is None:
+        return f"{side.package} is not installed"
+    if highres and not side.highres:
+        return f"{side.package} has no high-res stage with adapter and step size"
+    return None

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights that a benchmark runs on: a checkpoint's, or made-up ones of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from pw_export.convert import convert
+from pw_export.nano import (
+    NANO_DIT,
+    NANO_TEXT_ENCODER,
+    NANO_VAE,
+    write_nano_checkpoint,
+)
+
+Synthetic = Literal["nano", "medium"]
+
+# Between the built-in model and the published one, at the latter's proportions.
+MEDIUM_DIT: Final = replace(
+    NANO_DIT, dim=768, ffn_dim=3584, num_heads=6, num_layers=8, text_dim=512
+)
+MEDIUM_VAE: Final = replace(
+    NANO_VAE,
+    encoder_dims=tuple(2 * width for width in NANO_VAE.encoder_dims),
+    decoder_dims=tuple(2 * width for width in NANO_VAE.decoder_dims),
+)
+MEDIUM_TEXT_ENCODER: Final = replace(
+    NANO_TEXT_ENCODER, dim=512, attention_dim=512, ffn_dim=1024, num_heads=8, num_layers=4
+)
+HIGHRES_FILE: Final = Path("pixelwizard") / "highres.pt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A checkpoint in the official layout, and the same as a bundle."""
+
+    name: str
+    checkpoint: Path
+    bundle: Path
+    digest: str
+
+
+def made_up(name: Synthetic, folder: Path, say: Callable[[str], None]) -> Weights:
+    """Write random weights of a size, by seed 0, and convert them."""
+    checkpoint = folder / "checkpoint"
+    if name == "nano":
+        write_nano_checkpoint(checkpoint)
+    else:
+        write_nano_checkpoint(
+            checkpoint,
+            dit=MEDIUM_DIT,
+            highres=replace(MEDIUM_DIT, has_dt=True, adapter_dim=192, control_blocks=(1,)),
+            vae=MEDIUM_VAE,
+            text_encoder=MEDIUM_TEXT_ENCODER,
+        )
+    return converted(checkpoint, folder, say, name=f"made-up weights, {name}, seed 0")
+
+
+def converted(
+    checkpoint: Path, folder: Path, say: Callable[[str], None], name: str | None = None
+) -> Weights:
+    """Convert a checkpoint into a bundle under `folder`. Raises BadWeights, BadRequest."""
+    highres = checkpoint / HIGHRES_FILE
+    made = highres if highres.exists() else None
+    bundle = convert(wan=checkpoint, highres=made, out=folder / "bundle", say=say)
+    return Weights(
+        name=name or checkpoint.name,
+        checkpoint=checkpoint,
+        bundle=bundle.root,
+        digest=f"sha256:{bundle.digest}",
+    )
