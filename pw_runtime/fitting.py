@@ -103,6 +103,9 @@ class Fitting:
             notify(told)
             self.plan = plan_of(self.plan.budget, taken, (*self.plan.decisions, told))
             release()
+            # Only here: what failed may hang in a cycle of tracebacks, what ended well does not,
+            # and going through all objects of a program takes a sixth of a second.
+            gc.collect()
             free_memory(self._device)
 
     def _smaller(self, stage: str, *, loading: bool) -> int | None:
@@ -137,9 +140,8 @@ class Fitting:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give what nothing refers to any more back to the system and the device."""
+    """Give what was freed back to the system and the device."""
     with span("free memory"):
-        gc.collect()
         return_freed_memory()
         if device.type == "cuda":
             torch.cuda.empty_cache()

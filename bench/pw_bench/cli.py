@@ -6,7 +6,9 @@ from __future__ import annotations
 import click
 
 from pw_bench.cli_e2e import e2e
+from pw_bench.compare import compare
 from pw_bench.kernels import kernels
+from pw_bench.stages import stages
 
 
 @click.group()
@@ -14,5 +16,5 @@ def bench() -> None:
     """Measure latency and memory, compare, report (docs/benchmarks.md)."""
 
 
-for command in (kernels, e2e):
+for command in (kernels, stages, e2e, compare):
     bench.add_command(command)

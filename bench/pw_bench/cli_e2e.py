@@ -11,8 +11,6 @@ from typing import Any, get_args
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from pw_bench.ceilings import measure_ceilings
 from pw_bench.e2e import run_all
@@ -20,7 +18,8 @@ from pw_bench.identity import envelope, identify
 from pw_bench.job import SCOPE, Job
 from pw_bench.nvml import Nvml
 from pw_bench.programs import OURS, SIDES, why_not
-from pw_bench.results import Result, Skipped, write_result
+from pw_bench.results import Skipped, write_result
+from pw_bench.shown import show
 from pw_bench.timing import FULL
 from pw_bench.weights import Synthetic, Weights, converted, made_up
 from pw_runtime.atomic import write_tensors
@@ -165,44 +164,3 @@ def scope_of(job: Job, weights: Weights) -> dict[str, str]:
         "device": job.device,
         "files": "in the page cache",
     }
-
-
-def show(result: Result) -> None:
-    """The short table on the terminal."""
-    console = Console(highlight=False)
-    table = Table("figure", "median", "p10 to p90", "samples", "notes")
-    for one in result.figures:
-        scale, unit = {"s": (1.0, "s"), "B": (2**20, "MiB"), "J": (1.0, "J")}[one.unit]
-        low, high = one.spread
-        notes = [] if one.stable else ["unstable"]
-        notes += ["fell back"] if one.fell_back else []
-        table.add_row(
-            one.name,
-            f"{one.median / scale:.2f} {unit}",
-            f"{low / scale:.2f} to {high / scale:.2f}",
-            " ".join(f"{sample / scale:.2f}" for sample in one.samples),
-            ", ".join(notes),
-        )
-    console.print(table)
-    for same in result.equivalence:
-        frames = "frames equal" if same.psnr is None else f"frames {same.psnr:.1f} dB"
-        last = same.steps[-1].relative_l2
-        console.print(f"{same.side} against {same.against}: {same.label} ({last:.1e}, {frames})")
-    for ratio in result.ratios:
-        console.print(f"{ratio.side} against {ratio.against}: {said(ratio)}")
-    for clip in result.clips:
-        console.print(
-            f"{clip.side} {clip.start}: unattributed {max(clip.unattributed_shares):.2%} at most"
-        )
-    for part in result.skipped:
-        console.print(f"skipped: {part.part} ({part.reason})")
-
-
-def said(ratio: Any) -> str:
-    """A ratio in words."""
-    if ratio.refused:
-        return f"no ratio: {ratio.refused}"
-    parts = [f"{ratio.cold:.2f} x as fast cold"] if ratio.cold else []
-    parts += [f"{ratio.warm:.2f} x warm"] if ratio.warm else []
-    parts += [f"{ratio.memory:.2f} of its peak memory"] if ratio.memory else []
-    return ", ".join(parts)

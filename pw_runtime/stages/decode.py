@@ -56,7 +56,7 @@ def decode(
     cut = _cut(plan, vae, *latent.x.shape[2:])
     start = 0
     for frame in latent.x.split(1, dim=1):  # [C, 1, H, W]
-        with torch.inference_mode():
+        with torch.inference_mode(), span("chunk" if start else "first chunk"):
             packed = _packed(cut(frame), latent, pixel_format, truncate=compat.truncating_uint8)
         frames = len(packed)
         yield FrameChunk(start=start, pixel_format=pixel_format, frames=packed)

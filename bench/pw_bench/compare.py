@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether one result is slower or larger than an earlier one, by the spread that both recorded.
+
+A figure has changed where its medians are further apart than half of what lies between their 10th
+and 90th percentiles, both spreads added in quadrature, and than one part in fifty. For medians of
+five samples or more whose noise is even, that is beyond two and a half standard deviations of their
+difference; a change of a tenth is seen where the samples lie within a tenth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pw_bench.results import Figure, Result, read_result
+from pw_bench.shown import amount
+from pw_runtime.cli_options import DONE, FILE, SOME_FAILED
+from pw_runtime.errors import BadRequest
+
+LEAST: Final = 0.02  # a smaller change is none
+FEWEST: Final = 3  # samples of which a spread can be told
+
+Verdict = Literal["slower", "faster", "larger", "smaller", "same", "too few samples", "fell back"]
+WORSE: Final = ("slower", "larger")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A figure then and now."""
+
+    name: str
+    old: float
+    new: float
+    threshold: float  # of the change, relative
+    verdict: Verdict
+
+    @property
+    def relative(self) -> float:
+        """By how much the median moved."""
+        return self.new / self.old - 1
+
+
+def compare_results(old: Result, new: Result) -> list[Change]:
+    """Compare figures by name, in the order of the newer result.
+
+    Raises BadRequest where the two are of other scopes or machines, or share no figure.
+    """
+    differing = differences(old, new)
+    if differing:
+        raise BadRequest(
+            "the results cannot be compared",
+            got="; ".join(f"{key}: {a} and {b}" for key, (a, b) in differing.items()),
+            wanted="the same kind, scope and machine",
+            do="measure both with the same command on the same machine",
+        )
+    before = {figure.name: figure for figure in old.figures}
+    changes = [change(before[one.name], one) for one in new.figures if one.name in before]
+    if not changes:
+        raise BadRequest(
+            "the results have no figure in common",
+            got=", ".join(before) or "none",
+            wanted=", ".join(one.name for one in new.figures) or "any",
+        )
+    return changes
+
+
+def differences(old: Result, new: Result) -> dict[str, tuple[object, object]]:
+    """What makes two results incomparable: field -> its two values."""
+    a, b = _cohort(old), _cohort(new)
+    keys = dict.fromkeys((*a, *b))
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def _cohort(result: Result) -> dict[str, object]:
+    """What must be the same: the work and the machine; versions and commits may differ."""
+    machine = result.identity.machine
+    return {
+        "kind": result.kind,
+        **{f"scope of {key}": value for key, value in result.scope.items()},
+        "cpu": machine.cpu,
+        "cores": machine.cores,
+        "threads": result.identity.threads,
+        "gpus": tuple(gpu.name for gpu in machine.gpus),
+    }
+
+
+def change(old: Figure, new: Figure) -> Change:
+    """Compare two figures of one name."""
+    a, b = old.median, new.median
+    wide = math.hypot(*(one.spread[1] - one.spread[0] for one in (old, new))) / 2
+    threshold = max(LEAST, wide / a)
+    verdict: Verdict = "same"
+    if old.fell_back or new.fell_back:
+        verdict = "fell back"
+    elif min(len(old.samples), len(new.samples)) < FEWEST:
+        verdict = "too few samples"
+    elif b / a - 1 > threshold:
+        verdict = "slower" if new.unit == "s" else "larger"
+    elif 1 - b / a > threshold:
+        verdict = "faster" if new.unit == "s" else "smaller"
+    return Change(name=new.name, old=a, new=b, threshold=threshold, verdict=verdict)
+
+
+@click.command()
+@click.argument("old", type=FILE)
+@click.argument("new", type=FILE)
+def compare(old: Path, new: Path) -> int:
+    """Tell whether the figures of NEW are slower or larger than those of OLD; if so, exit with 3.
+
+    Only results of the same scope from the same machine are compared.
+    """
+    before, after = read_result(old), read_result(new)
+    changes = compare_results(before, after)
+    units = {one.name: one.unit for one in after.figures}
+    table = Table("figure", "old", "new", "change", "counts from", "verdict")
+    for one in changes:
+        table.add_row(
+            one.name,
+            *(amount(value, units[one.name]) for value in (one.old, one.new)),
+            f"{one.relative:+.1%}",
+            f"{one.threshold:.1%}",
+            one.verdict,
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    names = {figure.name for figure in after.figures}
+    gone = [figure.name for figure in before.figures if figure.name not in names]
+    if gone:
+        console.print(f"only in {old}: {', '.join(gone)}")
+    unlike = {"commit": (before.identity.commit, after.identity.commit)}
+    console.print(", ".join(f"{key} {a} and {b}" for key, (a, b) in unlike.items()))
+    return SOME_FAILED if any(one.verdict in WORSE for one in changes) else DONE

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every stage by itself, out of whole clips made one after the other in one warm process.
+
+    pw bench stages --preset nano --out FILE
+
+What is timed is `pw generate` itself: a figure collects the spans of one kind over all clips.
+Where the arithmetic of a stage is known, its share of the measured ceilings stands beside it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import click
+import torch
+
+from pw_bench.ceilings import measure_ceilings
+from pw_bench.cli_e2e import NO_NVML, PROMPT, pick_weights, scope_of, write_noise
+from pw_bench.identity import envelope, identify
+from pw_bench.job import Job
+from pw_bench.nvml import Nvml
+from pw_bench.ours import Ours
+from pw_bench.results import Ceilings, Figure, Result, Skipped, write_result
+from pw_bench.shown import show
+from pw_bench.timing import FULL
+from pw_bench.weights import Synthetic
+from pw_runtime.bundle import Bundle, open_bundle
+from pw_runtime.cli_options import FILE, FOLDER, device_option, precision_option
+from pw_runtime.estimate import Rates, decode_seconds, denoise_seconds
+from pw_runtime.presets import find_preset
+from pw_runtime.progress import Reporter
+from pw_runtime.request import default_precision, pick_device
+from pw_runtime.trace import Span, Trace
+from pw_runtime.types import OFFICIAL_NEGATIVE, NetworkPlan, Preset
+
+# Spans that a figure is made of. Steps are named by the stage around them.
+KINDS: Final = (
+    "check networks",
+    "plan",
+    "check files",
+    "load text encoder",
+    "text",
+    "load draft",
+    "load highres",
+    "condition",
+    "latents",
+    "load vae",
+    "first chunk",
+    "chunk",
+    "pack",
+    "encode",
+    "mux",
+    "receipt",
+)
+WORDS: Final = "stages of `pw generate`, clip after clip in one process, the first clip left out"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """What a stage computes at least, and how long that takes at the ceilings."""
+
+    flops: float
+    seconds: float
+
+
+def sampled(spans: Iterable[Span]) -> Iterator[tuple[str, float]]:
+    """(name of a figure, seconds) for each span of a clip that a figure is of."""
+    spans = list(spans)
+    stages = [one for one in spans if one.name in ("draft", "highres")]
+    for one in spans:
+        if one.name.startswith("step "):
+            around = next(s for s in stages if s.start <= one.start and one.end <= s.end)
+            yield f"{around.name} step", one.end - one.start
+        elif one.name in KINDS:
+            yield one.name, one.end - one.start
+
+
+def arithmetic(bundle: Bundle, preset: Preset, ceilings: Ceilings) -> dict[str, Arithmetic]:
+    """Of the figures whose arithmetic is known; of steps the mean."""
+    once = Rates(matmul=1.0, attention=1.0, conv=1.0, copy=1.0, source="arithmetic alone")
+    best = Rates(
+        matmul=ceilings.gemm.rate,
+        attention=ceilings.attention.rate,
+        conv=ceilings.convolution.rate,
+        copy=ceilings.copy.rate,
+        source="measured",
+    )
+    found = {}
+    networks = {"draft": bundle.networks.draft, "highres": bundle.networks.highres}
+    for name, stage in preset.stages().items():
+        entry = networks[name]
+        assert entry is not None
+
+        def seconds(rates: Rates, entry: Any = entry, stage: Any = stage) -> float:
+            whole = denoise_seconds(entry.config, stage, preset.video, NetworkPlan(), rates)
+            return whole / stage.steps
+
+        found[f"{name} step"] = Arithmetic(flops=seconds(once), seconds=seconds(best))
+    vae, last = bundle.networks.vae.config, list(preset.stages().values())[-1]
+
+    def decoded(frames: int, rates: Rates) -> float:
+        return decode_seconds(vae, last, replace(preset.video, frames=frames), rates)
+
+    first, two = (
+        Arithmetic(flops=decoded(frames, once), seconds=decoded(frames, best)) for frames in (1, 5)
+    )
+    later = Arithmetic(flops=two.flops - first.flops, seconds=two.seconds - first.seconds)
+    return found | {"first chunk": first, "chunk": later}
+
+
+def figures_of(clips: Iterable[Iterable[Span]], known: Mapping[str, Arithmetic]) -> list[Figure]:
+    """One figure for each kind of span, in the order in which they first end."""
+    samples: dict[str, list[float]] = {}
+    for spans in clips:
+        for name, seconds in sampled(spans):
+            samples.setdefault(name, []).append(seconds)
+    figures = [Figure(name=name, unit="s", samples=tuple(taken)) for name, taken in samples.items()]
+    return [
+        replace(one, flops=known[one.name].flops, of_ceiling=known[one.name].seconds / one.median)
+        if one.name in known
+        else one
+        for one in figures
+    ]
+
+
+def measure_stages(job: Job, clips: int, ceilings: Ceilings, reporter: Reporter) -> list[Figure]:
+    """Make clips, one more than asked for: the first warms the process up. Ctrl-C ends early."""
+    program, device = Ours("eager"), torch.device(job.device)
+    made: list[list[Span]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(clips + 1):
+            trace = Trace(device)
+            try:
+                with trace.recording():
+                    program.clip(job, Path(folder) / f"{number}.mp4")
+            except KeyboardInterrupt:
+                if len(made) < 2:
+                    raise
+                reporter.warn("interrupted: the clips until now count")
+                break
+            made.append(trace.spans)
+            reporter.say(f"clip {number + 1} of {clips + 1}")
+    return figures_of(made[1:], arithmetic(open_bundle(job.bundle), job.preset, ceilings))
+
+
+@click.command()
+@click.option("--preset", required=True, help="As for `pw generate`.")
+@click.option("--checkpoint", type=FOLDER, help="In the official layout. [default: made up]")
+@click.option(
+    "--synthetic",
+    type=click.Choice(get_args(Synthetic)),
+    default="nano",
+    show_default=True,
+    help="Size of made-up weights.",
+)
+@click.option("--clips", type=click.IntRange(1), default=5, show_default=True)
+@precision_option
+@device_option
+@click.option("--out", type=FILE, required=True, help="Results file.")
+def stages(out: Path, **options: Any) -> None:
+    """Measure every stage of a clip by itself, beside what this machine can do at best."""
+    device, preset = pick_device(options["device"]), find_preset(options["preset"])
+    reporter, nvml = Reporter(), Nvml()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        weights = pick_weights(options, folder, reporter)
+        job = Job(
+            checkpoint=weights.checkpoint,
+            bundle=weights.bundle,
+            prompt=PROMPT,
+            negative=OFFICIAL_NEGATIVE,
+            preset=preset,
+            noise=write_noise(preset, folder / "noise.safetensors"),
+            device=str(device),
+            precision=default_precision(options["precision"], device),
+            codec="h264",
+        )
+        identity = identify(device, nvml, weights={weights.name: weights.digest}, engines={})
+        ceilings = measure_ceilings(device, FULL)
+        figures = measure_stages(job, options["clips"], ceilings, reporter)
+    result: Result = replace(
+        envelope("stages", scope_of(job, weights) | {"words": WORDS}, identity, ceilings, nvml),
+        figures=tuple(figures),
+        skipped=() if device.type == "cuda" else (Skipped(part=NO_NVML, reason="no CUDA GPU"),),
+    )
+    write_result(result, out)
+    show(result)
+    click.echo(out)
