@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -87,11 +87,15 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """An opened bundle. `digest` is the SHA-256 of bundle.json and so pins every file."""
+    """An opened bundle. `digest` is the SHA-256 of bundle.json and so pins every file.
+
+    `made_up` gives the tensors of a network in the place of files, for benchmarks without any.
+    """
 
     root: Path
     digest: str
     manifest: Manifest
+    made_up: Callable[[Network], dict[str, torch.Tensor]] | None = None
 
     @property
     def networks(self) -> Networks:
@@ -187,6 +191,8 @@ def load_tensors(
         n: s for n, s in expected_shapes(network, entry.config).items() if n.startswith(prefix)
     }
     tensors: dict[str, torch.Tensor] = {}
+    if bundle.made_up is not None:
+        tensors = {n: x for n, x in bundle.made_up(network).items() if n.startswith(prefix)}
     for file in entry.files:
         shard = _read_shard(bundle.root / file, prefix)
         if twice := shard.keys() & tensors.keys():

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import torch
@@ -21,9 +20,9 @@ from pw_bench.programs import OURS, SIDES, why_not
 from pw_bench.results import Skipped, write_result
 from pw_bench.shown import show
 from pw_bench.timing import FULL
-from pw_bench.weights import Synthetic, Weights, converted, made_up
+from pw_bench.weights import Weights, pick_weights, weights_options
 from pw_runtime.atomic import write_tensors
-from pw_runtime.cli_options import FILE, FOLDER, device_option, precision_option
+from pw_runtime.cli_options import FILE, device_option, precision_option
 from pw_runtime.errors import BadRequest
 from pw_runtime.noise import draw_noise, latent_shape, seeds_for
 from pw_runtime.presets import find_preset
@@ -38,14 +37,7 @@ NO_NVML = "memory, power and energy by NVML"
 @click.command()
 @click.option("--preset", required=True, help="As for `pw generate`.")
 @click.option("--draft-only", is_flag=True, help="The draft is the clip.")
-@click.option("--checkpoint", type=FOLDER, help="In the official layout. [default: made up]")
-@click.option(
-    "--synthetic",
-    type=click.Choice(get_args(Synthetic)),
-    default="nano",
-    show_default=True,
-    help="Size of made-up weights.",
-)
+@weights_options
 @click.option(
     "--side",
     "sides",
@@ -65,11 +57,11 @@ def e2e(out: Path, **options: Any) -> None:
     if options["draft_only"]:
         preset = replace(preset, highres=None)
     skipped = [] if device.type == "cuda" else [Skipped(part=NO_NVML, reason="no CUDA GPU")]
-    sides = pick_sides(options["sides"], preset, skipped)
     reporter, nvml = Reporter(), Nvml()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        weights = pick_weights(options, folder, reporter)
+        weights = pick_weights(options["checkpoint"], options["synthetic"], folder, reporter.say)
+        sides = pick_sides(options["sides"], preset, weights, device, skipped)
         job = Job(
             checkpoint=weights.checkpoint,
             bundle=weights.bundle,
@@ -80,6 +72,7 @@ def e2e(out: Path, **options: Any) -> None:
             device=str(device),
             precision=default_precision(options["precision"], device),
             codec="h264",
+            in_memory=weights.in_memory,
         )
         names = {weights.name: weights.digest}
         identity = identify(device, nvml, weights=names, engines={})
@@ -108,7 +101,13 @@ def e2e(out: Path, **options: Any) -> None:
     click.echo(out)
 
 
-def pick_sides(wanted: tuple[str, ...], preset: Preset, skipped: list[Skipped]) -> tuple[str, ...]:
+def pick_sides(
+    wanted: tuple[str, ...],
+    preset: Preset,
+    weights: Weights,
+    device: torch.device,
+    skipped: list[Skipped],
+) -> tuple[str, ...]:
     """The programs to run, ours first; those that cannot are skipped, or refused if asked for.
 
     Raises BadRequest.
@@ -116,7 +115,12 @@ def pick_sides(wanted: tuple[str, ...], preset: Preset, skipped: list[Skipped]) 
     names = wanted or tuple(name for name in SIDES if name != "ours-engines")
     sides = []
     for name in dict.fromkeys((OURS, *names)):
-        reason = why_not(name, highres=preset.highres is not None)
+        reason = why_not(
+            name,
+            highres=preset.highres is not None,
+            gpu=device.type == "cuda",
+            in_memory=weights.in_memory,
+        )
         if reason is None:
             sides.append(name)
         elif wanted:
@@ -125,13 +129,6 @@ def pick_sides(wanted: tuple[str, ...], preset: Preset, skipped: list[Skipped]) 
         else:
             skipped.append(Skipped(part=name, reason=reason))
     return tuple(sides)
-
-
-def pick_weights(options: Mapping[str, Any], folder: Path, reporter: Reporter) -> Weights:
-    """Those of --checkpoint, or made up. Raises BadRequest, BadWeights."""
-    if options["checkpoint"] is not None:
-        return converted(options["checkpoint"], folder, reporter.say)
-    return made_up(options["synthetic"], folder, reporter.say)
 
 
 def write_noise(preset: Preset, path: Path) -> Path:

@@ -10,6 +10,7 @@ difference; a change of a tenth is seen where the samples lie within a tenth.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -127,7 +128,7 @@ def compare(old: Path, new: Path) -> int:
             f"{one.threshold:.1%}",
             one.verdict,
         )
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     console.print(table)
     names = {figure.name for figure in after.figures}
     gone = [figure.name for figure in before.figures if figure.name not in names]

@@ -23,6 +23,7 @@ class Job:
         negative: text.
         preset: sizes and sampler settings; without a high-res stage the draft is the clip.
         noise: safetensors file with draft_noise and highres_noise, [C, T, H, W] fp32.
+        in_memory: random weights of the published sizes take the place of both.
         device: torch's name of it.
         precision: of the transformers.
         codec: of the video.
@@ -37,6 +38,7 @@ class Job:
     device: str
     precision: Precision
     codec: Codec
+    in_memory: bool = False
 
 
 class Program(Protocol):

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pw_bench.job import Job
+from pw_bench.synthetic import synthetic_bundle
 from pw_runtime.bundle import Bundle, open_bundle
 from pw_runtime.pipeline import generate
 from pw_runtime.progress import Reporter
+from pw_runtime.trace import span
 from pw_runtime.types import AttentionKernel, EnginePolicy, Kernels, Prompt, Request
 
 
@@ -28,12 +32,12 @@ class Ours:
         policy: EnginePolicy = "eager",
         kernels: Kernels = "reference",
         attention: AttentionKernel | None = None,
-        bundle: Bundle | None = None,
     ) -> None:
-        """With engines or without; `bundle` takes the place of the job's."""
+        """With engines or without."""
         self._policy, self._kernels, self._attention = policy, kernels, attention
-        self._bundle = bundle
-        self.receipt: dict[str, object] = {}
+        self._folder = tempfile.TemporaryDirectory()
+        self._in_memory: Bundle | None = None
+        self.receipt: dict[str, Any] = {}
         self.fell_back: tuple[str, ...] = ()
 
     def clip(self, job: Job, video: Path) -> None:
@@ -51,10 +55,17 @@ class Ours:
             attention=self._attention,
             device=torch.device(job.device),
         )
-        bundle = self._bundle or open_bundle(job.bundle)
-        (outcome,) = generate(request, bundle, Reporter(quiet=True))
+        (outcome,) = generate(request, self._open(job), Reporter(quiet=True))
         if outcome.error is not None:
             raise RuntimeError(outcome.error)
         assert outcome.video == video
         self.receipt = json.loads(video.with_suffix(".json").read_text())
-        self.fell_back = tuple(str(text) for text in self.receipt["notices"])  # type: ignore[attr-defined]
+        self.fell_back = tuple(self.receipt["notices"])
+
+    def _open(self, job: Job) -> Bundle:
+        if not job.in_memory:
+            return open_bundle(job.bundle)
+        if self._in_memory is None:
+            with span("make weights"):
+                self._in_memory = synthetic_bundle(Path(self._folder.name))
+        return self._in_memory

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from pw_bench.job import Program
 
@@ -23,18 +23,16 @@ class Side:
     make: Callable[[], Program]
     highres: bool = True  # whether it can make the high-res stage
     package: str | None = None  # that must be installed
+    gpu: bool = False  # whether it needs one
 
 
-def _ours() -> Program:
-    from pw_bench.ours import Ours
+def _ours(**options: Any) -> Callable[[], Program]:
+    def make() -> Program:
+        from pw_bench.ours import Ours
 
-    return Ours("eager")
+        return Ours(**options)
 
-
-def _engines() -> Program:
-    from pw_bench.ours import Ours
-
-    return Ours("engines")
+    return make
 
 
 def _official() -> Program:
@@ -57,10 +55,20 @@ def _diffusers_compiled() -> Program:
 
 SIDES: Final[Mapping[str, Side]] = MappingProxyType(
     {
-        OURS: Side(what="this runtime without engines: `pw generate --policy eager`", make=_ours),
+        OURS: Side(what="this runtime, `pw generate --policy eager`", make=_ours()),
         "ours-engines": Side(
-            what="this runtime on engines of `pw build`: `pw generate --policy engines`",
-            make=_engines,
+            what="this runtime on engines of `pw build`, `pw generate --policy engines`",
+            make=_ours(policy="engines"),
+        ),
+        "ours-cudnn": Side(
+            what="this runtime, `pw generate --policy eager --attention cudnn`",
+            make=_ours(attention="cudnn"),
+            gpu=True,
+        ),
+        "ours-triton": Side(
+            what="this runtime, `pw generate --policy eager --kernels triton`",
+            make=_ours(kernels="triton"),
+            gpu=True,
         ),
         "official": Side(
             what="the official recipe, composed in eager PyTorch from its specification: "
@@ -84,9 +92,13 @@ SIDES: Final[Mapping[str, Side]] = MappingProxyType(
 )
 
 
-def why_not(name: str, *, highres: bool) -> str | None:
+def why_not(name: str, *, highres: bool, gpu: bool, in_memory: bool) -> str | None:
     """Why a program cannot take part; None where it can."""
     side = SIDES[name]
+    if side.gpu and not gpu:
+        return "it needs a CUDA GPU"
+    if in_memory and not name.startswith(OURS):
+        return "it reads its weights from files, and there are none"
     if side.package is not None and find_spec(side.package) is None:
         return f"{side.package} is not installed"
     if highres and not side.highres:

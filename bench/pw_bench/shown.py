@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 
@@ -11,7 +13,7 @@ from pw_bench.results import Ratio, Result
 
 def show(result: Result) -> None:
     """The short table on the terminal."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     table = Table("figure", "median", "p10", "p90", "samples", "of ceiling", "notes")
     for one in result.figures:
         low, high = one.spread

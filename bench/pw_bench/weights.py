@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal, get_args
+
+import click
 
 from pw_export.convert import convert
 from pw_export.nano import (
@@ -16,7 +18,8 @@ from pw_export.nano import (
     write_nano_checkpoint,
 )
 
-Synthetic = Literal["nano", "medium"]
+Synthetic = Literal["nano", "medium", "5b"]
+from pw_runtime.cli_options import FOLDER
 
 # Between the built-in model and the published one, at the latter's proportions.
 MEDIUM_DIT: Final = replace(
@@ -41,11 +44,41 @@ class Weights:
     checkpoint: Path
     bundle: Path
     digest: str
+    in_memory: bool = False  # every process makes them up, and there are no files
+
+
+def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options --checkpoint and --synthetic."""
+    size = click.option(
+        "--synthetic",
+        type=click.Choice(get_args(Synthetic)),
+        default="nano",
+        show_default=True,
+        help="Size of made-up weights; 5b: that of the published networks, in memory, for a GPU.",
+    )
+    checkpoint = click.option(
+        "--checkpoint", type=FOLDER, help="In the official layout. [default: made up]"
+    )
+    return checkpoint(size(command))
+
+
+def pick_weights(
+    checkpoint: Path | None, synthetic: Synthetic, folder: Path, say: Callable[[str], None]
+) -> Weights:
+    """Those of a checkpoint, or made-up ones. Raises BadRequest, BadWeights."""
+    if checkpoint is not None:
+        return converted(checkpoint, folder, say)
+    return made_up(synthetic, folder, say)
 
 
 def made_up(name: Synthetic, folder: Path, say: Callable[[str], None]) -> Weights:
     """Write random weights of a size, by seed 0, and convert them."""
     checkpoint = folder / "checkpoint"
+    what = f"made-up weights, {name}, seed 0"
+    if name == "5b":
+        return Weights(
+            name=what, checkpoint=folder, bundle=folder, digest="none: no files", in_memory=True
+        )
     if name == "nano":
         write_nano_checkpoint(checkpoint)
     else:
@@ -56,7 +89,7 @@ def made_up(name: Synthetic, folder: Path, say: Callable[[str], None]) -> Weight
             vae=MEDIUM_VAE,
             text_encoder=MEDIUM_TEXT_ENCODER,
         )
-    return converted(checkpoint, folder, say, name=f"made-up weights, {name}, seed 0")
+    return converted(checkpoint, folder, say, name=what)
 
 
 def converted(

@@ -83,7 +83,7 @@ def write_nano_checkpoint(
         (folder / "pixelwizard").mkdir()
         _write_pickle(folder / "pixelwizard" / "highres.pt", {"generator": high})
         (folder / "google" / "umt5-xxl").mkdir(parents=True)
-        _write_tokenizer(folder / "google" / "umt5-xxl", dit.text_len)
+        write_byte_tokenizer(folder / "google" / "umt5-xxl", dit.text_len)
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
@@ -228,8 +228,8 @@ def _write_pickle(path: Path, content: object) -> None:
         torch.save(content, partial)
 
 
-def _write_tokenizer(folder: Path, text_len: int) -> None:
-    """One token per byte; every text ends with </s>."""
+def write_byte_tokenizer(folder: Path, text_len: int) -> None:
+    """Write a tokenizer of one token per byte; every text ends with </s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))

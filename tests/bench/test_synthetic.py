@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that no file holds: a clip is made of them like of any others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pw_bench.synthetic import synthetic_bundle
+from pw_export.nano import NANO_DIT, NANO_HIGHRES, NANO_TEXT_ENCODER, NANO_VAE
+from pw_export.published import NETWORKS
+from pw_runtime.bundle import load_tensors
+from pw_runtime.pipeline import generate
+from pw_runtime.presets import PRESETS
+from pw_runtime.progress import Reporter
+from pw_runtime.types import Prompt, Request, StagePlan, VideoPlan
+
+SMALL = replace(
+    NETWORKS,
+    draft=replace(NETWORKS.draft, config=NANO_DIT),
+    highres=replace(NETWORKS.highres, config=NANO_HIGHRES),
+    vae=replace(NETWORKS.vae, config=NANO_VAE),
+    text_encoder=replace(NETWORKS.text_encoder, config=NANO_TEXT_ENCODER),
+)
+
+
+def test_a_clip_is_made_of_weights_in_memory(tmp_path: Path) -> None:
+    stage = StagePlan(width=64, height=64, steps=2, shift=5.0, guidance=5.0)
+    preset = replace(
+        PRESETS["nano"], draft=stage, highres=replace(stage, width=96), video=VideoPlan(frames=5)
+    )
+    bundle = synthetic_bundle(tmp_path / "bundle", SMALL)
+    prompt = Prompt(id="0", text="a red ball", position=1)
+    request = Request(prompts=(prompt,), preset=preset, out=tmp_path / "out")
+    (outcome,) = generate(request, bundle, Reporter(quiet=True))
+    assert outcome.error is None
+    assert outcome.video is not None
+    assert outcome.video.stat().st_size > 0
+    assert not [*bundle.root.rglob("*.safetensors")]
+
+
+def test_the_same_weights_every_time_in_the_dtypes_of_checkpoints(tmp_path: Path) -> None:
+    one, other = (load_tensors(synthetic_bundle(tmp_path / name, SMALL), "draft") for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {x.dtype for x in one.values()} == {torch.bfloat16}
+    vae = load_tensors(synthetic_bundle(tmp_path / "c", SMALL), "vae", prefix=("decoder.",))
+    assert {x.dtype for x in vae.values()} == {torch.float32}
