@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,23 +18,20 @@ import torch
 from pw_bench.ceilings import measure_ceilings
 from pw_bench.e2e import run_all
 from pw_bench.identity import envelope, identify
-from pw_bench.job import SCOPE, Job
+from pw_bench.job import make_job, scope_of
 from pw_bench.nvml import Nvml
-from pw_bench.programs import OURS, SIDES, why_not
-from pw_bench.results import Skipped, write_result
+from pw_bench.programs import ENGINES, OURS, SIDES, why_not
+from pw_bench.results import Figure, Skipped, require_folder, write_result
 from pw_bench.shown import show
 from pw_bench.timing import FULL
 from pw_bench.weights import Weights, pick_weights, weights_options
-from pw_runtime.atomic import write_tensors
 from pw_runtime.cli_options import FILE, device_option, precision_option
-from pw_runtime.errors import BadRequest
-from pw_runtime.noise import draw_noise, latent_shape, seeds_for
+from pw_runtime.errors import BadRequest, BadResult
 from pw_runtime.presets import find_preset
 from pw_runtime.progress import Reporter
-from pw_runtime.request import default_precision, pick_device
-from pw_runtime.types import OFFICIAL_NEGATIVE, Preset
+from pw_runtime.request import pick_device
+from pw_runtime.types import Preset
 
-PROMPT = "a red ball rolls over green grass, the camera follows it"
 NO_NVML = "memory, power and energy by NVML"
 
 
@@ -52,6 +53,7 @@ NO_NVML = "memory, power and energy by NVML"
 @click.option("--out", type=FILE, required=True, help="Results file.")
 def e2e(out: Path, **options: Any) -> None:
     """Measure prompt to video, beside other programs: time, memory, equivalence."""
+    require_folder(out)
     device = pick_device(options["device"])
     preset = find_preset(options["preset"])
     if options["draft_only"]:
@@ -62,20 +64,12 @@ def e2e(out: Path, **options: Any) -> None:
         folder = Path(temporary)
         weights = pick_weights(options["checkpoint"], options["synthetic"], folder, reporter.say)
         sides = pick_sides(options["sides"], preset, weights, device, skipped)
-        job = Job(
-            checkpoint=weights.checkpoint,
-            bundle=weights.bundle,
-            prompt=PROMPT,
-            negative=OFFICIAL_NEGATIVE,
-            preset=preset,
-            noise=write_noise(preset, folder / "noise.safetensors"),
-            device=str(device),
-            precision=default_precision(options["precision"], device),
-            codec="h264",
-            in_memory=weights.in_memory,
-        )
-        names = {weights.name: weights.digest}
-        identity = identify(device, nvml, weights=names, engines={})
+        job = make_job(weights, preset, folder, device, options["precision"])
+        figures: tuple[Figure, ...] = ()
+        environment: dict[str, str] = {}
+        if ENGINES in sides:
+            figures, environment = build_engines(weights, folder / "cache", reporter)
+        identity = identify(device, nvml, weights={weights.name: weights.digest}, engines={})
         ceilings = measure_ceilings(device, FULL)
         taken = run_all(
             sides,
@@ -83,13 +77,13 @@ def e2e(out: Path, **options: Any) -> None:
             folder,
             rounds=options["rounds"],
             warm=options["warm"],
-            environment={},
+            environment=environment,
             reporter=reporter,
         )
     identity = replace(identity, threads=taken.threads, engines=taken.engines)
     result = replace(
         envelope("e2e", scope_of(job, weights), identity, ceilings, nvml),
-        figures=taken.figures,
+        figures=(*figures, *taken.figures),
         sides={side: SIDES[side].what for side in sides},
         clips=taken.clips,
         equivalence=taken.equivalence,
@@ -112,7 +106,7 @@ def pick_sides(
 
     Raises BadRequest.
     """
-    names = wanted or tuple(name for name in SIDES if name != "ours-engines")
+    names = wanted or tuple(name for name in SIDES if name != ENGINES)
     sides = []
     for name in dict.fromkeys((OURS, *names)):
         reason = why_not(
@@ -131,33 +125,19 @@ def pick_sides(
     return tuple(sides)
 
 
-def write_noise(preset: Preset, path: Path) -> Path:
-    """The noise that `pw generate --seed 0` draws for the first prompt, in a file for all."""
-    seeds = seeds_for(0, 1)
-    noise = {
-        f"{stage}_noise": draw_noise(
-            latent_shape(plan, preset.video), getattr(seeds, stage), torch.device("cpu")
-        )
-        for stage, plan in preset.stages().items()
-    }
-    write_tensors(path, noise)
-    return path
+def build_engines(
+    weights: Weights, cache: Path, reporter: Reporter
+) -> tuple[tuple[Figure, ...], dict[str, str]]:
+    """`pw build` into a store of its own: its time, and the variable by which it is found.
 
-
-def scope_of(job: Job, weights: Weights) -> dict[str, str]:
-    """What is measured. Results compare where this is equal."""
-    scope = {"words": SCOPE}
-    for stage, plan in job.preset.stages().items():
-        scope[stage] = (
-            f"{plan.width}x{plan.height}, {plan.steps} steps of {plan.solver}, "
-            f"shift {plan.shift}, guidance {plan.guidance}"
-        )
-    video = job.preset.video
-    return scope | {
-        "video": f"{video.frames} frames at {video.fps} per second, {job.codec}",
-        "decode": f"{job.preset.decode.strips} strips in the official recipe",
-        "weights": weights.name,
-        "precision": job.precision,
-        "device": job.device,
-        "files": "in the page cache",
-    }
+    Raises BadResult where it fails; it has said why.
+    """
+    reporter.say("building engines")
+    environment = {"PW_CACHE": str(cache)}
+    command = [sys.executable, "-m", "pw_runtime", "build", "--model", str(weights.bundle)]
+    start = time.perf_counter()
+    code = subprocess.run(command, env=os.environ | environment, check=False).returncode
+    seconds = time.perf_counter() - start
+    if code != 0:
+        raise BadResult("the engines could not be built", got=f"exit code {code} of `pw build`")
+    return (Figure(name=f"{ENGINES}/build", unit="s", samples=(seconds,)),), environment

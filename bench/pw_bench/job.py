@@ -7,9 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pw_runtime.types import Codec, Precision, Preset
+import torch
+
+from pw_bench.weights import Weights
+from pw_runtime.atomic import write_tensors
+from pw_runtime.noise import draw_noise, latent_shape, seeds_for
+from pw_runtime.request import default_precision
+from pw_runtime.types import OFFICIAL_NEGATIVE, Codec, Precision, Preset
 
 SCOPE = "prompt in, closed mp4 on disk"
+PROMPT = "a red ball rolls over green grass, the camera follows it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +59,57 @@ class Program(Protocol):
     def clip(self, job: Job, video: Path) -> None:
         """From files to a closed video file. What it keeps loaded for the next clip is its way."""
         ...
+
+
+def make_job(
+    weights: Weights,
+    preset: Preset,
+    folder: Path,
+    device: torch.device,
+    precision: Precision | None,
+) -> Job:
+    """The job of a benchmark, its noise written to `folder`."""
+    return Job(
+        checkpoint=weights.checkpoint,
+        bundle=weights.bundle,
+        prompt=PROMPT,
+        negative=OFFICIAL_NEGATIVE,
+        preset=preset,
+        noise=_write_noise(preset, folder / "noise.safetensors"),
+        device=str(device),
+        precision=default_precision(precision, device),
+        codec="h264",
+        in_memory=weights.in_memory,
+    )
+
+
+def _write_noise(preset: Preset, path: Path) -> Path:
+    """The noise that `pw generate --seed 0` draws for the first prompt, in a file for all."""
+    seeds = seeds_for(0, 1)
+    noise = {
+        f"{stage}_noise": draw_noise(
+            latent_shape(plan, preset.video), getattr(seeds, stage), torch.device("cpu")
+        )
+        for stage, plan in preset.stages().items()
+    }
+    write_tensors(path, noise)
+    return path
+
+
+def scope_of(job: Job, weights: Weights) -> dict[str, str]:
+    """What is measured. Results compare where this is equal."""
+    scope = {"words": SCOPE}
+    for stage, plan in job.preset.stages().items():
+        scope[stage] = (
+            f"{plan.width}x{plan.height}, {plan.steps} steps of {plan.solver}, "
+            f"shift {plan.shift}, guidance {plan.guidance}"
+        )
+    video = job.preset.video
+    return scope | {
+        "video": f"{video.frames} frames at {video.fps} per second, {job.codec}",
+        "decode": f"{job.preset.decode.strips} strips in the official recipe",
+        "weights": weights.name,
+        "precision": job.precision,
+        "device": job.device,
+        "files": "in the page cache",
+    }

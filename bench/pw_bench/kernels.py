@@ -29,7 +29,15 @@ from pw_bench.ceilings import measure_ceilings
 from pw_bench.identity import envelope, identify
 from pw_bench.kernel_cases import GRIDS, Case, Maker
 from pw_bench.nvml import Nvml
-from pw_bench.results import Ceilings, Figure, KernelRow, Result, Skipped, write_result
+from pw_bench.results import (
+    Ceilings,
+    Figure,
+    KernelRow,
+    Result,
+    Skipped,
+    require_folder,
+    write_result,
+)
 from pw_bench.timing import FULL, QUICK, Protocol, time_all
 from pw_kernels import library
 from pw_kernels.interpreter import install_exact_casts
@@ -198,6 +206,8 @@ def kernels(
     out: Path | None, sizes: tuple[str, ...], only: str, quick: bool, interpret: bool
 ) -> None:
     """Check and time every kernel: on a GPU all implementations, on a CPU the references."""
+    if out is not None:
+        require_folder(out)
     device = torch.device("cuda" if torch.cuda.is_available() and not interpret else "cpu")
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton

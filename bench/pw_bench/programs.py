@@ -12,6 +12,7 @@ from typing import Any, Final
 from pw_bench.job import Program
 
 OURS: Final = "ours"
+ENGINES: Final = "ours-engines"
 EXACT: Final = OURS  # what the others' clips are compared with
 
 
@@ -56,7 +57,7 @@ def _diffusers_compiled() -> Program:
 SIDES: Final[Mapping[str, Side]] = MappingProxyType(
     {
         OURS: Side(what="this runtime, `pw generate --policy eager`", make=_ours()),
-        "ours-engines": Side(
+        ENGINES: Side(
             what="this runtime on engines of `pw build`, `pw generate --policy engines`",
             make=_ours(policy="engines"),
         ),

@@ -274,6 +274,16 @@ def to_json(result: Result) -> str:
     return _RESULT.dump_json(result, indent=1).decode() + "\n"
 
 
+def require_folder(out: Path) -> None:
+    """Raise BadRequest, before anything is measured, where a results file could not be written."""
+    if not out.parent.is_dir():
+        raise BadRequest(
+            f"cannot write {out}",
+            got=f"{out.parent}, which is no folder",
+            do=f"mkdir -p {out.parent}",
+        )
+
+
 def write_result(result: Result, path: Path) -> None:
     """Write it whole or not at all. Raises WriteFailed."""
     write_text(path, to_json(result))

@@ -19,12 +19,12 @@ import click
 import torch
 
 from pw_bench.ceilings import measure_ceilings
-from pw_bench.cli_e2e import NO_NVML, PROMPT, scope_of, write_noise
+from pw_bench.cli_e2e import NO_NVML
 from pw_bench.identity import envelope, identify
-from pw_bench.job import Job
+from pw_bench.job import Job, make_job, scope_of
 from pw_bench.nvml import Nvml
 from pw_bench.ours import Ours
-from pw_bench.results import Ceilings, Figure, Result, Skipped, write_result
+from pw_bench.results import Ceilings, Figure, Result, Skipped, require_folder, write_result
 from pw_bench.shown import show
 from pw_bench.timing import FULL
 from pw_bench.weights import pick_weights, weights_options
@@ -34,9 +34,9 @@ from pw_runtime.cli_options import FILE, device_option, precision_option
 from pw_runtime.estimate import Rates, decode_seconds, denoise_seconds
 from pw_runtime.presets import find_preset
 from pw_runtime.progress import Reporter
-from pw_runtime.request import default_precision, pick_device
+from pw_runtime.request import pick_device
 from pw_runtime.trace import Span, Trace
-from pw_runtime.types import OFFICIAL_NEGATIVE, NetworkPlan, Preset
+from pw_runtime.types import NetworkPlan, Preset
 
 # Spans that a figure is made of. Steps are named by the stage around them.
 KINDS: Final = (
@@ -150,32 +150,35 @@ def measure_stages(job: Job, clips: int, ceilings: Ceilings, reporter: Reporter)
     return figures_of(made[1:], arithmetic(networks, job.preset, ceilings))
 
 
+def shortened(preset: Preset, steps: int) -> Preset:
+    """The preset with fewer steps: each of them is timed by itself."""
+    draft, highres = (
+        None if stage is None else replace(stage, steps=min(steps, stage.steps))
+        for stage in (preset.draft, preset.highres)
+    )
+    assert draft is not None
+    return replace(preset, draft=draft, highres=highres)
+
+
 @click.command()
 @click.option("--preset", required=True, help="As for `pw generate`.")
 @weights_options
+@click.option("--steps", type=click.IntRange(1), help="At most, of each denoising stage.")
 @click.option("--clips", type=click.IntRange(1), default=5, show_default=True)
 @precision_option
 @device_option
 @click.option("--out", type=FILE, required=True, help="Results file.")
 def stages(out: Path, **options: Any) -> None:
     """Measure every stage of a clip by itself, beside what this machine can do at best."""
+    require_folder(out)
     device, preset = pick_device(options["device"]), find_preset(options["preset"])
+    if options["steps"] is not None:
+        preset = shortened(preset, options["steps"])
     reporter, nvml = Reporter(), Nvml()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = pick_weights(options["checkpoint"], options["synthetic"], folder, reporter.say)
-        job = Job(
-            checkpoint=weights.checkpoint,
-            bundle=weights.bundle,
-            prompt=PROMPT,
-            negative=OFFICIAL_NEGATIVE,
-            preset=preset,
-            noise=write_noise(preset, folder / "noise.safetensors"),
-            device=str(device),
-            precision=default_precision(options["precision"], device),
-            codec="h264",
-            in_memory=weights.in_memory,
-        )
+        job = make_job(weights, preset, folder, device, options["precision"])
         identity = identify(device, nvml, weights={weights.name: weights.digest}, engines={})
         ceilings = measure_ceilings(device, FULL)
         figures = measure_stages(job, options["clips"], ceilings, reporter)

@@ -17,9 +17,9 @@ from pw_export.nano import (
     NANO_VAE,
     write_nano_checkpoint,
 )
+from pw_runtime.cli_options import FOLDER
 
 Synthetic = Literal["nano", "medium", "5b"]
-from pw_runtime.cli_options import FOLDER
 
 # Between the built-in model and the published one, at the latter's proportions.
 MEDIUM_DIT: Final = replace(

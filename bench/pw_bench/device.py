@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is measured on a GPU machine, by one command and in parts.
+
+    python -m pw_bench.device --out FOLDER
+
+The published networks run with random weights, so nothing is downloaded. Each part is a results
+file in FOLDER; parts whose file is there are not run again, so the command can be repeated until
+all are. A part is not begun where the time left is less than it is expected to take.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+from pw_bench.results import read_result
+from pw_bench.shown import show
+from pw_runtime.cli_options import FOLDER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One results file; seconds are guessed from the arithmetic of an H200."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: float
+    long: bool = False  # only with --full
+
+
+_5B = ("--synthetic", "5b")
+PARTS = (
+    Part(
+        name="e2e-2k",
+        arguments=("e2e", "--preset", "2k", *_5B, "--side", "ours", "--rounds", "1", "--warm", "0"),
+        seconds=170,
+    ),
+    Part(
+        name="stages-4k",
+        arguments=("stages", "--preset", "4k", *_5B, "--steps", "1", "--clips", "1"),
+        seconds=220,
+    ),
+    Part(name="kernels-draft", arguments=("kernels", "--sizes", "draft"), seconds=40),
+    Part(name="kernels-2k", arguments=("kernels", "--sizes", "2k", "--quick"), seconds=60),
+    Part(name="kernels-4k", arguments=("kernels", "--sizes", "4k", "--quick"), seconds=120),
+    Part(
+        name="stages-2k",
+        arguments=("stages", "--preset", "2k", *_5B, "--steps", "2", "--clips", "1"),
+        seconds=160,
+    ),
+    Part(
+        name="e2e-2k-all",
+        arguments=("e2e", "--preset", "2k", *_5B, "--rounds", "3", "--warm", "1"),
+        seconds=2400,
+        long=True,
+    ),
+    Part(
+        name="e2e-4k",
+        arguments=("e2e", "--preset", "4k", *_5B, "--side", "ours-cudnn", "--rounds", "3"),
+        seconds=3600,
+        long=True,
+    ),
+)
+
+
+def run_parts(folder: Path, minutes: float, *, full: bool) -> dict[str, str]:
+    """Run what is missing; why each part that has no file has none."""
+    until, missing = time.monotonic() + 60 * minutes, {}
+    for part in PARTS:
+        out = folder / f"{part.name}.json"
+        if out.exists() or (part.long and not full):
+            continue
+        left = until - time.monotonic()
+        if left < part.seconds:
+            missing[part.name] = f"{left:.0f} s left, {part.seconds:.0f} s expected"
+            continue
+        click.echo(f"== {part.name}: pw bench {' '.join(part.arguments)}")
+        command = [sys.executable, "-m", "pw_runtime", "bench", *part.arguments]
+        code = subprocess.run([*command, "--out", str(out)], check=False).returncode
+        if code != 0 or not out.exists():
+            missing[part.name] = f"it ended with exit code {code}"
+    return missing
+
+
+@click.command()
+@click.option("--out", type=FOLDER, required=True, help="Folder of results files.")
+@click.option("--minutes", default=9.0, show_default=True, help="Time for this call.")
+@click.option("--full", is_flag=True, help="Hours: all rounds of 2K and whole clips of 4K.")
+def main(out: Path, minutes: float, full: bool) -> None:
+    """Measure kernels, stages and whole clips of 2K and 4K; the tables come last."""
+    if not torch.cuda.is_available():
+        raise click.ClickException("no CUDA GPU that torch can use: these sizes are for one")
+    out.mkdir(parents=True, exist_ok=True)
+    missing = run_parts(out, minutes, full=full)
+    for file in sorted(out.glob("*.json")):
+        click.echo(f"\n{file.name}")
+        show(read_result(file))
+    for name, reason in missing.items():
+        click.echo(f"not there yet: {name} ({reason}); repeat the command")
+
+
+if __name__ == "__main__":
+    main()
