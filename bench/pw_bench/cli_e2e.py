@@ -46,7 +46,7 @@ NO_NVML = "memory, power and energy by NVML"
     type=click.Choice([*SIDES]),
     help="Program; may be repeated. [default: all that can make the clip, without engines]",
 )
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--warm", type=click.IntRange(0), default=2, show_default=True, help="Per process.")
 @precision_option
 @device_option

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw bench compare`: what counts as a change, and what is not compared at all."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pw_bench.compare import change, compare, compare_results
+from pw_bench.results import Result, read_result, write_result
+from pw_runtime.cli_options import SOME_FAILED
+from pw_runtime.errors import BadRequest
+from tests.bench.results_made import MACHINE, figure, result
+
+
+def noisy(seed: int, around: float, spread: float = 0.02) -> tuple[float, ...]:
+    source = random.Random(seed)
+    return tuple(around * source.gauss(1, spread) for _ in range(9))
+
+
+def test_a_tenth_more_is_slower_and_a_tenth_less_faster() -> None:
+    old = figure("a", *noisy(1, 5.0))
+    assert change(old, figure("a", *noisy(2, 5.5))).verdict == "slower"
+    assert change(old, figure("a", *noisy(3, 4.5))).verdict == "faster"
+    assert change(replace(old, unit="B"), figure("a", *noisy(2, 5.5), unit="B")).verdict == "larger"
+
+
+def test_the_same_program_twice_is_the_same() -> None:
+    """Five hundred pairs of runs of nothing but noise."""
+    verdicts = [
+        change(figure("a", *noisy(2 * i, 5.0)), figure("a", *noisy(2 * i + 1, 5.0))).verdict
+        for i in range(500)
+    ]
+    assert verdicts.count("same") >= 495
+
+
+def test_a_wide_spread_hides_a_small_change_and_says_from_where_one_counts() -> None:
+    wide = figure("a", 4.0, 4.5, 5.0, 5.5, 6.0)
+    found = change(wide, figure("a", 4.4, 4.9, 5.5, 6.0, 6.6))
+    assert found.verdict == "same"
+    assert found.threshold > found.relative > 0
+
+
+def test_few_samples_or_a_fallback_give_no_verdict() -> None:
+    good, few = figure("a", *[1.0] * 5), figure("a", *[1.0] * 4)
+    assert change(good, replace(few, samples=(2.0,) * 4)).verdict == "too few samples"
+    assert change(good, replace(good, fell_back=("attention",))).verdict == "fell back"
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"scope": {"words": "all of it", "device": "cuda"}}, "scope of device: cpu and cuda"),
+        ({"scope": {"words": "all of it"}}, "scope of device: cpu and None"),
+        ({"kind": "stages"}, "kind: e2e and stages"),
+        (
+            {"identity": replace(result().identity, machine=replace(MACHINE, cpu="another"))},
+            "cpu: a CPU and another",
+        ),
+    ],
+)
+def test_other_scopes_and_machines_are_refused_with_what_differs(other, named: str) -> None:
+    old = result(figure("a", 1.0))
+    with pytest.raises(BadRequest, match="cannot be compared") as raised:
+        compare_results(old, replace(old, **other))
+    assert named in str(raised.value)
+
+
+def test_other_commits_and_versions_are_what_is_compared() -> None:
+    old = result(figure("a", *[1.0] * 5))
+    new = replace(old, identity=replace(old.identity, commit="def"), when="later")
+    assert [one.verdict for one in compare_results(old, new)] == ["same"]
+
+
+def test_no_figure_in_common_is_refused() -> None:
+    with pytest.raises(BadRequest, match="no figure in common"):
+        compare_results(result(figure("a", 1.0)), result(figure("b", 1.0)))
+
+
+def test_the_command_fails_where_something_is_slower(tmp_path: Path) -> None:
+    def written(name: str, kept: Result) -> str:
+        write_result(kept, tmp_path / name)
+        return str(tmp_path / name)
+
+    old = written("old", result(figure("a", *noisy(1, 1.0)), figure("gone", 1.0)))
+    new = written("new", result(figure("a", *noisy(2, 1.5))))
+    ran = CliRunner().invoke(compare, [old, new], standalone_mode=False)
+    assert ran.return_value == SOME_FAILED
+    assert "slower" in ran.output
+    assert "gone" in ran.output
+    assert CliRunner().invoke(compare, [old, old], standalone_mode=False).return_value == 0
+
+
+def test_a_result_reads_back_equal(tmp_path: Path) -> None:
+    kept = result(figure("a", 1.0, 2.0, flops=3.0), skipped=())
+    write_result(kept, tmp_path / "r.json")
+    assert read_result(tmp_path / "r.json") == kept
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (('"format": 1', '"format": 2'), "from a newer version"),
+        (('"kind": "e2e"', '"kind": "soup"'), "kind"),
+        (('"kind"', '"sort"'), "kind: Field required"),
+        (("{", "["), "cannot read"),
+    ],
+)
+def test_files_that_are_no_results_are_refused(tmp_path: Path, edit, said: str) -> None:
+    file = tmp_path / "r.json"
+    write_result(result(figure("a", 1.0)), file)
+    file.write_text(file.read_text().replace(*edit, 1))
+    with pytest.raises(BadRequest, match=said):
+        read_result(file)
