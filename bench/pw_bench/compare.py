@@ -2,10 +2,10 @@
 """Whether one result is slower or larger than an earlier one, by the spread that both recorded.
 
 A figure has changed where its medians are further apart than three quarters of what lies between
-the 10th and 90th percentiles, both spreads added in quadrature, and than one part in fifty. Of pairs
-of runs of the same program whose noise is normal, 2 % then seem to differ with five samples each,
-0.6 % with six, 0.1 % with nine; a change of a tenth is seen where nine of ten samples lie within a
-tenth.
+the 10th and 90th percentiles, both spreads added in quadrature, and than one part in fifty. Of
+pairs of runs of the same program whose noise is normal, 2 % then seem to differ with five samples
+each, 0.6 % with six, 0.1 % with nine; a change of a tenth is seen where nine of ten samples lie
+within a tenth.
 """
 
 from __future__ import annotations
