@@ -180,19 +180,10 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_runs(tmp_path: Pa
 
 @pytest.mark.slow
 def test_ours_beside_the_official_recipe(tmp_path: Path) -> None:
-    preset = write_preset(tmp_path / "small.toml")
+    preset, out = write_preset(tmp_path / "small.toml"), tmp_path / "r.json"
     ran = CliRunner().invoke(
         command,
-        [
-            "--preset",
-            str(preset),
-            "--rounds",
-            "1",
-            "--warm",
-            "1",
-            "--out",
-            str(tmp_path / "r.json"),
-        ],
+        ["--preset", str(preset), "--rounds", "1", "--warm", "1", "--out", str(out)],
         catch_exceptions=False,
     )
     assert ran.exit_code == 0, ran.output
