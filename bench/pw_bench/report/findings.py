@@ -103,7 +103,9 @@ def ratio_faults(result: Result, ratio: Ratio, measure: str) -> list[str]:
     """What is wrong with the figures that a ratio is made of."""
     wrong = []
     for side in (ratio.side, ratio.against):
-        for figure in figures_of(result, side, measure):
+        figures = figures_of(result, side, measure)
+        wrong += [] if figures else [f"there is no figure of {side}, {measure}"]
+        for figure in figures:
             wrong += [f"{figure.name} {one}" for one in faults(figure)]
     return wrong
 

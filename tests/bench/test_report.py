@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report says all that was measured, claims no more, and is a file that stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from pw_bench.ceilings import Ceiling, Ceilings
+from pw_bench.cli_report import report
+from pw_bench.report import json_lines, markdown, write_html
+from pw_bench.report.findings import headline
+from pw_bench.report.spans import rows
+from pw_bench.report.waterfall import POINTS, drawing
+from pw_bench.results import (
+    Clip,
+    Equivalence,
+    Figure,
+    GpuState,
+    Identity,
+    KernelRow,
+    Ratio,
+    Result,
+    Skipped,
+    StepDifference,
+    read_result,
+    write_result,
+)
+from pw_runtime.errors import BadRequest
+from pw_runtime.machine import Gpu, Machine, Package
+from pw_runtime.trace import Span
+
+CEILING = Ceiling(work="some", rate=1e12, samples_ms=(1.5, 1.25))
+GPU = GpuState(
+    sm_clock_mhz=1755, memory_clock_mhz=2619, power_w=88.5, power_limit_w=None, temperature_c=41
+)
+MACHINE = Machine(
+    python="3.11.9",
+    os="Linux 6.1",
+    cpu="Processor",
+    cores=2,
+    memory_bytes=24 * 2**30,
+    packages=(Package(name="torch", version="2.13.0"), Package(name="x", version="1", broken="so")),
+    gpus=(Gpu(name="Accelerator", memory_bytes=80 * 2**30, capability="9.0"),),
+    driver="570.1",
+)
+IDENTITY = Identity(
+    machine=MACHINE,
+    commit="abc1234",
+    dirty=False,
+    threads=7,
+    load_average=0.25,
+    weights={"nano": "digest-of-weights"},
+    engines={"draft": "kind-of-engine"},
+    operations={"attention": "who-attends"},
+    gpu_start=GPU,
+)
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+def figure(name: str, *samples: float, **more: Any) -> Figure:
+    return Figure(name=name, unit=more.pop("unit", "s"), samples=samples, **more)
+
+
+def span(name: str, start: float, end: float, depth: int = 0, thread: str = "MainThread") -> Span:
+    return Span(name=name, start=start, end=end, depth=depth, thread=thread)
+
+
+OURS, THEIRS = figure("ours/warm", 5.0, 5.01, 5.02), figure("theirs/warm", 10.0, 10.1, 10.2)
+CLIP = Clip(
+    side="ours",
+    start="warm",
+    wall=10.0,
+    spans=(
+        span("plan", 0, 0.01),
+        span("draft", 0.01, 8),
+        *(span(f"step {i + 1}", i + 0.1, i + 1, 1) for i in range(7)),
+        span("write", 8, 9.5),
+        span("encode", 8.2, 9, 1, "pw-overlap"),
+    ),
+    unattributed=0.5,
+    host=tuple((i / 100, 2**30 + (i == 777) * 2**30) for i in range(1000)),
+    peaks={"rss": 2**31},
+    predicted={"draft": {"host": 3 * 2**29}},
+)
+RESULT = Result(
+    kind="e2e",
+    when="2026-01-02T03:04:05Z",
+    command="pw bench e2e --out again.json",
+    scope={"words": "prompt in, closed mp4 on disk", "frames": "13"},
+    identity=IDENTITY,
+    ceilings=Ceilings(gemm=CEILING, attention=CEILING, convolution=CEILING, copy=CEILING),
+    figures=(OURS, THEIRS),
+    sides={"ours": "this runtime", "theirs": "another"},
+    clips=(CLIP,),
+    equivalence=(
+        Equivalence(
+            side="theirs", against="ours", label="rounding", limit=1e-4, psnr=71.5, ssim=0.5,
+            seam_index=None, flicker_ratio=1.0,
+            steps=(StepDifference(stage="draft", step=1, cosine=1, relative_l2=3e-6, max_abs=1),),
+        ),
+    ),
+    ratios=(Ratio(side="ours", against="theirs", warm=2.02),),
+    skipped=(Skipped(part="energy", reason="nobody counts it"),),
+)  # fmt: skip
+KERNELS = replace(
+    RESULT,
+    kind="kernels",
+    clips=(), equivalence=(), ratios=(), sides={},
+    figures=(figure("norm/2k/triton", 1e-3, 1e-3, 1e-3, flops=1e9, bytes=2e9, of_ceiling=0.75),),
+    kernels=(
+        KernelRow(figure="norm/2k/triton", op="norm", size="2k", implementation="triton",
+                  error=3e-7, rate=2e12, same_twice=False),
+        KernelRow(figure="norm/2k/native", op="norm", size="2k", implementation="native",
+                  refused="is for another GPU"),
+    ),
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Elements in order with attributes and their text; fails where one is not closed in turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.open: list[int] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs), []))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs), []))
+        if tag not in VOID:
+            self.open.append(len(self.found) - 1)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.found[self.open.pop()][0] == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.found[self.open[-1]][2].append(data)
+
+    def texts(self, tag: str) -> list[str]:
+        return ["".join(text).strip() for name, _, text in self.found if name == tag]
+
+    def having(self, kind: str) -> list[str]:
+        """Text of the elements of a class and, for a picture's parts, of their titles."""
+        kinds = [(a.get("class") or "").split() for _, a, _ in self.found]
+        places = [i for i, of in enumerate(kinds) if kind in of]
+        titles = [tag == "title" for tag, _, _ in self.found]
+        whole = ["".join(self.found[i + titles[i + 1]][2]) for i in places]
+        return [text.strip() for text in whole]
+
+
+def page(folder: Path, *results: Result) -> Page:
+    write_html(results, folder / "report.html")
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_sample_is_a_dot_rejected_ones_too(tmp_path: Path) -> None:
+    taken = figure("ours/warm", 5.0, 5.125, 4.9375, rejected=(7.75,))
+    found = page(tmp_path, replace(RESULT, figures=(taken, THEIRS)))
+    assert found.having("sample") == ["5 s", "5.125 s", "4.9375 s", "10 s", "10.1 s", "10.2 s"]
+    assert found.having("rejected") == ["7.75 s"]
+
+
+def test_headline_has_the_medians_and_the_ratio_with_its_difference() -> None:
+    found = headline(RESULT)
+    assert found.statements == (
+        "ours: 5.01 s warm",
+        "ours against theirs: 2.02 x as fast warm (clips: rounding)",
+    )
+    assert found.reasons == ()
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (replace(OURS, fell_back=("attention: reference",)), "fell back: attention: reference"),
+        (replace(OURS, samples=(5.0, 6.0, 7.0)), "unstable: p10 to p90 is 26.7 % of the median"),
+        (replace(OURS, samples=(5.0, 5.0)), "unstable: 2 samples"),
+    ],
+)
+def test_no_headline_of_what_fell_back_or_is_unstable(
+    bad: Figure, why: str, tmp_path: Path
+) -> None:
+    result = replace(RESULT, figures=(bad, THEIRS))
+    assert headline(result).statements == ()
+    assert f"no headline: ours/warm {why}" in headline(result).line
+    found = page(tmp_path, result)
+    assert not found.having("headline")
+    assert f"ours/warm {why}" in found.texts("li")
+    assert why in found.texts("small")
+    assert why in markdown([result])
+
+
+def test_no_ratio_where_a_figure_of_it_fell_back_or_is_missing() -> None:
+    found = headline(replace(RESULT, figures=(OURS, replace(THEIRS, fell_back=("so",)))))
+    assert found.statements == ("ours: 5.01 s warm",)
+    assert found.reasons == ("no warm ratio of ours against theirs: theirs/warm fell back: so",)
+    found = headline(replace(RESULT, figures=(OURS,)))
+    assert found.statements == ("ours: 5.01 s warm",)
+    assert found.reasons[0].endswith("there is no figure of theirs, warm")
+
+
+def test_a_refused_ratio_has_its_reason(tmp_path: Path) -> None:
+    refused = Ratio(side="ours", against="theirs", refused="clips differ")
+    found = page(tmp_path, replace(RESULT, ratios=(refused,)))
+    assert "no ratio of ours against theirs: clips differ" in found.texts("li")
+    assert found.having("remark") == ["refused: clips differ"]
+
+
+def test_dirty_files_are_said_where_the_headline_is(tmp_path: Path) -> None:
+    dirty = replace(RESULT, identity=replace(IDENTITY, dirty=True))
+    assert "measured with uncommitted changes" in headline(dirty).statements
+    assert "Dirty:" in page(tmp_path, dirty).texts("b")
+    assert "files differed from commit abc1234" in markdown([dirty])
+    assert json.loads(json_lines([dirty]).splitlines()[0])["dirty"] is True
+
+
+def test_nothing_of_a_result_can_break_out_and_its_json_reads_back(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><!-- <img src=x> ]]> \u2028 & ' \" {{ 7 * 7 }}"
+    result = replace(
+        RESULT,
+        command=evil, scope={"words": evil, evil: evil}, sides={"ours": evil},
+        figures=(OURS, THEIRS, figure(f"{evil}/warm", 1.0)),
+        clips=(replace(CLIP, side=evil, spans=(span(evil, 0, 9.5),)),),
+    )  # fmt: skip
+    found = page(tmp_path, result, KERNELS)
+    scripts = [attributes for tag, attributes, _ in found.found if tag == "script"]
+    assert [one["type"] for one in scripts] == ["application/json"] * 2
+    assert not [tag for tag, _, _ in found.found if tag == "img"]
+    assert evil in found.texts("dd")
+    for wanted, text in zip((result, KERNELS), found.texts("script"), strict=True):
+        (tmp_path / "back.json").write_text(text, encoding="utf-8")
+        assert read_result(tmp_path / "back.json") == wanted
+
+
+def test_page_loads_nothing(tmp_path: Path) -> None:
+    found = page(tmp_path, RESULT, KERNELS)
+    names = {name for _, attributes, _ in found.found for name in attributes}
+    assert not names & {"src", "srcset", "data", "action", "xlink:href", "style", "onload"}
+    links = [attributes["href"] for _, attributes, _ in found.found if "href" in attributes]
+    assert links == ["#result-1", "#result-2"]
+    assert not {"link", "iframe", "object", "embed"} & {tag for tag, _, _ in found.found}
+    assert not re.search(r"url\(|@import|https?:", (tmp_path / "report.html").read_text())
+
+
+def test_every_field_of_the_machine_is_on_the_page(tmp_path: Path) -> None:
+    said = " ".join(page(tmp_path, RESULT).texts("dd"))
+    for words in (
+        *("3.11.9", "Linux 6.1", "Processor", "24.0 GiB", "torch 2.13.0", "x 1 BROKEN: so"),
+        *("Accelerator (80.0 GiB, sm 9.0)", "570.1", "abc1234", "7", "0.25"),
+        *("nano: digest-of-weights", "draft: kind-of-engine", "attention: who-attends"),
+        *("sm clock 1755 MHz", "power 88.5 W", "power limit not told", "temperature 41 °C"),
+    ):
+        assert words in said
+
+
+def test_steps_share_a_row_and_short_spans_are_listed_instead() -> None:
+    drawn = drawing(CLIP, "ours, warm")
+    assert [lane.name for lane in drawn.lanes] == ["draft", "step × 7", "write", "unattributed"]
+    assert [lane.level for lane in drawn.lanes] == [0, 1, 0, 0]
+    assert drawn.lanes[-1].value == "0.50 s"
+    assert drawn.lanes[-1].detail == "5.0 %"
+    assert [(lane.name, lane.level, lane.note) for lane in drawn.others] == [
+        ("encode", 0, "pw-overlap")
+    ]
+    assert drawn.short is not None
+    assert [row[0] for row in drawn.short.rows] == ["plan"]
+    assert drawn.seconds == (("draft", ", ".join(["0.900"] * 7) + " s"),)
+
+
+def test_time_that_does_not_add_up_is_said() -> None:
+    assert "do not add up" not in drawing(CLIP, "").reconciled
+    assert "do not add up, by 20.0 %" in drawing(replace(CLIP, unattributed=2.5), "").reconciled
+
+
+def test_a_span_lies_in_the_one_that_was_open() -> None:
+    inner = (span("write", 0, 9), span("decode", 0, 2, 1), span("pack", 1, 2, 2))
+    again = (span("decode", 3, 5, 1), span("pack", 4, 5, 2), span("pack", 9, 10))
+    found = {row.path: len(row.spans) for row in rows((*inner, *again))}
+    whole = {("write",): 1, ("write", "decode"): 2, ("write", "decode", "pack"): 2, ("pack",): 1}
+    assert found == whole
+
+
+def test_a_long_memory_curve_keeps_its_peak_and_the_plan_its_line() -> None:
+    (lane,) = drawing(CLIP, "").memory
+    points = re.findall(r'points="([^"]*)"', lane.plot)[0].split()
+    assert len(points) <= POINTS
+    assert min(float(point.split(",")[1]) for point in points) == pytest.approx(
+        1000 - 1000 / 1.08, abs=1
+    )
+    assert "plan: draft 1.50 GiB" in lane.plot
+    assert "draft 1.50 GiB" in lane.note
+
+
+def test_kernels_have_time_error_share_and_reasons(tmp_path: Path) -> None:
+    found = page(tmp_path, KERNELS)
+    cells = found.texts("td")
+    assert {"1.00 ms", "2.00 TB/s", "75.0 %", "3.0e-07", "no"} <= set(cells)
+    assert found.having("remark") == ["refused: is for another GPU"]
+    assert "norm, 2k, triton: a second run gave other numbers" in " ".join(found.texts("p"))
+    assert found.having("point") == ["norm/2k/triton: 1.00 TFLOP/s at 0.5 FLOP/B"]
+    assert len(found.having("roof")) == 4
+
+
+def test_what_was_skipped_and_how_to_repeat_is_on_the_page(tmp_path: Path) -> None:
+    found = page(tmp_path, RESULT)
+    assert "energy" in found.texts("dt")
+    assert "nobody counts it" in found.texts("dd")
+    assert " ".join(found.texts("span")[-5:]) == "pw bench e2e --out again.json"
+
+
+def test_a_result_without_figures_says_so(tmp_path: Path) -> None:
+    empty = replace(RESULT, figures=(), clips=(), equivalence=(), ratios=(), sides={}, scope={})
+    assert "the result has no figures" in page(tmp_path, empty).texts("li")
+    assert "no headline" in markdown([empty])
+    assert json_lines([empty]) == ""
+
+
+def test_markdown_has_the_medians_and_stays_a_table() -> None:
+    text = markdown([replace(RESULT, figures=(replace(OURS, name="a|b\n/warm"), THEIRS))])
+    assert "| theirs/warm | 10.1 s | 10.0 s | 10.2 s | 3 |" in text
+    assert "| a\\|b /warm | 5.01 s |" in text
+    assert "| ours | theirs | none | 2.02 x | none | rounding |" in text
+
+
+def test_a_json_line_is_a_figure_with_where_it_is_from() -> None:
+    first, second = [json.loads(line) for line in json_lines([RESULT]).splitlines()]
+    assert second["name"] == "theirs/warm"
+    assert first["samples"] == [5.0, 5.01, 5.02]
+    assert (first["median"], first["unit"]) == (5.01, "s")
+    assert (first["p10"], first["p90"]) == pytest.approx((5.002, 5.018))
+    assert (first["kind"], first["commit"], first["scope"]["frames"]) == ("e2e", "abc1234", "13")
+    assert first["machine"] == "Accelerator, driver 570.1, Processor"
+
+
+def test_figures_without_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="ours/warm has no samples"):
+        write_html([replace(RESULT, figures=(replace(OURS, samples=()),))], tmp_path / "a.html")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_command_writes_all_three(tmp_path: Path) -> None:
+    write_result(RESULT, tmp_path / "a.json")
+    write_result(KERNELS, tmp_path / "b.json")
+    names = [str(tmp_path / name) for name in ("a.json", "b.json", "r.html", "r.md", "r.jsonl")]
+    ran = CliRunner().invoke(
+        report,
+        [*names[:2], "--out", names[2], "--markdown", names[3], "--json-lines", names[4]],
+        catch_exceptions=False,
+    )
+    assert ran.exit_code == 0, ran.output
+    assert "End to end" in Path(names[2]).read_text(encoding="utf-8")
+    assert Path(names[3]).read_text(encoding="utf-8").count("### ") == 2
+    assert len(Path(names[4]).read_text(encoding="utf-8").splitlines()) == 3
+
+
+@pytest.mark.parametrize(("file", "out"), [("a.json", "a.json"), ("b.json", "r.html")])
+def test_command_overwrites_no_result_and_writes_nothing_of_a_bad_one(
+    file: str, out: str, tmp_path: Path
+) -> None:
+    write_result(RESULT, tmp_path / "a.json")
+    (tmp_path / "b.json").write_text('{"format": 1}')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    ran = CliRunner().invoke(report, [str(tmp_path / file), "--out", str(tmp_path / out)])
+    assert isinstance(ran.exception, BadRequest)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
