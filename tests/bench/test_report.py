@@ -37,7 +37,6 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.machine import Gpu, Machine, Package
 from pw_runtime.trace import Span
 
-CEILING = Ceiling(work="some", rate=1e12, samples_ms=(1.5, 1.25))
 GPU = GpuState(
     sm_clock_mhz=1755, memory_clock_mhz=2619, power_w=88.5, power_limit_w=None, temperature_c=41
 )
@@ -74,6 +73,7 @@ def span(name: str, start: float, end: float, depth: int = 0, thread: str = "Mai
 
 
 OURS, THEIRS = figure("ours/warm", 5.0, 5.01, 5.02), figure("theirs/warm", 10.0, 10.1, 10.2)
+CEILING = Ceiling(work="some", rate=1e12, figure=figure("any", 1.5e-3, 1.5e-3, 1.5e-3))
 CLIP = Clip(
     side="ours",
     start="warm",
@@ -86,6 +86,7 @@ CLIP = Clip(
         span("encode", 8.2, 9, 1, "pw-overlap"),
     ),
     unattributed=0.5,
+    unattributed_shares=(0.05, 0.01, 0.0625),
     host=tuple((i / 100, 2**30 + (i == 777) * 2**30) for i in range(1000)),
     peaks={"rss": 2**31},
     predicted={"draft": {"host": 3 * 2**29}},
@@ -213,6 +214,22 @@ def test_no_ratio_where_a_figure_of_it_fell_back_or_is_missing() -> None:
     assert found.reasons[0].endswith("there is no figure of theirs, warm")
 
 
+def test_a_ratio_says_how_both_clips_differ_from_a_third() -> None:
+    both = (replace(OURS, name="ours-engines/warm"), THEIRS)
+    ratio = Ratio(side="ours-engines", against="theirs", warm=2.0)
+    found = headline(replace(RESULT, figures=both, ratios=(ratio,))).statements
+    assert found[1].endswith("(clips: ours-engines not compared, theirs rounding against ours)")
+
+
+def test_no_shares_of_a_ceiling_that_is_unstable(tmp_path: Path) -> None:
+    assert "75.0 %" in headline(KERNELS).line
+    shaky = replace(CEILING, figure=figure("any", 1.0, 2.0))
+    result = replace(KERNELS, ceilings=replace(KERNELS.ceilings, copy=shaky))
+    assert "75.0 %" not in headline(result).line
+    assert headline(result).reasons == ("no shares of ceilings: copy unstable",)
+    assert "ceiling copy: 2 samples" in " ".join(page(tmp_path, result).texts("p"))
+
+
 def test_a_refused_ratio_has_its_reason(tmp_path: Path) -> None:
     refused = Ratio(side="ours", against="theirs", refused="clips differ")
     found = page(tmp_path, replace(RESULT, ratios=(refused,)))
@@ -278,11 +295,13 @@ def test_steps_share_a_row_and_short_spans_are_listed_instead() -> None:
     ]
     assert drawn.short is not None
     assert [row[0] for row in drawn.short.rows] == ["plan"]
-    assert drawn.seconds == (("draft", ", ".join(["0.900"] * 7) + " s"),)
+    assert drawn.seconds == (("draft", ", ".join(["900"] * 7) + " ms"),)
 
 
 def test_time_that_does_not_add_up_is_said() -> None:
-    assert "do not add up" not in drawing(CLIP, "").reconciled
+    whole = drawing(CLIP, "").reconciled
+    assert "do not add up" not in whole
+    assert whole.endswith("of median time; unattributed in all 3: 1.0 % to 6.2 %.")
     assert "do not add up, by 20.0 %" in drawing(replace(CLIP, unattributed=2.5), "").reconciled
 
 

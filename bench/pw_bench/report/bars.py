@@ -41,7 +41,7 @@ class Group:
 
 
 def groups(result: Result) -> list[Group]:
-    """All figures of a result; cold, warm and memory apart, operations and sizes apart."""
+    """All figures of a result; cold, warm and memories apart, operations and sizes apart."""
     apart: dict[tuple[str, str, str], list[Figure]] = {}
     for figure in result.figures:
         before, _, measure = parts(figure.name)

@@ -7,13 +7,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pw_bench.programs import OURS
 from pw_bench.report.units import percent, quantity, times
-from pw_bench.results import Figure, Ratio, Result
+from pw_bench.results import Ceiling, Figure, Ratio, Result
 from pw_runtime.errors import BadRequest
 
-OURS = "ours"
-MEASURES = ("cold", "warm", "memory", "energy")  # last parts of names of end-to-end figures
-STARTS = ("cold", "warm")
+MEMORIES = ("GPU memory", "process memory")
+# Last parts of the names of end-to-end figures.
+MEASURES = ("cold", "warm", *MEMORIES, "energy")
 TITLES = {"kernels": "Kernels", "stages": "Stages", "e2e": "End to end"}
 
 
@@ -93,10 +94,20 @@ def label_of(result: Result, side: str) -> str | None:
 
 
 def ratio_label(result: Result, ratio: Ratio) -> str:
-    """How the clips of a ratio's two programs differ."""
-    both = {ratio.side, ratio.against}
-    found = [one.label for one in result.equivalence if {one.side, one.against} == both]
-    return found[0] if found else "not compared"
+    """How the clips of a ratio's two programs differ, from one another or from a third one's."""
+    both = (ratio.side, ratio.against)
+    direct = [one.label for one in result.equivalence if {one.side, one.against} == {*both}]
+    if direct:
+        return direct[0]
+    found = {
+        one.side: f"{one.side} {one.label} against {one.against}" for one in result.equivalence
+    }
+    return ", ".join(found.get(side, f"{side} not compared") for side in both)
+
+
+def memory_of(result: Result, ratio: Ratio) -> str:
+    """Which memory a ratio's share is of: the GPU's where it was measured."""
+    return next((one for one in MEMORIES if figures_of(result, ratio.side, one)), MEMORIES[-1])
 
 
 def ratio_faults(result: Result, ratio: Ratio, measure: str) -> list[str]:
@@ -108,6 +119,17 @@ def ratio_faults(result: Result, ratio: Ratio, measure: str) -> list[str]:
         for figure in figures:
             wrong += [f"{figure.name} {one}" for one in faults(figure)]
     return wrong
+
+
+def ceilings(result: Result) -> dict[str, Ceiling]:
+    """By name; all but the copy are of arithmetic."""
+    found = result.ceilings
+    return {
+        "matrix product": found.gemm,
+        "attention": found.attention,
+        "convolution": found.convolution,
+        "copy": found.copy,
+    }
 
 
 def marks(result: Result) -> dict[str, list[str]]:
@@ -127,6 +149,10 @@ def _marks(result: Result) -> Iterator[tuple[str, str]]:
         for fault in faults(figure):
             word, _, rest = fault.partition(": ")
             yield word.capitalize(), f"{figure.name}: {rest}"
+    for name, ceiling in ceilings(result).items():
+        for fault in faults(ceiling.figure):
+            word, _, rest = fault.partition(": ")
+            yield word.capitalize(), f"ceiling {name}: {rest}"
     for row in result.kernels:
         where = f"{row.op}, {row.size}, {row.implementation}"
         if row.same_twice is False:
@@ -157,21 +183,22 @@ def headline(result: Result) -> Headline:
 
 
 def _clips(result: Result) -> tuple[list[str], list[str]]:
-    """Times and memory of one program, by group."""
-    side = OURS if OURS in result.sides or not result.sides else next(iter(result.sides))
-    said: dict[str, list[str]] = {}
-    reasons = []
-    for measure in MEASURES:
-        for figure in figures_of(result, side, measure):
-            wrong = faults(figure)
-            reasons += [f"{figure.name} {one}" for one in wrong]
-            if not wrong:
-                value = f"{quantity(figure.unit, figure.median)} {measure}"
-                said.setdefault(parts(figure.name)[0], []).append(value)
-    if not said and not reasons:
-        reasons.append(f"there is no figure of {side}")
-    names = {group: f"{side}, {group}" if group else side for group in said}
-    return [f"{names[group]}: {', '.join(values)}" for group, values in said.items()], reasons
+    """Times, memory and energy of our programs, by group."""
+    named = [parts(one.name) for one in result.figures]
+    ours = list(dict.fromkeys(one[:2] for one in named if one[2] and one[1].startswith(OURS)))
+    statements, reasons = [], [] if ours else ["there is no figure of ours"]
+    for group, side in ours:
+        values = []
+        for measure in MEASURES:
+            for figure in figures_of(result, side, measure):
+                wrong = faults(figure) if parts(figure.name)[0] == group else None
+                reasons += [f"{figure.name} {one}" for one in wrong or ()]
+                if wrong == ():
+                    values.append(f"{quantity(figure.unit, figure.median)} {measure}")
+        if values:
+            name = f"{side}, {group}" if group else side
+            statements.append(f"{name}: {', '.join(values)}")
+    return statements, reasons
 
 
 def _ratio(result: Result, ratio: Ratio) -> tuple[list[str], list[str]]:
@@ -179,7 +206,8 @@ def _ratio(result: Result, ratio: Ratio) -> tuple[list[str], list[str]]:
     if ratio.refused is not None:
         return [], [f"no ratio of {where}: {ratio.refused}"]
     said, reasons = [], []
-    values = {"cold": ratio.cold, "warm": ratio.warm, "memory": ratio.memory}
+    memory = memory_of(result, ratio)
+    values = {"cold": ratio.cold, "warm": ratio.warm, memory: ratio.memory}
     for measure, value in values.items():
         if value is None:
             continue
@@ -187,7 +215,7 @@ def _ratio(result: Result, ratio: Ratio) -> tuple[list[str], list[str]]:
         reasons += [f"no {measure} ratio of {where}: {one}" for one in wrong]
         if not wrong:
             fast = f"{times(value)} as fast {measure}"
-            said.append(f"{percent(value)} of its memory" if measure == "memory" else fast)
+            said.append(f"{percent(value)} of its {memory}" if measure == memory else fast)
     label = ratio_label(result, ratio)
     return ([f"{where}: {', '.join(said)} (clips: {label})"] if said else []), reasons
 
@@ -200,7 +228,10 @@ def _many(result: Result) -> tuple[list[str], list[str]]:
     reasons = [f"{bad} of {all_} figures are unstable or fell back, as named below"] if bad else []
     said = [f"{len(good)} of {all_} figures are stable and ran as asked"]
     shares = [one.of_ceiling for one in good if one.of_ceiling is not None]
-    if shares:
+    shaky = [name for name, one in ceilings(result).items() if faults(one.figure)]
+    if shares and shaky:
+        reasons.append(f"no shares of ceilings: {', '.join(shaky)} unstable")
+    elif shares:
         middle, ends = percent(statistics.median(shares)), (min(shares), max(shares))
         ends_text = " to ".join(percent(one) for one in ends)
         said.append(f"they reach {ends_text} of the measured ceilings, the median {middle}")

@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 from markupsafe import Markup
 
 from pw_bench.report import svg
-from pw_bench.report.findings import faults
+from pw_bench.report.findings import ceilings, faults
 from pw_bench.report.tables import Table
 from pw_bench.report.units import percent, quantity, scale_of
 from pw_bench.results import Figure, Result
@@ -119,9 +119,8 @@ def _rate(figure: Figure) -> float:
 
 
 def _frame(result: Result, counted: list[Figure]) -> _Frame:
-    found = result.ceilings
-    roofs = [one.rate for one in (found.gemm, found.attention, found.convolution)]
-    ridge = max(roofs) / found.copy.rate
+    roofs = [*_flat(result).values()]
+    ridge = max(roofs) / result.ceilings.copy.rate
     across = [*(_intensity(one) for one in counted), ridge]
     up = [*(_rate(one) for one in counted), *roofs]
     return _Frame(
@@ -149,12 +148,7 @@ def _grid(plot: Element, frame: _Frame) -> None:
 
 def _flat(result: Result) -> dict[str, float]:
     """Roofs by kind of arithmetic, the highest first."""
-    found = result.ceilings
-    kinds = {
-        "matrix product": found.gemm.rate,
-        "attention": found.attention.rate,
-        "convolution": found.convolution.rate,
-    }
+    kinds = {name: one.rate for name, one in ceilings(result).items() if name != "copy"}
     return dict(sorted(kinds.items(), key=lambda kind: -kind[1]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pw_bench.report import findings
 from pw_bench.report.findings import TITLES, faults, label_of, ratio_faults, ratio_label
 from pw_bench.report.units import cosine, percent, quantity, scale_of, small, times
 from pw_bench.results import Clip, Equivalence, Figure, KernelRow, Ratio, Result
@@ -108,7 +109,8 @@ def ratios_table(result: Result) -> Table:
 
 def _ratio(result: Result, one: Ratio) -> tuple[str, ...]:
     remarks = [] if one.refused is None else [f"refused: {one.refused}"]
-    for measure, value in (("cold", one.cold), ("warm", one.warm), ("memory", one.memory)):
+    memory = findings.memory_of(result, one)
+    for measure, value in (("cold", one.cold), ("warm", one.warm), (memory, one.memory)):
         if value is not None:
             remarks += ratio_faults(result, one, measure)
     return (
@@ -167,25 +169,15 @@ def rate(value: float, bound: str) -> str:
 
 def ceilings_table(result: Result) -> Table:
     """The measured rates that shares refer to."""
-    found = result.ceilings
-    kinds = (
-        ("matrix product", found.gemm, "flops"),
-        ("attention", found.attention, "flops"),
-        ("convolution", found.convolution, "flops"),
-        ("copy, read and written", found.copy, "bytes"),
-    )
+    rows = []
+    for name, one in findings.ceilings(result).items():
+        scale = scale_of("s", one.figure.samples)
+        samples = ", ".join(scale.number(sample) for sample in one.figure.samples)
+        bound = "bytes" if name == "copy" else "flops"
+        timed = (rate(one.rate, bound), f"{samples} {scale.unit}")
+        rows.append((name, one.work, *timed, "; ".join(faults(one.figure))))
     return Table(
-        columns=("ceiling", "work", "rate", "samples"),
-        numbers=(2,),
-        rows=tuple(
-            (
-                name,
-                one.work,
-                rate(one.rate, bound),
-                ", ".join(f"{sample:.3f}" for sample in one.samples_ms) + " ms",
-            )
-            for name, one, bound in kinds
-        ),
+        columns=("ceiling", "work", "rate", "samples", "remarks"), numbers=(2,), rows=tuple(rows)
     )
 
 

@@ -122,7 +122,12 @@ def _reconciled(clip: Clip, main: str, scale: Scale) -> str:
         f"= {scale(total)} of {scale(clip.wall)} wall time"
     )
     away = abs(total - clip.wall) / clip.wall
-    return f"{said}." if away <= 0.01 else f"{said}: they do not add up, by {percent(away)}."
+    said += "." if away <= 0.01 else f": they do not add up, by {percent(away)}."
+    shares = clip.unattributed_shares
+    if len(shares) < 2:
+        return said
+    ends = f"{percent(min(shares))} to {percent(max(shares))}"
+    return f"{said} This is the run of median time; unattributed in all {len(shares)}: {ends}."
 
 
 def _short(short: Sequence[Row], wall: float) -> Table | None:
