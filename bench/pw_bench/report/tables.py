@@ -171,13 +171,15 @@ def ceilings_table(result: Result) -> Table:
     """The measured rates that shares refer to."""
     rows = []
     for name, one in findings.ceilings(result).items():
-        scale = scale_of("s", one.figure.samples)
-        samples = ", ".join(scale.number(sample) for sample in one.figure.samples)
-        bound = "bytes" if name == "copy" else "flops"
-        timed = (rate(one.rate, bound), f"{samples} {scale.unit}")
-        rows.append((name, one.work, *timed, "; ".join(faults(one.figure))))
+        low, high = one.figure.spread
+        scale = scale_of("s", [low, one.figure.median, high])
+        timed = (scale(one.figure.median), scale(low), scale(high), str(len(one.figure.samples)))
+        shown = rate(one.rate, "bytes" if name == "copy" else "flops")
+        rows.append((name, one.work, shown, *timed, "; ".join(faults(one.figure))))
     return Table(
-        columns=("ceiling", "work", "rate", "samples", "remarks"), numbers=(2,), rows=tuple(rows)
+        columns=("ceiling", "work", "rate", "median", "p10", "p90", "samples", "remarks"),
+        numbers=(2, 3, 4, 5, 6),
+        rows=tuple(rows),
     )
 
 
