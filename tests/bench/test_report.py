@@ -198,6 +198,12 @@ def test_kernels_have_time_error_share_and_reasons(tmp_path: Path) -> None:
     assert len(found.having("roof")) == 4
 
 
+def test_stages_have_what_they_achieved_and_its_share(tmp_path: Path) -> None:
+    step = figure("draft step", 2.0, 2.0, 2.0, flops=3e12, of_ceiling=0.5)
+    result = replace(KERNELS, kind="stages", kernels=(), figures=(step,))
+    assert "1.50 TFLOP/s, 50.0 % of ceiling" in page(tmp_path, result).texts("small")
+
+
 def test_what_was_skipped_and_how_to_repeat_is_on_the_page(tmp_path: Path) -> None:
     found = page(tmp_path, RESULT)
     assert "energy" in found.texts("dt")

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from pw_bench.report import svg
 from pw_bench.report.findings import faults, label_of, parts
-from pw_bench.report.units import Scale, scale_of, ticks
+from pw_bench.report.units import Scale, percent, quantity, scale_of, ticks
 from pw_bench.results import Figure, Result
 
 HEIGHT = 30.0  # pixels of a bar's row
@@ -27,6 +27,7 @@ class Bar:
     faults: tuple[str, ...]
     value: str
     spread: str
+    rate: str  # achieved, and its share of a ceiling; of kernels their table says it
     plot: Markup
 
 
@@ -94,5 +95,15 @@ def _bar(result: Result, figure: Figure, scale: Scale, top: float, title: str) -
         faults=faults(figure),
         value=scale(figure.median),
         spread=f"{scale.number(low)} to {scale.number(high)}, {samples}",
+        rate="" if result.kernels else _rate(figure),
         plot=svg.finished(plot),
     )
+
+
+def _rate(figure: Figure) -> str:
+    said = []
+    if figure.flops is not None and figure.median:
+        said.append(quantity("FLOP/s", figure.flops / figure.median))
+    if figure.of_ceiling is not None:
+        said.append(f"{percent(figure.of_ceiling)} of ceiling")
+    return ", ".join(said)
