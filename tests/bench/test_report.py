@@ -33,10 +33,10 @@ from tests.bench.reported import (
 
 
 def test_every_sample_is_a_dot_rejected_ones_too(tmp_path: Path) -> None:
-    taken = figure("ours/warm", 5.0, 5.125, 4.9375, rejected=(7.75,))
+    taken = figure("ours/warm", 5.0, 5.125, 4.9375, rejected=(7.75, 900.0))
     found = page(tmp_path, replace(RESULT, figures=(taken, THEIRS)))
     assert found.having("sample") == ["5 s", "5.125 s", "4.9375 s", "10 s", "10.1 s", "10.2 s"]
-    assert found.having("rejected") == ["7.75 s"]
+    assert found.having("rejected") == ["7.75 s", "900 s"]
 
 
 def test_headline_has_the_medians_and_the_ratio_with_its_difference() -> None:

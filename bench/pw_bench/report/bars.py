@@ -15,6 +15,7 @@ from pw_bench.results import Figure, Result
 
 HEIGHT = 30.0  # pixels of a bar's row
 ALIKE = 50  # times as large: up to here all values of a group have one unit and its decimals
+FAR = 2  # times the largest sample: rejected ones beyond are drawn at the edge
 MANY = 12  # bars, above which the groups are folded
 
 
@@ -54,13 +55,17 @@ def legend(figures: Iterable[Figure]) -> str:
     """What the marks mean, of those that are there."""
     said = "Bar to the median; thick line p10 to p90; dots every sample, first one on top."
     if any(one.rejected for one in figures):
-        said += " Rings: samples of a first round that was unstable, so all were taken again."
+        said += " Rings: samples of a first round that was unstable, so all were taken again;"
+        said += " at the right edge, those beyond it."
     return said
 
 
 def _group(result: Result, before: str, measure: str, unit: str, figures: list[Figure]) -> Group:
-    values = [value for one in figures for value in (*one.samples, *one.rejected)]
-    scale, top = scale_of(unit, values), 1.03 * max(values) or 1.0
+    values = [value for one in figures for value in one.samples]
+    rejected = [value for one in figures for value in one.rejected]
+    edge = max(values) * FAR
+    scale = scale_of(unit, values)
+    top = 1.03 * max([*values, *(one for one in rejected if one <= edge)]) or 1.0
     medians = [one.median for one in figures]
     alike = max(medians) <= ALIKE * min(medians)
     scales = [scale if alike else scale_of(unit, one.samples) for one in figures]

@@ -72,6 +72,8 @@ def _text(name: str, value: Any) -> str:
         return ", ".join(_part(one) for one in value) or "none"
     if name.endswith("_bytes"):
         return quantity("B", value)
+    if isinstance(value, float):
+        value = f"{value:.4g}"
     return f"{value} {unit}" if unit else str(value) or "works or is not needed"
 
 

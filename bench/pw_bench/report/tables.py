@@ -190,7 +190,8 @@ def peaks_table(result: Result) -> Table:
         dict.fromkeys(p for one in result.clips for by in one.predicted.values() for p in by)
     )
     plans = [f"plan, {place}" for place in planned]
-    columns = ("clip", *counted, *plans, "GPU energy", "disk written")
+    energy = ["GPU energy"] if any(one.joules is not None for one in result.clips) else []
+    columns = ("clip", *counted, *plans, "disk written", *energy)
 
     def row(title: str, one: Clip) -> tuple[str, ...]:
         most = [max((by.get(p, 0) for by in one.predicted.values()), default=0) for p in planned]
@@ -198,8 +199,8 @@ def peaks_table(result: Result) -> Table:
             title,
             *(quantity("B", one.peaks[n]) if n in one.peaks else "" for n in counted),
             *(quantity("B", size) if size else "" for size in most),
-            "" if one.joules is None else quantity("J", one.joules),
             "" if one.disk_bytes is None else quantity("B", one.disk_bytes),
+            *("" if one.joules is None else quantity("J", one.joules) for _ in energy),
         )
 
     rows = tuple(row(*both) for both in zip(clip_titles(result), result.clips, strict=True))
