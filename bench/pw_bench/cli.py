@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from pw_bench.cli_e2e import e2e
+from pw_bench.cli_report import report
 from pw_bench.compare import compare
 from pw_bench.kernels import kernels
 from pw_bench.stages import stages
@@ -16,5 +17,5 @@ def bench() -> None:
     """Measure latency and memory, compare, report (docs/benchmarks.md)."""
 
 
-for command in (kernels, stages, e2e, compare):
+for command in (kernels, stages, e2e, compare, report):
     bench.add_command(command)

@@ -144,12 +144,16 @@ def _equivalence(
             skipped.append(Skipped(part=side, reason=str(error)))
             continue
         outputs[side] = Output(side=side, latents=latents, video=place / "0.mkv")
-    found = tuple(
-        compare_outputs(output, outputs[EXACT], job.preset, job.precision)
-        for side, output in outputs.items()
-        if side != EXACT
-    )
-    return found, [side for side in sides if side in outputs]
+    found = []
+    for side in [side for side in outputs if side != EXACT]:
+        try:
+            output = outputs[side]
+            found.append(compare_outputs(output, outputs[EXACT], job.preset, job.precision))
+        except BadResult as error:
+            reporter.warn(f"{side} is left out: {error}")
+            skipped.append(Skipped(part=side, reason=str(error)))
+            del outputs[side]
+    return tuple(found), [side for side in sides if side in outputs]
 
 
 def _rounds(

@@ -83,6 +83,8 @@ def step_differences(
         x, y = got[key].double(), wanted[key].double()
         if x.shape != y.shape:
             raise BadResult(f"{key}: shapes differ", got=tuple(x.shape), wanted=tuple(y.shape))
+        if not x.isfinite().all():
+            raise BadResult(f"{key} is not finite", got="NaN or infinity")
         found.append(
             StepDifference(
                 stage=stage,
@@ -102,7 +104,7 @@ class FrameDifference:
     psnr: float | None
     ssim: float
     seam_index: float | None
-    flicker_ratio: float
+    flicker_ratio: float | None
 
 
 def compare_frames(one: Path, other: Path, borders: Sequence[int] = ()) -> FrameDifference:
@@ -148,8 +150,8 @@ def compare_frames(one: Path, other: Path, borders: Sequence[int] = ()) -> Frame
     return FrameDifference(
         psnr=None if error == 0 else 10 * math.log10(255**2 / error),
         ssim=float(np.mean(similarities)),
-        seam_index=float(np.mean(seams)) if seams else None,
-        flicker_ratio=mine / theirs if theirs else 1.0 if not mine else math.inf,
+        seam_index=float(np.mean(seams)) if seams and np.isfinite(seams).all() else None,
+        flicker_ratio=mine / theirs if theirs else None,
     )
 
 

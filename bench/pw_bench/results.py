@@ -193,7 +193,8 @@ class Equivalence:
         psnr: dB over all frames, None where not a byte differs.
         ssim: mean over all frames.
         seam_index: gradient energy on borders of tiles against elsewhere; None without tiles.
-        flicker_ratio: mean change between frames, against that of the other clip.
+        flicker_ratio: mean change between frames, against that of the other clip; None where that
+            one stands still.
     """
 
     side: str
@@ -204,7 +205,7 @@ class Equivalence:
     psnr: float | None
     ssim: float
     seam_index: float | None
-    flicker_ratio: float
+    flicker_ratio: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,3 +112,15 @@ def test_other_numbers_of_steps_are_refused() -> None:
 def test_borders_are_those_of_the_official_strips() -> None:
     assert tile_borders(PRESET) == ()
     assert tile_borders(replace(PRESETS["2k"], decode=DecodePlan(strips=3))) == (848, 1696)
+
+
+def test_a_clip_that_stands_still_has_no_flicker_ratio(tmp_path: Path) -> None:
+    still = moving()[:1].expand(*SIZE, 3)
+    other, plain = written(moving(), tmp_path / "a.mkv"), written(still, tmp_path / "b.mkv")
+    assert compare_frames(other, plain).flicker_ratio is None
+
+
+def test_latents_that_are_not_finite_are_refused() -> None:
+    broken = steps() | {"latent 002": torch.full((3, 2, 4), torch.nan)}
+    with pytest.raises(BadResult, match="latent 002 is not finite"):
+        step_differences(broken, steps(), PRESET)

@@ -76,7 +76,7 @@ def _equivalence(one: Equivalence) -> tuple[str, ...]:
         "no byte differs" if one.psnr is None else f"{one.psnr:.1f} dB",
         f"{one.ssim:.5f}",
         "no tiles" if one.seam_index is None else f"{one.seam_index:.3f}",
-        f"{one.flicker_ratio:.3f}",
+        "still" if one.flicker_ratio is None else f"{one.flicker_ratio:.3f}",
     )
 
 
