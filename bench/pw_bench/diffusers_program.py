@@ -105,7 +105,8 @@ class Diffusers:
                 callback_on_step_end=steps.ended,
                 max_sequence_length=text_len,
             ).frames[0]
-        write_frames(job, frames, video)
+        with span("encode"):
+            write_frames(job, frames, video)
 
 
 def require_draft(job: Job) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,6 @@ class Made:
 
     latents: list[Tensor]  # after every step, in order
     spans: list[str]  # names, in the order in which they began, of the thread that called
-    spans_of_encoder: list[str]
     timeline: list[Span]
     frames: int
 
@@ -78,10 +78,9 @@ def make(program: Program, job: Job, video: Path) -> Made:
     trace = Trace(torch.device("cpu"), on_look=lambda name, x: latents.append(x.clone()))
     with trace.recording():
         program.clip(job, video)
-    spans: dict[bool, list[str]] = {False: [], True: []}
-    for one in sorted(trace.spans, key=lambda one: (one.start, one.depth)):
-        spans[one.thread == "pw-overlap"].append(one.name)
-    return Made(latents, spans[False], spans[True], trace.spans, len(read_video(video)))
+    here = sorted(trace.spans, key=lambda one: (one.start, one.depth))
+    names = [one.name for one in here if one.thread == threading.current_thread().name]
+    return Made(latents, names, trace.spans, len(read_video(video)))
 
 
 def read_video(path: Path) -> Tensor:

@@ -82,7 +82,8 @@ class Official:
                 latent = self._stage(job, stage, plan, noise[f"{stage}_noise"], latent)
             assert latent is not None
             frames = decoded(job, latent)
-        write_frames(job, frames, video)
+        with span("encode"):
+            write_frames(job, frames, video)
 
     def _stage(
         self, job: Job, stage: StageName, plan: StagePlan, noise: Tensor, draft: Tensor | None
