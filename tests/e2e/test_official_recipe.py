@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pw convert` and `pw generate` against a direct composition of the official recipe.
 
-The oracle (tests/oracle) was written from the specification alone and shares no code with
+The oracle (pw_bench.official) was written from the specification alone and shares no code with
 the runtime.
 """
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pw_runtime.presets import read_preset
 from tests.closeness import max_abs
 from tests.e2e.pw import Pw, latent_shapes, write_preset
 from tests.oracle.checkpoint import Checkpoint
@@ -71,13 +72,15 @@ def test_converted_official_checkpoint_reproduces_the_official_recipe(
     )  # fmt: skip
     assert made.code == 0, made.err
 
+    numbers = read_preset(preset)
+    assert numbers.highres is not None
     wanted = run_official(
         checkpoint.base,
         checkpoint.highres,
         PROMPT,
         NEGATIVE,
-        draft=(96, 64, steps[0], 5.0, 5.0, solver),
-        highres=(192, 96, steps[1], 5.5, 4.0, solver),
+        draft=numbers.draft,
+        highres=numbers.highres,
         frames=frames,
         draft_pt=checkpoint.draft if with_draft else None,
         strips=strips,

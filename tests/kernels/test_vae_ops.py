@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pw_bench.official import vae as oracle
 from pw_kernels import channel_norm, dup_up_add
 from pw_kernels.channel_norm import reference as norm_reference
 from pw_kernels.channel_norm import run_kernel as norm_kernel
 from pw_kernels.dup_up import reference as dup_reference
 from pw_kernels.dup_up import run_kernel as dup_kernel
 from pw_kernels.op import OPS, Choice, using
-from tests.oracle import vae as oracle
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pw_bench.official import vae as oracle_vae
 from pw_kernels import unpatchify_pixels
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae_memory import CausalCache
@@ -14,7 +15,6 @@ from pw_runtime.types import Precision
 from tests.closeness import relative_l2
 from tests.models.test_vae_golden import config
 from tests.oracle import golden
-from tests.oracle import vae as oracle_vae
 
 
 def decoded(precision: Precision, z: Tensor) -> Tensor:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain second reading of the official recipe; the product is tested against it."""
+"""What the second reading of the official recipe (pw_bench.official) is tested with."""

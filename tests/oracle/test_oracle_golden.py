@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle import checkpoint, dit, golden, recipe, solvers, text, vae
+from pw_bench.official import dit, files, solvers, stages, text, vae
+from pw_runtime.types import StagePlan
+from tests.oracle import checkpoint, golden, recipe
+from tests.oracle import vae as encoder
 
 DIT, VAE, SOLVER, TEXT = 2e-5, 1e-5, 2e-6, 1e-5
 SAMPLER_RUNS = list(golden.load_json("samplers")["runs"])
-DRAFT = recipe.Stage(96, 64, 3, 5.0, 5.0, "unipc")
-HIGHRES = recipe.Stage(128, 96, 2, 5.5, 5.0, "unipc")
+DRAFT = StagePlan(width=96, height=64, steps=3, shift=5.0, guidance=5.0)
+HIGHRES = StagePlan(width=128, height=96, steps=2, shift=5.5, guidance=5.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,6 +85,11 @@ def test_dit_fp32(tiny_dit: TinyDit, case: str, context: str) -> None:
     assert max_abs(tiny_dit(case, context), expected) <= DIT
 
 
+def test_dit_with_fused_attention(tiny_dit: TinyDit) -> None:
+    fused = tiny_dit("hr", "a", attention=dit.fused_attention)
+    assert max_abs(fused, tiny_dit.outputs["hr_fp32_a"]) <= DIT
+
+
 def test_highres_control_and_blocks(tiny_dit: TinyDit) -> None:
     trace: dict[str, Tensor] = {}
     tiny_dit("hr", "a", trace=trace)
@@ -105,14 +114,14 @@ def test_highres_depends_on_dt_and_condition(tiny_dit: TinyDit) -> None:
 def test_dit_emulated_bf16(tiny_dit: TinyDit, case: str, context: str) -> None:
     """Within tolerance, and clearly nearer to the official bf16 run than fp32 is."""
     expected = tiny_dit.outputs[f"{case}_bf16emu_{context}"]
-    emulated = relative(tiny_dit(case, context, emulate_bf16=True), expected)
+    emulated = relative(tiny_dit(case, context, bf16=True), expected)
     assert emulated <= 1e-2
     assert emulated < 0.8 * relative(tiny_dit(case, context), expected)
 
 
 def test_adapter_emulated_bf16(tiny_dit: TinyDit) -> None:
     trace: dict[str, Tensor] = {}
-    tiny_dit("hr", "a", emulate_bf16=True, trace=trace)
+    tiny_dit("hr", "a", bf16=True, trace=trace)
     assert relative(trace["control1"], tiny_dit.outputs["hr_control_bf16emu"]) <= 1e-3
 
 
@@ -122,7 +131,7 @@ def test_rope_and_sinusoid() -> None:
     table = torch.cat(axes, dim=1)
     assert max_abs(table.real, misc["rope_cos"]) <= 1e-6
     assert max_abs(table.imag, misc["rope_sin"]) <= 1e-6
-    grid = dit.rope_table((2, 3, 5), 128, torch.device("cpu"))
+    grid = dit.rope_table(dit.rope_axes((2, 3, 5), 128, torch.device("cpu")))
     rotated = dit.rotate(misc["rope_in"][0], grid)
     assert max_abs(rotated, misc["rope_out_grid2x3x5"]) <= 1e-6
     assert max_abs(dit.sinusoid(misc["sin_t"], 256), misc["sin_emb"]) == 0
@@ -131,7 +140,10 @@ def test_rope_and_sinusoid() -> None:
 def test_resize_latent() -> None:
     misc = golden.load("pipeline_misc")
     latent = misc["interp_lr"][0]
-    at_2k, at_4k = (recipe.resize_latent(latent, *size) for size in ((45, 80), (67, 120)))
+    at_2k, at_4k = (
+        stages.resize_latent(latent, replace(HIGHRES, width=width, height=height))
+        for width, height in ((2560, 1440), (3840, 2144))
+    )
     assert max_abs(at_2k[0, 0, 0], misc["interp_2k_ch0_t0"]) <= 1e-6
     assert max_abs(at_4k[0, 1, 1], misc["interp_4k_ch1_t1"]) <= 1e-6
 
@@ -140,7 +152,7 @@ def test_vae_decode() -> None:
     state, z = golden.load("vae_tiny_weights"), golden.load("vae_tiny_inputs")["z"][0]
     expected = golden.load("vae_tiny_outputs")
     assert max_abs(vae.post_conv2(state, z), expected["post_conv2"]) <= VAE
-    chunks = vae.decode_chunks(state, z)
+    chunks = list(vae.decode_chunks(state, z))
     for index in (0, 1):
         assert max_abs(chunks[index], expected[f"decoder_chunk{index}_12ch"]) <= VAE
     video = vae.decode(state, z)
@@ -154,7 +166,7 @@ def test_vae_decode() -> None:
 def test_vae_encode(frames: int) -> None:
     state, inputs = golden.load("vae_tiny_weights"), golden.load("vae_tiny_inputs")
     expected = golden.load("vae_tiny_outputs")[f"encode_{frames}"]
-    assert max_abs(vae.encode(state, inputs["video"][0, :, :frames]), expected) <= VAE
+    assert max_abs(encoder.encode(state, inputs["video"][0, :, :frames]), expected) <= VAE
 
 
 def test_tiled_decode() -> None:
@@ -186,11 +198,11 @@ def test_solver(name: str) -> None:
     assert list(plan.timesteps) == run["timesteps"]
     assert list(plan.dts) == run["dt_quantized"]
     solver = {"unipc": solvers.unipc, "dpm++": solvers.dpmpp}[run["kind"]]
-    trajectory = solver(toy_velocity, tensors["noise"], plan)
+    trajectory = [tensors["noise"], *solver(toy_velocity, tensors["noise"], plan)]
     kept = range(run["steps"] + 1) if run["x_index"] == "all" else run["x_index"]
     assert max_abs(torch.stack([trajectory[i] for i in kept]), tensors[f"{name}_x"]) <= SOLVER
     if run["kind"] == "unipc":
-        final = solvers.unipc(toy_velocity, tensors["noise"], plan, bf16_einsum=True)[-1]
+        *_, final = solvers.unipc(toy_velocity, tensors["noise"], plan, bf16_einsum=True)
         # The quirk moves the result by 2e-5 to 6e-5; single bf16 roundings may still flip.
         assert relative(final, tensors[f"{name}_bf16einsum_final"]) <= 3e-6
 
@@ -223,7 +235,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Checkpoint:
     return checkpoint.write_official_checkpoint(directory, seed=3, with_draft=True)
 
 
-def run_small(files: checkpoint.Checkpoint, **changes: Any) -> dict[str, Tensor]:
+def run_small(made: checkpoint.Checkpoint, **changes: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     arguments: dict[str, Any] = {
         "draft": DRAFT,
@@ -236,13 +248,13 @@ def run_small(files: checkpoint.Checkpoint, **changes: Any) -> dict[str, Tensor]
     }
     prompt = changes.pop("prompt", "a red fox in the snow")
     return recipe.run_official(
-        files.base, files.highres, prompt, "blurry, static", **(arguments | changes)
+        made.base, made.highres, prompt, "blurry, static", **(arguments | changes)
     )
 
 
 def test_checkpoint_is_deterministic(small: checkpoint.Checkpoint, tmp_path: Path) -> None:
     again = checkpoint.write_official_checkpoint(tmp_path, seed=3)
-    one, two = (recipe.load_pixelwizard(files.highres) for files in (small, again))
+    one, two = (files.load_pixelwizard(made.highres) for made in (small, again))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
 
@@ -262,6 +274,6 @@ def test_recipe(small: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch) -
     assert max_abs(other["highres_latent"], result["highres_latent"]) > 0.1
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "resize_latent", lambda latent, h, w: torch.zeros(1, 48, 2, h, w))
+        patch.setattr(stages, "resize_latent", lambda latent, plan: torch.zeros(1, 48, 2, 3, 4))
         other = run_small(small)
     assert max_abs(other["highres_latent"], result["highres_latent"]) > 0.1

@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 
+from pw_bench.official import vae as oracle_vae
 from pw_kernels import pack_frames
 from pw_kernels.pack_frames import pixels_of
 from pw_runtime.models import VaeDecoder
@@ -18,7 +19,7 @@ from pw_runtime.types import Compat, DecodePlan, Latent, PixelFormat
 from tests.closeness import max_abs
 from tests.models.test_vae_golden import config
 from tests.oracle import golden
-from tests.oracle import vae as oracle_vae
+from tests.oracle.vae import pixel_patchify
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_official_strips_equal_the_official_blend(decoder) -> None:
     z = misc["tiled_z"][0]
     blend = stage._official(decoder, make_strips(z.shape[3], 3, 3), z.shape[3], 3)
     assert max_abs(pixels_of(*next(blend(z))), misc["tiled_video"]) <= 1e-5
-    packed = pack_frames(oracle_vae.pixel_patchify(misc["tiled_video"][None])[0], truncate=True)
+    packed = pack_frames(pixel_patchify(misc["tiled_video"][None])[0], truncate=True)
     assert torch.equal(packed, misc["tiled_uint8"].permute(1, 2, 3, 0))
 
 

@@ -7,12 +7,15 @@ A velocity function gets (latent, timestep, dt) and gives the latent's velocity.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pw_runtime.trace import look, span
+from pw_runtime.types import Solver
 
 Velocity = Callable[[Tensor, int, int], Tensor]
 
@@ -39,7 +42,7 @@ def quantise_dt(timesteps: list[int]) -> tuple[int, ...]:
     return tuple(max(gap - gap % 2, 2) for gap in gaps)
 
 
-def schedule(solver: str, steps: int, shift: float) -> Schedule:
+def schedule(solver: Solver, steps: int, shift: float) -> Schedule:
     """The shifted grid of "unipc" (starting at fp32(0.999)) or "dpm++" (starting at 1)."""
     top = {"unipc": float(np.float32(0.999)), "dpm++": 1.0}[solver]
     grid = np.linspace(top, 0, steps + 1)[:steps]
@@ -60,80 +63,88 @@ def _einsum(coefficient: float, difference: Tensor, bf16: bool) -> Tensor:
 def _unipc_correct(
     s: Schedule, i: int, order: int, x: Tensor, m: list[Tensor], bf16_einsum: bool
 ) -> Tensor:
-    """Corrected sample at step i from the corrected x at i - 1 and m[0..i]."""
+    """Corrected sample at step i from the corrected x at i - 1; m ends with that of step i."""
     sigma, alpha = s.sigmas[i], 1 - s.sigmas[i]
     h = s.lam(i) - s.lam(i - 1)
     phi = math.expm1(-h)
-    base = sigma / s.sigmas[i - 1] * x - alpha * phi * m[i - 1]
+    base = sigma / s.sigmas[i - 1] * x - alpha * phi * m[-2]
     if order == 1:
-        return base - alpha * phi * 0.5 * (m[i] - m[i - 1])
+        return base - alpha * phi * 0.5 * (m[-1] - m[-2])
     r = (s.lam(i - 2) - s.lam(i - 1)) / h
     k = phi / -h - 1
     b1 = k / phi
     b2 = 2 * (k / -h - 0.5) / phi
     rho0 = (b1 - b2) / (1 - r)
     rho1 = b1 - rho0
-    older = _einsum(rho0, (m[i - 2] - m[i - 1]) / r, bf16_einsum)
-    return base - alpha * phi * (older + rho1 * (m[i] - m[i - 1]))
+    older = _einsum(rho0, (m[-3] - m[-2]) / r, bf16_einsum)
+    return base - alpha * phi * (older + rho1 * (m[-1] - m[-2]))
 
 
 def _unipc_predict(
     s: Schedule, i: int, order: int, x: Tensor, m: list[Tensor], bf16_einsum: bool
 ) -> Tensor:
-    """Sample at step i + 1 from the corrected x at i and m[0..i]."""
+    """Sample at step i + 1 from the corrected x at i; m ends with that of step i."""
     if i + 1 == len(s.timesteps):
-        return m[i]
+        return m[-1]
     alpha = 1 - s.sigmas[i + 1]
     h = s.lam(i + 1) - s.lam(i)
     phi = math.expm1(-h)
-    after = s.sigmas[i + 1] / s.sigmas[i] * x - alpha * phi * m[i]
+    after = s.sigmas[i + 1] / s.sigmas[i] * x - alpha * phi * m[-1]
     if order == 2:
         r = (s.lam(i - 1) - s.lam(i)) / h
         # A 0-dim CPU tensor as in the official code: times a bf16 tensor it is rounded to bf16 on
         # the CPU and stays fp32 on CUDA.
         scale = torch.tensor(alpha * phi)
-        after = after - scale * _einsum(0.5, (m[i - 1] - m[i]) / r, bf16_einsum)
+        after = after - scale * _einsum(0.5, (m[-2] - m[-1]) / r, bf16_einsum)
     return after
 
 
 def unipc(
     velocity: Velocity, noise: Tensor, s: Schedule, *, bf16_einsum: bool = False
-) -> list[Tensor]:
-    """UniPC order 2, bh2, predicting x0. The latents before step 0 and after each step."""
+) -> Iterator[Tensor]:
+    """UniPC order 2, bh2, predicting x0. The latents after each step."""
     steps = len(s.timesteps)
     orders = [min(2, steps - i, i + 1) for i in range(steps)]
-    m: list[Tensor] = []
-    trajectory = [noise]
-    corrected = noise
+    m: list[Tensor] = []  # predictions of x0, of the last three steps
+    x = corrected = noise
     for i in range(steps):
-        x = trajectory[i]
-        m.append(x - s.sigmas[i] * velocity(x, s.timesteps[i], s.dts[i]))
-        if i > 0:
-            corrected = _unipc_correct(s, i, orders[i - 1], corrected, m, bf16_einsum)
-        trajectory.append(_unipc_predict(s, i, orders[i], corrected, m, bf16_einsum))
-    return trajectory
+        with span(f"step {i + 1}"):
+            m = [*m[-2:], x - s.sigmas[i] * velocity(x, s.timesteps[i], s.dts[i])]
+            if i > 0:
+                corrected = _unipc_correct(s, i, orders[i - 1], corrected, m, bf16_einsum)
+            x = _unipc_predict(s, i, orders[i], corrected, m, bf16_einsum)
+        yield x
 
 
-def dpmpp(velocity: Velocity, noise: Tensor, s: Schedule) -> list[Tensor]:
-    """DPM-Solver++ 2M, midpoint. The latents before step 0 and after each step."""
+def dpmpp(velocity: Velocity, noise: Tensor, s: Schedule) -> Iterator[Tensor]:
+    """DPM-Solver++ 2M, midpoint. The latents after each step."""
     steps = len(s.timesteps)
-    m: list[Tensor] = []
-    trajectory = [noise]
+    m: list[Tensor] = []  # predictions of x0, of the last two steps
+    x = noise
     for i in range(steps):
-        x = trajectory[i]
-        m.append(x - s.sigmas[i] * velocity(x, s.timesteps[i], s.dts[i]))
-        alpha = 1 - s.sigmas[i + 1]
-        h = s.lam(i + 1) - s.lam(i)
-        e = math.exp(-h) - 1
-        after = s.sigmas[i + 1] / s.sigmas[i] * x - alpha * e * m[i]
-        first_or_last = i in (0, steps - 1)
-        if not first_or_last and math.isfinite(s.lam(i - 1)):
-            r0 = (s.lam(i) - s.lam(i - 1)) / h
-            after = after - 0.5 * alpha * e * (m[i] - m[i - 1]) / r0
-        trajectory.append(after)
-    return trajectory
+        with span(f"step {i + 1}"):
+            m = [*m[-1:], x - s.sigmas[i] * velocity(x, s.timesteps[i], s.dts[i])]
+            alpha = 1 - s.sigmas[i + 1]
+            h = s.lam(i + 1) - s.lam(i)
+            e = math.exp(-h) - 1
+            after = s.sigmas[i + 1] / s.sigmas[i] * x - alpha * e * m[-1]
+            first_or_last = i in (0, steps - 1)
+            if not first_or_last and math.isfinite(s.lam(i - 1)):
+                r0 = (s.lam(i) - s.lam(i - 1)) / h
+                after = after - 0.5 * alpha * e * (m[-1] - m[-2]) / r0
+            x = after
+        yield x
 
 
-def solve(solver: str, velocity: Velocity, noise: Tensor, s: Schedule) -> Tensor:
-    """Final latent of "unipc" or "dpm++" in fp32."""
-    return {"unipc": unipc, "dpm++": dpmpp}[solver](velocity, noise, s)[-1]
+def solve(
+    solver: Solver, velocity: Velocity, noise: Tensor, s: Schedule, *, bf16_einsum: bool = False
+) -> Tensor:
+    """Final latent in fp32; every step's is shown as "latent"."""
+    if solver == "unipc":
+        trajectory = unipc(velocity, noise, s, bf16_einsum=bf16_einsum)
+    else:
+        trajectory = dpmpp(velocity, noise, s)
+    x = noise
+    for x in trajectory:
+        look("latent", x)
+    return x

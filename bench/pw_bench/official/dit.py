@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The official DiT forward, plain and unoptimised, over official key names.
 
+What the official forward does in every call is done in every call: a modulation row per token, the
+text embedded anew, rotary factors built for every query and key and multiplied in complex128.
+
 Shapes: L tokens in (t, h, w) order, D model width, H heads, K = D / H. One sample per call.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +20,7 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Grid = tuple[int, int, int]
 ADAPTER = "spatial_adapter."
 
 
@@ -34,17 +39,26 @@ def rope_frequencies(positions: Tensor, dim: int) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+def rope_axes(grid: Grid, head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The factors of every position along time, height and width, each [size, pairs of it]."""
+    third = head_dim // 2 // 3
+    widths = (head_dim - 4 * third, 2 * third, 2 * third)
+    return tuple(
+        rope_frequencies(torch.arange(size, device=device), width)
+        for size, width in zip(grid, widths, strict=True)
+    )
+
+
+def rope_table(axes: tuple[Tensor, ...]) -> Tensor:
     """One row of K / 2 unit complex numbers per token of the grid: time | height | width."""
-    pairs = head_dim // 2
-    third = pairs // 3
-    axes = []
-    for axis, (size, count) in enumerate(zip(grid, (pairs - 2 * third, third, third), strict=True)):
-        shape = [1, 1, 1, count]
-        shape[axis] = size
-        table = rope_frequencies(torch.arange(size, device=device), 2 * count)
-        axes.append(table.view(shape).expand(*grid, count))
-    return torch.cat(axes, dim=-1).reshape(-1, pairs)
+    t, h, w = (len(axis) for axis in axes)
+    time, rows, columns = axes
+    spread = [
+        time.view(t, 1, 1, -1).expand(t, h, w, -1),
+        rows.view(1, h, 1, -1).expand(t, h, w, -1),
+        columns.view(1, 1, w, -1).expand(t, h, w, -1),
+    ]
+    return torch.cat(spread, dim=-1).reshape(t * h * w, -1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -61,36 +75,48 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hqk,khc->qhc", scores.softmax(dim=-1), v.float()).to(q.dtype)
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by PyTorch's own kernel, in the place of flash-attn, which takes CUDA alone."""
+    q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
 @dataclass(frozen=True)
 class Weights:
     """Official tensors under the rounding rules of the official run.
 
-    Plain: everything is fp32. Emulating CUDA's bf16 autocast: parameters are held in bf16 (the
-    adapter in fp32), `linear` takes and gives bf16, `linear_fp32` works in fp32 on the held values.
+    Plain: everything is fp32. With the casts of CUDA's bf16 autocast: parameters are held in bf16
+    (the adapter in fp32), `linear` takes and gives bf16, `linear_fp32` works in fp32 on the held
+    values. A state that has these types already is used as it is.
     """
 
     state: State
     config: Mapping[str, Any]
-    emulate_bf16: bool = False
+    bf16: bool = False
     attention: Attention = softmax_attention
 
     @property
     def low(self) -> torch.dtype:
-        return torch.bfloat16 if self.emulate_bf16 else torch.float32
+        """What matrix products take and give."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def held(self, name: str) -> Tensor:
+        """A parameter in the type that the official run keeps it in."""
         return self.state[name].to(torch.float32 if name.startswith(ADAPTER) else self.low)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
+        """x [.., in] to [.., out], in the low type."""
         weight, bias = self.held(f"{name}.weight"), self.held(f"{name}.bias")
         return F.linear(x.to(self.low), weight.to(self.low), bias.to(self.low))
 
     def linear_fp32(self, name: str, x: Tensor) -> Tensor:
+        """x [.., in] to [.., out], in fp32."""
         return F.linear(
             x.float(), self.held(f"{name}.weight").float(), self.held(f"{name}.bias").float()
         )
 
     def conv(self, name: str, x: Tensor, stride: tuple[int, int, int], padding: int = 0) -> Tensor:
+        """3-D convolution of x [1, C, T, H, W], in the low type."""
         weight, bias = self.held(f"{name}.weight"), self.held(f"{name}.bias")
         return F.conv3d(
             x.to(self.low), weight.to(self.low), bias.to(self.low), stride=stride, padding=padding
@@ -109,6 +135,7 @@ class Weights:
         return F.layer_norm(x.float(), x.shape[-1:], gain, shift, self.config["eps"]).to(x.dtype)
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Normed, scaled and shifted token by token: all [L, D], in fp32."""
         return self.layer_norm(x).float() * (1 + scale) + shift
 
     def project(self, name: str, which: str, x: Tensor) -> Tensor:
@@ -161,15 +188,17 @@ def controls(w: Weights, condition: Tensor, t: Tensor, dt: Tensor) -> dict[int, 
     return {index: w.linear(f"{layers}{index}", mixed) for index in sorted(indices)}
 
 
-def block(w: Weights, index: int, x: Tensor, e0: Tensor, text: Tensor, rope: Tensor) -> Tensor:
-    """One transformer block on x [L, D]; keys past the rope table are padding and not attended."""
-    name, tokens = f"blocks.{index}", rope.shape[0]
+def block(
+    w: Weights, index: int, x: Tensor, e0: Tensor, text: Tensor, axes: tuple[Tensor, ...]
+) -> Tensor:
+    """One transformer block on x [L, D]; keys past the grid are padding and not attended."""
+    name, tokens = f"blocks.{index}", math.prod(map(len, axes))
     m = (w.held(f"{name}.modulation").float() + e0).unbind(dim=1)
 
     a = w.modulated(x, m[0], m[1])
     attn = f"{name}.self_attn"
-    q = rotate(w.project(attn, "q", a), rope).to(w.low)
-    k = rotate(w.project(attn, "k", a), rope).to(w.low)
+    q = rotate(w.project(attn, "q", a), rope_table(axes)).to(w.low)
+    k = rotate(w.project(attn, "k", a), rope_table(axes)).to(w.low)
     y = w.attention(q, k[:tokens], w.project(attn, "v", a)[:tokens])
     x = x + w.linear(f"{attn}.o", y.flatten(1)) * m[2]
 
@@ -183,7 +212,7 @@ def block(w: Weights, index: int, x: Tensor, e0: Tensor, text: Tensor, rope: Ten
     return x + w.linear(f"{name}.ffn.2", hidden) * m[5]
 
 
-def unpatchify(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def unpatchify(tokens: Tensor, grid: Grid) -> Tensor:
     """Rows [T*h*w, 4*C] whose channel runs fastest to [C, T, 2h, 2w]."""
     t, h, w = grid
     return tokens.view(t, h, w, 2, 2, -1).permute(5, 0, 1, 3, 2, 4).reshape(-1, t, 2 * h, 2 * w)
@@ -199,7 +228,7 @@ def forward(
     dt: Tensor | None = None,
     condition: Tensor | None = None,
     seq_len: int | None = None,
-    emulate_bf16: bool = False,
+    bf16: bool = False,
     attention: Attention = softmax_attention,
     trace: dict[str, Tensor] | None = None,
 ) -> Tensor:
@@ -209,13 +238,13 @@ def forward(
     condition [1, C, T, h, w] switches the spatial adapter on. trace collects `control<i>` and
     `block<i>`, each [L, D].
     """
-    w = Weights(state, config, emulate_bf16, attention)
+    w = Weights(state, config, bf16, attention)
     patches = w.conv("patch_embedding", x[None], (1, 2, 2))[0]
     grid = (patches.shape[1], patches.shape[2], patches.shape[3])
     rows = patches.flatten(1).T
     tokens = rows.shape[0]
     length = seq_len or tokens
-    rows = F.pad(rows, (0, 0, 0, length - tokens))
+    rows = torch.cat([rows, rows.new_zeros(length - tokens, rows.shape[1])])
     e, e0 = time_vectors(w, t.expand(length), None if dt is None else dt.expand(length))
     text = text_keys(w, context)
     added: dict[int, Tensor] = {}
@@ -223,14 +252,15 @@ def forward(
         if dt is None or tuple(condition.shape[2:]) != grid:
             raise ValueError(f"condition {tuple(condition.shape)} needs dt and the grid {grid}")
         added = controls(w, condition, t[:1], dt[:1])
-    rope = rope_table(grid, config["dim"] // config["num_heads"], x.device)
-    seen: dict[str, Tensor] = {} if trace is None else trace
+    axes = rope_axes(grid, config["dim"] // config["num_heads"], x.device)
     for index in range(config["num_layers"]):
         if index in added:
-            rows = rows + F.pad(added[index], (0, 0, 0, length - tokens))
-            seen[f"control{index}"] = added[index]
-        rows = block(w, index, rows, e0, text, rope)
-        seen[f"block{index}"] = rows
+            rows = rows + added[index]
+            if trace is not None:
+                trace[f"control{index}"] = added[index]
+        rows = block(w, index, rows, e0, text, axes)
+        if trace is not None:
+            trace[f"block{index}"] = rows
     shift, scale = (w.held("head.modulation").float() + e[:, None]).unbind(dim=1)
     out = w.linear_fp32("head.head", w.modulated(rows, shift, scale))
     return unpatchify(out[:tokens], grid).float()

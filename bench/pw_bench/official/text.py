@@ -8,12 +8,15 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ftfy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 State = Mapping[str, Tensor]
 MAX_DISTANCE = 128
@@ -26,11 +29,15 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def tokenise(ckpt_dir: Path, text: str, text_len: int) -> tuple[Tensor, Tensor]:
+def load_tokenizer(ckpt_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in an official directory."""
+    from transformers import AutoTokenizer  # seconds to import
+
+    return AutoTokenizer.from_pretrained(ckpt_dir / "google" / "umt5-xxl", local_files_only=True)
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, text_len: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask, each [text_len] int64, right-padded, with the end token."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        ckpt_dir / "google" / "umt5-xxl", local_files_only=True
-    )
     out = tokenizer(
         [clean(text)],
         padding="max_length",

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the benchmark's programs share: a small job, and a clip made under a trace."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pw_bench.job import Job, Program
+from pw_export.convert import convert
+from pw_runtime.bundle import open_bundle
+from pw_runtime.noise import latent_shape
+from pw_runtime.pipeline import generate
+from pw_runtime.progress import Reporter
+from pw_runtime.prompts import make_prompts
+from pw_runtime.trace import Span, Trace
+from pw_runtime.types import Codec, DecodePlan, Preset, Request, StagePlan, VideoPlan
+from tests.oracle.checkpoint import write_official_checkpoint
+
+DRAFT = StagePlan(width=96, height=64, steps=3, shift=5.0, guidance=5.0)
+HIGHRES = StagePlan(width=128, height=96, steps=2, shift=5.5, guidance=4.0)
+TWO_STAGES = Preset(
+    draft=DRAFT, highres=HIGHRES, video=VideoPlan(frames=9), decode=DecodePlan(strips=2)
+)
+ONE_STAGE = Preset(draft=DRAFT, video=VideoPlan(frames=9))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A clip of a program and what its trace saw."""
+
+    latents: list[Tensor]  # after every step, in order
+    spans: list[str]  # names, in the order in which they began, of the thread that called
+    timeline: list[Span]
+    frames: int
+
+
+def make_job(checkpoint: Path, folder: Path, preset: Preset, codec: Codec = "h264") -> Job:
+    """A job on a checkpoint in the official layout; its noise is written to `folder`."""
+    generator = torch.Generator().manual_seed(7)
+    noise = {
+        f"{stage}_noise": torch.randn(latent_shape(plan, preset.video), generator=generator)
+        for stage, plan in preset.stages().items()
+    }
+    save_file(noise, folder / "noise.safetensors")
+    return Job(
+        checkpoint=checkpoint,
+        bundle=checkpoint.with_name("bundle"),
+        prompt="a red   ball &amp;amp; a cat",
+        negative="blurry",
+        preset=preset,
+        noise=folder / "noise.safetensors",
+        device="cpu",
+        precision="fp32",
+        codec=codec,
+    )
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """A small random checkpoint in one folder, and its bundle beside it."""
+    files = write_official_checkpoint(folder)
+    (files.base / "pixelwizard").mkdir()
+    highres = files.highres.rename(files.base / "pixelwizard" / "highres.pt")
+    convert(wan=files.base, highres=highres, out=folder / "bundle", say=lambda line: None)
+    return files.base
+
+
+def make(program: Program, job: Job, video: Path) -> Made:
+    """Run a program under a trace."""
+    latents: list[Tensor] = []
+    trace = Trace(torch.device("cpu"), on_look=lambda name, x: latents.append(x.clone()))
+    with trace.recording():
+        program.clip(job, video)
+    here = sorted(trace.spans, key=lambda one: (one.start, one.depth))
+    names = [one.name for one in here if one.thread == threading.current_thread().name]
+    return Made(latents, names, trace.spans, len(read_video(video)))
+
+
+def read_video(path: Path) -> Tensor:
+    """Frames [F, H, W, 3] in levels of 255."""
+    with av.open(str(path)) as container:
+        frames = [one.to_ndarray(format="rgb24") for one in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).int()
+
+
+def ours(job: Job, out: Path) -> dict[str, Tensor]:
+    """The latents of the runtime's own clip, by stage."""
+    request = Request(
+        prompts=make_prompts([("0", job.prompt)]),
+        preset=job.preset,
+        out=out,
+        negative=job.negative,
+        noise=job.noise,
+        codec=job.codec,
+        save_latents=True,
+    )
+    out.mkdir()
+    (outcome,) = generate(request, open_bundle(job.bundle), Reporter(quiet=True))
+    assert outcome.video is not None
+    return load_file(out / "0.latents.safetensors")
