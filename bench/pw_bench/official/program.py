@@ -12,10 +12,10 @@ resident with offload to the host):
 * the VAE is loaded again for the decode of every clip; it decodes `decode.strips` strips one after
   the other, which are blended in fp32 on the host, then truncated to bytes, then encoded.
 
-Where it is kinder to the official program than its code: nothing moves back to the host, the copy
-there stays; torch.load maps no class; the decoded bytes go to the encoder of the runtime in one
-chunk of the whole clip, with the settings that all programs of the benchmark use. Attention is
-PyTorch's, flash-attn's being for CUDA alone.
+Where it is kinder to the official program than its code: weights do not move back to the host,
+where the copy that they came from stays; GELU and scores of the text encoder are single operations.
+Attention is PyTorch's, flash-attn's being for CUDA alone. The bytes go in one chunk of the whole
+clip to the encoder of the runtime, whose settings are those of all programs of the benchmark.
 """
 
 from __future__ import annotations
