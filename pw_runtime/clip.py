@@ -147,10 +147,7 @@ def start_clip(
         noise_file=str(request.noise) if request.noise else None,
         bundle={"digest": bundle.digest, **files},
         vae=vae_digest(bundle),
-        engines={
-            stage: {"backend": one.choice.backend, "reason": one.choice.reason}
-            for stage, one in engines.items()
-        },
+        engines={stage: one.choice.told() for stage, one in engines.items()},
         notices=(),
         seconds={},
         versions=versions(),

@@ -26,6 +26,7 @@ from pw_engines import (
     tensorrt_torch,
 )
 from pw_engines.eager import EagerEngine
+from pw_engines.spec import digest_of
 from pw_runtime.errors import BadRequest
 from pw_runtime.segments import Segment
 from pw_runtime.types import EnginePolicy, Request
@@ -103,11 +104,17 @@ def build_command(request: Request, bundle: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The engines of a network, and why these."""
+    """The engines of a network, and why these; `digest` is over the keys of built ones."""
 
     engines: Mapping[str, Engine]
     backend: Backend
     reason: str
+    digest: str = ""
+
+    def told(self) -> dict[str, str]:
+        """As a receipt has it."""
+        told = {"backend": self.backend, "reason": self.reason}
+        return told | ({"digest": self.digest} if self.digest else {})
 
 
 def eager_engines(segments: Mapping[str, Segment]) -> dict[str, Engine]:
@@ -183,7 +190,8 @@ def find_engines(
             lacking[compiler.backend] = why  # said once for both front ends
             continue
         segments = segments_for(compiler)
-        files = {name: store.find(key_of(one, label, device)) for name, one in segments.items()}
+        keys = {name: key_of(one, label, device) for name, one in segments.items()}
+        files = {name: store.find(key) for name, key in keys.items()}
         missing = [f"{name} ({one.reason})" for name, one in files.items() if one.path is None]
         if missing:
             none = len(missing) == len(files)
@@ -201,6 +209,7 @@ def find_engines(
                 do=f"run `pw engines prune --all` and `{command}`, or add --policy eager",
             ) from error
         by = f", front end {compiler.frontend}" if compiler.frontend else ""
-        choice = Choice(engines, compiler.backend, f"built engines in {store.root}{by}")
-        return OnEngines(segments, choice)
+        digest = digest_of(keys[name].digest.encode() for name in sorted(keys))
+        reason = f"built engines in {store.root}{by}"
+        return OnEngines(segments, Choice(engines, compiler.backend, reason, digest))
     return "; ".join(f"{label}: {why}" for label, why in lacking.items())

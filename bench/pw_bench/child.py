@@ -87,7 +87,10 @@ def make(task: Task, answers: TextIO) -> None:
             peaks=_peaks(device),
             predicted=_predicted(receipt),
             fell_back=getattr(program, "fell_back", ()),
-            engines={name: one["backend"] for name, one in receipt.get("engines", {}).items()},
+            engines={
+                name: " ".join((one["backend"], one.get("digest", "")[:16])).strip()
+                for name, one in receipt.get("engines", {}).items()
+            },
             joules=None if used is None or energy is None else used - energy,
             disk_bytes=None if disk is None else _written_since(disk),
             threads=torch.get_num_threads(),

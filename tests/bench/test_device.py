@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What concerns the GPU machine, as far as one without a GPU can tell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from pw_bench import device
+from pw_bench.device import PARTS, main, run_parts
+from pw_bench.nvml import Nvml
+from pw_bench.watching import Watch, between
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The arguments of every `pw bench` that was run; each writes its file."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        arguments = command[command.index("bench") + 1 :]
+        calls.append(arguments)
+        Path(arguments[-1]).write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_parts_whose_file_is_there_are_not_run_again(ran, tmp_path: Path) -> None:
+    (tmp_path / "e2e-2k.json").write_text("{}")
+    assert run_parts(tmp_path, 60.0, full=False) == {}
+    assert not any(arguments[0] == "e2e" for arguments in ran)
+    count = len(ran)
+    assert count == sum(not part.long for part in PARTS) - 1
+    assert run_parts(tmp_path, 60.0, full=False) == {}
+    assert len(ran) == count
+
+
+def test_a_part_is_not_begun_without_the_time_for_it(ran, tmp_path: Path) -> None:
+    missing = run_parts(tmp_path, 1.0, full=False)
+    assert missing["e2e-2k"].endswith("s expected")
+    assert [arguments[0] for arguments in ran] == ["kernels", "kernels"]  # draft and 2K
+
+
+def test_a_part_that_fails_is_told_and_the_others_run(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    missing = run_parts(tmp_path, 60.0, full=False)
+    assert set(missing.values()) == {"it ended with exit code 2"}
+    assert len(missing) == sum(not part.long for part in PARTS)
+
+
+def test_every_part_is_a_command_that_can_be_parsed(tmp_path: Path) -> None:
+    from pw_bench.cli import bench
+
+    for part in PARTS:
+        verb = bench.commands[part.arguments[0]]
+        verb.make_context(part.name, [*part.arguments[1:], "--out", str(tmp_path / "r.json")])
+
+
+def test_the_usual_parts_take_nine_minutes_at_most_by_their_guesses() -> None:
+    first = [part.seconds for part in PARTS if not part.long][:4]
+    assert sum(first) <= 9 * 60
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
+    answer = CliRunner().invoke(main, ["--out", str(tmp_path / "r")])
+    assert answer.exit_code != 0
+    assert "no CUDA GPU" in answer.output
+
+
+def test_nvml_that_is_missing_or_denied_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    missing = Nvml()
+    assert "not installed" in missing.reason
+    assert missing.state() is missing.joules() is missing.memory_of(1) is None
+
+    class NVMLError(Exception):
+        pass
+
+    def deny() -> None:
+        raise NVMLError("Insufficient Permissions")
+
+    denied = SimpleNamespace(NVMLError=NVMLError, nvmlInit=deny)
+    monkeypatch.setitem(sys.modules, "pynvml", denied)
+    assert Nvml().reason == "NVML says: Insufficient Permissions"
+
+
+def test_a_single_answer_that_is_denied_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def deny(*arguments: object) -> None:
+        raise NVMLError("Not Supported")
+
+    fake = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: "gpu",
+        nvmlDeviceGetPowerUsage=lambda gpu: 350_000,
+        nvmlDeviceGetEnforcedPowerLimit=deny,
+        nvmlDeviceGetClockInfo=lambda gpu, clock: 1000 * clock,
+        nvmlDeviceGetTemperature=lambda gpu, sensor: 50,
+        nvmlDeviceGetTotalEnergyConsumption=lambda gpu: 5_000,
+        nvmlDeviceGetComputeRunningProcesses=lambda gpu: [
+            SimpleNamespace(pid=7, usedGpuMemory=123)
+        ],
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=456),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    nvml = Nvml()
+    state = nvml.state()
+    assert state is not None
+    assert (state.power_w, state.power_limit_w, state.memory_clock_mhz) == (350.0, None, 2000)
+    assert nvml.joules() == 5.0
+    assert (nvml.memory_of(7), nvml.memory_of(8)) == (123, 456)
+    assert nvml.reason == "NVML says: Not Supported"
+
+
+def test_a_process_is_watched_until_the_end_of_the_block() -> None:
+    with Watch(os.getpid(), None) as watch:
+        held = bytearray(64 * 2**20)
+    assert watch.host
+    assert watch.pss
+    assert watch.device == []
+    assert max(size for _, size in watch.host) > len(held)
+
+
+def test_samples_of_a_time_begin_at_zero() -> None:
+    samples = [(1.0, 5), (2.0, 6), (3.0, 7)]
+    assert between(samples, 1.5, 3.0) == ((0.5, 6), (1.5, 7))
+
+
+def test_a_process_that_is_gone_gives_no_samples() -> None:
+    with Watch(2**22 + 1, None) as watch:
+        pass
+    assert (watch.host, watch.pss) == ([], [])
