@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether one result is slower or larger than an earlier one, by the spread that both recorded.
 
-A figure has changed where its medians are further apart than three quarters of what lies between
-the 10th and 90th percentiles, both spreads added in quadrature, and than one part in fifty. Of
-pairs of runs of the same program whose noise is normal, 2 % then seem to differ with five samples
-each, 0.6 % with six, 0.1 % with nine; a change of a tenth is seen where nine of ten samples lie
-within a tenth.
+A figure has changed where its medians are further apart than what lies between the 10th and 90th
+percentiles, both spreads added in quadrature, and than one part in fifty. Of pairs of runs of the
+same program whose noise is normal, fewer than one in a hundred then seem to differ with five
+samples each; a change of a tenth is mostly seen where nine of ten samples lie within a fifteenth of
+the median. A machine that drifts between the runs is the reason for this much.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pw_runtime.cli_options import DONE, FILE, SOME_FAILED
 from pw_runtime.errors import BadRequest
 
 LEAST: Final = 0.02  # a smaller change is none
-WIDTHS: Final = 0.75  # of the spreads
 FEWEST: Final = 5  # samples of which a spread can be told
 
 Verdict = Literal["slower", "faster", "larger", "smaller", "same", "too few samples", "fell back"]
@@ -97,7 +96,7 @@ def change(old: Figure, new: Figure) -> Change:
     """Compare two figures of one name."""
     a, b = old.median, new.median
     wide = math.hypot(*(one.spread[1] - one.spread[0] for one in (old, new)))
-    threshold = max(LEAST, WIDTHS * wide / a)
+    threshold = max(LEAST, wide / a)
     verdict: Verdict = "same"
     if old.fell_back or new.fell_back:
         verdict = "fell back"
