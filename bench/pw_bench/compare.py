@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether one result is slower or larger than an earlier one, by the spread that both recorded.
 
-A figure has changed where its medians are further apart than what lies between the 10th and 90th
-percentiles, both spreads added in quadrature, and than one part in fifty. Of pairs of runs of the
-same program whose noise is normal, fewer than one in a hundred then seem to differ with five
-samples each; a change of a tenth is mostly seen where nine of ten samples lie within a fifteenth of
-the median. A machine that drifts between the runs is the reason for this much.
+A figure has changed where two things are so. Its samples are ordered as they would be by chance
+less than once in a hundred times (Mann-Whitney's rank test, which asks nothing of the noise; five
+samples against five must not overlap). And its medians are further apart than one part in fifty and
+than half of what lies between the 10th and 90th percentiles, both spreads added in quadrature: a
+machine that drifts from minute to minute orders samples, too.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -26,9 +27,15 @@ from pw_runtime.cli_options import DONE, FILE, SOME_FAILED
 from pw_runtime.errors import BadRequest
 
 LEAST: Final = 0.02  # a smaller change is none
-FEWEST: Final = 5  # samples of which a spread can be told
+WIDTHS: Final = 0.5  # of the spreads
+CHANCE: Final = 0.01
+FEWEST: Final = 5  # samples by which that chance can be reached
 
 Verdict = Literal["slower", "faster", "larger", "smaller", "same", "too few samples", "fell back"]
+WORDS: Final[Mapping[str, tuple[Verdict, Verdict]]] = {
+    "time": ("slower", "faster"),
+    "size": ("larger", "smaller"),
+}
 WORSE: Final = ("slower", "larger")
 
 
@@ -96,17 +103,23 @@ def change(old: Figure, new: Figure) -> Change:
     """Compare two figures of one name."""
     a, b = old.median, new.median
     wide = math.hypot(*(one.spread[1] - one.spread[0] for one in (old, new)))
-    threshold = max(LEAST, wide / a)
+    threshold = max(LEAST, WIDTHS * wide / a)
     verdict: Verdict = "same"
     if old.fell_back or new.fell_back:
         verdict = "fell back"
     elif min(len(old.samples), len(new.samples)) < FEWEST:
         verdict = "too few samples"
-    elif b / a - 1 > threshold:
-        verdict = "slower" if new.unit == "s" else "larger"
-    elif 1 - b / a > threshold:
-        verdict = "faster" if new.unit == "s" else "smaller"
+    elif abs(b / a - 1) > threshold and chance_of(old.samples, new.samples) < CHANCE:
+        more, less = WORDS["time" if new.unit == "s" else "size"]
+        verdict = more if b > a else less
     return Change(name=new.name, old=a, new=b, threshold=threshold, verdict=verdict)
+
+
+def chance_of(old: Sequence[float], new: Sequence[float]) -> float:
+    """How often samples of one and the same thing are ordered at least as much as these."""
+    from scipy.stats import mannwhitneyu  # a second to import
+
+    return float(mannwhitneyu(old, new).pvalue)
 
 
 @click.command()
