@@ -12,6 +12,7 @@ cache.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,7 +77,8 @@ def run_all(
 ) -> Taken:
     """Run programs in turns and compare what they gave.
 
-    A program that fails is skipped with its last words; what was measured before Ctrl-C is kept.
+    A program that fails at once is skipped with its last words. One that fails later keeps what it
+    gave, marked, and the others go on; what was measured before Ctrl-C is kept.
 
     Args:
         sides: names of programs, ours first.
@@ -87,23 +89,31 @@ def run_all(
         environment: of the processes, besides ours.
         reporter: told about progress.
 
-    Raises BadResult where our own program fails.
+    Raises BadResult where our own program makes no clip.
     """
     skipped: list[Skipped] = []
     equivalence, alive = _equivalence(sides, job, folder, environment, reporter, skipped)
     samples = {side: Samples() for side in alive}
     rejected: dict[str, Samples] = {}
+
+    def failed(taken: dict[str, Samples]) -> set[str]:
+        return _rounds(taken, job, folder, rounds, warm, environment, reporter, skipped)
+
     try:
-        _rounds(samples, job, folder, rounds, warm, environment, reporter)
-        if rounds >= 3 and any(not one.stable for one in _times(samples, {})):
+        bad = failed(samples)
+        whole = {side: one for side, one in samples.items() if side not in bad}
+        if rounds >= 3 and any(not one.stable for one in _times(whole, {})):
             reporter.say("unstable: all programs are measured once more")
-            rejected, again = samples, {side: Samples() for side in alive}
-            _rounds(again, job, folder, rounds, warm, environment, reporter)
-            samples = again
+            again = {side: Samples() for side in whole}
+            if not failed(again):  # else the first rounds are all there is
+                samples, rejected = samples | again, whole
     except KeyboardInterrupt:
         reporter.warn("interrupted: what was measured until now is kept")
         skipped.append(Skipped(part="the remaining rounds", reason="interrupted"))
     samples = {side: one for side, one in samples.items() if one.cold}
+    reasons = [one.reason for one in skipped if one.part == OURS]
+    if reasons and OURS not in samples:
+        raise BadResult("our own program failed", got="; ".join(reasons))
     figures = _figures(samples, rejected)
     return Taken(
         figures=figures,
@@ -164,19 +174,31 @@ def _rounds(
     warm: int,
     environment: dict[str, str],
     reporter: Reporter,
-) -> None:
+    skipped: list[Skipped],
+) -> set[str]:
+    """Add to `samples`; which programs failed. Those are marked and not started again."""
+    failed: set[str] = set()
     nvml = Nvml() if job.device.startswith("cuda") else None
     for number in range(rounds):
-        for side, taken in samples.items():
-            place = folder / side
+        for side in [side for side in samples if side not in failed]:
+            place, taken = folder / side, samples[side]
             place.mkdir(exist_ok=True)
-            clips = _start(
-                Task(side=side, job=job, folder=place, clips=1 + warm), environment, nvml, taken
-            )
+            task = Task(side=side, job=job, folder=place, clips=1 + warm)
+            try:
+                clips = _start(task, environment, nvml, taken)
+            except ProgramFailed as error:
+                reporter.warn(f"{side} failed in round {number + 1} and is left out: {error}")
+                skipped.append(Skipped(part=side, reason=f"failed in round {number + 1}: {error}"))
+                failed.add(side)
+                taken.fell_back.add(f"it failed in round {number + 1}: {error}")
+                if side == OURS and not taken.cold:
+                    return failed  # nothing to compare with
+                continue
             taken.cold.append(clips[0])
             taken.warm += clips[1:]
             walls = ", ".join(f"{clip.wall:.2f}" for clip in clips)
             reporter.say(f"round {number + 1}/{rounds} {side}: {walls} s")
+    return failed
 
 
 def _start(
@@ -204,13 +226,21 @@ def _start(
         child.wait()
         raise
     if child.returncode != 0:
-        last = (errors.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-        raise ProgramFailed(last)
+        raise ProgramFailed(_last_words(child.returncode, errors))
     made = [_MADE.validate_json(line) for line in out.splitlines()]
     if taken is not None:
         taken.fell_back.update(text for one in made for text in one.fell_back)
         taken.engines, taken.threads = made[0].engines, made[0].threads
     return [_clip(task.side, one, watch, None if i else started) for i, one in enumerate(made)]
+
+
+def _last_words(code: int, errors: str) -> str:
+    """Why a process ended; one that was killed says nothing of it itself."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        memory = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        return f"killed by {name}{memory}"
+    return (errors.strip().splitlines() or [f"exit code {code}"])[-1]
 
 
 def _clip(side: str, made: Made, watch: Watch, started: float | None) -> Clip:
@@ -277,7 +307,10 @@ def _figures(samples: dict[str, Samples], rejected: dict[str, Samples]) -> tuple
                 )
         joules = tuple(clip.joules for clip in one.warm if clip.joules is not None)
         if joules:
-            found.append(Figure(name=f"{side}/energy", unit="J", samples=joules))
+            fell_back = tuple(sorted(one.fell_back))
+            found.append(
+                Figure(name=f"{side}/energy", unit="J", samples=joules, fell_back=fell_back)
+            )
     return tuple(found)
 
 

@@ -98,15 +98,16 @@ def test_other_pictures_get_no_ratio(run: Callable[..., Taken]) -> None:
     assert (ratio.cold, ratio.warm, ratio.memory) == (None, None, None)
 
 
-def test_what_fell_back_gets_no_ratio(run: Callable[..., Taken]) -> None:
+def test_what_fell_back_gets_no_ratio() -> None:
     samples = {side: e2e.Samples(cold=[clip(side, 1.0)]) for side in ("ours", "official")}
+    samples["official"].warm = [replace(clip("official", 1.0, "warm"), joules=5.0)]
     samples["official"].fell_back = {"memory ran out"}
     figures = e2e._figures(samples, {})
     (ratio,) = e2e._ratios(samples, figures, ())
     assert ratio.refused == "official fell back: memory ran out"
-    assert [one.fell_back for one in figures if one.name == "official/cold"] == [
-        ("memory ran out",)
-    ]
+    theirs = [one for one in figures if one.name.startswith("official/")]
+    assert {one.name for one in theirs} >= {"official/cold", "official/energy"}
+    assert all(one.fell_back == ("memory ran out",) for one in theirs)
 
 
 def test_unstable_rounds_are_repeated_once_and_kept_as_rejected(run: Callable[..., Taken]) -> None:
@@ -148,6 +149,60 @@ def test_what_was_measured_before_ctrl_c_is_kept(run: Callable[..., Taken]) -> N
     assert samples["ours/cold"] == (10.0, 10.0)
     assert samples["official/cold"] == (10.0,)
     assert taken.skipped == (Skipped(part="the remaining rounds", reason="interrupted"),)
+
+
+def test_a_program_that_fails_later_keeps_what_it_gave_and_the_others_go_on(
+    run: Callable[..., Taken],
+) -> None:
+    def walls(side: str, number: int) -> float:
+        if (side, number) == ("official", 1):
+            raise ProgramFailed("out of memory")
+        return 10.0
+
+    taken = run(walls)
+    figures = {one.name: one for one in taken.figures}
+    assert figures["ours/cold"].samples == (10.0, 10.0, 10.0)
+    assert figures["official/cold"].samples == (10.0,)
+    assert figures["official/cold"].fell_back == ("it failed in round 2: out of memory",)
+    assert taken.skipped == (Skipped(part="official", reason="failed in round 2: out of memory"),)
+    assert taken.ratios[0].refused is not None
+    assert not any(one.rejected for one in taken.figures)  # its few samples repeat nothing
+
+
+def test_a_failure_of_the_repeated_rounds_leaves_the_first_ones(run: Callable[..., Taken]) -> None:
+    def walls(side: str, number: int) -> float:
+        if (side, number) == ("ours", 3):
+            raise ProgramFailed("out of memory")
+        return 10.0 + 5 * number
+
+    cold = run(walls).figures[0]
+    assert (cold.samples, cold.rejected) == ((10.0, 15.0, 20.0), ())
+
+
+def test_ctrl_c_in_the_repeated_rounds_leaves_the_first_ones(run: Callable[..., Taken]) -> None:
+    def walls(side: str, number: int) -> float:
+        if number == 4:
+            raise KeyboardInterrupt
+        return 10.0 + 5 * number
+
+    cold = run(walls).figures[0]
+    assert (cold.samples, cold.rejected) == ((10.0, 15.0, 20.0), ())
+
+
+def test_our_own_failure_in_the_first_round_is_an_error(run: Callable[..., Taken]) -> None:
+    def walls(side: str, number: int) -> float:
+        if number == 0:
+            raise ProgramFailed("broken")
+        return 10.0
+
+    with pytest.raises(BadResult, match="broken"):
+        run(walls)
+
+
+def test_a_killed_program_is_said_to_be_killed() -> None:
+    assert e2e._last_words(1, "a warning\nValueError: no\n") == "ValueError: no"
+    assert e2e._last_words(1, "") == "exit code 1"
+    assert e2e._last_words(-9, "a warning\n").startswith("killed by SIGKILL")
 
 
 def test_only_outer_spans_of_the_main_thread_cover_time() -> None:
