@@ -84,7 +84,7 @@ def make(task: Task, answers: TextIO) -> None:
             start=start,
             end=end,
             spans=(*(() if number else (imports,)), *trace.spans),
-            peaks=_peaks(device),
+            peaks=_peaks(device, receipt),
             predicted=_predicted(receipt),
             fell_back=getattr(program, "fell_back", ()),
             engines={
@@ -110,11 +110,16 @@ def _keeper(kept: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
     return keep
 
 
-def _peaks(device: torch.device) -> dict[str, int]:
-    peaks = {"rss": peak_rss_bytes()}
+def _peaks(device: torch.device, receipt: dict[str, Any]) -> dict[str, int]:
+    """Of the whole clip. Our runtime starts the counters again at each of its stages: what they
+    give here is of the last one, and those of the others are in its receipt."""
+    stages = receipt.get("peak_memory_bytes") or {}
+    peaks = {"rss": max(peak_rss_bytes(), stages.get("host", 0))}
     if device.type == "cuda":
-        peaks["allocator"] = torch.cuda.max_memory_allocated(device)
-        peaks["reserved"] = torch.cuda.max_memory_reserved(device)
+        allocated = torch.cuda.max_memory_allocated(device)
+        peaks["allocator"] = max(allocated, stages.get("device", 0))
+        if not stages:
+            peaks["reserved"] = torch.cuda.max_memory_reserved(device)
     return peaks
 
 

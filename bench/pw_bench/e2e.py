@@ -253,6 +253,8 @@ def _clip(side: str, made: Made, watch: Watch, started: float | None) -> Clip:
         spans = (process, *spans)
     wall = made.end - start
     unattributed = wall - covered(spans)
+    # Also before our runtime's first stage, when it starts the counter again.
+    rss = [size for t, size in watch.host if start <= t <= made.end]
     pss = [size for t, size in watch.pss if start <= t <= made.end]
     nvml = [size for t, size in watch.device if start <= t <= made.end]
     return Clip(
@@ -265,6 +267,7 @@ def _clip(side: str, made: Made, watch: Watch, started: float | None) -> Clip:
         host=between(watch.host, start, made.end),
         device=between(watch.device, start, made.end),
         peaks=made.peaks
+        | {"rss": max([made.peaks["rss"], *rss])}
         | ({"pss": max(pss)} if pss else {})
         | ({"nvml": max(nvml)} if nvml else {}),
         predicted=made.predicted,

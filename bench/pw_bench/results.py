@@ -150,7 +150,8 @@ class Clip:
         unattributed_shares: of the wall time, in every run of this side and start.
         host: (seconds from the start, resident bytes of the process).
         device: (seconds from the start, bytes of the GPU that the process holds by NVML).
-        peaks: bytes by what counted them: "rss", "pss", "allocator", "reserved", "nvml".
+        peaks: bytes by what counted them: "rss", "pss", "allocator", "nvml", and "reserved" of
+            programs that do not start that counter again themselves.
         predicted: peak bytes by stage and place, of the plan; ours only.
         joules: GPU energy by NVML.
         disk_bytes: written by the process.
