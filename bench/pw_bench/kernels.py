@@ -43,6 +43,7 @@ from pw_kernels import library
 from pw_kernels.interpreter import install_exact_casts
 from pw_kernels.op import Implementation
 from pw_runtime.cli_options import FILE
+from pw_runtime.errors import BadRequest
 
 NO_GPU = "no CUDA GPU that torch can use"
 
@@ -80,8 +81,9 @@ def check(case: Case, implementation: Implementation) -> KernelRow:
                 results.append(case.result(case.run(implementation, arguments), arguments))
             if len(results) == 1:
                 exact = case.exact(case.arguments())
-    except (RuntimeError, ValueError) as error:
-        return replace(row, refused=str(error).splitlines()[0])
+    except Exception as error:  # Triton's are no RuntimeError; none may take the others along
+        words = str(error).splitlines() or [type(error).__name__]
+        return replace(row, refused=words[0])
     return replace(
         row,
         error=relative_l2(case.sample(results[0]), exact),
@@ -108,10 +110,10 @@ def measure(
     if case.bound == "flops":
         attention = case.op == "attention"
         work, ceiling = cost.flops, (ceilings.attention if attention else ceilings.gemm).rate
-    baseline = next(rows[one] for one in ("cudnn", "reference") if one in ran)
+    baseline = next((rows[one] for one in ("cudnn", "reference") if one in ran), None)
     finished: list[Measured] = []
     for one, row in rows.items():
-        if row.error and baseline.error:
+        if row.error and baseline is not None and baseline.error:
             row = replace(row, error_ratio=row.error / baseline.error)
         if one not in timed:
             finished.append((row, None))
@@ -158,7 +160,11 @@ def show(found: Sequence[Measured], console: Console) -> None:
 def measure_kernels(
     sizes: Sequence[str], only: str, device: torch.device, protocol: Protocol, *, interpreted: bool
 ) -> Result:
-    """Check and time the operations whose name holds `only`; the table goes to the terminal."""
+    """Check and time the operations whose name holds `only`; the table goes to the terminal.
+
+    After Ctrl-C the result is of those until then. Raises BadRequest where no name holds it.
+    """
+    cases = _cases(sizes, only, Maker(device, interpreted=interpreted))
     nvml = Nvml()
     identity = identify(device, nvml, weights={}, engines={})
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -169,15 +175,18 @@ def measure_kernels(
         f"kernels: {library.status()}"
     )
     found: list[Measured] = []
-    make = Maker(device, interpreted=interpreted)
-    with torch.inference_mode():
-        for size in sizes:
-            cases = [*transformer_cases(size, make)]
-            cases += [] if size == "draft" else [*decoder_cases(size, make)]
+    skipped = [] if device.type == "cuda" else [Skipped(part="kernels on a GPU", reason=NO_GPU)]
+    try:
+        with torch.inference_mode():
             for case in cases:
-                if only in case.name:
-                    found += measure(case, device, ceilings, protocol)
+                found += measure(case, device, ceilings, protocol)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        skipped.append(Skipped(part="the remaining operations", reason="interrupted"))
     show(found, console)
+    for part in skipped:
+        console.print(f"skipped: {part.part} ({part.reason})")
     scope = {
         "words": "one call of each operation on random tensors, its caches cold on a GPU",
         "sizes": ", ".join(sizes),
@@ -185,13 +194,33 @@ def measure_kernels(
         "kernels": library.status(),
         "baseline of errors": "cudnn for attention where it runs, else the reference",
     }
-    skipped = () if device.type == "cuda" else (Skipped(part="kernels on a GPU", reason=NO_GPU),)
     return replace(
         envelope("kernels", scope, identity, ceilings, nvml),
         figures=tuple(figure for _, figure in found if figure is not None),
         kernels=tuple(row for row, _ in found),
-        skipped=skipped,
+        skipped=tuple(skipped),
     )
+
+
+def _cases(sizes: Sequence[str], only: str, make: Maker) -> list[Case]:
+    """Those whose name holds `only`. Raises BadRequest where there is none."""
+    cases = [
+        case
+        for size in sizes
+        for case in (
+            *transformer_cases(size, make),
+            *(() if size == "draft" else decoder_cases(size, make)),
+        )
+    ]
+    chosen = [case for case in cases if only in case.name]
+    if not chosen:
+        raise BadRequest(
+            "no operation has such a name",
+            got=f"--only {only!r}",
+            wanted=f"part of one of: {'; '.join(dict.fromkeys(case.name for case in cases))}",
+            do="leave --only out, or name one of them",
+        )
+    return chosen
 
 
 @click.command()

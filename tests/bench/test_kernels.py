@@ -5,19 +5,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from pw_bench import kernels as module
 from pw_bench import timing
 from pw_bench.cases_decoder import decoder_cases
 from pw_bench.cases_transformer import transformer_cases
-from pw_bench.kernel_cases import Maker
+from pw_bench.kernel_cases import Case, Maker
 from pw_bench.kernels import check, kernels
-from pw_bench.results import Figure, read_result
+from pw_bench.results import Figure, Result, read_result
 from pw_bench.timing import QUICK, Protocol, time_all
 from pw_kernels.interpreter import install_exact_casts
+from pw_runtime.errors import BadRequest
 
 install_exact_casts()
 CPU = torch.device("cpu")
@@ -64,6 +67,64 @@ def test_a_refusal_is_a_row() -> None:
     row = check(replace(CASES["gate_residual"], call=refuse), "reference")
     assert row.refused == "no such thing"
     assert row.error is None
+
+
+def test_an_error_that_is_no_runtime_error_is_a_refusal_too() -> None:
+    class OutOfResources(Exception):  # as Triton's
+        pass
+
+    def refuse(*arguments: object) -> None:
+        raise OutOfResources
+
+    broken = replace(CASES["gate_residual"], call=refuse)
+    assert check(broken, "reference").refused == "OutOfResources"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, out: Path, measured: Any, only: str = "") -> Result:
+    """`pw bench kernels` on tiny sizes, `measured` in the place of its `measure`."""
+    monkeypatch.setattr(module, "measure", measured)
+    arguments = ["--sizes", "tiny", "--quick", "--only", only, "--out", str(out)]
+    ran = CliRunner().invoke(kernels, arguments, catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    return read_result(out)
+
+
+def test_an_operation_that_nothing_can_run_does_not_take_the_others_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = module.measure
+
+    def measured(case: Case, *rest: Any) -> list[module.Measured]:
+        def refuse(*arguments: object) -> None:
+            raise RuntimeError("out of memory")
+
+        first = case.name == "gate_residual"
+        return whole(replace(case, call=refuse) if first else case, *rest)
+
+    result = run(monkeypatch, tmp_path / "r.json", measured, "gate_residual")
+    refusals = {row.op: row.refused for row in result.kernels}
+    assert refusals["gate_residual"] == "out of memory"
+    assert None in refusals.values()
+
+
+def test_operations_before_ctrl_c_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole, names = module.measure, []
+
+    def measured(case: Case, *rest: Any) -> list[module.Measured]:
+        if names:
+            raise KeyboardInterrupt
+        names.append(case.name)
+        return whole(case, *rest)
+
+    result = run(monkeypatch, tmp_path / "r.json", measured)
+    assert [row.op for row in result.kernels] == names
+    assert result.skipped[-1].reason == "interrupted"
+
+
+def test_a_name_that_no_operation_has_is_refused(tmp_path: Path) -> None:
+    ran = CliRunner().invoke(kernels, ["--sizes", "tiny", "--only", "soup"])
+    assert isinstance(ran.exception, BadRequest)
+    assert "gate_residual" in str(ran.exception)
 
 
 def test_result_file(tmp_path: Path) -> None:
