@@ -114,13 +114,21 @@ def arithmetic(networks: Networks, preset: Preset, ceilings: Ceilings) -> dict[s
     return found | {"first chunk": first, "chunk": later}
 
 
-def figures_of(clips: Iterable[Iterable[Span]], known: Mapping[str, Arithmetic]) -> list[Figure]:
-    """One figure for each kind of span, in the order in which they first end."""
+def figures_of(
+    clips: Iterable[Iterable[Span]],
+    known: Mapping[str, Arithmetic],
+    fell_back: tuple[str, ...] = (),
+) -> list[Figure]:
+    """One figure for each kind of span, in the order in which they first end; `fell_back` is what
+    ran otherwise than asked in any clip."""
     samples: dict[str, list[float]] = {}
     for spans in clips:
         for name, seconds in sampled(spans):
             samples.setdefault(name, []).append(seconds)
-    figures = [Figure(name=name, unit="s", samples=tuple(taken)) for name, taken in samples.items()]
+    figures = [
+        Figure(name=name, unit="s", samples=tuple(taken), fell_back=fell_back)
+        for name, taken in samples.items()
+    ]
     return [
         replace(one, flops=known[one.name].flops, of_ceiling=known[one.name].seconds / one.median)
         if one.name in known
@@ -129,10 +137,13 @@ def figures_of(clips: Iterable[Iterable[Span]], known: Mapping[str, Arithmetic])
     ]
 
 
-def measure_stages(job: Job, clips: int, ceilings: Ceilings, reporter: Reporter) -> list[Figure]:
+def measure_stages(
+    job: Job, clips: int, ceilings: Ceilings, reporter: Reporter, skipped: list[Skipped]
+) -> list[Figure]:
     """Make clips, one more than asked for: the first warms the process up. Ctrl-C ends early."""
     program, device = Ours("eager"), torch.device(job.device)
     made: list[list[Span]] = []
+    fell_back: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(clips + 1):
             trace = Trace(device)
@@ -143,11 +154,14 @@ def measure_stages(job: Job, clips: int, ceilings: Ceilings, reporter: Reporter)
                 if len(made) < 2:
                     raise
                 reporter.warn("interrupted: the clips until now count")
+                skipped.append(Skipped(part="the remaining clips", reason="interrupted"))
                 break
             made.append(trace.spans)
+            fell_back.update(program.fell_back)
             reporter.say(f"clip {number + 1} of {clips + 1}")
     networks = NETWORKS if job.in_memory else open_bundle(job.bundle).networks
-    return figures_of(made[1:], arithmetic(networks, job.preset, ceilings))
+    known = arithmetic(networks, job.preset, ceilings)
+    return figures_of(made[1:], known, tuple(sorted(fell_back)))
 
 
 def shortened(preset: Preset, steps: int) -> Preset:
@@ -175,17 +189,18 @@ def stages(out: Path, **options: Any) -> None:
     if options["steps"] is not None:
         preset = shortened(preset, options["steps"])
     reporter, nvml = Reporter(), Nvml()
+    skipped = [] if device.type == "cuda" else [Skipped(part=NO_NVML, reason="no CUDA GPU")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = pick_weights(options["checkpoint"], options["synthetic"], folder, reporter.say)
         job = make_job(weights, preset, folder, device, options["precision"])
         identity = identify(device, nvml, weights={weights.name: weights.digest}, engines={})
         ceilings = measure_ceilings(device, FULL)
-        figures = measure_stages(job, options["clips"], ceilings, reporter)
+        figures = measure_stages(job, options["clips"], ceilings, reporter, skipped)
     result: Result = replace(
         envelope("stages", scope_of(job, weights) | {"words": WORDS}, identity, ceilings, nvml),
         figures=tuple(figures),
-        skipped=() if device.type == "cuda" else (Skipped(part=NO_NVML, reason="no CUDA GPU"),),
+        skipped=tuple(skipped),
     )
     write_result(result, out)
     show(result)
