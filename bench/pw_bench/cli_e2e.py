@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from pw_bench.ceilings import measure_ceilings
 from pw_bench.e2e import run_all
 from pw_bench.identity import envelope, identify
-from pw_bench.job import make_job, scope_of
+from pw_bench.job import Job, make_job, scope_of
 from pw_bench.nvml import Nvml
 from pw_bench.programs import ENGINES, OURS, SIDES, why_not
 from pw_bench.results import Figure, Skipped, require_folder, write_result
@@ -68,7 +69,7 @@ def e2e(out: Path, **options: Any) -> None:
         figures: tuple[Figure, ...] = ()
         environment: dict[str, str] = {}
         if ENGINES in sides:
-            figures, environment = build_engines(weights, folder / "cache", reporter)
+            figures, environment = build_engines(job, folder / "cache", reporter)
         identity = identify(device, nvml, weights={weights.name: weights.digest}, engines={})
         ceilings = measure_ceilings(device, FULL)
         taken = run_all(
@@ -118,23 +119,29 @@ def pick_sides(
         if reason is None:
             sides.append(name)
         elif wanted:
-            do = "add --draft-only" if "high-res" in reason else "install it, or leave it out"
+            do = "add --draft-only" if "high-res" in reason else f"leave --side {name} out"
             raise BadRequest(f"--side {name} cannot run", got=reason, do=do)
         else:
             skipped.append(Skipped(part=name, reason=reason))
+    if len(sides) > 1 and find_spec("skimage") is None:
+        raise BadRequest(
+            "frames cannot be compared", got="no scikit-image", do="pip install '.[bench]'"
+        )
     return tuple(sides)
 
 
 def build_engines(
-    weights: Weights, cache: Path, reporter: Reporter
+    job: Job, cache: Path, reporter: Reporter
 ) -> tuple[tuple[Figure, ...], dict[str, str]]:
-    """`pw build` into a store of its own: its time, and the variable by which it is found.
+    """`pw build` into a store of its own, as the job will ask for engines: its time, and the
+    variable by which it is found.
 
     Raises BadResult where it fails; it has said why.
     """
     reporter.say("building engines")
     environment = {"PW_CACHE": str(cache)}
-    command = [sys.executable, "-m", "pw_runtime", "build", "--model", str(weights.bundle)]
+    command = [sys.executable, "-m", "pw_runtime", "build", "--model", str(job.bundle)]
+    command += ["--device", job.device, "--precision", job.precision]
     start = time.perf_counter()
     code = subprocess.run(command, env=os.environ | environment, check=False).returncode
     seconds = time.perf_counter() - start

@@ -98,7 +98,7 @@ def why_not(name: str, *, highres: bool, gpu: bool, in_memory: bool) -> str | No
     side = SIDES[name]
     if side.gpu and not gpu:
         return "it needs a CUDA GPU"
-    if in_memory and not name.startswith(OURS):
+    if in_memory and (name == ENGINES or not name.startswith(OURS)):
         return "it reads its weights from files, and there are none"
     if side.package is not None and find_spec(side.package) is None:
         return f"{side.package} is not installed"

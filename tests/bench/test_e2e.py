@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from pw_bench import e2e
+from pw_bench import cli_e2e, e2e
 from pw_bench.cli_e2e import e2e as command
 from pw_bench.cli_e2e import pick_sides
 from pw_bench.e2e import ProgramFailed, Taken, covered, run_all
@@ -222,7 +223,35 @@ def test_programs_that_cannot_take_part_are_skipped_or_refused() -> None:
     assert "no high-res stage" in reasons["diffusers"]
     with pytest.raises(BadRequest, match="add --draft-only"):
         pick_sides(("diffusers",), NANO, files, cpu, [])
-    assert pick_sides((), NANO, replace(files, in_memory=True), cpu, []) == ("ours",)
+    memory = replace(files, in_memory=True)
+    assert pick_sides((), NANO, memory, cpu, []) == ("ours",)
+    with pytest.raises(BadRequest, match="from files.*\n.*leave --side ours-engines out"):
+        pick_sides(("ours-engines",), NANO, memory, cpu, [])
+
+
+def test_without_the_package_that_compares_frames_nothing_is_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli_e2e, "find_spec", lambda name: None)
+    files, cpu = Weights(name="a", checkpoint=Path(), bundle=Path(), digest=""), torch.device("cpu")
+    with pytest.raises(BadRequest, match=r"pip install '.\[bench\]'"):
+        pick_sides(("official",), NANO, files, cpu, [])
+    assert pick_sides(("ours",), NANO, files, cpu, []) == ("ours",)
+
+
+def test_engines_are_built_for_the_device_and_precision_that_are_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(cli_e2e.subprocess, "run", run)
+    job = replace(JOB, precision="bf16")
+    cli_e2e.build_engines(job, tmp_path, Reporter(quiet=True))
+    assert commands[0][-4:] == ["--device", "cpu", "--precision", "bf16"]
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
