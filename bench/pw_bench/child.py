@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+MAIN: Final = "MainThread"
 STARTED: Final = time.perf_counter()  # before anything large is imported
 
 import torch  # noqa: E402
@@ -60,12 +61,14 @@ def make(task: Task, answers: TextIO) -> None:
     """Make the clips, telling of each as it is done."""
     answer = TypeAdapter(Made)
     device = torch.device(task.job.device)
-    nvml = Nvml() if device.type == "cuda" else None
+    nvml = Nvml(device.index or 0) if device.type == "cuda" else None
     start, energy = STARTED, nvml.joules() if nvml else None
     program = SIDES[task.side].make()
-    imports = Span(
-        name="imports", start=start, end=time.perf_counter(), depth=0, thread="MainThread"
-    )
+    begun = [Span(name="imports", start=start, end=time.perf_counter(), depth=0, thread=MAIN)]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # makes the context, which a span would wait for unseen
+        now = time.perf_counter()
+        begun += [Span(name="CUDA start", start=begun[0].end, end=now, depth=0, thread=MAIN)]
     for number in range(task.clips):
         kept: dict[str, Tensor] = {}
         trace = Trace(device, on_look=_keeper(kept) if task.latents else None)
@@ -83,7 +86,7 @@ def make(task: Task, answers: TextIO) -> None:
         made = Made(
             start=start,
             end=end,
-            spans=(*(() if number else (imports,)), *trace.spans),
+            spans=(*(() if number else begun), *trace.spans),
             peaks=_peaks(device, receipt),
             predicted=_predicted(receipt),
             fell_back=getattr(program, "fell_back", ()),

@@ -60,7 +60,7 @@ def e2e(out: Path, **options: Any) -> None:
     if options["draft_only"]:
         preset = replace(preset, highres=None)
     skipped = [] if device.type == "cuda" else [Skipped(part=NO_NVML, reason="no CUDA GPU")]
-    reporter, nvml = Reporter(), Nvml()
+    reporter, nvml = Reporter(), Nvml(device.index or 0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = pick_weights(options["checkpoint"], options["synthetic"], folder, reporter.say)
@@ -79,6 +79,7 @@ def e2e(out: Path, **options: Any) -> None:
             rounds=options["rounds"],
             warm=options["warm"],
             environment=environment,
+            nvml=nvml if device.type == "cuda" else None,
             reporter=reporter,
         )
     identity = replace(identity, threads=taken.threads, engines=taken.engines)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from pw_bench.child import Made, Task
+from pw_bench.child import MAIN, Made, Task
 from pw_bench.equivalence import Output, compare_outputs
 from pw_bench.job import Job
 from pw_bench.nvml import Nvml
@@ -33,7 +33,6 @@ from pw_runtime.errors import BadResult
 from pw_runtime.progress import Reporter
 from pw_runtime.trace import Span
 
-MAIN = "MainThread"
 _TASK, _MADE = TypeAdapter(Task), TypeAdapter(Made)
 
 
@@ -73,6 +72,7 @@ def run_all(
     rounds: int,
     warm: int,
     environment: dict[str, str],
+    nvml: Nvml | None,
     reporter: Reporter,
 ) -> Taken:
     """Run programs in turns and compare what they gave.
@@ -87,6 +87,7 @@ def run_all(
         rounds: processes of each program.
         warm: clips of each process after its first.
         environment: of the processes, besides ours.
+        nvml: of the GPU that they run on, if they do.
         reporter: told about progress.
 
     Raises BadResult where our own program makes no clip.
@@ -97,7 +98,7 @@ def run_all(
     rejected: dict[str, Samples] = {}
 
     def failed(taken: dict[str, Samples]) -> set[str]:
-        return _rounds(taken, job, folder, rounds, warm, environment, reporter, skipped)
+        return _rounds(taken, job, folder, rounds, warm, environment, nvml, reporter, skipped)
 
     try:
         bad = failed(samples)
@@ -173,12 +174,12 @@ def _rounds(
     rounds: int,
     warm: int,
     environment: dict[str, str],
+    nvml: Nvml | None,
     reporter: Reporter,
     skipped: list[Skipped],
 ) -> set[str]:
     """Add to `samples`; which programs failed. Those are marked and not started again."""
     failed: set[str] = set()
-    nvml = Nvml() if job.device.startswith("cuda") else None
     for number in range(rounds):
         for side in [side for side in samples if side not in failed]:
             place, taken = folder / side, samples[side]

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
@@ -55,7 +54,7 @@ def envelope(
 ) -> Result:
     """A result without figures, of what has just been measured by this command."""
     if identity.gpu_start is not None:
-        identity = replace(identity, gpu_end=nvml.state())
+        identity = replace(identity, gpu_end=nvml.state(), nvml=nvml.reason)
     return Result(
         kind=kind,
         when=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -66,8 +65,3 @@ def envelope(
         figures=(),
         sides={},
     )
-
-
-def packages(identity: Identity) -> dict[str, Any]:
-    """Versions by name, of what is installed."""
-    return {one.name: one.version for one in identity.machine.packages if one.version}

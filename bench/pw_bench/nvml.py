@@ -11,14 +11,15 @@ from pw_bench.results import GpuState
 
 
 class Nvml:
-    """The GPU that torch calls cuda:0.
+    """One GPU.
 
     Attributes:
         reason: why nothing can be read; empty where it can.
     """
 
-    def __init__(self) -> None:
-        """Never fails: what is missing is said in `reason`."""
+    def __init__(self, index: int = 0) -> None:
+        """The one that torch calls cuda:`index`, where CUDA_DEVICE_ORDER is PCI_BUS_ID or all GPUs
+        are alike. Never fails: what is missing is said in `reason`."""
         self.reason = ""
         self._handle: Any = None
         try:
@@ -29,12 +30,13 @@ class Nvml:
         self._nvml: Any = pynvml
         try:
             pynvml.nvmlInit()
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-            by_name = visible.startswith(("GPU-", "MIG-"))
+            names = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+            name = names[index] if index < len(names) else str(index)
+            by_name = name.startswith(("GPU-", "MIG-"))
             self._handle = (
-                pynvml.nvmlDeviceGetHandleByUUID(visible)
+                pynvml.nvmlDeviceGetHandleByUUID(name)
                 if by_name
-                else pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+                else pynvml.nvmlDeviceGetHandleByIndex(int(name))
             )
         except (pynvml.NVMLError, ValueError) as error:
             self.reason = f"NVML says: {error}"
@@ -64,13 +66,19 @@ class Nvml:
         return None if used is None else used / 1e3
 
     def memory_of(self, pid: int) -> int | None:
-        """Bytes of the GPU that a process holds; those of all processes where it does not tell."""
+        """Bytes of the GPU that a process holds; None before it holds any. Those of all processes,
+        and the reason, where they are not told apart, as in containers, whose process numbers are
+        others than the driver's: this process must hold some for that to be seen."""
         if self._handle is None:
             return None
         ml = self._nvml
-        for one in self._ask(lambda: ml.nvmlDeviceGetComputeRunningProcesses(self._handle)) or ():
-            if one.pid == pid and one.usedGpuMemory is not None:
-                return int(one.usedGpuMemory)
+        running = self._ask(lambda: ml.nvmlDeviceGetComputeRunningProcesses(self._handle)) or ()
+        held = {one.pid: one.usedGpuMemory for one in running}
+        if held.get(pid) is not None:
+            return int(held[pid])
+        if held.get(os.getpid()) is not None:
+            return None
+        self.reason = self.reason or "NVML gives the memory of all processes, not of each"
         used = self._ask(lambda: ml.nvmlDeviceGetMemoryInfo(self._handle).used)
         return None if used is None else int(used)
 

@@ -188,7 +188,7 @@ def stages(out: Path, **options: Any) -> None:
     device, preset = pick_device(options["device"]), find_preset(options["preset"])
     if options["steps"] is not None:
         preset = shortened(preset, options["steps"])
-    reporter, nvml = Reporter(), Nvml()
+    reporter, nvml = Reporter(), Nvml(device.index or 0)
     skipped = [] if device.type == "cuda" else [Skipped(part=NO_NVML, reason="no CUDA GPU")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -124,8 +124,52 @@ def test_a_single_answer_that_is_denied_leaves_the_others(monkeypatch: pytest.Mo
     assert state is not None
     assert (state.power_w, state.power_limit_w, state.memory_clock_mhz) == (350.0, None, 2000)
     assert nvml.joules() == 5.0
-    assert (nvml.memory_of(7), nvml.memory_of(8)) == (123, 456)
     assert nvml.reason == "NVML says: Not Supported"
+
+
+def processes(monkeypatch: pytest.MonkeyPatch, *pids: int) -> list[object]:
+    """A driver that tells of these processes; which GPUs are asked for."""
+    asked: list[object] = []
+    fake = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=asked.append,
+        nvmlDeviceGetHandleByUUID=asked.append,
+        nvmlDeviceGetComputeRunningProcesses=lambda gpu: [
+            SimpleNamespace(pid=pid, usedGpuMemory=123) for pid in pids
+        ],
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=456),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return asked
+
+
+def test_a_process_that_holds_nothing_yet_is_not_given_the_memory_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processes(monkeypatch, os.getpid(), 7)
+    nvml = Nvml()
+    nvml._handle = "gpu"
+    assert (nvml.memory_of(7), nvml.memory_of(8)) == (123, None)
+    assert nvml.reason == ""
+
+
+def test_memory_of_all_processes_is_said_to_be_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes(monkeypatch, 7)  # numbers of the host, in a container
+    nvml = Nvml()
+    nvml._handle = "gpu"
+    assert nvml.memory_of(8) == 456
+    assert "all processes" in nvml.reason
+
+
+def test_nvml_is_asked_about_the_gpu_that_torch_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = processes(monkeypatch)
+    Nvml(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab")
+    Nvml(0)
+    Nvml(1)
+    assert asked == [1, 3, "GPU-ab"]
 
 
 def test_a_process_is_watched_until_the_end_of_the_block() -> None:

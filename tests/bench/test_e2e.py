@@ -72,7 +72,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Taken]
         monkeypatch.setattr(e2e, "compare_outputs", lambda one, *rest: same(one.side, label))
         return run_all(
             ("ours", "official"), JOB, tmp_path, rounds=rounds, warm=2, environment={},
-            reporter=Reporter(quiet=True),
+            nvml=None, reporter=Reporter(quiet=True),
         )  # fmt: skip
 
     return go
