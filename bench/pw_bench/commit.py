@@ -7,11 +7,13 @@ import subprocess
 from pathlib import Path
 
 NO_CHECKOUT = "not a checkout"
-_HERE = str(Path(__file__).parent)
+_HERE = Path(__file__).parent
 
 
 def commit() -> str:
-    """The checked-out commit, marked where files differ from it."""
+    """The checked-out commit, marked where files differ from it; that these sources are of."""
+    if not _git("ls-files", "--error-unmatch", Path(__file__).name):
+        return NO_CHECKOUT  # installed into the environment of some other checkout, perhaps
     return _git("describe", "--always", "--dirty") or NO_CHECKOUT
 
 
@@ -22,7 +24,7 @@ def is_dirty() -> bool:
 
 def _git(*arguments: str) -> str:
     try:
-        command = ("git", "-C", _HERE, *arguments)
+        command = ("git", "-C", str(_HERE), *arguments)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -11,8 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from pw_bench import ceilings, timing
 from pw_bench import kernels as module
-from pw_bench import timing
 from pw_bench.cases_decoder import decoder_cases
 from pw_bench.cases_transformer import transformer_cases
 from pw_bench.kernel_cases import Case, Maker
@@ -149,6 +149,14 @@ def test_candidates_take_turns() -> None:
     timings = time_all(candidates, CPU, QUICK)
     assert order == ["a", "b", "a", "b", "a", "b"]  # once to warm up, then two rounds
     assert all(len(timing.samples) == 2 for timing in timings.values())
+
+
+def test_the_memory_of_the_ceilings_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(ceilings, "_measured", lambda *_: done.append("measured"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("given back"))
+    ceilings.measure_ceilings(torch.device("cuda"), QUICK)
+    assert done == ["measured", "given back"]
 
 
 def test_what_counts_as_stable() -> None:
