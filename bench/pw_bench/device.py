@@ -5,7 +5,8 @@
 
 The published networks run with random weights, so nothing is downloaded. Each part is a results
 file in FOLDER; parts whose file is there are not run again, so the command can be repeated until
-all are. A part is not begun where the time left is less than it is expected to take.
+all are there; until then its exit code is not 0. A part is not begun where the time left is less
+than it is expected to take.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 
 from pw_bench.results import read_result
 from pw_bench.shown import show
-from pw_runtime.cli_options import FOLDER
+from pw_runtime.cli_options import FOLDER, SOME_FAILED
+from pw_runtime.errors import BadRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,7 @@ PARTS = (
 
 
 def run_parts(folder: Path, minutes: float, *, full: bool) -> dict[str, str]:
-    """Run what is missing; why each part that has no file has none."""
+    """Run what is missing; why each part that has no file has none, and what to do about it."""
     until, missing = time.monotonic() + 60 * minutes, {}
     for part in PARTS:
         out = folder / f"{part.name}.json"
@@ -78,31 +80,44 @@ def run_parts(folder: Path, minutes: float, *, full: bool) -> dict[str, str]:
             continue
         left = until - time.monotonic()
         if left < part.seconds:
-            missing[part.name] = f"{left:.0f} s left, {part.seconds:.0f} s expected"
+            enough = part.seconds < 60 * minutes
+            do = "repeat the command" if enough else f"give --minutes {part.seconds / 60 + 1:.0f}"
+            missing[part.name] = f"{left:.0f} s left, {part.seconds:.0f} s expected: {do}"
             continue
         click.echo(f"== {part.name}: pw bench {' '.join(part.arguments)}")
         command = [sys.executable, "-m", "pw_runtime", "bench", *part.arguments]
         code = subprocess.run([*command, "--out", str(out)], check=False).returncode
         if code != 0 or not out.exists():
-            missing[part.name] = f"it ended with exit code {code}"
+            missing[part.name] = f"it ended with exit code {code}, and said why above"
     return missing
 
 
 @click.command()
 @click.option("--out", type=FOLDER, required=True, help="Folder of results files.")
 @click.option("--minutes", default=9.0, show_default=True, help="Time for this call.")
-@click.option("--full", is_flag=True, help="Hours: all rounds of 2K and whole clips of 4K.")
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Hours: our programs in rounds at 2K, whole clips of 4K; give it --minutes.",
+)
 def main(out: Path, minutes: float, full: bool) -> None:
     """Measure kernels, stages and whole clips of 2K and 4K; the tables come last."""
     if not torch.cuda.is_available():
         raise click.ClickException("no CUDA GPU that torch can use: these sizes are for one")
     out.mkdir(parents=True, exist_ok=True)
     missing = run_parts(out, minutes, full=full)
-    for file in sorted(out.glob("*.json")):
+    for file in (out / f"{part.name}.json" for part in PARTS):
+        if not file.exists():
+            continue
         click.echo(f"\n{file.name}")
-        show(read_result(file))
+        try:
+            show(read_result(file))
+        except BadRequest as error:  # the other tables are still to be shown
+            missing[file.stem] = str(error)
     for name, reason in missing.items():
-        click.echo(f"not there yet: {name} ({reason}); repeat the command")
+        click.echo(f"not there yet: {name}: {reason}")
+    if missing:
+        sys.exit(SOME_FAILED)
 
 
 if __name__ == "__main__":

@@ -111,5 +111,7 @@ def scope_of(job: Job, weights: Weights) -> dict[str, str]:
         "weights": weights.name,
         "precision": job.precision,
         "device": job.device,
-        "files": "in the page cache",
+        "files": "none: random weights, which each process makes in memory"
+        if job.in_memory
+        else "in the page cache",
     }

@@ -15,7 +15,10 @@ from click.testing import CliRunner
 from pw_bench import device
 from pw_bench.device import PARTS, main, run_parts
 from pw_bench.nvml import Nvml
+from pw_bench.results import write_result
 from pw_bench.watching import Watch, between
+from pw_runtime.cli_options import SOME_FAILED
+from tests.bench.results_made import figure, result
 
 
 @pytest.fixture
@@ -45,15 +48,37 @@ def test_parts_whose_file_is_there_are_not_run_again(ran, tmp_path: Path) -> Non
 
 def test_a_part_is_not_begun_without_the_time_for_it(ran, tmp_path: Path) -> None:
     missing = run_parts(tmp_path, 1.0, full=False)
-    assert missing["e2e-2k"].endswith("s expected")
+    assert missing["e2e-2k"].endswith("s expected: give --minutes 4")
     assert [arguments[0] for arguments in ran] == ["kernels", "kernels"]  # draft and 2K
 
 
 def test_a_part_that_fails_is_told_and_the_others_run(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
     missing = run_parts(tmp_path, 60.0, full=False)
-    assert set(missing.values()) == {"it ended with exit code 2"}
+    assert all("exit code 2" in reason for reason in missing.values())
     assert len(missing) == sum(not part.long for part in PARTS)
+
+
+def test_parts_that_never_fit_in_are_told_how_long_they_take(ran, tmp_path: Path) -> None:
+    run_parts(tmp_path, 60.0, full=False)
+    missing = run_parts(tmp_path, 9.0, full=True)
+    assert missing["e2e-2k-all"].endswith("give --minutes 41")
+    assert not any(command[-1].endswith("-all.json") for command in ran)
+
+
+def test_what_is_missing_or_cannot_be_read_makes_the_command_fail(
+    ran, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
+    (tmp_path / "mine.json").write_text("no result")  # not one of ours: not read
+    for part in PARTS:
+        write_result(result(figure("a", 1.0)), tmp_path / f"{part.name}.json")
+    assert CliRunner().invoke(main, ["--out", str(tmp_path)]).exit_code == 0
+    (tmp_path / "e2e-2k.json").write_text("{}")
+    answer = CliRunner().invoke(main, ["--out", str(tmp_path)])
+    assert answer.exit_code == SOME_FAILED
+    assert "not there yet: e2e-2k" in answer.output
+    assert answer.output.index("e2e-4k.json") < answer.output.index("not there yet")
 
 
 def test_every_part_is_a_command_that_can_be_parsed(tmp_path: Path) -> None:
