@@ -52,6 +52,7 @@ class Made:
     predicted: dict[str, dict[str, int]]
     fell_back: tuple[str, ...]
     engines: dict[str, str]
+    operations: dict[str, str]
     joules: float | None
     disk_bytes: int | None
     threads: int
@@ -94,6 +95,7 @@ def make(task: Task, answers: TextIO) -> None:
                 name: " ".join((one["backend"], one.get("digest", "")[:16])).strip()
                 for name, one in receipt.get("engines", {}).items()
             },
+            operations=getattr(program, "operations", {}),
             joules=None if used is None or energy is None else used - energy,
             disk_bytes=None if disk is None else _written_since(disk),
             threads=torch.get_num_threads(),

@@ -21,7 +21,7 @@ from pw_bench.e2e import run_all
 from pw_bench.identity import envelope, identify
 from pw_bench.job import Job, make_job, scope_of
 from pw_bench.nvml import Nvml
-from pw_bench.programs import ENGINES, OURS, SIDES, why_not
+from pw_bench.programs import ENGINES, OURS, SIDES, told, why_not
 from pw_bench.results import Figure, Skipped, require_folder, write_result
 from pw_bench.shown import show
 from pw_bench.timing import FULL
@@ -82,11 +82,13 @@ def e2e(out: Path, **options: Any) -> None:
             nvml=nvml if device.type == "cuda" else None,
             reporter=reporter,
         )
-    identity = replace(identity, threads=taken.threads, engines=taken.engines)
+    identity = replace(
+        identity, threads=taken.threads, engines=taken.engines, operations=taken.operations
+    )
     result = replace(
         envelope("e2e", scope_of(job, weights), identity, ceilings, nvml),
         figures=(*figures, *taken.figures),
-        sides={side: SIDES[side].what for side in sides},
+        sides={side: told(side) for side in sides},
         clips=taken.clips,
         equivalence=taken.equivalence,
         ratios=taken.ratios,

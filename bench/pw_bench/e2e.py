@@ -48,6 +48,7 @@ class Samples:
     warm: list[Clip] = field(default_factory=list)
     fell_back: set[str] = field(default_factory=set)
     engines: dict[str, str] = field(default_factory=dict)
+    operations: dict[str, str] = field(default_factory=dict)
     threads: int = 0
 
 
@@ -61,6 +62,7 @@ class Taken:
     ratios: tuple[Ratio, ...]
     skipped: tuple[Skipped, ...]
     engines: dict[str, str]
+    operations: dict[str, str]
     threads: int
 
 
@@ -123,8 +125,23 @@ def run_all(
         ratios=tuple(_ratios(samples, figures, equivalence)),
         skipped=tuple(skipped),
         engines={f"{s}/{net}": on for s, one in samples.items() for net, on in one.engines.items()},
+        operations=_operations(samples),
         threads=max((one.threads for one in samples.values()), default=0),
     )
+
+
+def _operations(samples: dict[str, Samples]) -> dict[str, str]:
+    """Operation -> implementation, with the programs that ran it where they differ."""
+    names = sorted({name for one in samples.values() for name in one.operations})
+    found = {}
+    for name in names:
+        by: dict[str, list[str]] = {}
+        for side, one in samples.items():
+            if name in one.operations:
+                by.setdefault(one.operations[name], []).append(side)
+        said = [f"{implementation} ({', '.join(sides)})" for implementation, sides in by.items()]
+        found[name] = "; ".join(said) if len(by) > 1 else next(iter(by))
+    return found
 
 
 def _equivalence(
@@ -232,6 +249,7 @@ def _start(
     if taken is not None:
         taken.fell_back.update(text for one in made for text in one.fell_back)
         taken.engines, taken.threads = made[0].engines, made[0].threads
+        taken.operations = made[0].operations
     return [_clip(task.side, one, watch, None if i else started) for i, one in enumerate(made)]
 
 

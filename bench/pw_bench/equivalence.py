@@ -83,7 +83,7 @@ def step_differences(
         x, y = got[key].double(), wanted[key].double()
         if x.shape != y.shape:
             raise BadResult(f"{key}: shapes differ", got=tuple(x.shape), wanted=tuple(y.shape))
-        if not x.isfinite().all():
+        if not (x.isfinite().all() and y.isfinite().all()):
             raise BadResult(f"{key} is not finite", got="NaN or infinity")
         found.append(
             StepDifference(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import av
 import torch
 
 from pw_bench.commit import commit, is_dirty
@@ -44,9 +45,18 @@ def identify(
         weights=weights,
         engines=engines,
         operations={name: chosen(name, device).implementation for name in sorted(OPS)},
+        libraries=libraries(),
         gpu_start=nvml.state() if gpu else None,
         nvml=nvml.reason if gpu else "",
     )
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what the packages bring with them or were built for."""
+    found = {"FFmpeg": av.ffmpeg_version_info, "CUDA": torch.version.cuda}
+    cudnn = torch.backends.cudnn.version()
+    found["cuDNN"] = None if cudnn is None else str(cudnn)
+    return {name: version for name, version in found.items() if version}
 
 
 def envelope(

@@ -12,6 +12,7 @@ import torch
 
 from pw_bench.job import Job
 from pw_bench.synthetic import synthetic_bundle
+from pw_kernels.op import OPS, chosen, using
 from pw_runtime.bundle import Bundle, open_bundle
 from pw_runtime.pipeline import generate
 from pw_runtime.progress import Reporter
@@ -25,6 +26,7 @@ class Ours:
     Attributes:
         receipt: of the last clip.
         fell_back: what its receipt tells of that went otherwise than planned.
+        operations: operation -> implementation, outside engines.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Ours:
         self._in_memory: Bundle | None = None
         self.receipt: dict[str, Any] = {}
         self.fell_back: tuple[str, ...] = ()
+        self.operations: dict[str, str] = {}
 
     def clip(self, job: Job, video: Path) -> None:
         """Generate the one clip."""
@@ -61,6 +64,8 @@ class Ours:
         assert outcome.video == video
         self.receipt = json.loads(video.with_suffix(".json").read_text())
         self.fell_back = tuple(self.receipt["notices"])
+        with using(request.kernels, attention=request.attention_kernel):
+            self.operations = {name: chosen(name, request.device).implementation for name in OPS}
 
     def _open(self, job: Job) -> Bundle:
         if not job.in_memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Final
@@ -91,6 +92,12 @@ SIDES: Final[Mapping[str, Side]] = MappingProxyType(
         ),
     }
 )
+
+
+def told(name: str) -> str:
+    """A program in words, with the version of the package that it is of."""
+    side = SIDES[name]
+    return side.what if side.package is None else f"{side.what} ({version(side.package)})"
 
 
 def why_not(name: str, *, highres: bool, gpu: bool, in_memory: bool) -> str | None:

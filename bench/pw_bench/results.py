@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
@@ -114,7 +114,8 @@ class Identity:
     load_average: float  # of the minute before: what else the machine had to do
     weights: Mapping[str, str]  # name of a bundle or of synthetic weights -> digest or seed
     engines: Mapping[str, str]  # network -> backend and digest of its key
-    operations: Mapping[str, str]  # operation -> implementation that ran
+    operations: Mapping[str, str]  # operation -> what ran; of `kernels`, which run all, the default
+    libraries: Mapping[str, str] = field(default_factory=dict)  # beneath the packages -> version
     gpu_start: GpuState | None = None
     gpu_end: GpuState | None = None
     nvml: str = ""  # why it says nothing; empty where it works or is not needed

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pw_bench.diffusers_program import Diffusers, scheduler
+from pw_bench.programs import told
 from pw_runtime.errors import BadRequest
 from pw_runtime.presets import DRAFT as FULL_DRAFT
 from pw_runtime.schedule import make_schedule
@@ -69,6 +70,13 @@ def test_in_bf16_it_differs_from_fp32_by_what_bf16_rounds(checkpoint: Path, tmp_
     bf16 = make(program, replace(job, precision="bf16"), tmp_path / "bf16.mp4").latents[0]
     assert bf16.dtype == torch.float32
     assert 0 < relative_l2(bf16, fp32) <= 3e-2
+
+
+def test_a_result_names_its_version() -> None:
+    from importlib.metadata import version
+
+    assert version("diffusers") in told("diffusers-compiled")
+    assert "(" not in told("ours")
 
 
 @pytest.mark.parametrize("plan", [FULL_DRAFT, DRAFT, HIGHRES], ids=["50/5.0", "3/5.0", "2/5.5"])

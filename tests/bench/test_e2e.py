@@ -200,6 +200,18 @@ def test_our_own_failure_in_the_first_round_is_an_error(run: Callable[..., Taken
         run(walls)
 
 
+def test_implementations_are_told_by_program_where_they_differ() -> None:
+    samples = {
+        "ours": e2e.Samples(operations={"attention": "reference", "dup_up_add": "reference"}),
+        "ours-cudnn": e2e.Samples(operations={"attention": "cudnn", "dup_up_add": "reference"}),
+        "official": e2e.Samples(),
+    }
+    assert e2e._operations(samples) == {
+        "attention": "reference (ours); cudnn (ours-cudnn)",
+        "dup_up_add": "reference",
+    }
+
+
 def test_a_killed_program_is_said_to_be_killed() -> None:
     assert e2e._last_words(1, "a warning\nValueError: no\n") == "ValueError: no"
     assert e2e._last_words(1, "") == "exit code 1"
@@ -282,9 +294,11 @@ def test_ours_beside_the_official_recipe(tmp_path: Path) -> None:
         for what in ("cold", "warm", "process memory")
     }
     for one in result.clips:
-        assert one.host
+        assert one.peaks["rss"] >= max(size for _, size in one.host)
         assert one.wall > 0
         assert 0 <= one.unattributed < 0.1 * one.wall
+    assert result.identity.operations["attention"] == "reference"
+    assert result.identity.libraries["FFmpeg"]
     assert {path.name for path in tmp_path.iterdir()} == {"small.toml", "r.json"}
 
 

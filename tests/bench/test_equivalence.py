@@ -122,5 +122,6 @@ def test_a_clip_that_stands_still_has_no_flicker_ratio(tmp_path: Path) -> None:
 
 def test_latents_that_are_not_finite_are_refused() -> None:
     broken = steps() | {"latent 002": torch.full((3, 2, 4), torch.nan)}
-    with pytest.raises(BadResult, match="latent 002 is not finite"):
-        step_differences(broken, steps(), PRESET)
+    for pair in ((broken, steps()), (steps(), broken)):
+        with pytest.raises(BadResult, match="latent 002 is not finite"):
+            step_differences(*pair, PRESET)
