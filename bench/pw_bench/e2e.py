@@ -254,12 +254,15 @@ def _start(
 
 
 def _last_words(code: int, errors: str) -> str:
-    """Why a process ended; one that was killed says nothing of it itself."""
+    """Why a process ended: its last line and what is indented below it, as in our errors. One that
+    was killed says nothing of it itself."""
     if code < 0:
         name = signal.Signals(-code).name
         memory = ", perhaps for want of memory" if name == "SIGKILL" else ""
         return f"killed by {name}{memory}"
-    return (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+    lines = errors.rstrip().splitlines() or [f"exit code {code}"]
+    first = max((i for i, line in enumerate(lines) if line[:1].strip()), default=0)
+    return "; ".join(line.strip() for line in lines[first:])
 
 
 def _clip(side: str, made: Made, watch: Watch, started: float | None) -> Clip:

@@ -212,8 +212,10 @@ def test_implementations_are_told_by_program_where_they_differ() -> None:
     }
 
 
-def test_a_killed_program_is_said_to_be_killed() -> None:
+def test_the_last_words_are_a_whole_error_and_a_killed_program_is_said_to_be_killed() -> None:
     assert e2e._last_words(1, "a warning\nValueError: no\n") == "ValueError: no"
+    error = "Traceback:\n  File\nBadRequest: no model\n  got: a\n  do this: b\n"
+    assert e2e._last_words(1, error) == "BadRequest: no model; got: a; do this: b"
     assert e2e._last_words(1, "") == "exit code 1"
     assert e2e._last_words(-9, "a warning\n").startswith("killed by SIGKILL")
 
