@@ -21,6 +21,7 @@ from pw_bench.results import Figure, Result, read_result
 from pw_bench.timing import QUICK, Protocol, time_all
 from pw_kernels.interpreter import install_exact_casts
 from pw_runtime.errors import BadRequest
+from tests.bench.results_made import result
 
 install_exact_casts()
 CPU = torch.device("cpu")
@@ -101,10 +102,20 @@ def test_an_operation_that_nothing_can_run_does_not_take_the_others_along(
         first = case.name == "gate_residual"
         return whole(replace(case, call=refuse) if first else case, *rest)
 
-    result = run(monkeypatch, tmp_path / "r.json", measured, "gate_residual")
-    refusals = {row.op: row.refused for row in result.kernels}
+    taken = run(monkeypatch, tmp_path / "r.json", measured, "gate_residual")
+    refusals = {row.figure.split("/")[0]: row.refused for row in taken.kernels}
     assert refusals["gate_residual"] == "out of memory"
     assert None in refusals.values()
+
+
+def test_convolutions_are_held_against_the_faster_of_product_and_convolution() -> None:
+    case = next(case for case in CASES.values() if case.op == "causal_conv3d")
+    case = replace(case, implementations=("reference",))
+    known = result().ceilings
+    fast = replace(known.convolution, rate=2 * known.gemm.rate)
+    for made, best in ((known, known.gemm), (replace(known, convolution=fast), fast)):
+        ((row, figure),) = module.measure(case, CPU, made, QUICK)
+        assert figure.of_ceiling == pytest.approx(row.rate / best.rate)
 
 
 def test_operations_before_ctrl_c_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -116,9 +127,9 @@ def test_operations_before_ctrl_c_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_
         names.append(case.name)
         return whole(case, *rest)
 
-    result = run(monkeypatch, tmp_path / "r.json", measured)
-    assert [row.op for row in result.kernels] == names
-    assert result.skipped[-1].reason == "interrupted"
+    taken = run(monkeypatch, tmp_path / "r.json", measured)
+    assert [row.figure.split("/")[0] for row in taken.kernels] == names
+    assert taken.skipped[-1].reason == "interrupted"
 
 
 def test_a_name_that_no_operation_has_is_refused(tmp_path: Path) -> None:
@@ -133,14 +144,14 @@ def test_result_file(tmp_path: Path) -> None:
     ran = CliRunner().invoke(kernels, arguments)
     assert ran.exit_code == 0, ran.output
     assert "gate_residual" in ran.output
-    result = read_result(out)
-    assert result.ceilings.gemm.rate > 0
-    (row,), (figure,) = result.kernels, result.figures
+    taken = read_result(out)
+    assert taken.ceilings.gemm.rate > 0
+    (row,), (figure,) = taken.kernels, taken.figures
     assert row.figure == figure.name
     assert len(figure.samples) == QUICK.rounds * QUICK.samples_per_round
     assert row.rate == pytest.approx(figure.bytes / figure.median)
     assert row.error_ratio == 1
-    assert [one.part for one in result.skipped] == ["kernels on a GPU"]
+    assert [one.part for one in taken.skipped] == ["kernels on a GPU"]
 
 
 def test_candidates_take_turns() -> None:

@@ -163,7 +163,7 @@ def _marks(result: Result) -> Iterator[tuple[str, str]]:
         if package.broken:
             yield "Broken", f"package {package.name}: {package.broken}"
     if identity.nvml:
-        yield "No NVML", identity.nvml
+        yield "NVML", identity.nvml
 
 
 def headline(result: Result) -> Headline:
