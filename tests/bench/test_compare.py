@@ -48,6 +48,14 @@ def test_a_drift_of_half_the_spread_is_no_change() -> None:
     assert change(figure("a", *later), figure("a", *slowed)).verdict == "slower"
 
 
+def test_equal_samples_hide_no_change() -> None:
+    old = figure("a", 100, 100, 101, 102, 103, unit="B")
+    new = figure("a", 200, 200, 201, 202, 203, unit="B")
+    assert change(old, new).verdict == "larger"
+    assert change(new, old).verdict == "smaller"
+    assert change(old, replace(new, samples=(*old.samples[:1], *new.samples[1:]))).verdict == "same"
+
+
 def test_a_wide_spread_hides_a_small_change_and_says_from_where_one_counts() -> None:
     wide = figure("a", 4.0, 4.5, 5.0, 5.5, 6.0)
     found = change(wide, figure("a", 4.4, 4.9, 5.5, 6.0, 6.6))
