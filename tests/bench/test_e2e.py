@@ -239,7 +239,7 @@ def test_programs_that_cannot_take_part_are_skipped_or_refused() -> None:
         pick_sides(("diffusers",), NANO, files, cpu, [])
     memory = replace(files, in_memory=True)
     assert pick_sides((), NANO, memory, cpu, []) == ("ours",)
-    with pytest.raises(BadRequest, match="from files.*\n.*leave --side ours-engines out"):
+    with pytest.raises(BadRequest, match=r"from files.*\n.*leave --side ours-engines out"):
         pick_sides(("ours-engines",), NANO, memory, cpu, [])
 
 
