@@ -174,6 +174,7 @@ def _equivalence(
         outputs[side] = Output(side=side, latents=latents, video=place / "0.mkv")
     found = []
     for side in [side for side in outputs if side != EXACT]:
+        reporter.say(f"{side}: its clip beside that of {EXACT}")
         try:
             output = outputs[side]
             found.append(compare_outputs(output, outputs[EXACT], job.preset, job.precision))

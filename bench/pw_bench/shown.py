@@ -32,13 +32,20 @@ def show(result: Result) -> None:
         last = same.steps[-1].relative_l2
         console.print(f"{same.side} against {same.against}: {same.label} ({last:.1e}, {frames})")
     for ratio in result.ratios:
-        console.print(f"{ratio.side} against {ratio.against}: {said(ratio)}")
+        both = (ratio.side, ratio.against)
+        shaky = [f.name for f in result.figures if f.name.split("/")[0] in both and not f.stable]
+        doubt = f" (unstable: {', '.join(shaky)})" if shaky and not ratio.refused else ""
+        console.print(f"{ratio.side} against {ratio.against}: {said(ratio)}{doubt}")
     for clip in result.clips:
         console.print(
             f"{clip.side} {clip.start}: unattributed {max(clip.unattributed_shares):.2%} at most"
         )
     for part in result.skipped:
         console.print(f"skipped: {part.part} ({part.reason})")
+    if result.identity.nvml:
+        console.print(f"NVML: {result.identity.nvml}")
+    if result.identity.dirty:
+        console.print(f"files differed from commit {result.identity.commit}")
 
 
 def amount(value: float, unit: str) -> str:
