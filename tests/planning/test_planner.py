@@ -12,7 +12,7 @@ from pw_export.published import NETWORKS
 from pw_runtime.errors import BadRequest
 from pw_runtime.estimate import KNOWN
 from pw_runtime.plan_report import plan_report, seconds_by_stage
-from pw_runtime.planner import GIB, fits, ladders, make_plan
+from pw_runtime.planner import GIB, decode_ways, fits, ladders, make_plan
 from pw_runtime.presets import PRESETS
 from pw_runtime.types import Budget, DecodePlan, DecoderPlan, Precision, RunPlan
 from pw_runtime.workload import Workload, workload
@@ -83,6 +83,17 @@ def test_engines_of_one_size_keep_their_part_and_leave_the_decoder_itself_as_a_w
     assert {way.choice.part for way in found["highres"]} == {8192}
     assert [way.choice.engines for way in found["decode"]][:2] == [True, False]
     assert found["decode"][0].choice.cut == found["decode"][1].choice.cut == PRESETS["4k"].decode
+
+
+@pytest.mark.parametrize(
+    ("height", "gpu", "strips"),
+    [(64, False, 1), (256, False, 2), (1440, False, 4), (1440, True, 1)],
+)
+def test_a_cpu_decodes_high_pictures_in_bands(height: int, gpu: bool, strips: int) -> None:
+    work = work_for("nano")
+    last = replace(work.stages["highres"], height=height)
+    work = replace(work, stages={**work.stages, "highres": last})
+    assert decode_ways(work, gpu=gpu)[0].choice.cut.strips == strips
 
 
 def test_blended_strips_are_never_recut() -> None:
