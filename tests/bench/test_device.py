@@ -47,7 +47,7 @@ def test_parts_whose_file_is_there_are_not_run_again(ran, tmp_path: Path) -> Non
 
 
 def test_a_part_is_not_begun_without_the_time_for_it(ran, tmp_path: Path) -> None:
-    missing = run_parts(tmp_path, 1.0, full=False)
+    missing = run_parts(tmp_path, 1.1, full=False)
     assert missing["e2e-2k"].endswith("s expected: give --minutes 4")
     assert [arguments[0] for arguments in ran] == ["kernels", "kernels"]  # draft and 2K
 
