@@ -92,6 +92,7 @@ class Trace:
             place = {"pid": 0, "tid": threads.index(one.thread)}
             events.append({"ph": "X", "name": one.name, **place, **microseconds})
         content = {"traceEvents": events, "displayTimeUnit": "ms"}
+        path.parent.mkdir(parents=True, exist_ok=True)  # a failure here would hide the run's own
         write_text(path, json.dumps(content, indent=1) + "\n")
 
 

@@ -61,16 +61,16 @@ def e2e(out: Path, **options: Any) -> None:
         preset = replace(preset, highres=None)
     skipped = [] if device.type == "cuda" else [Skipped(part=NO_NVML, reason="no CUDA GPU")]
     reporter, nvml = Reporter(), Nvml(device.index or 0)
+    identity = identify(device, nvml)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        weights = pick_weights(options["checkpoint"], options["synthetic"], folder, reporter.say)
+        weights = pick_weights(options, folder, reporter.say)
         sides = pick_sides(options["sides"], preset, weights, device, skipped)
         job = make_job(weights, preset, folder, device, options["precision"])
         figures: tuple[Figure, ...] = ()
         environment: dict[str, str] = {}
         if ENGINES in sides:
             figures, environment = build_engines(job, folder / "cache", reporter)
-        identity = identify(device, nvml, weights={weights.name: weights.digest}, engines={})
         ceilings = measure_ceilings(device, FULL)
         taken = run_all(
             sides,
@@ -83,7 +83,11 @@ def e2e(out: Path, **options: Any) -> None:
             reporter=reporter,
         )
     identity = replace(
-        identity, threads=taken.threads, engines=taken.engines, operations=taken.operations
+        identity,
+        weights={weights.name: weights.digest},
+        threads=taken.threads,
+        engines=taken.engines,
+        operations=taken.operations,
     )
     result = replace(
         envelope("e2e", scope_of(job, weights), identity, ceilings, nvml),

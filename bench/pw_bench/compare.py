@@ -88,7 +88,7 @@ def differences(old: Result, new: Result) -> dict[str, tuple[object, object]]:
 
 def _cohort(result: Result) -> dict[str, object]:
     """What must be the same: the work and the machine; versions and commits may differ."""
-    machine = result.identity.machine
+    machine, state = result.identity.machine, result.identity.gpu_start
     return {
         "kind": result.kind,
         **{f"scope of {key}": value for key, value in result.scope.items()},
@@ -96,6 +96,7 @@ def _cohort(result: Result) -> dict[str, object]:
         "cores": machine.cores,
         "threads": result.identity.threads,
         "gpus": tuple(gpu.name for gpu in machine.gpus),
+        "power limit": None if state is None else state.power_limit_w,
     }
 
 
@@ -129,9 +130,10 @@ def chance_of(old: Sequence[float], new: Sequence[float]) -> float:
 @click.argument("old", type=FILE)
 @click.argument("new", type=FILE)
 def compare(old: Path, new: Path) -> int:
-    """Tell whether the figures of NEW are slower or larger than those of OLD; if so, exit with 3.
+    """Tell whether the figures of NEW are slower or larger than those of OLD.
 
-    Only results of the same scope from the same machine are compared.
+    If so, or where one is gone or fell back, the exit code is 3. Only results of the same scope
+    from the same machine are compared.
     """
     before, after = read_result(old), read_result(new)
     changes = compare_results(before, after)
@@ -151,6 +153,8 @@ def compare(old: Path, new: Path) -> int:
     gone = [figure.name for figure in before.figures if figure.name not in names]
     if gone:
         console.print(f"only in {old}: {', '.join(gone)}")
+    fell = [one.name for one in after.figures if one.fell_back]
+    worse = gone or fell or any(one.verdict in WORSE for one in changes)
     unlike = {"commit": (before.identity.commit, after.identity.commit)}
     console.print(", ".join(f"{key} {a} and {b}" for key, (a, b) in unlike.items()))
-    return SOME_FAILED if any(one.verdict in WORSE for one in changes) else DONE
+    return SOME_FAILED if worse else DONE

@@ -4,9 +4,9 @@
     python -m pw_bench.device --out FOLDER
 
 The published networks run with random weights, so nothing is downloaded. Each part is a results
-file in FOLDER; parts whose file is there are not run again, so the command can be repeated until
-all are there; until then its exit code is not 0. A part is not begun where the time left is less
-than it is expected to take.
+file in FOLDER; parts whose file is there, whole and of the same commit, are not run again, so the
+command can be repeated until all are there; until then its exit code is not 0. A part is not begun
+where the time left is less than it is expected to take.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 import torch
 
+from pw_bench.commit import commit
 from pw_bench.results import read_result
 from pw_bench.shown import show
 from pw_runtime.cli_options import FOLDER, SOME_FAILED
@@ -38,18 +39,18 @@ class Part:
 
 _5B = ("--synthetic", "5b")
 PARTS = (
+    Part(name="kernels-draft", arguments=("kernels", "--sizes", "draft"), seconds=40),
     Part(
         name="e2e-2k",
         arguments=("e2e", "--preset", "2k", *_5B, "--side", "ours", "--rounds", "1", "--warm", "0"),
-        seconds=170,
+        seconds=220,
     ),
     Part(
         name="stages-4k",
-        arguments=("stages", "--preset", "4k", *_5B, "--steps", "1", "--clips", "1"),
-        seconds=220,
+        arguments=("stages", "--preset", "4k", *_5B, "--steps", "1", "--clips", "1", "--cold"),
+        seconds=260,
     ),
-    Part(name="kernels-draft", arguments=("kernels", "--sizes", "draft"), seconds=40),
-    Part(name="kernels-2k", arguments=("kernels", "--sizes", "2k", "--quick"), seconds=60),
+    Part(name="kernels-2k", arguments=("kernels", "--sizes", "2k", "--quick"), seconds=80),
     Part(name="kernels-4k", arguments=("kernels", "--sizes", "4k", "--quick"), seconds=120),
     Part(
         name="stages-2k",
@@ -71,12 +72,22 @@ PARTS = (
 )
 
 
+def is_done(out: Path) -> bool:
+    """Whether a part is there: measured whole, and with these sources."""
+    try:
+        result = read_result(out)
+    except BadRequest:
+        return False
+    interrupted = any(one.reason == "interrupted" for one in result.skipped)
+    return not interrupted and result.identity.commit == commit().removesuffix("-dirty")
+
+
 def run_parts(folder: Path, minutes: float, *, full: bool) -> dict[str, str]:
     """Run what is missing; why each part that has no file has none, and what to do about it."""
     until, missing = time.monotonic() + 60 * minutes, {}
     for part in PARTS:
         out = folder / f"{part.name}.json"
-        if out.exists() or (part.long and not full):
+        if is_done(out) or (part.long and not full):
             continue
         left = until - time.monotonic()
         if left < part.seconds:

@@ -20,20 +20,12 @@ from pw_kernels.op import OPS, chosen
 from pw_runtime.machine import describe
 
 
-def identify(
-    device: torch.device,
-    nvml: Nvml,
-    *,
-    weights: Mapping[str, str],
-    engines: Mapping[str, str],
-) -> Identity:
-    """This machine and checkout, before anything is measured. Takes seconds.
+def identify(device: torch.device, nvml: Nvml) -> Identity:
+    """This machine and checkout, before the command does anything else. Takes seconds.
 
     Args:
         device: that is measured.
         nvml: of its GPU.
-        weights: name -> digest, or the seed that they are made of.
-        engines: network -> backend, and why that.
     """
     gpu = device.type == "cuda"
     return Identity(
@@ -42,8 +34,8 @@ def identify(
         dirty=is_dirty(),
         threads=torch.get_num_threads(),
         load_average=os.getloadavg()[0],
-        weights=weights,
-        engines=engines,
+        weights={},
+        engines={},
         operations={name: chosen(name, device).implementation for name in sorted(OPS)},
         libraries=libraries(),
         gpu_start=nvml.state() if gpu else None,

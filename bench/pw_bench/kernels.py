@@ -169,7 +169,7 @@ def measure_kernels(
     """
     cases = _cases(sizes, only, Maker(device, interpreted=interpreted))
     nvml = Nvml()
-    identity = identify(device, nvml, weights={}, engines={})
+    identity = identify(device, nvml)
     console = Console(width=None if sys.stdout.isatty() else 160)
     ceilings = measure_ceilings(device, protocol)
     console.print(
@@ -232,7 +232,7 @@ def _cases(sizes: Sequence[str], only: str, make: Maker) -> list[Case]:
     "--sizes", multiple=True, type=click.Choice([*GRIDS]), help="[default: all true ones]"
 )
 @click.option("--only", default="", help="Only operations whose name holds this text.")
-@click.option("--quick", is_flag=True, help="Two samples each, no warm-up.")
+@click.option("--quick", is_flag=True, help="Three samples each, no warm-up.")
 @click.option("--interpret", is_flag=True, help="On a CPU, with Triton's interpreter.")
 def kernels(
     out: Path | None, sizes: tuple[str, ...], only: str, quick: bool, interpret: bool

@@ -59,7 +59,8 @@ SIDES: Final[Mapping[str, Side]] = MappingProxyType(
     {
         OURS: Side(what="this runtime, `pw generate --policy eager`", make=_ours()),
         ENGINES: Side(
-            what="this runtime on engines of `pw build`, `pw generate --policy engines`",
+            what="this runtime, its transformers on engines of `pw build`, "
+            "`pw generate --policy engines`",
             make=_ours(policy="engines"),
         ),
         "ours-cudnn": Side(

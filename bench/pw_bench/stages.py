@@ -57,7 +57,7 @@ KINDS: Final = (
     "mux",
     "receipt",
 )
-WORDS: Final = "stages of `pw generate`, clip after clip in one process, the first clip left out"
+WORDS: Final = "stages of `pw generate`, clip after clip in one process"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,30 +138,38 @@ def figures_of(
 
 
 def measure_stages(
-    job: Job, clips: int, ceilings: Ceilings, reporter: Reporter, skipped: list[Skipped]
+    job: Job,
+    clips: int,
+    ceilings: Ceilings,
+    reporter: Reporter,
+    skipped: list[Skipped],
+    *,
+    cold: bool = False,
 ) -> list[Figure]:
-    """Make clips, one more than asked for: the first warms the process up. Ctrl-C ends early."""
+    """Make clips, one more than asked for: the first warms the process up, unless `cold`. Ctrl-C
+    ends early."""
     program, device = Ours("eager"), torch.device(job.device)
     made: list[list[Span]] = []
     fell_back: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(clips + 1):
+        left_out = 0 if cold else 1
+        for number in range(clips + left_out):
             trace = Trace(device)
             try:
                 with trace.recording():
                     program.clip(job, Path(folder) / f"{number}.mp4")
             except KeyboardInterrupt:
-                if len(made) < 2:
+                if len(made) <= left_out:
                     raise
                 reporter.warn("interrupted: the clips until now count")
                 skipped.append(Skipped(part="the remaining clips", reason="interrupted"))
                 break
             made.append(trace.spans)
             fell_back.update(program.fell_back)
-            reporter.say(f"clip {number + 1} of {clips + 1}")
+            reporter.say(f"clip {number + 1} of {clips + left_out}")
     networks = NETWORKS if job.in_memory else open_bundle(job.bundle).networks
     known = arithmetic(networks, job.preset, ceilings)
-    return figures_of(made[1:], known, tuple(sorted(fell_back)))
+    return figures_of(made[left_out:], known, tuple(sorted(fell_back)))
 
 
 def shortened(preset: Preset, steps: int) -> Preset:
@@ -179,6 +187,7 @@ def shortened(preset: Preset, steps: int) -> Preset:
 @weights_options
 @click.option("--steps", type=click.IntRange(1), help="At most, of each denoising stage.")
 @click.option("--clips", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--cold", is_flag=True, help="Do not leave out the first clip.")
 @precision_option
 @device_option
 @click.option("--out", type=FILE, required=True, help="Results file.")
@@ -190,15 +199,19 @@ def stages(out: Path, **options: Any) -> None:
         preset = shortened(preset, options["steps"])
     reporter, nvml = Reporter(), Nvml(device.index or 0)
     skipped = [] if device.type == "cuda" else [Skipped(part=NO_NVML, reason="no CUDA GPU")]
+    identity = identify(device, nvml)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        weights = pick_weights(options["checkpoint"], options["synthetic"], folder, reporter.say)
+        weights = pick_weights(options, folder, reporter.say)
         job = make_job(weights, preset, folder, device, options["precision"])
-        identity = identify(device, nvml, weights={weights.name: weights.digest}, engines={})
         ceilings = measure_ceilings(device, FULL)
-        figures = measure_stages(job, options["clips"], ceilings, reporter, skipped)
+        figures = measure_stages(
+            job, options["clips"], ceilings, reporter, skipped, cold=options["cold"]
+        )
+    words = f"{WORDS}, {'none' if options['cold'] else 'the first'} left out"
+    identity = replace(identity, weights={weights.name: weights.digest})
     result: Result = replace(
-        envelope("stages", scope_of(job, weights) | {"words": WORDS}, identity, ceilings, nvml),
+        envelope("stages", scope_of(job, weights) | {"words": words}, identity, ceilings, nvml),
         figures=tuple(figures),
         skipped=tuple(skipped),
     )

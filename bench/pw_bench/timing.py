@@ -23,7 +23,7 @@ class Protocol:
     samples_per_round: int
 
 
-QUICK = Protocol(warmup_seconds=0.0, rounds=2, samples_per_round=1)
+QUICK = Protocol(warmup_seconds=0.0, rounds=3, samples_per_round=1)
 FULL = Protocol(warmup_seconds=0.3, rounds=4, samples_per_round=5)
 
 

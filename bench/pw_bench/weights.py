@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -18,6 +18,7 @@ from pw_export.nano import (
     write_nano_checkpoint,
 )
 from pw_runtime.cli_options import FOLDER
+from pw_runtime.errors import BadRequest
 
 Synthetic = Literal["nano", "medium", "5b"]
 
@@ -52,23 +53,27 @@ def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
     size = click.option(
         "--synthetic",
         type=click.Choice(get_args(Synthetic)),
-        default="nano",
-        show_default=True,
-        help="Size of made-up weights; 5b: that of the published networks, in memory, for a GPU.",
+        help="Size of made-up weights; 5b: that of the published networks, in memory, for a GPU. "
+        "[default: nano, for its presets]",
     )
     checkpoint = click.option(
-        "--checkpoint", type=FOLDER, help="In the official layout. [default: made up]"
+        "--checkpoint", type=FOLDER, help="In the official layout, instead of made-up weights."
     )
     return checkpoint(size(command))
 
 
-def pick_weights(
-    checkpoint: Path | None, synthetic: Synthetic, folder: Path, say: Callable[[str], None]
-) -> Weights:
-    """Those of a checkpoint, or made-up ones. Raises BadRequest, BadWeights."""
-    if checkpoint is not None:
-        return converted(checkpoint, folder, say)
-    return made_up(synthetic, folder, say)
+def pick_weights(options: Mapping[str, Any], folder: Path, say: Callable[[str], None]) -> Weights:
+    """Those of --checkpoint, or made-up ones. Raises BadRequest, BadWeights."""
+    checkpoint, synthetic, preset = (options[k] for k in ("checkpoint", "synthetic", "preset"))
+    if synthetic is None and checkpoint is None and preset.startswith("nano"):
+        synthetic = "nano"
+    if (checkpoint is None) == (synthetic is None):
+        raise BadRequest(
+            "no weights, or two kinds of them",
+            got=f"--preset {preset}",
+            do="give --checkpoint FOLDER or --synthetic nano, medium or 5b",
+        )
+    return made_up(synthetic, folder, say) if synthetic else converted(checkpoint, folder, say)
 
 
 def made_up(name: Synthetic, folder: Path, say: Callable[[str], None]) -> Weights:

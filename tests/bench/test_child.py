@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 
 from pw_bench import child
 from pw_bench.child import Made, Task, make
-from pw_bench.e2e import _clip
 from pw_bench.job import Job
+from pw_bench.running import account
 from pw_bench.watching import Watch
 from pw_runtime.machine import reset_peak_rss
 from pw_runtime.presets import PRESETS
@@ -52,7 +52,7 @@ def test_the_peak_is_that_of_the_whole_clip_and_not_of_its_last_stage(made: list
 def test_the_peak_is_no_less_than_what_was_seen_from_outside(made: list[Made]) -> None:
     watch = Watch(1, None)
     watch.host = [(made[0].start, 2**46), (made[1].end + 1, 2**47)]
-    first, second = (_clip("staged", one, watch, None) for one in made)
+    first, second = (account("staged", one, watch, None) for one in made)
     assert (first.peaks["rss"], second.peaks["rss"]) == (2**46, 2**45)
 
 

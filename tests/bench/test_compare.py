@@ -110,6 +110,9 @@ def test_the_command_fails_where_something_is_slower(tmp_path: Path) -> None:
     assert ran.return_value == SOME_FAILED
     assert "slower" in ran.output
     assert "gone" in ran.output
+    kept = written("kept", result(figure("a", *noisy(2, 1.0))))
+    ran = CliRunner().invoke(compare, [old, kept], standalone_mode=False)
+    assert ran.return_value == SOME_FAILED  # nothing slower, but one figure gone
     assert CliRunner().invoke(compare, [old, old], standalone_mode=False).return_value == 0
 
 

@@ -14,13 +14,15 @@ import torch
 from click.testing import CliRunner
 
 from pw_bench import cli_e2e, e2e
+from pw_bench.accounts import figures_of, operations_of, ratios_of
 from pw_bench.cli_e2e import e2e as command
 from pw_bench.cli_e2e import pick_sides
-from pw_bench.e2e import ProgramFailed, Taken, covered, run_all
+from pw_bench.e2e import Taken, run_all
 from pw_bench.job import Job
 from pw_bench.results import Clip, Equivalence, Result, Skipped, StepDifference, read_result
+from pw_bench.running import ProgramFailed, Samples, covered, last_words
 from pw_bench.stages import stages
-from pw_bench.weights import Weights
+from pw_bench.weights import Weights, pick_weights
 from pw_runtime.errors import BadRequest, BadResult
 from pw_runtime.presets import PRESETS
 from pw_runtime.progress import Reporter
@@ -68,7 +70,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Taken]
                 *(clip(task.side, wall / 2, "warm", size) for _ in range(task.clips - 1)),
             ]
 
-        monkeypatch.setattr(e2e, "_start", start)
+        monkeypatch.setattr(e2e, "run_process", start)
         monkeypatch.setattr(e2e, "compare_outputs", lambda one, *rest: same(one.side, label))
         return run_all(
             ("ours", "official"), JOB, tmp_path, rounds=rounds, warm=2, environment={},
@@ -100,11 +102,11 @@ def test_other_pictures_get_no_ratio(run: Callable[..., Taken]) -> None:
 
 
 def test_what_fell_back_gets_no_ratio() -> None:
-    samples = {side: e2e.Samples(cold=[clip(side, 1.0)]) for side in ("ours", "official")}
+    samples = {side: Samples(cold=[clip(side, 1.0)]) for side in ("ours", "official")}
     samples["official"].warm = [replace(clip("official", 1.0, "warm"), joules=5.0)]
     samples["official"].fell_back = {"memory ran out"}
-    figures = e2e._figures(samples, {})
-    (ratio,) = e2e._ratios(samples, figures, ())
+    figures = figures_of(samples, {})
+    (ratio,) = ratios_of(samples, figures, ())
     assert ratio.refused == "official fell back: memory ran out"
     theirs = [one for one in figures if one.name.startswith("official/")]
     assert {one.name for one in theirs} >= {"official/cold", "official/energy"}
@@ -202,22 +204,22 @@ def test_our_own_failure_in_the_first_round_is_an_error(run: Callable[..., Taken
 
 def test_implementations_are_told_by_program_where_they_differ() -> None:
     samples = {
-        "ours": e2e.Samples(operations={"attention": "reference", "dup_up_add": "reference"}),
-        "ours-cudnn": e2e.Samples(operations={"attention": "cudnn", "dup_up_add": "reference"}),
-        "official": e2e.Samples(),
+        "ours": Samples(operations={"attention": "reference", "dup_up_add": "reference"}),
+        "ours-cudnn": Samples(operations={"attention": "cudnn", "dup_up_add": "reference"}),
+        "official": Samples(),
     }
-    assert e2e._operations(samples) == {
+    assert operations_of(samples) == {
         "attention": "reference (ours); cudnn (ours-cudnn)",
         "dup_up_add": "reference",
     }
 
 
 def test_the_last_words_are_a_whole_error_and_a_killed_program_is_said_to_be_killed() -> None:
-    assert e2e._last_words(1, "a warning\nValueError: no\n") == "ValueError: no"
+    assert last_words(1, "a warning\nValueError: no\n") == "ValueError: no"
     error = "Traceback:\n  File\nBadRequest: no model\n  got: a\n  do this: b\n"
-    assert e2e._last_words(1, error) == "BadRequest: no model; got: a; do this: b"
-    assert e2e._last_words(1, "") == "exit code 1"
-    assert e2e._last_words(-9, "a warning\n").startswith("killed by SIGKILL")
+    assert last_words(1, error) == "BadRequest: no model; got: a; do this: b"
+    assert last_words(1, "") == "exit code 1"
+    assert last_words(-9, "a warning\n").startswith("killed by SIGKILL")
 
 
 def test_only_outer_spans_of_the_main_thread_cover_time() -> None:
@@ -268,6 +270,15 @@ def test_engines_are_built_for_the_device_and_precision_that_are_measured(
     assert commands[0][-4:] == ["--device", "cpu", "--precision", "bf16"]
 
 
+def test_weights_are_made_up_unasked_for_the_built_in_presets_alone(tmp_path: Path) -> None:
+    options = {"checkpoint": None, "synthetic": None, "preset": "2k"}
+    with pytest.raises(BadRequest, match="no weights"):
+        pick_weights(options, tmp_path, print)
+    with pytest.raises(BadRequest, match="two kinds"):
+        pick_weights(options | {"checkpoint": tmp_path, "synthetic": "nano"}, tmp_path, print)
+    assert pick_weights(options | {"synthetic": "5b"}, tmp_path, print).in_memory
+
+
 def test_a_folder_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
     out = str(tmp_path / "no" / "r.json")
     for verb in (command, stages):
@@ -281,7 +292,18 @@ def test_ours_beside_the_official_recipe(tmp_path: Path) -> None:
     preset, out = write_preset(tmp_path / "small.toml"), tmp_path / "r.json"
     ran = CliRunner().invoke(
         command,
-        ["--preset", str(preset), "--rounds", "1", "--warm", "1", "--out", str(out)],
+        [
+            "--preset",
+            str(preset),
+            "--synthetic",
+            "nano",
+            "--rounds",
+            "1",
+            "--warm",
+            "1",
+            "--out",
+            str(out),
+        ],
         catch_exceptions=False,
     )
     assert ran.exit_code == 0, ran.output
@@ -310,7 +332,18 @@ def test_stages_of_clips(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     ran = CliRunner().invoke(
         stages,
-        ["--preset", str(preset), "--clips", "2", "--steps", "2", "--out", str(out)],
+        [
+            "--preset",
+            str(preset),
+            "--synthetic",
+            "nano",
+            "--clips",
+            "2",
+            "--steps",
+            "2",
+            "--out",
+            str(out),
+        ],
         catch_exceptions=False,
     )
     assert ran.exit_code == 0, ran.output
