@@ -54,8 +54,9 @@ PARTS = (
     Part(name="kernels-4k", arguments=("kernels", "--sizes", "4k", "--quick"), seconds=120),
     Part(
         name="stages-2k",
-        arguments=("stages", "--preset", "2k", *_5B, "--steps", "2", "--clips", "1"),
-        seconds=160,
+        arguments=("stages", "--preset", "2k", *_5B, "--steps", "2", "--clips", "3"),
+        seconds=320,
+        long=True,
     ),
     Part(
         name="e2e-2k-all",

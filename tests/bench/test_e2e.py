@@ -292,18 +292,7 @@ def test_ours_beside_the_official_recipe(tmp_path: Path) -> None:
     preset, out = write_preset(tmp_path / "small.toml"), tmp_path / "r.json"
     ran = CliRunner().invoke(
         command,
-        [
-            "--preset",
-            str(preset),
-            "--synthetic",
-            "nano",
-            "--rounds",
-            "1",
-            "--warm",
-            "1",
-            "--out",
-            str(out),
-        ],
+        f"--preset {preset} --synthetic nano --rounds 1 --warm 1 --out {out}".split(),
         catch_exceptions=False,
     )
     assert ran.exit_code == 0, ran.output
@@ -332,18 +321,7 @@ def test_stages_of_clips(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     ran = CliRunner().invoke(
         stages,
-        [
-            "--preset",
-            str(preset),
-            "--synthetic",
-            "nano",
-            "--clips",
-            "2",
-            "--steps",
-            "2",
-            "--out",
-            str(out),
-        ],
+        f"--preset {preset} --synthetic nano --clips 2 --steps 2 --out {out}".split(),
         catch_exceptions=False,
     )
     assert ran.exit_code == 0, ran.output
