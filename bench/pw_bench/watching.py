@@ -12,8 +12,8 @@ from types import TracebackType
 from pw_bench.nvml import Nvml
 
 INTERVAL = 0.05  # seconds between samples
-# Samples between two of PSS, for which the kernel walks all pages of the process: every quarter of a
-# second that took a tenth of a core for a process of 2 GB, a hundredth every two seconds.
+# Samples between two of PSS, for which the kernel walks all pages of the process: every quarter of
+# a second that took a tenth of a core for a process of 2 GB, a hundredth every two seconds.
 PSS_EVERY = 40
 
 
