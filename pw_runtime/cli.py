@@ -241,6 +241,17 @@ def open_model(options: dict[str, Any], reporter: Any) -> Any:
     )
 
 
+@cli.command()
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
+@click.option("--contact-sheet", "sheet", type=FILE, help="PNG of both and of their differences.")
+@click.option("--json", "out", type=FILE, help="The same numbers as JSON.")
+def compare(a: Path, b: Path, sheet: Path | None, out: Path | None) -> int:
+    """Tell how far clip A is from clip B, or the clips of folder A from those of folder B."""
+    import_module("pw_bench.compare_clips").compare_clips(a, b, sheet, out)
+    return DONE
+
+
 class Bench(click.Group):
     """The verbs of pw_bench, which stands above the runtime: found when one is asked for."""
 

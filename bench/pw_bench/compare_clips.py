@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import av
-import click
 import numpy as np
 import torch
 from rich.console import Console
@@ -24,7 +23,6 @@ from safetensors import safe_open
 
 from pw_bench.equivalence import FrameDifference, compare_frames
 from pw_runtime.atomic import write_text
-from pw_runtime.cli_options import FILE
 from pw_runtime.contact_sheet import (
     Filmstrip,
     SheetRow,
@@ -154,13 +152,17 @@ def difference_row(name: str, one: Path, other: Path) -> SheetRow:
     )
 
 
-@click.command()
-@click.argument("a", type=FILE)
-@click.argument("b", type=FILE)
-@click.option("--contact-sheet", "sheet", type=FILE, help="PNG of both and of their differences.")
-@click.option("--json", "out", type=FILE, help="The same numbers as JSON.")
 def compare_clips(a: Path, b: Path, sheet: Path | None, out: Path | None) -> None:
-    """Tell how far clip A, or the clips in folder A, are from B: frames, and latents if kept."""
+    """Tell how far clip A, or the clips in folder A, are from B: frames, and latents if kept.
+
+    Args:
+        a: a clip, or a folder of clips.
+        b: as that.
+        sheet: PNG to write, of frames of both and of their differences.
+        out: JSON file to write, the same numbers.
+
+    Raises BadRequest, BadResult where the clips cannot be compared, WriteFailed.
+    """
     pairs = find_pairs(a, b)
     found = [compare_pair(name, *paths) for name, paths in pairs.items()]
     table = Table("clip", "PSNR", "SSIM", "flicker", "latents, relative L2")

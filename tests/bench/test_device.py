@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner
 
 from pw_bench import device
-from pw_bench.commit import commit
 from pw_bench.device import PARTS, main, run_parts
 from pw_bench.nvml import Nvml
 from pw_bench.results import Skipped, read_result, write_result
@@ -22,9 +21,7 @@ from pw_bench.watching import Watch, between
 from pw_runtime.cli_options import SOME_FAILED
 from tests.bench.results_made import figure, result
 
-FINISHED = replace(
-    result(), identity=replace(result().identity, commit=commit().removesuffix("-dirty"))
-)
+FINISHED = result()
 
 
 @pytest.fixture
@@ -39,6 +36,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(device, "commit", lambda: FINISHED.identity.commit)
     return calls
 
 
@@ -70,7 +68,7 @@ def test_files_of_other_sources_or_of_half_a_part_are_made_again(ran, tmp_path, 
 
 def test_a_part_is_not_begun_without_the_time_for_it(ran, tmp_path: Path) -> None:
     missing = run_parts(tmp_path, 1.1, full=False)
-    assert missing["e2e-2k"].endswith("s expected: give --minutes 4")
+    assert missing["e2e-2k"].endswith("s expected: give --minutes 5")
     assert [arguments[0] for arguments in ran] == ["kernels"]  # of the draft
 
 
@@ -97,6 +95,7 @@ def test_what_is_missing_or_cannot_be_read_makes_the_command_fail(
         write_result(result(figure("a", 1.0)), tmp_path / f"{part.name}.json")
     assert CliRunner().invoke(main, ["--out", str(tmp_path)]).exit_code == 0
     (tmp_path / "e2e-2k.json").write_text("{}")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
     answer = CliRunner().invoke(main, ["--out", str(tmp_path)])
     assert answer.exit_code == SOME_FAILED
     assert "not there yet: e2e-2k" in answer.output
@@ -108,7 +107,9 @@ def test_every_part_is_a_command_that_can_be_parsed(tmp_path: Path) -> None:
 
     for part in PARTS:
         verb = bench.commands[part.arguments[0]]
-        verb.make_context(part.name, [*part.arguments[1:], "--out", str(tmp_path / "r.json")])
+        out = tmp_path / "r.json"
+        context = verb.make_context(part.name, [*part.arguments[1:], "--out", str(out)])
+        assert context.params["out"] == out
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
