@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pw_bench.seams import seam_index
-from pw_export import nano
-from pw_export.nano import NANO_VAE
+from pw_export.nano import NANO_VAE, random_weights
 from pw_kernels.pack_frames import pixels_of
 from pw_runtime.models import VaeDecoder
 from pw_runtime.stages import decode as stage
@@ -30,7 +29,7 @@ def test_a_step_on_a_border_is_seen_and_a_slope_is_not() -> None:
 def smooth() -> VaeDecoder:
     """The built-in decoder: its pictures are smooth, so that a step is seen."""
     net = VaeDecoder(NANO_VAE).requires_grad_(False)
-    weights = nano._vae(NANO_VAE, torch.Generator().manual_seed(2))
+    weights = random_weights._vae(NANO_VAE, torch.Generator().manual_seed(2))
     net.load_state_dict({name: weights[name] for name in net.state_dict()})
     return net
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small model with made-up weights in the official layout: for demos and tests.
-
-    python -m pw_export.nano --out DIR [--seed N]
+"""Made-up weights of the small model: for tests.
 
 It draws soft drifting colours instead of what the prompt asks for, by construction:
 
@@ -12,28 +10,23 @@ It draws soft drifting colours instead of what the prompt asks for, by construct
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from pw_export.nano.checkpoint import SPECIAL_TOKENS, NanoTensors, Tensors, write_checkpoint
 from pw_export.published import LATENT_MEAN, LATENT_STD
-from pw_export.writing import folder_that_appears
 from pw_runtime import keymaps
-from pw_runtime.atomic import atomic_file, write_tensors, write_text
 from pw_runtime.models import expected_shapes
 from pw_runtime.types import PATCH, DitConfig, TextEncoderConfig, VaeConfig
 
 Shape = tuple[int, ...]
-Tensors = dict[str, torch.Tensor]
 
 _CONSTANT = 4.0  # rms of the constant part of a token; a patch of noise has 1
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 NANO_DIT = DitConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4, text_dim=64)
 NANO_HIGHRES = replace(NANO_DIT, has_dt=True, adapter_dim=64, control_blocks=(1,))
 NANO_VAE = VaeConfig(
@@ -71,19 +64,17 @@ def write_nano_checkpoint(
 
     Raises BadRequest when `out` exists, WriteFailed when the disk refuses.
     """
-    low = _dit(dit, _generator(seed, 0))
-    high = {f"model.{name}": t for name, t in _dit(highres, _generator(seed, 1)).items()}
-    pixels = _vae(vae, _generator(seed, 2))
-    text = _text_encoder(text_encoder, _generator(seed, 3))
-    size = sum(t.nbytes for part in (low, high, pixels, text) for t in part.values())
-    with folder_that_appears(out, size, print) as folder:
-        _write_dit(folder, dit, low)
-        _write_pickle(folder / "Wan2.2_VAE.pth", pixels)
-        _write_pickle(folder / "models_t5_umt5-xxl-enc-bf16.pth", text)
-        (folder / "pixelwizard").mkdir()
-        _write_pickle(folder / "pixelwizard" / "highres.pt", {"generator": high})
-        (folder / "google" / "umt5-xxl").mkdir(parents=True)
-        write_byte_tokenizer(folder / "google" / "umt5-xxl", dit.text_len)
+    write_checkpoint(
+        out,
+        dit,
+        NanoTensors(
+            draft=_dit(dit, _generator(seed, 0)),
+            highres=_dit(highres, _generator(seed, 1)),
+            vae=_vae(vae, _generator(seed, 2)),
+            text_encoder=_text_encoder(text_encoder, _generator(seed, 3)),
+        ),
+        _byte_tokenizer(),
+    )
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
@@ -203,33 +194,8 @@ def _plain(
     return torch.randn(shape, generator=generator) * gain(name) / math.sqrt(math.prod(shape[1:]))
 
 
-def _write_dit(folder: Path, config: DitConfig, tensors: Tensors) -> None:
-    stated = asdict(config)
-    for ours in ("has_dt", "adapter_dim", "control_blocks", "text_dim"):
-        del stated[ours]
-    content = {"_class_name": "WanModel", "model_type": "ti2v", **stated}
-    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
-    names = sorted(tensors)
-    half = len(names) // 2
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate((names[:half], names[half:]), 1):
-        file = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
-        write_tensors(folder / file, {name: tensors[name] for name in part})
-        weight_map |= dict.fromkeys(part, file)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_text(
-        folder / "diffusion_pytorch_model.safetensors.index.json", json.dumps(index, indent=2)
-    )
-
-
-def _write_pickle(path: Path, content: object) -> None:
-    with atomic_file(path) as partial:
-        torch.save(content, partial)
-
-
-def write_byte_tokenizer(folder: Path, text_len: int) -> None:
-    """Write a tokenizer of one token per byte; every text ends with </s>."""
+def _byte_tokenizer() -> Tokenizer:
+    """One token per byte; every text ends with </s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
@@ -239,26 +205,4 @@ def write_byte_tokenizer(folder: Path, text_len: int) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", SPECIAL_TOKENS.index("</s>"))]
     )
-    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": text_len,
-    }
-    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-
-
-def main() -> None:
-    """Run `python -m pw_export.nano`."""
-    parser = argparse.ArgumentParser(description="Write the small demo checkpoint.")
-    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    write_nano_checkpoint(arguments.out, arguments.seed)
-
-
-if __name__ == "__main__":
-    main()
+    return tokenizer

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captions of scenes: a small grammar with synonyms, and its words as a tokenizer."""
+
+from __future__ import annotations
+
+import random
+import re
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from pw_export.nano.checkpoint import SPECIAL_TOKENS
+from pw_export.nano.scenes import Scene
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "red": ("red", "crimson"),
+    "yellow": ("yellow", "golden"),
+    "green": ("green", "emerald"),
+    "cyan": ("cyan", "turquoise"),
+    "blue": ("blue",),
+    "purple": ("purple", "violet"),
+    "circle": ("ball", "circle", "disc"),
+    "square": ("square", "box", "block"),
+    "triangle": ("triangle", "pyramid"),
+    "small": ("small", "little", "tiny"),
+    "big": ("big", "large", "huge"),
+    "left": ("moves left", "drifts to the left", "slides left", "glides to the left"),
+    "right": ("moves right", "drifts to the right", "slides right", "glides to the right"),
+    "up": ("rises", "moves up", "floats up", "climbs slowly"),
+    "down": ("falls", "moves down", "sinks", "drops slowly"),
+    "night": ("at night", "under a night sky", "in the dark"),
+    "sunset": ("at sunset", "at dusk", "under an evening sky"),
+    "meadow": ("over a meadow", "over grass", "in a field"),
+    "sea": ("over the sea", "above the ocean", "over calm water"),
+    "desert": ("in the desert", "over sand", "over dunes"),
+    "grey": ("in a grey room", "before a grey wall", "in grey fog"),
+    "still": ("",),
+    "zoom": ("the camera zooms in", "slow zoom in"),
+    "pan": ("the camera pans", "panning shot"),
+}
+
+
+def caption(scene: Scene, draw: random.Random) -> str:
+    """One of many ways to say what a scene shows."""
+    words = {
+        part: draw.choice(WORDS[getattr(scene, part)])
+        for part in ("colour", "shape", "size", "motion", "background", "camera")
+    }
+    thing = f"a {words['size']} {words['colour']} {words['shape']} {words['motion']}"
+    place = words["background"]
+    text = f"{place}, {thing}" if draw.random() < 0.25 else f"{thing} {place}"
+    return f"{text}, {words['camera']}" if words["camera"] else text
+
+
+def vocabulary() -> list[str]:
+    """Every word of the grammar, in alphabetical order."""
+    said = " ".join(way for ways in WORDS.values() for way in ways)
+    return sorted({"a", *re.findall("[a-z]+", said)})
+
+
+def make_tokenizer() -> Tokenizer:
+    """One token per word, <unk> for a word that no caption has; every text ends with </s>.
+
+    What is no Latin letter separates words and is otherwise passed over.
+    """
+    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[^a-z]+"), behavior="removed")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", SPECIAL_TOKENS.index("</s>"))]
+    )
+    return tokenizer

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint of the small model in the official layout, whatever its weights are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from pw_export.writing import folder_that_appears
+from pw_runtime.atomic import atomic_file, write_tensors, write_text
+from pw_runtime.types import DitConfig
+
+Tensors = dict[str, torch.Tensor]
+
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NanoTensors:
+    """Tensors of all networks under official names."""
+
+    draft: Tensors
+    highres: Tensors
+    vae: Tensors
+    text_encoder: Tensors
+
+
+def write_checkpoint(out: Path, dit: DitConfig, tensors: NanoTensors, tokenizer: Tokenizer) -> None:
+    """Write the layout of Wan2.2-TI2V-5B, and pixelwizard/highres.pt beside it.
+
+    Args:
+        out: folder that does not exist yet.
+        dit: of the draft network.
+        tensors: of all networks.
+        tokenizer: of the text encoder.
+
+    Raises BadRequest when `out` exists, WriteFailed when the disk refuses.
+    """
+    high = {f"model.{name}": tensor for name, tensor in tensors.highres.items()}
+    parts = (tensors.draft, high, tensors.vae, tensors.text_encoder)
+    size = sum(tensor.nbytes for part in parts for tensor in part.values())
+    with folder_that_appears(out, size, print) as folder:
+        _write_dit(folder, dit, tensors.draft)
+        _write_pickle(folder / "Wan2.2_VAE.pth", tensors.vae)
+        _write_pickle(folder / "models_t5_umt5-xxl-enc-bf16.pth", tensors.text_encoder)
+        (folder / "pixelwizard").mkdir()
+        _write_pickle(folder / "pixelwizard" / "highres.pt", {"generator": high})
+        (folder / "google" / "umt5-xxl").mkdir(parents=True)
+        _write_tokenizer(folder / "google" / "umt5-xxl", tokenizer, dit.text_len)
+
+
+def _write_dit(folder: Path, config: DitConfig, tensors: Tensors) -> None:
+    stated = asdict(config)
+    for ours in ("has_dt", "adapter_dim", "control_blocks", "text_dim"):
+        del stated[ours]
+    content = {"_class_name": "WanModel", "model_type": "ti2v", **stated}
+    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    names = sorted(tensors)
+    half = len(names) // 2
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate((names[:half], names[half:]), 1):
+        file = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
+        write_tensors(folder / file, {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_text(
+        folder / "diffusion_pytorch_model.safetensors.index.json", json.dumps(index, indent=2)
+    )
+
+
+def _write_pickle(path: Path, content: object) -> None:
+    with atomic_file(path) as partial:
+        torch.save(content, partial)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, text_len: int) -> None:
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": text_len,
+    }
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

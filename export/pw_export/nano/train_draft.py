@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the draft transformer and the text encoder together.
+
+python -m pw_export.nano.train_draft --work DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pw_export.nano.captions import make_tokenizer
+from pw_export.nano.data import (
+    SIZES,
+    TEXT_LEN,
+    draw_texts,
+    noise_levels,
+    open_latents,
+    open_pca,
+    tokens,
+    training_scenes,
+)
+from pw_export.nano.random_weights import NANO_DIT, NANO_TEXT_ENCODER
+from pw_export.nano.trainable import encode_texts, velocities
+from pw_export.nano.training import Recipe, train
+from pw_runtime.models import WanDiT, build_text_encoder, expected_shapes
+from pw_runtime.types import DitConfig, Network, TextEncoderConfig
+
+DIT = replace(NANO_DIT, text_len=TEXT_LEN, ffn_dim=768)  # all weights together stay under 24 MB
+TEXT_ENCODER = replace(NANO_TEXT_ENCODER, vocab_size=make_tokenizer().get_vocab_size())
+SCENES = 24_000
+BATCH = 48
+SHIFT = 3.0  # of the noise levels that are trained
+RECIPE = Recipe(steps=3000, matrix_lr=0.006, other_lr=2e-3)
+
+
+class TextToLatent(nn.Module):
+    """What is trained together: parameter names are prefixed, nothing else."""
+
+    def __init__(self, dit: DitConfig, text_encoder: TextEncoderConfig) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.dit = WanDiT(dit)
+        self.dit.load_state_dict(initial_dit(dit, generator))
+        self.text = build_text_encoder(text_encoder).to_empty(device="cpu")
+        initialise_text(self.text, generator)
+
+
+def initial_dit(
+    config: DitConfig, generator: torch.Generator, network: Network = "draft"
+) -> dict[str, Tensor]:
+    """Weights to begin with: every block passes on what it gets, the head says 0."""
+    tensors = {}
+    for name, shape in expected_shapes(network, config).items():
+        if name.endswith(".bias"):
+            tensor = torch.zeros(shape)
+        elif name.endswith("modulation"):
+            tensor = torch.zeros(shape)
+            if name.startswith("blocks."):
+                tensor[:, [2, 5]] = 1.0  # the gates
+        elif len(shape) == 1:
+            tensor = torch.ones(shape)
+        else:
+            tensor = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+            closing = (".o.weight", "ffn.2.weight", "head.head.weight", "zero_layers", "dt_proj.2")
+            if any(part in name for part in closing):
+                tensor *= 0.0
+            elif "time_projection" in name or "dt_embedding.2" in name:
+                tensor *= 0.1
+        tensors[name] = tensor
+    return tensors
+
+
+def initialise_text(encoder: nn.Module, generator: torch.Generator) -> None:
+    """Weights to begin with, T5's way: nothing scales the scores of its attention down."""
+    with torch.no_grad():
+        for name, weight in encoder.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            elif "shared" in name or "embed_tokens" in name:
+                weight.normal_(generator=generator)
+            else:
+                gain = 0.3 if ".q." in name or ".k." in name else 1.0
+                weight.normal_(std=gain / math.sqrt(weight.shape[1]), generator=generator)
+
+
+def train_draft(work: Path, recipe: Recipe = RECIPE) -> dict[str, Tensor]:
+    """Train from where an earlier call stopped; the averaged weights of `TextToLatent`."""
+    pca, scenes, tokenizer = open_pca(work), training_scenes(SCENES), make_tokenizer()
+    latents = open_latents(work, pca, SIZES[0], scenes)
+    both = TextToLatent(DIT, TEXT_ENCODER)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        picked = torch.randint(SCENES, (BATCH,), generator=generator)
+        clean = latents[picked].float()
+        texts = draw_texts([scenes[int(i)] for i in picked], generator)
+        contexts = encode_texts(both.text, *tokens(tokenizer, texts))
+        noise = torch.randn(clean.shape, generator=generator)
+        sigma = noise_levels(BATCH, SHIFT, generator)
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        return F.mse_loss(velocities(both.dit, noisy, 1000 * sigma, contexts), noise - clean)
+
+    return train(work, "draft", both, loss, recipe)
+
+
+def main() -> None:
+    """Run `python -m pw_export.nano.train_draft`."""
+    parser = argparse.ArgumentParser(description="Train the draft network of the built-in model.")
+    parser.add_argument("--work", type=Path, required=True, help="folder of data, states and logs")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    train_draft(arguments.work, replace(RECIPE, steps=arguments.steps))
+
+
+if __name__ == "__main__":
+    main()

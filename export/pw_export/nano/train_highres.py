@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the high-res transformer from the draft transformer, PixelWizard's way.
+
+python -m pw_export.nano.train_highres --work DIR
+
+It is told how far a step will go (dt) and sees the draft's latent on its token grid. Most clips of
+a batch learn the velocity itself, with the smallest dt; the others learn that one step of dt is
+the two of dt/2 that its own average would take (the self-consistency of shortcut models).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from pw_export.nano.captions import make_tokenizer
+from pw_export.nano.data import (
+    SIZES,
+    draw_texts,
+    noise_levels,
+    open_latents,
+    open_pca,
+    tokens,
+    training_scenes,
+)
+from pw_export.nano.scenes import Scene
+from pw_export.nano.train_draft import DIT, TEXT_ENCODER, TextToLatent, initial_dit
+from pw_export.nano.trainable import encode_texts, velocities
+from pw_export.nano.training import Recipe, train
+from pw_runtime.models import WanDiT
+from pw_runtime.types import PATCH
+
+HIGHRES = replace(DIT, has_dt=True, adapter_dim=64, control_blocks=(1,))
+SCENES = 5_000
+BATCH = 12
+JUMPS = 3  # of them learn self-consistency
+SHIFT = 3.0
+SMALLEST = 2.0  # dt of what is no jump, in thousandths
+BLUR = 0.7  # most noise that the draft network takes out of a latent before it conditions
+RECIPE = Recipe(steps=1000, matrix_lr=0.004, other_lr=1e-3, seed=4)
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """Networks that do not learn: they make texts and drafts such as a run makes."""
+
+    both: TextToLatent
+    tokenizer: Tokenizer
+
+    def texts(self, scenes: list[Scene], generator: torch.Generator) -> Tensor:
+        """[B, TEXT_LEN, text_dim] of captions."""
+        ids, mask = tokens(self.tokenizer, draw_texts(scenes, generator))
+        return encode_texts(self.both.text, ids, mask)
+
+    def drafts(self, clean: Tensor, texts: Tensor, generator: torch.Generator) -> Tensor:
+        """[B, C, T, h, w] latents, as the draft network sees them through more or less noise."""
+        noise = torch.randn(clean.shape, generator=generator)
+        sigma = BLUR * torch.rand(len(clean), generator=generator).view(-1, 1, 1, 1, 1)
+        noisy = torch.lerp(clean, noise, sigma)
+        return noisy - sigma * velocities(self.both.dit, noisy, 1000 * sigma.flatten(), texts)
+
+
+def initial_highres(draft: dict[str, Tensor]) -> WanDiT:
+    """The draft network with an adapter and a dt embedding that change nothing yet."""
+    net = WanDiT(HIGHRES)
+    fresh = initial_dit(HIGHRES, torch.Generator().manual_seed(5), "highres")
+    net.load_state_dict(fresh | draft)
+    return net
+
+
+def jump_targets(
+    net: nn.Module, noisy: Tensor, t: Tensor, dt: Tensor, texts: Tensor, drafts: Tensor
+) -> Tensor:
+    """Mean velocity of the two half steps from t that together go dt; [B, C, T, H, W]."""
+    with torch.no_grad():
+        half = dt / 2
+        first = velocities(net, noisy, t, texts, half, drafts)
+        middle = noisy - first * (half / 1000).view(-1, 1, 1, 1, 1)
+        return (first + velocities(net, middle, t - half, texts, half, drafts)) / 2
+
+
+def on_token_grid(drafts: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, C, T, h, w] -> [B, C, T, rows, columns] of tokens, as `stages.condition` resizes."""
+    grid = (size[1] // (16 * PATCH), size[0] // (16 * PATCH))
+    frames = drafts.transpose(1, 2).flatten(0, 1)
+    frames = F.interpolate(frames, size=grid, mode="bilinear", align_corners=False)
+    return frames.unflatten(0, (len(drafts), -1)).transpose(1, 2)
+
+
+def train_highres(
+    work: Path, draft: dict[str, Tensor], recipe: Recipe = RECIPE
+) -> dict[str, Tensor]:
+    """Train from where an earlier call stopped; the averaged weights.
+
+    Args:
+        work: folder of data, states and logs.
+        draft: averaged weights of `TextToLatent`.
+        recipe: how long and how fast.
+    """
+    pca, scenes = open_pca(work), training_scenes(SCENES)
+    low, high = (open_latents(work, pca, size, scenes) for size in SIZES[:2])
+    teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER), make_tokenizer())
+    teacher.both.load_state_dict(draft)
+    teacher.both.requires_grad_(False)
+    net = initial_highres(teacher.both.dit.state_dict())
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        picked = torch.randint(SCENES, (BATCH,), generator=generator)
+        texts = teacher.texts([scenes[int(i)] for i in picked], generator)
+        drafts = teacher.drafts(low[picked].float(), texts, generator)
+        drafts = on_token_grid(drafts, SIZES[1])
+        clean = high[picked].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        sigma = noise_levels(BATCH, SHIFT, generator)
+        sigma = sigma[torch.randperm(BATCH, generator=generator)]
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        t, dt, target = 1000 * sigma, torch.full((BATCH,), SMALLEST), noise - clean
+        if JUMPS:
+            far = torch.rand(JUMPS, generator=generator) * (t[:JUMPS] - SMALLEST).clamp_min(0)
+            dt[:JUMPS] += far
+            jump = (noisy[:JUMPS], t[:JUMPS], dt[:JUMPS], texts[:JUMPS], drafts[:JUMPS])
+            target[:JUMPS] = jump_targets(net, *jump)
+        return F.mse_loss(velocities(net, noisy, t, texts, dt, drafts), target)
+
+    return train(work, "highres", net, loss, recipe)
+
+
+def main() -> None:
+    """Run `python -m pw_export.nano.train_highres`."""
+    parser = argparse.ArgumentParser(description="Train the high-res network from the draft's.")
+    parser.add_argument("--work", type=Path, required=True, help="folder of train_draft")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps)
+    arguments = parser.parse_args()
+    draft = torch.load(arguments.work / "draft.pt", weights_only=True)["average"]
+    train_highres(arguments.work, draft, replace(RECIPE, steps=arguments.steps))
+
+
+if __name__ == "__main__":
+    main()

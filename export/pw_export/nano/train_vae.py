@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the VAE: its decoder and its encoder each learn the principal components on their own.
+
+python -m pw_export.nano.train_vae --work DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pw_export.nano.data import FRAMES, SIZES, open_pca
+from pw_export.nano.pca import Pca
+from pw_export.nano.random_weights import NANO_VAE
+from pw_export.nano.scenes import ASPECT, Scene, Window, draw_scene, render
+from pw_export.nano.trainable_vae import decode_clips, encode_clips
+from pw_export.nano.training import Recipe, train
+from pw_runtime.models import VaeDecoder
+from pw_runtime.models.vae import VaeEncoder
+from pw_runtime.networks import channels_last
+
+VAE = replace(NANO_VAE, encoder_dims=(16, 16, 32, 32, 32), decoder_dims=(64, 64, 32, 32, 16))
+BATCH = 4
+SIDE = 64  # pixels of the square parts of a picture that are trained on
+CELL = 16
+DECODER = Recipe(steps=2400, other_lr=2e-3, ema=0.995, seed=1)
+ENCODER = Recipe(steps=1200, other_lr=2e-3, ema=0.995, seed=2)
+
+
+def initialise(part: nn.Module, generator: torch.Generator) -> None:
+    """Weights to begin with: residual branches add nothing, resampling passes its input on."""
+    with torch.no_grad():
+        for name, weight in part.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif name.endswith("gamma"):
+                weight.fill_(1.0)
+            elif "residual.6" in name or "middle.1.proj" in name:
+                weight.zero_()
+            elif "resample" in name or "time_conv" in name:
+                weight.zero_()
+                centre = weight[..., -1, 0, 0] if "time_conv" in name else weight[..., 1, 1]
+                channels = weight.shape[1]
+                centre.copy_(torch.eye(channels).repeat(len(weight) // channels, 1))
+            else:
+                weight.normal_(std=1 / math.sqrt(weight[0].numel()), generator=generator)
+            weight.data = channels_last(weight.data)
+
+
+def draw_clips(generator: torch.Generator) -> Tensor:
+    """[BATCH, 3, FRAMES, SIDE, SIDE]: parts of pictures of all sizes, mostly around the shape."""
+    draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
+    clips = []
+    for _ in range(BATCH):
+        width, height = draw.choices(SIZES, (2, 4, 1))[0]
+        scene = draw_scene(draw.randrange(10**9))
+        window = _window(scene, width, height, draw)
+        clips.append(render(scene, width, height, FRAMES, window=window))
+    return torch.stack(clips)
+
+
+def _window(scene: Scene, width: int, height: int, draw: random.Random) -> Window:
+    moment = draw.uniform(-0.5, 0.5)
+    x = (scene.x + scene.dx * moment + draw.uniform(-0.3, 0.3)) / ASPECT * width
+    y = (scene.y + scene.dy * moment + draw.uniform(-0.3, 0.3)) * height
+    left, top = (
+        min(max(round((at - SIDE / 2) / CELL), 0), (whole - SIDE) // CELL) * CELL
+        for at, whole in ((x, width), (y, height))
+    )
+    return Window(left, top, SIDE, SIDE)
+
+
+def encode_batch(pca: Pca, clips: Tensor) -> Tensor:
+    """[B, 3, F, height, width] -> [B, 48, T, H, W]."""
+    return torch.stack([pca.encode(clip) for clip in clips])
+
+
+def train_decoder(work: Path, recipe: Recipe = DECODER) -> dict[str, Tensor]:
+    """Train from where an earlier call stopped; the averaged weights."""
+    pca, decoder = open_pca(work), VaeDecoder(VAE)
+    initialise(decoder, torch.Generator().manual_seed(2))
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        clips = draw_clips(generator)
+        off = decode_clips(decoder, encode_batch(pca, clips)) - clips
+        return off.abs().mean() + 4 * off.square().mean()
+
+    return train(work, "decoder", decoder, loss, recipe)
+
+
+def train_encoder(work: Path, recipe: Recipe = ENCODER) -> dict[str, Tensor]:
+    """Train from where an earlier call stopped; the averaged weights."""
+    pca, encoder = open_pca(work), VaeEncoder(VAE)
+    initialise(encoder, torch.Generator().manual_seed(3))
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        clips = draw_clips(generator)
+        return F.mse_loss(encode_clips(encoder, clips), encode_batch(pca, clips))
+
+    return train(work, "encoder", encoder, loss, recipe)
+
+
+def main() -> None:
+    """Run `python -m pw_export.nano.train_vae`."""
+    parser = argparse.ArgumentParser(description="Train the VAE of the built-in model.")
+    parser.add_argument("--work", type=Path, required=True, help="folder of data, states and logs")
+    parser.add_argument("--decoder-steps", type=int, default=DECODER.steps)
+    parser.add_argument("--encoder-steps", type=int, default=ENCODER.steps)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    train_decoder(arguments.work, replace(DECODER, steps=arguments.decoder_steps))
+    train_encoder(arguments.work, replace(ENCODER, steps=arguments.encoder_steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks of the runtime as training runs them: batches, and nothing overwritten.
+
+Modules and weights are those of pw_runtime.models. What is written again here is the order of
+the calls, because the runtime overwrites activations that a backward pass needs; the tests hold
+the two against each other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pw_kernels import norm_modulate
+from pw_kernels.qk_norm_rope import angles_of_tokens
+from pw_runtime.models.blocks import Block
+from pw_runtime.models.dit import WanDiT
+from pw_runtime.models.embeddings import (
+    patchify,
+    project,
+    rope_tables,
+    run_mlp,
+    sinusoid,
+    unpatchify,
+)
+from pw_runtime.types import PATCH
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+
+def encode_texts(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Token ids [B, E] and which are real, [B, E] -> contexts [B, E, text_dim], zero elsewhere."""
+    hidden: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return hidden * mask[..., None]
+
+
+def velocities(
+    net: WanDiT,
+    latents: Tensor,
+    t: Tensor,
+    contexts: Tensor,
+    dt: Tensor | None = None,
+    drafts: Tensor | None = None,
+) -> Tensor:
+    """Predict the velocities of noisy latents, each with its own text and time.
+
+    Args:
+        net: draft or high-res network, in fp32.
+        latents: [B, C, T, H, W].
+        t: [B] timesteps, in thousandths.
+        contexts: [B, text_len, text_dim], rows of zeros behind each text.
+        dt: [B] step sizes; of the high-res network.
+        drafts: [B, C, T, H/2, W/2] resized draft latents; of the high-res network.
+
+    Returns:
+        [B, C, T, H, W].
+    """
+    batch, _, frames, height, width = latents.shape
+    grid = (frames, height // PATCH, width // PATCH)
+    steps = [sinusoid(x, net.config.freq_dim) for x in (t, dt) if x is not None]
+    modulation = net.block_rows(*net.time_rows(*steps))
+    x = net.embed(patchify(latents.transpose(0, 1).flatten(1, 2))).unflatten(0, (batch, -1))
+    tables = rope_tables(max(grid), net.config.head_dim, x.device)
+    place = torch.tensor([0, *grid[1:]], device=x.device)
+    cos, sin = (angles_of_tokens(table, place, x.shape[1]) for table in tables)
+    text = net.embed_text(contexts)
+    controls = {} if drafts is None else _controls(net, drafts, steps)
+    for index, block in enumerate(net.blocks):
+        assert isinstance(block, Block)
+        if index in controls:
+            x = x + controls[index]
+        x = _block(block, x, modulation.blocks[index], cos, sin, text)
+    out = unpatchify(net.head(x.flatten(0, 1), modulation.head), (batch * frames, *grid[1:]))
+    return out.unflatten(1, (batch, frames)).transpose(0, 1)
+
+
+def _controls(net: WanDiT, drafts: Tensor, steps: list[Tensor]) -> dict[int, Tensor]:
+    """{block: [B, S, D]}; `steps` are the sinusoids of t and dt, [B, freq_dim] each."""
+    adapter = net.spatial_adapter
+    x = F.silu(adapter.backbone["1"](adapter.backbone["0"](drafts)))
+    features = F.silu(adapter.backbone["3"](x)).flatten(2).mT  # [B, S, D]
+    t, dt = (step[:, None] for step in steps)
+    return adapter.controls(features, t, dt)
+
+
+def _block(block: Block, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, text: Tensor) -> Tensor:
+    """[B, S, D] tokens, [B, 6, D] rows, [B, E, D] texts -> [B, S, D]."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
+    attention, cross, norm3 = block.self_attn, block.cross_attn, block.norm3
+    h = _modulated(x, shift1, scale1, block.eps)
+    q = _rotated(attention.queries(h), cos, sin)
+    k, v = attention.keys_values(h)
+    y = _attend(q, _rotated(k, cos, sin), v)
+    x = x + project(attention.o, y) * gate1[:, None]
+    h = F.layer_norm(x, x.shape[-1:], norm3.weight, norm3.bias, block.eps)
+    y = _attend(cross.queries(h), *cross.keys_values(text))
+    x = x + project(cross.o, y)
+    h = _modulated(x, shift2, scale2, block.eps)
+    return x + run_mlp(block.ffn, h) * gate2[:, None]
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return norm_modulate(x.flatten(0, 1), shift, scale, eps, x.dtype).view_as(x)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs of [B, S, N, K] by the angles of the tokens, [S, K/2]."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, S, N, K], twice [B, S', N, K] -> [B, S, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
