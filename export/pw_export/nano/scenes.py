@@ -154,7 +154,7 @@ def render(
     pixels = zoom * height / 2  # pairs of pixels in one unit
     picture = _landscape(scene, x, y, time, pixels)
     here = x - (scene.x + scene.dx * (time - 0.5)), y - (scene.y + scene.dy * (time - 0.5))
-    cover = (0.5 - _outside(scene.shape, *here, scene.radius) * pixels).clamp(0, 1)
+    cover = (0.5 - outside(scene.shape, *here, scene.radius) * pixels).clamp(0, 1)
     light = 1.0 - 0.12 * (here[1] / scene.radius).clamp(-1, 1)
     paint = picture.new_tensor(COLOURS[scene.colour]).view(3, 1, 1, 1) * light
     picture = torch.lerp(picture, paint.expand_as(picture), cover.expand(picture.shape[1:]))
@@ -174,7 +174,7 @@ def _landscape(scene: Scene, x: Tensor, y: Tensor, time: Tensor, pixels: Tensor)
     return torch.lerp(sky.expand(3, *cover.shape), ground.expand(3, *cover.shape), cover)
 
 
-def _outside(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
+def outside(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
     """Signed distance from the edge, positive outside; all shapes have about the circle's area."""
     if shape == "circle":
         return torch.sqrt(x * x + y * y) - radius
