@@ -81,7 +81,9 @@ def _shape(masks: Tensor) -> str:
             radius = math.sqrt(mask.sum().item() / unit_area)
             ideal = 0.5 - outside(shape, (columns - x)[None], (rows - y)[:, None], radius)
             ideal = ideal.clamp(0, 1)
-            fits[shape] += (torch.minimum(mask, ideal).sum() / torch.maximum(mask, ideal).sum()).item()
+            fits[shape] += (
+                torch.minimum(mask, ideal).sum() / torch.maximum(mask, ideal).sum()
+            ).item()
     return max(fits, key=fits.__getitem__)
 
 
@@ -90,7 +92,7 @@ AREAS = {"circle": math.pi, "square": 4 * 0.886**2, "triangle": 3 * math.sqrt(3)
 
 
 def _motion(centres: Tensor) -> str | None:
-    """[n, 2] centres in heights of the picture -> the direction from the first third to the last."""
+    """[n, 2] centres, in heights of the picture -> the way from the first third to the last."""
     part = max(1, len(centres) // 3)
     dx, dy = (centres[-part:].mean(0) - centres[:part].mean(0)).tolist()
     if max(abs(dx), abs(dy)) < STILL:

@@ -56,7 +56,8 @@ def make_optimizers(
     modules: nn.Module, matrix_lr: float, other_lr: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for two-dimensional weights inside `blocks`, AdamW for the rest."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, weight in modules.named_parameters():
         inside = ".blocks." in f".{name}" and weight.dim() == 2
         (matrices if inside else others).append(weight)

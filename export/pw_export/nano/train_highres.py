@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.data import (
@@ -75,7 +75,7 @@ def initial_highres(draft: dict[str, Tensor]) -> WanDiT:
 
 
 def jump_targets(
-    net: nn.Module, noisy: Tensor, t: Tensor, dt: Tensor, texts: Tensor, drafts: Tensor
+    net: WanDiT, noisy: Tensor, t: Tensor, dt: Tensor, texts: Tensor, drafts: Tensor
 ) -> Tensor:
     """Mean velocity of the two half steps from t that together go dt; [B, C, T, H, W]."""
     with torch.no_grad():

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained weights that come with the program: how they are kept, and their checkpoint.
+
+python -m pw_export.nano.weights --work DIR
+
+makes them anew of what the training programs have left in DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pw_export.nano.captions import make_tokenizer
+from pw_export.nano.checkpoint import NanoTensors, Tensors, write_checkpoint
+from pw_export.nano.train_draft import DIT
+from pw_runtime import keymaps
+from pw_runtime.atomic import write_tensors
+from pw_runtime.models.text_encoder import TIED_KEY
+
+FOLDER = Path(__file__).parent / "weights"
+FILES = ("draft", "highres", "vae", "text_encoder")
+
+
+def write_trained_checkpoint(out: Path, folder: Path = FOLDER) -> None:
+    """Write the trained model in the official layout; see `write_checkpoint`."""
+    write_checkpoint(out, DIT, read_weights(folder), make_tokenizer())
+
+
+def read_weights(folder: Path = FOLDER) -> NanoTensors:
+    """What `keep_weights` has kept, in fp32."""
+    kept = {name: load_file(folder / f"{name}.safetensors") for name in FILES}
+    return NanoTensors(**{name: _cast(tensors, torch.float32) for name, tensors in kept.items()})
+
+
+def keep_weights(work: Path, folder: Path = FOLDER) -> None:
+    """Write the averaged weights of all trainings, in fp16 under official names.
+
+    Args:
+        work: where the training programs have run to their ends.
+        folder: where a file for each network is written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in _trained(work).items():
+        write_tensors(folder / f"{name}.safetensors", _cast(tensors, torch.float16))
+
+
+def _trained(work: Path) -> dict[str, Tensors]:
+    """Tensors of each network under official names."""
+    states = {
+        name: torch.load(work / f"{name}.pt", weights_only=True)["average"]
+        for name in ("draft", "highres", "decoder", "encoder")
+    }
+    text = _under("text.", states["draft"])
+    text["shared.weight"] = text.pop(TIED_KEY)  # the same table; training knows it by this name
+    return {
+        "draft": _under("dit.", states["draft"]),
+        "highres": states["highres"],
+        "vae": states["encoder"] | states["decoder"],
+        "text_encoder": {_official(name): tensor for name, tensor in text.items()},
+    }
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    """The tensors whose names begin with `prefix`, without it."""
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in inside.items()}
+
+
+def _official(name: str) -> str:
+    official = keymaps.text_encoder_from_transformers(name)
+    assert official is not None
+    return official
+
+
+def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def main() -> None:
+    """Run `python -m pw_export.nano.weights`."""
+    parser = argparse.ArgumentParser(description="Keep what the training programs have made.")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    arguments = parser.parse_args()
+    keep_weights(arguments.work, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
