@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon for the matrices of transformer blocks, AdamW for everything else."""
+"""Muon for the matrices and kernels of inner layers, AdamW for everything else."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+INNER = re.compile(r"(^|\.)blocks\.|\.residual\.|\.resample\.")
 
 
 class Muon(torch.optim.Optimizer):
@@ -21,17 +24,22 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient; updates have an rms of 0.2 lr, as AdamW's."""
+        """Update every weight that has a gradient; updates have an rms of 0.2 lr, as AdamW's.
+
+        A kernel [C', C, ...] counts as the matrix [C', C ...] that it is to each position.
+        """
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    by_shape.setdefault(weight.shape, []).append(weight)
+                    shape = torch.Size((len(weight), weight[0].numel()))
+                    by_shape.setdefault(shape, []).append(weight)
             for shape, weights in by_shape.items():
-                updates = orthogonal(torch.stack([self._nesterov(w, group) for w in weights]))
+                gradients = [self._nesterov(weight, group).flatten(1) for weight in weights]
+                updates = orthogonal(torch.stack(gradients))
                 size = group["lr"] * 0.2 * max(shape) ** 0.5
                 for weight, update in zip(weights, updates, strict=True):
-                    weight.sub_(update, alpha=size)
+                    weight.sub_(update.view(weight.shape), alpha=size)
 
     def _nesterov(self, weight: nn.Parameter, group: dict[str, float]) -> Tensor:
         state, gradient = self.state[weight], weight.grad
@@ -55,11 +63,11 @@ def orthogonal(x: Tensor) -> Tensor:
 def make_optimizers(
     modules: nn.Module, matrix_lr: float, other_lr: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for two-dimensional weights inside `blocks`, AdamW for the rest."""
+    """Muon for the weights of INNER layers, AdamW for the rest."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, weight in modules.named_parameters():
-        inside = ".blocks." in f".{name}" and weight.dim() == 2
+        inside = INNER.search(name) and name.endswith("weight") and weight.dim() > 1
         (matrices if inside else others).append(weight)
     adam = torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0)
     return [Muon(matrices, matrix_lr), adam] if matrices else [adam]

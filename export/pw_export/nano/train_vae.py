@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pw_export.nano.data import FRAMES, SIZES, open_pca
+from pw_export.nano import data
+from pw_export.nano.data import SIZES, open_pca
 from pw_export.nano.pca import Pca
 from pw_export.nano.random_weights import NANO_VAE
 from pw_export.nano.scenes import ASPECT, Scene, Window, draw_scene, render
@@ -27,11 +28,12 @@ from pw_runtime.models.vae import VaeEncoder
 from pw_runtime.networks import channels_last
 
 VAE = replace(NANO_VAE, encoder_dims=(16, 16, 32, 32, 32), decoder_dims=(64, 64, 32, 32, 16))
-BATCH = 4
+BATCH = 3
+FRAMES = 9  # of the clips that are trained on
 SIDE = 64  # pixels of the square parts of a picture that are trained on
 CELL = 16
-DECODER = Recipe(steps=2400, other_lr=2e-3, ema=0.995, seed=1)
-ENCODER = Recipe(steps=1200, other_lr=2e-3, ema=0.995, seed=2)
+DECODER = Recipe(steps=900, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=1)
+ENCODER = Recipe(steps=400, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=2)
 
 
 def initialise(part: nn.Module, generator: torch.Generator) -> None:
@@ -62,7 +64,9 @@ def draw_clips(generator: torch.Generator) -> Tensor:
         width, height = draw.choices(SIZES, (2, 4, 1))[0]
         scene = draw_scene(draw.randrange(10**9))
         window = _window(scene, width, height, draw)
-        clips.append(render(scene, width, height, FRAMES, window=window))
+        whole = render(scene, width, height, data.FRAMES, window=window)
+        start = draw.randrange(data.FRAMES - FRAMES + 1)
+        clips.append(whole[:, start : start + FRAMES])
     return torch.stack(clips)
 
 
