@@ -36,10 +36,11 @@ from pw_export.nano.training import Recipe, train
 from pw_runtime.models import WanDiT
 from pw_runtime.types import PATCH
 
-HIGHRES = replace(DIT, has_dt=True, adapter_dim=64, control_blocks=(1,))
-SCENES = 5_000
-BATCH = 12
-JUMPS = 3  # of them learn self-consistency
+HIGHRES = replace(DIT, has_dt=True, adapter_dim=48, control_blocks=(1,))
+SCENES, LARGE_SCENES = 5_000, 1_000
+BATCH, LARGE_BATCH = 12, 3
+LARGE_EVERY = 4  # steps: one of them is on the pictures of nano-hd
+JUMPS = 4  # every so manieth clip learns self-consistency
 SHIFT = 3.0
 SMALLEST = 2.0  # dt of what is no jump, in thousandths
 BLUR = 0.7  # most noise that the draft network takes out of a latent before it conditions
@@ -104,31 +105,42 @@ def train_highres(
         recipe: how long and how fast.
     """
     pca, scenes = open_pca(work), training_scenes(SCENES)
-    low, high = (open_latents(work, pca, size, scenes) for size in SIZES[:2])
+    low, high, large = (
+        open_latents(work, pca, size, scenes[:count])
+        for size, count in zip(SIZES, (SCENES, SCENES, LARGE_SCENES), strict=True)
+    )
     teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER), make_tokenizer())
     teacher.both.load_state_dict(draft)
     teacher.both.requires_grad_(False)
     net = initial_highres(teacher.both.dit.state_dict())
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        picked = torch.randint(SCENES, (BATCH,), generator=generator)
+        latents, count, size = high, BATCH, SIZES[1]
+        if step % LARGE_EVERY == LARGE_EVERY - 1:
+            latents, count, size = large, LARGE_BATCH, SIZES[2]
+        picked = torch.randint(len(latents), (count,), generator=generator)
         texts = teacher.texts([scenes[int(i)] for i in picked], generator)
         drafts = teacher.drafts(low[picked].float(), texts, generator)
-        drafts = on_token_grid(drafts, SIZES[1])
-        clean = high[picked].float()
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = noise_levels(BATCH, SHIFT, generator)
-        sigma = sigma[torch.randperm(BATCH, generator=generator)]
-        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        t, dt, target = 1000 * sigma, torch.full((BATCH,), SMALLEST), noise - clean
-        if JUMPS:
-            far = torch.rand(JUMPS, generator=generator) * (t[:JUMPS] - SMALLEST).clamp_min(0)
-            dt[:JUMPS] += far
-            jump = (noisy[:JUMPS], t[:JUMPS], dt[:JUMPS], texts[:JUMPS], drafts[:JUMPS])
-            target[:JUMPS] = jump_targets(net, *jump)
-        return F.mse_loss(velocities(net, noisy, t, texts, dt, drafts), target)
+        seen = on_token_grid(drafts, size)
+        return shortcut_loss(net, latents[picked].float(), texts, seen, generator)
 
     return train(work, "highres", net, loss, recipe)
+
+
+def shortcut_loss(
+    net: WanDiT, clean: Tensor, texts: Tensor, drafts: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Flow matching for most clips of a batch, self-consistency for the others."""
+    count = len(clean)
+    noise = torch.randn(clean.shape, generator=generator)
+    sigma = noise_levels(count, SHIFT, generator)
+    sigma = sigma[torch.randperm(count, generator=generator)]
+    noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+    t, dt, target = 1000 * sigma, torch.full((count,), SMALLEST), noise - clean
+    far = slice(0, None, JUMPS)
+    dt[far] += torch.rand(len(dt[far]), generator=generator) * (t[far] - SMALLEST).clamp_min(0)
+    target[far] = jump_targets(net, noisy[far], t[far], dt[far], texts[far], drafts[far])
+    return F.mse_loss(velocities(net, noisy, t, texts, dt, drafts), target)
 
 
 def main() -> None:

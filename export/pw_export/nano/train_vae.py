@@ -27,7 +27,7 @@ from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae import VaeEncoder
 from pw_runtime.networks import channels_last
 
-VAE = replace(NANO_VAE, encoder_dims=(16, 16, 32, 32, 32), decoder_dims=(64, 64, 32, 32, 16))
+VAE = replace(NANO_VAE, encoder_dims=(16, 16, 16, 32, 32), decoder_dims=(64, 64, 32, 32, 16))
 BATCH = 3
 FRAMES = 9  # of the clips that are trained on
 SIDE = 64  # pixels of the square parts of a picture that are trained on

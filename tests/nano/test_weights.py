@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training leaves becomes files, the files a checkpoint, and the checkpoint a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from pw_export.nano.captions import vocabulary
+from pw_export.nano.train_draft import DIT, TEXT_ENCODER, TextToLatent
+from pw_export.nano.train_highres import HIGHRES, initial_highres
+from pw_export.nano.train_vae import VAE, initialise
+from pw_export.nano.weights import FILES, keep_weights, read_weights, write_trained_checkpoint
+from pw_runtime.bundle import Bundle, load_tensors, verify
+from pw_runtime.models import VaeDecoder
+from pw_runtime.models.vae import VaeEncoder
+from tests.convert.layouts import quietly
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """States as the training programs leave them before their first step."""
+    folder = tmp_path_factory.mktemp("work")
+    both, generator = TextToLatent(DIT, TEXT_ENCODER), torch.Generator().manual_seed(0)
+    trained: dict[str, nn.Module] = {"draft": both, "decoder": VaeDecoder(VAE)}
+    trained |= {"encoder": VaeEncoder(VAE), "highres": initial_highres(both.dit.state_dict())}
+    for name, modules in trained.items():
+        if name.endswith("coder"):
+            initialise(modules, generator)
+        torch.save({"average": modules.state_dict()}, folder / f"{name}.pt")
+    keep_weights(folder, folder / "kept")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(work: Path) -> Bundle:
+    write_trained_checkpoint(work / "checkpoint", work / "kept")
+    checkpoint = work / "checkpoint"
+    return quietly(work / "bundle", wan=checkpoint, highres=checkpoint / "pixelwizard/highres.pt")
+
+
+def test_kept_files_are_small_and_hold_every_network(work: Path) -> None:
+    files = [work / "kept" / f"{name}.safetensors" for name in FILES]
+    assert sum(file.stat().st_size for file in files) <= 24e6
+    tensors = read_weights(work / "kept").draft
+    state = torch.load(work / "draft.pt", weights_only=True)["average"]
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, state[f"dit.{name}"].half().float())
+
+
+def test_trained_checkpoint_converts_to_the_networks_that_were_trained(bundle: Bundle) -> None:
+    verify(bundle)
+    networks = bundle.networks
+    assert networks.draft.config == DIT
+    assert networks.highres is not None
+    assert networks.highres.config == HIGHRES
+    assert networks.vae.config == VAE
+    assert networks.text_encoder.config == TEXT_ENCODER
+
+
+def test_the_table_of_words_is_the_one_that_training_changes(work: Path, bundle: Bundle) -> None:
+    state = torch.load(work / "draft.pt", weights_only=True)["average"]
+    trained = state["text.encoder.embed_tokens.weight"].half().float()
+    assert torch.equal(load_tensors(bundle, "text_encoder")["shared.weight"].float(), trained)
+
+
+def test_the_tokenizer_of_the_bundle_knows_the_words_of_the_grammar(bundle: Bundle) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
+    ids = tokenizer("A small red ball rises, at NIGHT.").input_ids
+    assert len(ids) == 8
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.vocab_size == len(vocabulary()) + 3
