@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the draft transformer and the text encoder together.
-
-python -m pw_export.nano.train_draft --work DIR
-"""
+"""Train the draft transformer and the text encoder together."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -107,17 +103,3 @@ def train_draft(work: Path, recipe: Recipe = RECIPE) -> dict[str, Tensor]:
         return F.mse_loss(velocities(both.dit, noisy, 1000 * sigma, contexts), noise - clean)
 
     return train(work, "draft", both, loss, recipe)
-
-
-def main() -> None:
-    """Run `python -m pw_export.nano.train_draft`."""
-    parser = argparse.ArgumentParser(description="Train the draft network of the built-in model.")
-    parser.add_argument("--work", type=Path, required=True, help="folder of data, states and logs")
-    parser.add_argument("--steps", type=int, default=RECIPE.steps)
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    train_draft(arguments.work, replace(RECIPE, steps=arguments.steps))
-
-
-if __name__ == "__main__":
-    main()

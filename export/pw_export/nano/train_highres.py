@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the high-res transformer from the draft transformer, PixelWizard's way.
 
-python -m pw_export.nano.train_highres --work DIR
-
 It is told how far a step will go (dt) and sees the draft's latent on its token grid. Most clips of
 a batch learn the velocity itself, with the smallest dt; the others learn that one step of dt is
 the two of dt/2 that its own average would take (the self-consistency of shortcut models).
@@ -10,7 +8,6 @@ the two of dt/2 that its own average would take (the self-consistency of shortcu
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,7 +41,7 @@ JUMPS = 4  # every so manieth clip learns self-consistency
 SHIFT = 3.0
 SMALLEST = 2.0  # dt of what is no jump, in thousandths
 BLUR = 0.7  # most noise that the draft network takes out of a latent before it conditions
-RECIPE = Recipe(steps=1000, matrix_lr=0.004, other_lr=1e-3, seed=4)
+RECIPE = Recipe(steps=1600, matrix_lr=0.004, other_lr=1e-3, seed=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +138,3 @@ def shortcut_loss(
     dt[far] += torch.rand(len(dt[far]), generator=generator) * (t[far] - SMALLEST).clamp_min(0)
     target[far] = jump_targets(net, noisy[far], t[far], dt[far], texts[far], drafts[far])
     return F.mse_loss(velocities(net, noisy, t, texts, dt, drafts), target)
-
-
-def main() -> None:
-    """Run `python -m pw_export.nano.train_highres`."""
-    parser = argparse.ArgumentParser(description="Train the high-res network from the draft's.")
-    parser.add_argument("--work", type=Path, required=True, help="folder of train_draft")
-    parser.add_argument("--steps", type=int, default=RECIPE.steps)
-    arguments = parser.parse_args()
-    draft = torch.load(arguments.work / "draft.pt", weights_only=True)["average"]
-    train_highres(arguments.work, draft, replace(RECIPE, steps=arguments.steps))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the VAE: its decoder and its encoder each learn the principal components on their own.
-
-python -m pw_export.nano.train_vae --work DIR
-"""
+"""Train the VAE: its decoder and its encoder each learn the principal components on their own."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 from dataclasses import replace
@@ -32,8 +28,8 @@ BATCH = 3
 FRAMES = 9  # of the clips that are trained on
 SIDE = 64  # pixels of the square parts of a picture that are trained on
 CELL = 16
-DECODER = Recipe(steps=900, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=1)
-ENCODER = Recipe(steps=400, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=2)
+DECODER = Recipe(steps=3000, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=1)
+ENCODER = Recipe(steps=1500, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=2)
 
 
 def initialise(part: nn.Module, generator: torch.Generator) -> None:
@@ -109,19 +105,3 @@ def train_encoder(work: Path, recipe: Recipe = ENCODER) -> dict[str, Tensor]:
         return F.mse_loss(encode_clips(encoder, clips), encode_batch(pca, clips))
 
     return train(work, "encoder", encoder, loss, recipe)
-
-
-def main() -> None:
-    """Run `python -m pw_export.nano.train_vae`."""
-    parser = argparse.ArgumentParser(description="Train the VAE of the built-in model.")
-    parser.add_argument("--work", type=Path, required=True, help="folder of data, states and logs")
-    parser.add_argument("--decoder-steps", type=int, default=DECODER.steps)
-    parser.add_argument("--encoder-steps", type=int, default=ENCODER.steps)
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    train_decoder(arguments.work, replace(DECODER, steps=arguments.decoder_steps))
-    train_encoder(arguments.work, replace(ENCODER, steps=arguments.encoder_steps))
-
-
-if __name__ == "__main__":
-    main()
