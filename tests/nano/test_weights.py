@@ -16,6 +16,7 @@ from pw_export.nano.train_highres import HIGHRES, initial_highres
 from pw_export.nano.train_vae import VAE, initialise
 from pw_export.nano.weights import FILES, keep_weights, read_weights, write_trained_checkpoint
 from pw_runtime.bundle import Bundle, load_tensors, verify
+from pw_runtime.errors import BadWeights
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae import VaeEncoder
 from tests.convert.layouts import quietly
@@ -50,6 +51,11 @@ def test_kept_files_are_small_and_hold_every_network(work: Path) -> None:
     state = torch.load(work / "draft.pt", weights_only=True)["average"]
     for name, tensor in tensors.items():
         assert torch.equal(tensor, state[f"dit.{name}"].half().float())
+
+
+def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadWeights, match="no draft, highres, vae, text_encoder"):
+        write_trained_checkpoint(tmp_path / "checkpoint", tmp_path)
 
 
 def test_trained_checkpoint_converts_to_the_networks_that_were_trained(bundle: Bundle) -> None:

@@ -6,6 +6,7 @@ from pw_export.nano.random_weights import (
     NANO_HIGHRES,
     NANO_TEXT_ENCODER,
     NANO_VAE,
+    write_byte_tokenizer,
     write_nano_checkpoint,
 )
 
@@ -14,5 +15,6 @@ __all__ = [
     "NANO_HIGHRES",
     "NANO_TEXT_ENCODER",
     "NANO_VAE",
+    "write_byte_tokenizer",
     "write_nano_checkpoint",
 ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint of the built-in model.
 
-python -m pw_export.nano --out DIR [--seed N | --trained]
+python -m pw_export.nano --out DIR [--seed N | --weights DIR]
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--seed", type=int, default=0, help="of made-up weights")
-    weights.add_argument("--trained", action="store_true", help="the weights that were trained")
+    weights.add_argument("--weights", type=Path, help="folder of trained ones")
     arguments = parser.parse_args()
-    if arguments.trained:
-        write_trained_checkpoint(arguments.out)
+    if arguments.weights is not None:
+        write_trained_checkpoint(arguments.out, arguments.weights)
     else:
         write_nano_checkpoint(arguments.out, arguments.seed)
 

@@ -50,7 +50,7 @@ def write_checkpoint(out: Path, dit: DitConfig, tensors: NanoTensors, tokenizer:
         (folder / "pixelwizard").mkdir()
         _write_pickle(folder / "pixelwizard" / "highres.pt", {"generator": high})
         (folder / "google" / "umt5-xxl").mkdir(parents=True)
-        _write_tokenizer(folder / "google" / "umt5-xxl", tokenizer, dit.text_len)
+        write_tokenizer(folder / "google" / "umt5-xxl", tokenizer, dit.text_len)
 
 
 def _write_dit(folder: Path, config: DitConfig, tensors: Tensors) -> None:
@@ -78,7 +78,8 @@ def _write_pickle(path: Path, content: object) -> None:
         torch.save(content, partial)
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, text_len: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, text_len: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json into a folder."""
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

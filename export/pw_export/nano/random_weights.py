@@ -18,7 +18,13 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from pw_export.nano.checkpoint import SPECIAL_TOKENS, NanoTensors, Tensors, write_checkpoint
+from pw_export.nano.checkpoint import (
+    SPECIAL_TOKENS,
+    NanoTensors,
+    Tensors,
+    write_checkpoint,
+    write_tokenizer,
+)
 from pw_export.published import LATENT_MEAN, LATENT_STD
 from pw_runtime import keymaps
 from pw_runtime.models import expected_shapes
@@ -192,6 +198,11 @@ def _plain(
     if name.endswith(".gamma") or len(shape) == 1:  # norms
         return torch.ones(shape)
     return torch.randn(shape, generator=generator) * gain(name) / math.sqrt(math.prod(shape[1:]))
+
+
+def write_byte_tokenizer(folder: Path, text_len: int) -> None:
+    """Write a tokenizer of one token per byte; every text ends with </s>."""
+    write_tokenizer(folder, _byte_tokenizer(), text_len)
 
 
 def _byte_tokenizer() -> Tokenizer:

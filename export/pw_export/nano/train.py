@@ -3,7 +3,8 @@
 
 python -m pw_export.nano.train --work DIR
 
-Each network trains until its recipe's steps are done; what is done already is not done again.
+Each network trains until its recipe's steps are done; what is done already is not done again. The
+weights end up in DIR/weights.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from pw_export.nano import train_draft, train_highres, train_vae
-from pw_export.nano.weights import FOLDER, keep_weights
+from pw_export.nano.weights import keep_weights
 
 
 def main() -> None:
     """Run `python -m pw_export.nano.train`."""
     parser = argparse.ArgumentParser(description="Train the built-in model.")
     parser.add_argument("--work", type=Path, required=True, help="folder of data, states and logs")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the weights are kept")
     recipes = {
         "draft": train_draft.RECIPE,
         "highres": train_highres.RECIPE,
@@ -37,7 +37,7 @@ def main() -> None:
     train_highres.train_highres(given.work, draft, recipes["highres"])
     train_vae.train_decoder(given.work, recipes["decoder"])
     train_vae.train_encoder(given.work, recipes["encoder"])
-    keep_weights(given.work, given.out)
+    keep_weights(given.work, given.work / "weights")
 
 
 if __name__ == "__main__":

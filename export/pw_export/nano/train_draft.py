@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ TEXT_ENCODER = replace(NANO_TEXT_ENCODER, vocab_size=make_tokenizer().get_vocab_
 SCENES = 24_000
 BATCH = 48
 SHIFT = 3.0  # of the noise levels that are trained
+# What adds to the residual stream, or to the time embedding, adds nothing at first.
+CLOSING = re.compile(r"\.o\.|ffn\.2\.|head\.head\.|zero_layers\.|dt_proj\.2\.|dt_embedding\.2\.")
 RECIPE = Recipe(steps=3000, matrix_lr=0.006, other_lr=2e-3)
 
 
@@ -64,10 +67,9 @@ def initial_dit(
             tensor = torch.ones(shape)
         else:
             tensor = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
-            closing = (".o.weight", "ffn.2.weight", "head.head.weight", "zero_layers", "dt_proj.2")
-            if any(part in name for part in closing):
-                tensor *= 0.0
-            elif "time_projection" in name or "dt_embedding.2" in name:
+            if CLOSING.search(name):
+                tensor.zero_()
+            elif "time_projection" in name:
                 tensor *= 0.1
         tensors[name] = tensor
     return tensors

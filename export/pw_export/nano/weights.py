@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained weights that come with the program: how they are kept, and their checkpoint.
-
-python -m pw_export.nano.weights --work DIR
-
-makes them anew of what the training programs have left in DIR.
-"""
+"""Trained weights: how they are kept, and the checkpoint that they make."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -19,24 +13,31 @@ from pw_export.nano.checkpoint import NanoTensors, Tensors, write_checkpoint
 from pw_export.nano.train_draft import DIT
 from pw_runtime import keymaps
 from pw_runtime.atomic import write_tensors
+from pw_runtime.errors import BadWeights
 from pw_runtime.models.text_encoder import TIED_KEY
 
-FOLDER = Path(__file__).parent / "weights"
 FILES = ("draft", "highres", "vae", "text_encoder")
 
 
-def write_trained_checkpoint(out: Path, folder: Path = FOLDER) -> None:
+def write_trained_checkpoint(out: Path, folder: Path) -> None:
     """Write the trained model in the official layout; see `write_checkpoint`."""
     write_checkpoint(out, DIT, read_weights(folder), make_tokenizer())
 
 
-def read_weights(folder: Path = FOLDER) -> NanoTensors:
-    """What `keep_weights` has kept, in fp32."""
+def read_weights(folder: Path) -> NanoTensors:
+    """What `keep_weights` has kept, in fp32. Raises BadWeights where a file is missing."""
+    if missing := [name for name in FILES if not (folder / f"{name}.safetensors").exists()]:
+        raise BadWeights(
+            f"{folder} has not all trained weights",
+            got=f"no {', '.join(missing)}",
+            wanted=f"a safetensors file for each of {', '.join(FILES)}",
+            do="run python -m pw_export.nano.train to its end",
+        )
     kept = {name: load_file(folder / f"{name}.safetensors") for name in FILES}
     return NanoTensors(**{name: _cast(tensors, torch.float32) for name, tensors in kept.items()})
 
 
-def keep_weights(work: Path, folder: Path = FOLDER) -> None:
+def keep_weights(work: Path, folder: Path) -> None:
     """Write the averaged weights of all trainings, in fp16 under official names.
 
     Args:
@@ -78,16 +79,3 @@ def _official(name: str) -> str:
 
 def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-
-
-def main() -> None:
-    """Run `python -m pw_export.nano.weights`."""
-    parser = argparse.ArgumentParser(description="Keep what the training programs have made.")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the trainings")
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    arguments = parser.parse_args()
-    keep_weights(arguments.work, arguments.out)
-
-
-if __name__ == "__main__":
-    main()
