@@ -25,7 +25,7 @@ COLOURS: dict[str, Colour] = {
     "purple": (0.62, 0.12, 0.80),
 }
 SHAPES = ("circle", "square", "triangle")
-SIZES: dict[str, float] = {"small": 0.17, "big": 0.25}  # radius of the circle
+SIZES: dict[str, float] = {"small": 0.19, "big": 0.26}  # radius of the circle
 MOTIONS: dict[str, tuple[float, float]] = {  # across the picture, rows downwards
     "left": (-0.72, 0.0),
     "right": (0.72, 0.0),

@@ -1,43 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the whole built-in model, or go on with it, and keep its weights.
 
-python -m pw_export.nano.train --work DIR
+python -m pw_export.nano.train --work DIR [NETWORK ...]
 
-Each network trains until its recipe's steps are done; what is done already is not done again. The
-weights end up in DIR/weights.
+Each network trains until its recipe's steps are done; what is done already is not done again.
+Without names all are trained, and the weights end up in DIR/weights. The VAE needs neither
+transformer: on two cores, two such programs of one thread each train faster than one of two.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
-from pw_export.nano import train_draft, train_highres, train_vae
+from pw_export.nano.train_draft import train_draft
+from pw_export.nano.train_highres import train_highres
+from pw_export.nano.train_vae import train_decoder, train_encoder
 from pw_export.nano.weights import keep_weights
+
+TRAIN = {
+    "draft": train_draft,
+    "highres": train_highres,
+    "decoder": train_decoder,
+    "encoder": train_encoder,
+}
 
 
 def main() -> None:
     """Run `python -m pw_export.nano.train`."""
     parser = argparse.ArgumentParser(description="Train the built-in model.")
     parser.add_argument("--work", type=Path, required=True, help="folder of data, states and logs")
-    recipes = {
-        "draft": train_draft.RECIPE,
-        "highres": train_highres.RECIPE,
-        "decoder": train_vae.DECODER,
-        "encoder": train_vae.ENCODER,
-    }
-    for name, recipe in recipes.items():
-        parser.add_argument(f"--{name}-steps", type=int, default=recipe.steps)
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(TRAIN)}")
     given = parser.parse_args()
+    if unknown := set(given.networks) - set(TRAIN):
+        parser.error(f"no network {', '.join(sorted(unknown))}; there are {', '.join(TRAIN)}")
     given.work.mkdir(parents=True, exist_ok=True)
-    for name in recipes:
-        recipes[name] = replace(recipes[name], steps=getattr(given, f"{name}_steps"))
-    draft = train_draft.train_draft(given.work, recipes["draft"])
-    train_highres.train_highres(given.work, draft, recipes["highres"])
-    train_vae.train_decoder(given.work, recipes["decoder"])
-    train_vae.train_encoder(given.work, recipes["encoder"])
-    keep_weights(given.work, given.work / "weights")
+    for name in given.networks or TRAIN:
+        TRAIN[name](given.work)
+    if not given.networks:
+        keep_weights(given.work, given.work / "weights")
 
 
 if __name__ == "__main__":

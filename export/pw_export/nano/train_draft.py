@@ -27,7 +27,7 @@ from pw_export.nano.random_weights import NANO_DIT, NANO_TEXT_ENCODER
 from pw_export.nano.trainable import encode_texts, velocities
 from pw_export.nano.training import Recipe, train
 from pw_runtime.models import WanDiT, build_text_encoder, expected_shapes
-from pw_runtime.types import DitConfig, Network, TextEncoderConfig
+from pw_runtime.types import PATCH, DitConfig, Network, TextEncoderConfig
 
 DIT = replace(NANO_DIT, text_len=TEXT_LEN, ffn_dim=768)  # all weights together stay under 24 MB
 TEXT_ENCODER = replace(NANO_TEXT_ENCODER, vocab_size=make_tokenizer().get_vocab_size())
@@ -35,7 +35,7 @@ SCENES = 24_000
 BATCH = 48
 SHIFT = 3.0  # of the noise levels that are trained
 # What adds to the residual stream, or to the time embedding, adds nothing at first.
-CLOSING = re.compile(r"\.o\.|ffn\.2\.|head\.head\.|zero_layers\.|dt_proj\.2\.|dt_embedding\.2\.")
+CLOSING = re.compile(r"\.o\.|ffn\.2\.|zero_layers\.|dt_proj\.2\.|dt_embedding\.2\.")
 RECIPE = Recipe(steps=3000, matrix_lr=0.006, other_lr=2e-3)
 
 
@@ -54,7 +54,11 @@ class TextToLatent(nn.Module):
 def initial_dit(
     config: DitConfig, generator: torch.Generator, network: Network = "draft"
 ) -> dict[str, Tensor]:
-    """Weights to begin with: every block passes on what it gets, the head says 0."""
+    """Weights to begin with: blocks pass on what they get, the head says the noise it was given.
+
+    The embedding lays the values of a patch along orthogonal directions and the head reads them off
+    again. LayerNorm between the two makes their rms 1, which is that of the noise.
+    """
     tensors = {}
     for name, shape in expected_shapes(network, config).items():
         if name.endswith(".bias"):
@@ -72,7 +76,22 @@ def initial_dit(
             elif "time_projection" in name:
                 tensor *= 0.1
         tensors[name] = tensor
+    tensors |= _through(config, generator)
     return tensors
+
+
+def _through(config: DitConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Patch embedding and head that are each other's inverse but for the scale."""
+    values = config.in_dim * PATCH**2
+    basis = torch.linalg.qr(torch.randn(config.dim, values, generator=generator))[0]
+    scale = math.sqrt(config.dim / values)
+    # why: a patch runs channel by channel on its way in, cell by cell on its way out
+    head = basis.T.unflatten(0, (config.in_dim, PATCH**2)).transpose(0, 1).flatten(0, 1)
+    embedding = basis.unflatten(1, (config.in_dim, 1, PATCH, PATCH))
+    return {
+        "patch_embedding.weight": (embedding * scale).contiguous(),
+        "head.head.weight": (head / scale).contiguous(),
+    }
 
 
 def initialise_text(encoder: nn.Module, generator: torch.Generator) -> None:
