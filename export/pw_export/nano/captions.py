@@ -18,6 +18,7 @@ from tokenizers import (
 
 from pw_export.nano.checkpoint import SPECIAL_TOKENS
 from pw_export.nano.scenes import Scene
+from pw_runtime.types import OFFICIAL_NEGATIVE
 
 WORDS: dict[str, tuple[str, ...]] = {
     "red": ("red", "crimson"),
@@ -60,9 +61,9 @@ def caption(scene: Scene, draw: random.Random) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the grammar, in alphabetical order."""
+    """Every word of the grammar and of the default negative prompt, in alphabetical order."""
     said = " ".join(way for ways in WORDS.values() for way in ways)
-    return sorted({"a", *re.findall("[a-z]+", said)})
+    return sorted({"a", *re.findall("[a-z]+", f"{said} {OFFICIAL_NEGATIVE.lower()}")})
 
 
 def make_tokenizer() -> Tokenizer:
