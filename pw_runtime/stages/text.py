@@ -35,15 +35,21 @@ def tokenize(
 ) -> Tensor:
     """Token ids of a cleaned text, end token included.
 
-    A text longer than `text_len` tokens is cut as the official code cuts it, and `notice` is
-    told how much was lost.
+    A text longer than `text_len` tokens is cut as the official code cuts it. `notice` is told how
+    much was lost, and which words the tokenizer does not know.
 
     Returns:
         [E] int64, E <= text_len.
     """
     cleaned = clean_text(text)
     # verbose: transformers would warn about the length; the notice below says it better.
-    whole = tokenizer(cleaned, verbose=False).input_ids
+    encoding = tokenizer(cleaned, verbose=False)
+    whole = encoding.input_ids
+    unknown = [i for i, one in enumerate(whole) if one == tokenizer.unk_token_id]
+    if unknown:
+        spans = [encoding.token_to_chars(i) for i in unknown]
+        words = dict.fromkeys(cleaned[span.start : span.end] for span in spans)
+        notice(f"unknown to this model, so it cannot draw them: {', '.join(words)}")
     ids = tokenizer(cleaned, truncation=True, max_length=text_len).input_ids
     if len(whole) > len(ids):
         notice(
@@ -62,7 +68,7 @@ def encode_text(
         text: as the user wrote it.
         net: tokenizer and encoder.
         text_len: most tokens that the transformers take.
-        notice: told when the text is cut.
+        notice: told when the text is cut, or has unknown words.
 
     Returns:
         [E, text_dim] in the encoder's dtype, E <= text_len: a row for each real token.

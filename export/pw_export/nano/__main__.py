@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint of the built-in model.
 
-python -m pw_export.nano --out DIR [--seed N | --weights DIR]
+python -m pw_export.nano --out DIR [--weights DIR | --seed N]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from pw_export.nano.random_weights import write_nano_checkpoint
-from pw_export.nano.weights import write_trained_checkpoint
+from pw_export.nano.weights import TRAINED, write_trained_checkpoint
 
 
 def main() -> None:
@@ -18,10 +18,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the small demo checkpoint.")
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--seed", type=int, default=0, help="of made-up weights")
-    weights.add_argument("--weights", type=Path, help="folder of trained ones")
+    weights.add_argument(
+        "--weights", type=Path, default=TRAINED, help="folder of trained ones, not the package's"
+    )
+    weights.add_argument("--seed", type=int, help="made-up ones instead, by this seed")
     arguments = parser.parse_args()
-    if arguments.weights is not None:
+    if arguments.seed is None:
         write_trained_checkpoint(arguments.out, arguments.weights)
     else:
         write_nano_checkpoint(arguments.out, arguments.seed)

@@ -29,8 +29,8 @@ FRAMES = 9  # of the clips that are trained on
 SIDE = 64  # pixels of the square parts of a picture that are trained on
 CELL = 16
 ERROR = 0.1  # most noise in the latents that the decoder learns from, as transformers leave some
-DECODER = Recipe(steps=5000, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=1)
-ENCODER = Recipe(steps=3000, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=2)
+DECODER = Recipe(steps=3500, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=1)
+ENCODER = Recipe(steps=2000, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=2)
 
 
 def initialise(part: nn.Module, generator: torch.Generator) -> None:

@@ -17,9 +17,10 @@ from pw_runtime.errors import BadWeights
 from pw_runtime.models.text_encoder import TIED_KEY
 
 FILES = ("draft", "highres", "vae", "text_encoder")
+TRAINED = Path(__file__).parent / "trained"  # comes with the package
 
 
-def write_trained_checkpoint(out: Path, folder: Path) -> None:
+def write_trained_checkpoint(out: Path, folder: Path = TRAINED) -> None:
     """Write the trained model in the official layout; see `write_checkpoint`."""
     write_checkpoint(out, DIT, read_weights(folder), make_tokenizer())
 

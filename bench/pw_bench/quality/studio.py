@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips of held-out scenes, made by the stages of the runtime, for measurement."""
+"""Clips of held-out scenes, made by the stages of the runtime, for measurement.
+
+Videos are [3, F, height, width] in [-1, 1].
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ from torch import Tensor
 
 from pw_export.nano.captions import caption
 from pw_export.nano.scenes import Scene, draw_scene
-from pw_runtime.bundle import Bundle
+from pw_runtime.bundle import Bundle, load_tensors
 from pw_runtime.engines import eager_engines
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.dit import Modulation
 from pw_runtime.models.text_encoder import TextNetwork
+from pw_runtime.models.vae import VaeEncoder
 from pw_runtime.networks import load_decoder, load_dit, load_text_network
 from pw_runtime.noise import draw_noise, latent_shape, seeds_for
 from pw_runtime.segmented import SegmentedDiT, Steering
@@ -83,6 +87,7 @@ class Studio:
     highres: SegmentedDiT
     no_step: SegmentedDiT
     no_adapter: SegmentedDiT
+    encoder: VaeEncoder
     decoder: VaeDecoder
     text_len: int
 
@@ -114,8 +119,12 @@ class Studio:
         given = (self.context(example.text), condition(low, plan), noise, plan, preset.compat)
         return highres(*given, net, _quiet)
 
+    def latent_of(self, video: Tensor) -> Latent:
+        """What the encoder makes of a video."""
+        return Latent(x=self.encoder(video))
+
     def frames(self, latent: Latent) -> Tensor:
-        """[3, F, height, width] in [-1, 1], as the runtime would write them."""
+        """The video of a latent, of 8 bits as the runtime writes them."""
         chunks = decode(latent, DecodePlan(), Compat(), self.decoder)
         frames = torch.cat([chunk.frames for chunk in chunks]).float()
         return frames.permute(3, 0, 1, 2) / 127.5 - 1
@@ -134,9 +143,16 @@ def open_studio(bundle: Bundle) -> Studio:
         highres=_network(bundle, "highres"),
         no_step=_network(bundle, "highres", NotToldTheStep),
         no_adapter=_network(bundle, "highres", silent=True),
+        encoder=_encoder(bundle),
         decoder=load_decoder(bundle, cpu),
         text_len=bundle.networks.draft.config.text_len,
     )
+
+
+def _encoder(bundle: Bundle) -> VaeEncoder:
+    encoder = VaeEncoder(bundle.networks.vae.config)
+    encoder.load_state_dict(load_tensors(bundle, "vae", prefix=("encoder.", "conv1.")))
+    return encoder.requires_grad_(False)
 
 
 def _network(
