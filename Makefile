@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-#   make demo    two tiny clips from nothing, on any CPU
+#   make demo    small clips of the built-in model, on any CPU
 #   make test    everything that must pass before a change goes in
 #   make clean   remove what the two made
 #
@@ -20,8 +20,7 @@ DEMO := build/demo
 .NOTPARALLEL:
 
 demo: $(VENV)/runtime.stamp $(DEMO)/nano/bundle.json
-	PW_CACHE=$(DEMO)/cache $(BIN)/pw build --model $(DEMO)/nano
-	PW_CACHE=$(DEMO)/cache $(BIN)/pw generate --model $(DEMO)/nano --prompts pw_runtime/data/demo_prompts.txt \
+	$(BIN)/pw generate --model $(DEMO)/nano --prompts pw_runtime/data/demo_prompts.txt \
 		--preset nano --out outputs/demo --contact-sheet
 	@echo
 	@echo "clips and contact sheet:"
@@ -43,7 +42,9 @@ clean:
 $(DEMO)/nano/bundle.json: $(DEMO)/checkpoint/pixelwizard/highres.pt
 	$(BIN)/pw convert --wan $(DEMO)/checkpoint --highres $< --out $(DEMO)/nano
 
-$(DEMO)/checkpoint/pixelwizard/highres.pt: | $(VENV)/runtime.stamp
+$(DEMO)/checkpoint/pixelwizard/highres.pt: $(wildcard export/pw_export/nano/trained/*.safetensors) \
+		| $(VENV)/runtime.stamp
+	rm -rf $(DEMO)
 	$(BIN)/python -m pw_export.nano --out $(DEMO)/checkpoint
 
 $(VENV)/torch.stamp:

@@ -19,6 +19,8 @@ from pw_runtime.bundle import Bundle, load_tensors, verify
 from pw_runtime.errors import BadWeights
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae import VaeEncoder
+from pw_runtime.stages.text import tokenize
+from pw_runtime.types import OFFICIAL_NEGATIVE
 from tests.convert.layouts import quietly
 
 
@@ -80,3 +82,11 @@ def test_the_tokenizer_of_the_bundle_knows_the_words_of_the_grammar(bundle: Bund
     assert len(ids) == 8
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.vocab_size == len(vocabulary()) + 3
+
+
+def test_words_that_no_caption_has_are_told(bundle: Bundle) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
+    notices: list[str] = []
+    tokenize("A red dragon rises at night, dragon!", tokenizer, 32, notices.append)
+    tokenize(OFFICIAL_NEGATIVE, tokenizer, 32, notices.append)
+    assert notices == ["unknown to this model, so it cannot draw them: dragon"]

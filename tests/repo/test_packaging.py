@@ -91,6 +91,7 @@ def test_wheel_is_pure_and_holds_the_five_packages_whole(
     }
     assert names - info == wanted
     assert "pw_runtime/data/demo_prompts.txt" in names
+    assert "pw_export/nano/trained/highres.safetensors" in names
     assert any(name.endswith("licenses/LICENSE") for name in info)
 
 
@@ -135,7 +136,7 @@ def test_installed_data_is_found(clean_bin: Path, tmp_path: Path) -> None:
     )
     found = run(clean_bin / "python", "-c", code, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
-    assert len(found.stdout.split("\n")) == 4  # two prompts, the file's end, print's end
+    assert len(found.stdout.split("\n")) == 8  # six prompts, the file's end, print's end
 
 
 def test_compiled_kernels_are_in_the_wheel_that_asked_for_them(root: Path, tmp_path: Path) -> None:
