@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that a benchmark runs on: a checkpoint's, or made-up ones of several sizes."""
+"""The weights that a benchmark runs on: a checkpoint's, the built-in ones, or made-up ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pw_export.nano import (
     NANO_VAE,
     write_nano_checkpoint,
 )
+from pw_export.nano.weights import write_trained_checkpoint
 from pw_runtime.cli_options import FOLDER
 from pw_runtime.errors import BadRequest
 
@@ -54,7 +55,7 @@ def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--synthetic",
         type=click.Choice(get_args(Synthetic)),
         help="Size of made-up weights; 5b: that of the published networks, in memory, for a GPU. "
-        "[default: nano, for its presets]",
+        "[default: none; nano and nano-hd run on the trained built-in model]",
     )
     checkpoint = click.option(
         "--checkpoint", type=FOLDER, help="In the official layout, instead of made-up weights."
@@ -63,10 +64,11 @@ def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pick_weights(options: Mapping[str, Any], folder: Path, say: Callable[[str], None]) -> Weights:
-    """Those of --checkpoint, or made-up ones. Raises BadRequest, BadWeights."""
+    """Those of --checkpoint, made-up or built-in ones. Raises BadRequest, BadWeights."""
     checkpoint, synthetic, preset = (options[k] for k in ("checkpoint", "synthetic", "preset"))
-    if synthetic is None and checkpoint is None and preset.startswith("nano"):
-        synthetic = "nano"
+    if synthetic is None and checkpoint is None and preset in ("nano", "nano-hd"):
+        write_trained_checkpoint(folder / "checkpoint")
+        return converted(folder / "checkpoint", folder, say, name="the built-in model, trained")
     if (checkpoint is None) == (synthetic is None):
         raise BadRequest(
             "no weights, or two kinds of them",

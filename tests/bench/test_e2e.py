@@ -23,6 +23,8 @@ from pw_bench.results import Clip, Equivalence, Result, Skipped, StepDifference,
 from pw_bench.running import ProgramFailed, Samples, covered, last_words
 from pw_bench.stages import stages
 from pw_bench.weights import Weights, pick_weights
+from pw_export.nano.train_draft import DIT
+from pw_runtime.bundle import open_bundle
 from pw_runtime.errors import BadRequest, BadResult
 from pw_runtime.presets import PRESETS
 from pw_runtime.progress import Reporter
@@ -270,13 +272,15 @@ def test_engines_are_built_for_the_device_and_precision_that_are_measured(
     assert commands[0][-4:] == ["--device", "cpu", "--precision", "bf16"]
 
 
-def test_weights_are_made_up_unasked_for_the_built_in_presets_alone(tmp_path: Path) -> None:
+def test_weights_come_unasked_for_the_built_in_presets_alone(tmp_path: Path) -> None:
     options = {"checkpoint": None, "synthetic": None, "preset": "2k"}
     with pytest.raises(BadRequest, match="no weights"):
         pick_weights(options, tmp_path, print)
     with pytest.raises(BadRequest, match="two kinds"):
         pick_weights(options | {"checkpoint": tmp_path, "synthetic": "nano"}, tmp_path, print)
     assert pick_weights(options | {"synthetic": "5b"}, tmp_path, print).in_memory
+    built_in = pick_weights(options | {"preset": "nano"}, tmp_path, print)
+    assert open_bundle(built_in.bundle).networks.draft.config == DIT  # that was trained
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
