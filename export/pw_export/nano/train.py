@@ -11,6 +11,7 @@ transformer: on two cores, two such programs of one thread each train faster tha
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from pw_export.nano.train_draft import train_draft
@@ -18,9 +19,9 @@ from pw_export.nano.train_highres import train_highres
 from pw_export.nano.train_vae import train_decoder, train_encoder
 from pw_export.nano.weights import keep_weights
 
-TRAIN = {
+TRAIN: dict[str, Callable[[Path], object]] = {
     "draft": train_draft,
-    "highres": train_highres,
+    "highres": lambda work: train_highres(work, train_draft(work)),
     "decoder": train_decoder,
     "encoder": train_encoder,
 }
