@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name.endswith("coder"):
             initialise(modules, generator)
         torch.save({"average": modules.state_dict()}, folder / f"{name}.pt")
+        (folder / f"{name}.jsonl").write_text('{"step": 20, "loss": 0.5, "seconds": 1.5}\n')
     keep_weights(folder, folder / "kept")
     return folder
 
@@ -53,6 +55,14 @@ def test_kept_files_are_small_and_hold_every_network(work: Path) -> None:
     state = torch.load(work / "draft.pt", weights_only=True)["average"]
     for name, tensor in tensors.items():
         assert torch.equal(tensor, state[f"dit.{name}"].half().float())
+
+
+def test_losses_of_all_trainings_are_kept(work: Path) -> None:
+    losses = json.loads((work / "kept" / "losses.json").read_text())
+    assert losses == {
+        name: [{"step": 20, "loss": 0.5, "seconds": 1.5}]
+        for name in ("draft", "highres", "decoder", "encoder")
+    }
 
 
 def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:

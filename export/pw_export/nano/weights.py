@@ -12,11 +12,12 @@ from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.checkpoint import NanoTensors, Tensors, write_checkpoint
 from pw_export.nano.train_draft import DIT
 from pw_runtime import keymaps
-from pw_runtime.atomic import write_tensors
+from pw_runtime.atomic import write_tensors, write_text
 from pw_runtime.errors import BadWeights
 from pw_runtime.models.text_encoder import TIED_KEY
 
 FILES = ("draft", "highres", "vae", "text_encoder")
+TRAININGS = ("draft", "highres", "decoder", "encoder")
 TRAINED = Path(__file__).parent / "trained"  # comes with the package
 
 
@@ -39,22 +40,24 @@ def read_weights(folder: Path) -> NanoTensors:
 
 
 def keep_weights(work: Path, folder: Path) -> None:
-    """Write the averaged weights of all trainings, in fp16 under official names.
+    """Write the averaged weights of all trainings, in fp16 under official names, and the losses.
 
     Args:
         work: where the training programs have run to their ends.
-        folder: where a file for each network is written.
+        folder: where a file for each network is written, and losses.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in _trained(work).items():
         write_tensors(folder / f"{name}.safetensors", _cast(tensors, torch.float16))
+    logs = {name: (work / f"{name}.jsonl").read_text().splitlines() for name in TRAININGS}
+    lines = [f'"{name}": [\n{",\n".join(rows)}\n]' for name, rows in logs.items()]
+    write_text(folder / "losses.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _trained(work: Path) -> dict[str, Tensors]:
     """Tensors of each network under official names."""
     states = {
-        name: torch.load(work / f"{name}.pt", weights_only=True)["average"]
-        for name in ("draft", "highres", "decoder", "encoder")
+        name: torch.load(work / f"{name}.pt", weights_only=True)["average"] for name in TRAININGS
     }
     text = _under("text.", states["draft"])
     text["shared.weight"] = text.pop(TIED_KEY)  # the same table; training knows it by this name
