@@ -49,9 +49,11 @@ def keep_weights(work: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in _trained(work).items():
         write_tensors(folder / f"{name}.safetensors", _cast(tensors, torch.float16))
-    logs = {name: (work / f"{name}.jsonl").read_text().splitlines() for name in TRAININGS}
-    lines = [f'"{name}": [\n{",\n".join(rows)}\n]' for name, rows in logs.items()]
-    write_text(folder / "losses.json", "{\n" + ",\n".join(lines) + "\n}\n")
+    kept = []
+    for name in TRAININGS:
+        rows = (work / f"{name}.jsonl").read_text().strip().replace("\n", ",\n")
+        kept.append(f'"{name}": [\n{rows}\n]')
+    write_text(folder / "losses.json", "{\n" + ",\n".join(kept) + "\n}\n")
 
 
 def _trained(work: Path) -> dict[str, Tensors]:
