@@ -17,6 +17,7 @@ from pw_export.nano.scenes import Scene, draw_scene, render
 from pw_runtime.atomic import atomic_file
 from pw_runtime.types import OFFICIAL_NEGATIVE
 
+CPU = torch.device("cpu")
 FRAMES = 17
 TEXT_LEN = 32  # tokens that the transformers take
 DROPOUT = 0.1  # share of texts that are replaced by one that says nothing
@@ -73,7 +74,9 @@ def draw_texts(scenes: list[Scene], generator: torch.Generator) -> list[str]:
     ]
 
 
-def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+def tokens(
+    tokenizer: Tokenizer, texts: list[str], device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
     """Texts -> token ids [B, TEXT_LEN] and which of them are real, [B, TEXT_LEN]."""
     ids = torch.zeros(len(texts), TEXT_LEN, dtype=torch.int64)
     mask = torch.zeros(len(texts), TEXT_LEN)
@@ -81,7 +84,7 @@ def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
         found = encoding.ids[:TEXT_LEN]
         ids[row, : len(found)] = torch.tensor(found)
         mask[row, : len(found)] = 1
-    return ids, mask
+    return ids.to(device), mask.to(device)
 
 
 def noise_levels(count: int, shift: float, generator: torch.Generator) -> Tensor:

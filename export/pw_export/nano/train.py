@@ -14,16 +14,18 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from pw_export.nano.train_draft import train_draft
 from pw_export.nano.train_highres import train_highres
 from pw_export.nano.train_vae import train_decoder, train_encoder
 from pw_export.nano.weights import keep_weights
 
-TRAIN: dict[str, Callable[[Path], object]] = {
-    "draft": train_draft,
-    "highres": lambda work: train_highres(work, train_draft(work)),
-    "decoder": train_decoder,
-    "encoder": train_encoder,
+TRAIN: dict[str, Callable[[Path, torch.device], object]] = {
+    "draft": lambda work, device: train_draft(work, device=device),
+    "highres": lambda work, device: train_highres(work, train_draft(work), device=device),
+    "decoder": lambda work, device: train_decoder(work, device=device),
+    "encoder": lambda work, device: train_encoder(work, device=device),
 }
 
 
@@ -32,12 +34,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the built-in model.")
     parser.add_argument("--work", type=Path, required=True, help="folder of data, states and logs")
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(TRAIN)}")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
     given = parser.parse_args()
     if unknown := set(given.networks) - set(TRAIN):
         parser.error(f"no network {', '.join(sorted(unknown))}; there are {', '.join(TRAIN)}")
     given.work.mkdir(parents=True, exist_ok=True)
     for name in given.networks or TRAIN:
-        TRAIN[name](given.work)
+        TRAIN[name](given.work, given.device)
     if not given.networks:
         keep_weights(given.work, given.work / "weights")
 

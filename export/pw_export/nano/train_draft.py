@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.data import (
+    CPU,
     SIZES,
     TEXT_LEN,
     draw_texts,
@@ -107,19 +108,21 @@ def initialise_text(encoder: nn.Module, generator: torch.Generator) -> None:
                 weight.normal_(std=gain / math.sqrt(weight.shape[1]), generator=generator)
 
 
-def train_draft(work: Path, recipe: Recipe = RECIPE) -> dict[str, Tensor]:
+def train_draft(
+    work: Path, recipe: Recipe = RECIPE, device: torch.device = CPU
+) -> dict[str, Tensor]:
     """Train from where an earlier call stopped; the averaged weights of `TextToLatent`."""
     pca, scenes, tokenizer = open_pca(work), training_scenes(SCENES), make_tokenizer()
     latents = open_latents(work, pca, SIZES[0], scenes)
-    both = TextToLatent(DIT, TEXT_ENCODER)
+    both = TextToLatent(DIT, TEXT_ENCODER).to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         picked = torch.randint(SCENES, (BATCH,), generator=generator)
-        clean = latents[picked].float()
+        clean = latents[picked].to(device, torch.float32)
         texts = draw_texts([scenes[int(i)] for i in picked], generator)
-        contexts = encode_texts(both.text, *tokens(tokenizer, texts))
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = noise_levels(BATCH, SHIFT, generator)
+        contexts = encode_texts(both.text, *tokens(tokenizer, texts, device))
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        sigma = noise_levels(BATCH, SHIFT, generator).to(device)
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
         return F.mse_loss(velocities(both.dit, noisy, 1000 * sigma, contexts), noise - clean)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.data import (
+    CPU,
     SIZES,
     draw_texts,
     noise_levels,
@@ -50,16 +51,18 @@ class Teacher:
 
     both: TextToLatent
     tokenizer: Tokenizer
+    device: torch.device
 
     def texts(self, scenes: list[Scene], generator: torch.Generator) -> Tensor:
         """[B, TEXT_LEN, text_dim] of captions."""
-        ids, mask = tokens(self.tokenizer, draw_texts(scenes, generator))
+        ids, mask = tokens(self.tokenizer, draw_texts(scenes, generator), self.device)
         return encode_texts(self.both.text, ids, mask)
 
     def drafts(self, clean: Tensor, texts: Tensor, generator: torch.Generator) -> Tensor:
         """[B, C, T, h, w] latents, as the draft network sees them through more or less noise."""
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = BLUR * torch.rand(len(clean), generator=generator).view(-1, 1, 1, 1, 1)
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        sigma = BLUR * torch.rand(len(clean), generator=generator).to(self.device)
+        sigma = sigma.view(-1, 1, 1, 1, 1)
         noisy = torch.lerp(clean, noise, sigma)
         return noisy - sigma * velocities(self.both.dit, noisy, 1000 * sigma.flatten(), texts)
 
@@ -92,7 +95,7 @@ def on_token_grid(drafts: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def train_highres(
-    work: Path, draft: dict[str, Tensor], recipe: Recipe = RECIPE
+    work: Path, draft: dict[str, Tensor], recipe: Recipe = RECIPE, device: torch.device = CPU
 ) -> dict[str, Tensor]:
     """Train from where an earlier call stopped; the averaged weights.
 
@@ -100,16 +103,17 @@ def train_highres(
         work: folder of data, states and logs.
         draft: averaged weights of `TextToLatent`.
         recipe: how long and how fast.
+        device: where.
     """
     pca, scenes = open_pca(work), training_scenes(SCENES)
     low, high, large = (
         open_latents(work, pca, size, scenes[:count])
         for size, count in zip(SIZES, (SCENES, SCENES, LARGE_SCENES), strict=True)
     )
-    teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER), make_tokenizer())
+    teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER).to(device), make_tokenizer(), device)
     teacher.both.load_state_dict(draft)
     teacher.both.requires_grad_(False)
-    net = initial_highres(teacher.both.dit.state_dict())
+    net = initial_highres(teacher.both.dit.state_dict()).to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         latents, count, size = high, BATCH, SIZES[1]
@@ -117,9 +121,10 @@ def train_highres(
             latents, count, size = large, LARGE_BATCH, SIZES[2]
         picked = torch.randint(len(latents), (count,), generator=generator)
         texts = teacher.texts([scenes[int(i)] for i in picked], generator)
-        drafts = teacher.drafts(low[picked].float(), texts, generator)
+        drafts = teacher.drafts(low[picked].to(device, torch.float32), texts, generator)
         seen = on_token_grid(drafts, size)
-        return shortcut_loss(net, latents[picked].float(), texts, seen, generator)
+        clean = latents[picked].to(device, torch.float32)
+        return shortcut_loss(net, clean, texts, seen, generator)
 
     return train(work, "highres", net, loss, recipe)
 
@@ -128,14 +133,15 @@ def shortcut_loss(
     net: WanDiT, clean: Tensor, texts: Tensor, drafts: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Flow matching for most clips of a batch, self-consistency for the others."""
-    count = len(clean)
-    noise = torch.randn(clean.shape, generator=generator)
+    count, device = len(clean), clean.device
+    noise = torch.randn(clean.shape, generator=generator).to(device)
     sigma = noise_levels(count, SHIFT, generator)
-    sigma = sigma[torch.randperm(count, generator=generator)]
+    sigma = sigma[torch.randperm(count, generator=generator)].to(device)
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-    t, dt, target = 1000 * sigma, torch.full((count,), SMALLEST), noise - clean
-    far = torch.rand(count, generator=generator) < JUMPS
-    dt += far * torch.rand(count, generator=generator) * (t - SMALLEST).clamp_min(0)
+    t, target = 1000 * sigma, noise - clean
+    far = torch.rand(count, generator=generator).to(device) < JUMPS
+    length = torch.rand(count, generator=generator).to(device)  # of a jump, in parts of the way
+    dt = SMALLEST + far * length * (t - SMALLEST).clamp_min(0)
     if far.any():
         target[far] = jump_targets(net, noisy[far], t[far], dt[far], texts[far], drafts[far])
     return F.mse_loss(velocities(net, noisy, t, texts, dt, drafts), target)

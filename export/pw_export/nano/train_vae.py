@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pw_export.nano import data
-from pw_export.nano.data import SIZES, open_pca
+from pw_export.nano.data import CPU, SIZES, open_pca
 from pw_export.nano.pca import Pca
 from pw_export.nano.random_weights import NANO_VAE
 from pw_export.nano.scenes import ASPECT, Scene, Window, draw_scene, render
@@ -83,29 +83,36 @@ def encode_batch(pca: Pca, clips: Tensor) -> Tensor:
     return torch.stack([pca.encode(clip) for clip in clips])
 
 
-def train_decoder(work: Path, recipe: Recipe = DECODER) -> dict[str, Tensor]:
+def train_decoder(
+    work: Path, recipe: Recipe = DECODER, device: torch.device = CPU
+) -> dict[str, Tensor]:
     """Train from where an earlier call stopped; the averaged weights."""
     pca, decoder = open_pca(work), VaeDecoder(VAE)
     initialise(decoder, torch.Generator().manual_seed(2))
+    decoder = decoder.to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         clips = draw_clips(generator)
         latents = encode_batch(pca, clips)
         error = ERROR * torch.rand(BATCH, 1, 1, 1, 1, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
-        off = decode_clips(decoder, latents + error * noise) - clips
+        off = decode_clips(decoder, (latents + error * noise).to(device)) - clips.to(device)
         return off.abs().mean() + 4 * off.square().mean()
 
     return train(work, "decoder", decoder, loss, recipe)
 
 
-def train_encoder(work: Path, recipe: Recipe = ENCODER) -> dict[str, Tensor]:
+def train_encoder(
+    work: Path, recipe: Recipe = ENCODER, device: torch.device = CPU
+) -> dict[str, Tensor]:
     """Train from where an earlier call stopped; the averaged weights."""
     pca, encoder = open_pca(work), VaeEncoder(VAE)
     initialise(encoder, torch.Generator().manual_seed(3))
+    encoder = encoder.to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         clips = draw_clips(generator)
-        return F.mse_loss(encode_clips(encoder, clips), encode_batch(pca, clips))
+        wanted = encode_batch(pca, clips).to(device)
+        return F.mse_loss(encode_clips(encoder, clips.to(device)), wanted)
 
     return train(work, "encoder", encoder, loss, recipe)

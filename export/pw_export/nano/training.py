@@ -101,7 +101,8 @@ class Run:
 
     def _load(self) -> float:
         """Seconds that have been spent."""
-        state = torch.load(self._state_file, weights_only=True)
+        device = next(self.modules.parameters()).device
+        state = torch.load(self._state_file, weights_only=True, map_location=device)
         self.step, self.average = state["step"], state["average"]
         self._losses, self._log = state["losses"], state["log"]
         self.modules.load_state_dict(state["weights"])
@@ -119,7 +120,7 @@ def train(
     Args:
         folder: where <name>.pt (the state, once a minute) and <name>.jsonl (the losses) lie.
         name: of this training.
-        modules: what learns.
+        modules: what learns, on the device where it learns.
         loss: what it learns from.
         recipe: how long and how fast.
 

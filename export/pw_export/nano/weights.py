@@ -59,7 +59,8 @@ def keep_weights(work: Path, folder: Path) -> None:
 def _trained(work: Path) -> dict[str, Tensors]:
     """Tensors of each network under official names."""
     states = {
-        name: torch.load(work / f"{name}.pt", weights_only=True)["average"] for name in TRAININGS
+        name: torch.load(work / f"{name}.pt", weights_only=True, map_location="cpu")["average"]
+        for name in TRAININGS
     }
     text = _under("text.", states["draft"])
     text["shared.weight"] = text.pop(TIED_KEY)  # the same table; training knows it by this name
