@@ -37,7 +37,7 @@ BATCH = 48
 SHIFT = 3.0  # of the noise levels that are trained
 # What adds to the residual stream, or to the time embedding, adds nothing at first.
 CLOSING = re.compile(r"\.o\.|ffn\.2\.|zero_layers\.|dt_proj\.2\.|dt_embedding\.2\.")
-RECIPE = Recipe(steps=3000, matrix_lr=0.006, other_lr=2e-3)
+RECIPE = Recipe(steps=2400, matrix_lr=0.006, other_lr=2e-3)
 
 
 class TextToLatent(nn.Module):

@@ -42,7 +42,7 @@ JUMPS = 0.25  # share of the clips that learn self-consistency
 SHIFT = 3.0
 SMALLEST = 2.0  # dt of what is no jump, in thousandths
 BLUR = 0.7  # most noise that the draft network takes out of a latent before it conditions
-RECIPE = Recipe(steps=2400, matrix_lr=0.004, other_lr=1e-3, seed=4)
+RECIPE = Recipe(steps=3000, matrix_lr=0.004, other_lr=1e-3, seed=4)
 
 
 @dataclass(frozen=True, slots=True)
