@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from pw_export.nano import train_highres
+from pw_export.nano.scenes import SHAPES, draw_scene
 from pw_export.nano.train_draft import DIT, initial_dit
-from pw_export.nano.train_highres import initial_highres, jump_targets, on_token_grid, shortcut_loss
+from pw_export.nano.train_highres import (
+    draft_shapes,
+    initial_highres,
+    jump_targets,
+    on_token_grid,
+    shortcut_loss,
+)
 from pw_export.nano.trainable import velocities
 from pw_runtime.models import WanDiT
 from pw_runtime.stages.condition import condition
@@ -23,6 +30,13 @@ def test_drafts_are_resized_as_the_runtime_does() -> None:
     resized = on_token_grid(drafts, (plan.width, plan.height))
     for draft, seen in zip(drafts, resized, strict=True):
         assert torch.equal(seen, condition(Latent(x=draft), plan).x)
+
+
+def test_most_drafts_show_the_shape_of_the_caption() -> None:
+    shown = [draw_scene(number) for number in range(300)]
+    own = torch.tensor([SHAPES.index(scene.shape) for scene in shown])
+    same = (draft_shapes(shown, torch.Generator().manual_seed(0)) == own).float().mean()
+    assert 0.7 < same < 0.9  # 0.3 drawn anew, a third of them the same again
 
 
 def test_the_first_high_res_network_predicts_what_the_draft_network_does() -> None:

@@ -27,7 +27,7 @@ from pw_export.nano.data import (
     tokens,
     training_scenes,
 )
-from pw_export.nano.scenes import Scene
+from pw_export.nano.scenes import SHAPES, Scene
 from pw_export.nano.train_draft import DIT, TEXT_ENCODER, TextToLatent, initial_dit
 from pw_export.nano.trainable import encode_texts, velocities
 from pw_export.nano.training import Recipe, train
@@ -39,9 +39,10 @@ SCENES, LARGE_SCENES = 2_400, 500
 BATCH, LARGE_BATCH = 3, 1
 LARGE_EVERY = 4  # steps: one of them is on the pictures of nano-hd
 JUMPS = 0.25  # share of the clips that learn self-consistency
+ASTRAY = 0.3  # share of the drafts whose shape is drawn anew: the text has the last word on it
 SHIFT = 3.0
 SMALLEST = 2.0  # dt of what is no jump, in thousandths
-BLUR = 0.7  # most noise that the draft network takes out of a latent before it conditions
+BLUR = 0.8  # most noise that the draft network takes out of a latent before it conditions
 RECIPE = Recipe(steps=3000, matrix_lr=0.004, other_lr=1e-3, seed=4)
 
 
@@ -94,6 +95,13 @@ def on_token_grid(drafts: Tensor, size: tuple[int, int]) -> Tensor:
     return frames.unflatten(0, (len(drafts), -1)).transpose(1, 2)
 
 
+def draft_shapes(shown: list[Scene], generator: torch.Generator) -> Tensor:
+    """[B] places in SHAPES of what drafts of scenes show: mostly the scene's own."""
+    own = torch.tensor([SHAPES.index(scene.shape) for scene in shown])
+    drawn = torch.randint(len(SHAPES), own.shape, generator=generator)
+    return torch.where(torch.rand(own.shape, generator=generator) < ASTRAY, drawn, own)
+
+
 def train_highres(
     work: Path, draft: dict[str, Tensor], recipe: Recipe = RECIPE, device: torch.device = CPU
 ) -> dict[str, Tensor]:
@@ -106,10 +114,10 @@ def train_highres(
         device: where.
     """
     pca, scenes = open_pca(work), training_scenes(SCENES)
-    low, high, large = (
-        open_latents(work, pca, size, scenes[:count])
-        for size, count in zip(SIZES, (SCENES, SCENES, LARGE_SCENES), strict=True)
-    )
+    in_all_shapes = [replace(scene, shape=shape) for scene in scenes for shape in SHAPES]
+    low = open_latents(work, pca, SIZES[0], in_all_shapes).unflatten(0, (SCENES, len(SHAPES)))
+    high = open_latents(work, pca, SIZES[1], scenes)
+    large = open_latents(work, pca, SIZES[2], scenes[:LARGE_SCENES])
     teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER).to(device), make_tokenizer(), device)
     teacher.both.load_state_dict(draft)
     teacher.both.requires_grad_(False)
@@ -120,8 +128,10 @@ def train_highres(
         if step % LARGE_EVERY == LARGE_EVERY - 1:
             latents, count, size = large, LARGE_BATCH, SIZES[2]
         picked = torch.randint(len(latents), (count,), generator=generator)
-        texts = teacher.texts([scenes[int(i)] for i in picked], generator)
-        drafts = teacher.drafts(low[picked].to(device, torch.float32), texts, generator)
+        shown = [scenes[int(i)] for i in picked]
+        texts = teacher.texts(shown, generator)
+        shapes = draft_shapes(shown, generator)
+        drafts = teacher.drafts(low[picked, shapes].to(device, torch.float32), texts, generator)
         seen = on_token_grid(drafts, size)
         clean = latents[picked].to(device, torch.float32)
         return shortcut_loss(net, clean, texts, seen, generator)
