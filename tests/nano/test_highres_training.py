@@ -54,7 +54,7 @@ def test_the_first_high_res_network_predicts_what_the_draft_network_does() -> No
     assert max_abs(velocities(highres, latents, t, texts, dt, drafts), expected) < 1e-5
 
 
-def test_a_jump_is_the_mean_of_its_two_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jump_is_the_mean_of_two_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[float, float, float]] = []
 
     def field(net: object, x: Tensor, t: Tensor, texts: Tensor, dt: Tensor, seen: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def test_a_jump_is_the_mean_of_its_two_halves(monkeypatch: pytest.MonkeyPatch) -
     x, t, dt, unseen = torch.zeros(1, 1, 1, 2, 2), *torch.tensor([[800.0], [400.0]]), torch.zeros(0)
     target = jump_targets(None, x, t, dt, unseen, unseen)  # type: ignore[arg-type]
     assert torch.equal(target, torch.full_like(x, 1.5))
-    assert asked == [(0.0, 800.0, 200.0), (pytest.approx(-0.2), 600.0, 200.0)]
+    assert asked == [(0.0, 800.0, 2.0), (pytest.approx(-0.2), 600.0, 2.0)]
 
 
 def test_a_network_that_is_right_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
