@@ -3,8 +3,9 @@
 
 It is told how far a step will go (dt) and sees the draft's latent on its token grid. Most clips of
 a batch learn the velocity itself, with the smallest dt; the others learn that one step of dt is two
-of half its length. Shortcut models (Frans et al. 2024) take those two with dt/2; here both are plain
-velocities, because what the network said of long steps ran away from what it says of short ones.
+of half its length. Shortcut models (Frans et al. 2024) take those two with dt/2; here both are
+plain velocities, because what the network said of long steps ran away from what it says of short
+ones.
 """
 
 from __future__ import annotations
