@@ -22,14 +22,16 @@ FRAMES = 17
 TEXT_LEN = 32  # tokens that the transformers take
 DROPOUT = 0.1  # share of texts that are replaced by one that says nothing
 NOTHING = ("", OFFICIAL_NEGATIVE)  # what guidance steers away from: it must mean nothing
-SIZES = ((128, 64), (512, 256), (768, 384))  # the draft, and the clips of nano and nano-hd
+DRAFT_SIZE = (128, 64)
+HIGHRES_SIZES = ((256, 128), (512, 256))  # clips of nano and nano-hd
+VAE_SIZES = ((128, 64), (512, 256), (768, 384))  # what the latent space is fitted to
 
 
 def open_pca(folder: Path) -> Pca:
     """The latent space, fitted the first time to scenes that no transformer sees."""
     file = folder / "pca.pt"
     if not file.exists():
-        clips = ((300, SIZES[0]), (30, SIZES[1]), (6, SIZES[2]))
+        clips = zip((300, 30, 6), VAE_SIZES, strict=True)
         videos, number = [], -1
         for count, size in clips:
             for _ in range(count):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.data import (
     CPU,
-    SIZES,
+    DRAFT_SIZE,
     TEXT_LEN,
     draw_texts,
     noise_levels,
@@ -113,7 +113,7 @@ def train_draft(
 ) -> dict[str, Tensor]:
     """Train from where an earlier call stopped; the averaged weights of `TextToLatent`."""
     pca, scenes, tokenizer = open_pca(work), training_scenes(SCENES), make_tokenizer()
-    latents = open_latents(work, pca, SIZES[0], scenes)
+    latents = open_latents(work, pca, DRAFT_SIZE, scenes)
     both = TextToLatent(DIT, TEXT_ENCODER).to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.data import (
     CPU,
-    SIZES,
+    DRAFT_SIZE,
+    HIGHRES_SIZES,
     draw_texts,
     noise_levels,
     open_latents,
@@ -37,15 +38,15 @@ from pw_runtime.models import WanDiT
 from pw_runtime.types import PATCH
 
 HIGHRES = replace(DIT, has_dt=True, adapter_dim=48, control_blocks=(1,))
-SCENES, LARGE_SCENES = 2_400, 500
-BATCH, LARGE_BATCH = 3, 1
+SCENES = 2_400
+BATCH, LARGE_BATCH = 12, 3
 LARGE_EVERY = 4  # steps: one of them is on the pictures of nano-hd
-JUMPS = 0.4  # share of the clips that learn self-consistency
+JUMPS = 0.25  # share of the clips that learn self-consistency
 ASTRAY = 0.3  # share of the drafts whose shape is drawn anew: the text has the last word on it
 SHIFT = 3.0
 SMALLEST = 2.0  # dt of what is no jump, in thousandths
 BLUR = 0.8  # most noise that the draft network takes out of a latent before it conditions
-RECIPE = Recipe(steps=2500, matrix_lr=0.004, other_lr=1e-3, seed=4)
+RECIPE = Recipe(steps=1500, matrix_lr=0.004, other_lr=1e-3, seed=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,19 +118,18 @@ def train_highres(
     """
     pca, scenes = open_pca(work), training_scenes(SCENES)
     in_all_shapes = [replace(scene, shape=shape) for scene in scenes for shape in SHAPES]
-    low = open_latents(work, pca, SIZES[0], in_all_shapes).unflatten(0, (SCENES, len(SHAPES)))
-    high = open_latents(work, pca, SIZES[1], scenes)
-    large = open_latents(work, pca, SIZES[2], scenes[:LARGE_SCENES])
+    low = open_latents(work, pca, DRAFT_SIZE, in_all_shapes).unflatten(0, (SCENES, len(SHAPES)))
+    high, large = (open_latents(work, pca, size, scenes) for size in HIGHRES_SIZES)
     teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER).to(device), make_tokenizer(), device)
     teacher.both.load_state_dict(draft)
     teacher.both.requires_grad_(False)
     net = initial_highres(teacher.both.dit.state_dict()).to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        latents, count, size = high, BATCH, SIZES[1]
+        latents, count, size = high, BATCH, HIGHRES_SIZES[0]
         if step % LARGE_EVERY == LARGE_EVERY - 1:
-            latents, count, size = large, LARGE_BATCH, SIZES[2]
-        picked = torch.randint(len(latents), (count,), generator=generator)
+            latents, count, size = large, LARGE_BATCH, HIGHRES_SIZES[1]
+        picked = torch.randint(SCENES, (count,), generator=generator)
         shown = [scenes[int(i)] for i in picked]
         texts = teacher.texts(shown, generator)
         shapes = draft_shapes(shown, generator)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pw_export.nano import data
-from pw_export.nano.data import CPU, SIZES, open_pca
+from pw_export.nano.data import CPU, VAE_SIZES, open_pca
 from pw_export.nano.pca import Pca
 from pw_export.nano.random_weights import NANO_VAE
 from pw_export.nano.scenes import ASPECT, Scene, Window, draw_scene, render
@@ -58,7 +58,7 @@ def draw_clips(generator: torch.Generator) -> Tensor:
     draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
     clips = []
     for _ in range(BATCH):
-        width, height = draw.choices(SIZES, (1, 4, 2))[0]
+        width, height = draw.choices(VAE_SIZES, (1, 4, 2))[0]
         scene = draw_scene(draw.randrange(10**9))
         window = _window(scene, width, height, draw)
         whole = render(scene, width, height, data.FRAMES, window=window)
