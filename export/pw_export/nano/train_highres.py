@@ -46,7 +46,7 @@ ASTRAY = 0.3  # share of the drafts whose shape is drawn anew: the text has the 
 SHIFT = 3.0
 SMALLEST = 2.0  # dt of what is no jump, in thousandths
 BLUR = 0.8  # most noise that the draft network takes out of a latent before it conditions
-RECIPE = Recipe(steps=1500, matrix_lr=0.004, other_lr=1e-3, seed=4)
+RECIPE = Recipe(steps=2000, matrix_lr=0.004, other_lr=1e-3, seed=4)
 
 
 @dataclass(frozen=True, slots=True)
