@@ -29,7 +29,7 @@ CLIP = VideoPlan(frames=121, fps=24)
 
 # The built-in model: the same two stages at a size that a laptop runs in seconds.
 NANO_DRAFT = StagePlan(width=128, height=64, steps=16, shift=5.0, guidance=3.0)
-NANO = StagePlan(width=256, height=128, steps=4, shift=5.5, guidance=2.0)
+NANO = StagePlan(width=256, height=128, steps=4, shift=5.5, guidance=1.5)
 NANO_CLIP = VideoPlan(frames=17, fps=12)
 
 PRESETS: dict[str, Preset] = {

@@ -50,7 +50,7 @@ def test_every_way_makes_every_clip_and_true_ones_are_read_right(
 ) -> None:
     with torch.inference_mode():
         ways = adherence(studio, small, examples(2))
-    names = ["true renderings", "draft", "4 steps", "1 steps", "2 steps", "8 steps"]
+    names = ["true renderings", "draft", "4 steps", "1 step", "2 steps", "8 steps"]
     assert [way.name for way in ways] == [*names, "no dt", "no adapter"]
     assert ways[0].adherence == {"colour": 1.0, "shape": 1.0, "motion": 1.0}
     assert all(len(way.seen) == 2 for way in ways)
@@ -84,7 +84,7 @@ def test_sheets_show_eight_captions_and_bars_every_share(
     studio: Studio, small: Preset, tmp_path: Path
 ) -> None:
     with torch.inference_mode():
-        write_sheets(studio, small, examples(1), tmp_path / "sheet.png")
+        write_sheets(studio, small, examples(2), tmp_path / "sheet.png")
     assert {file.name for file in tmp_path.iterdir()} == {"sheet.png", "sheet-true.png"}
     share = {"colour": 1.0, "shape": 0.25, "motion": 0.5}
     ways = [

@@ -62,7 +62,8 @@ class Quality:
 
 def ways_to_paint(studio: Studio, preset: Preset) -> dict[str, Paint]:
     """The high-res stage in 4 steps, in other numbers of them, and with parts left out."""
-    nets = {f"{steps} steps": (studio.highres, steps) for steps in (4, 1, 2, 8)}
+    counts = {"4 steps": 4, "1 step": 1, "2 steps": 2, "8 steps": 8}
+    nets = {name: (studio.highres, steps) for name, steps in counts.items()}
     nets |= {"no dt": (studio.no_step, 4), "no adapter": (studio.no_adapter, 4)}
 
     def way(name: str) -> Paint:
