@@ -16,7 +16,7 @@ from pw_runtime.request import default_precision
 from pw_runtime.types import OFFICIAL_NEGATIVE, Codec, Precision, Preset
 
 SCOPE = "prompt in, closed mp4 on disk"
-PROMPT = "a red ball rolls over green grass, the camera follows it"
+PROMPT = "a big red ball drifts to the right over a meadow, the camera pans"  # in known words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,11 +18,12 @@ from pw_bench.accounts import figures_of, operations_of, ratios_of
 from pw_bench.cli_e2e import e2e as command
 from pw_bench.cli_e2e import pick_sides
 from pw_bench.e2e import Taken, run_all
-from pw_bench.job import Job
+from pw_bench.job import PROMPT, Job
 from pw_bench.results import Clip, Equivalence, Result, Skipped, StepDifference, read_result
 from pw_bench.running import ProgramFailed, Samples, covered, last_words
 from pw_bench.stages import stages
 from pw_bench.weights import Weights, pick_weights
+from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.train_draft import DIT
 from pw_runtime.bundle import open_bundle
 from pw_runtime.errors import BadRequest, BadResult
@@ -281,6 +282,10 @@ def test_weights_come_unasked_for_the_built_in_presets_alone(tmp_path: Path) -> 
     assert pick_weights(options | {"synthetic": "5b"}, tmp_path, print).in_memory
     built_in = pick_weights(options | {"preset": "nano"}, tmp_path, print)
     assert open_bundle(built_in.bundle).networks.draft.config == DIT  # that was trained
+
+
+def test_the_usual_prompt_is_in_words_that_the_built_in_model_knows() -> None:
+    assert "<unk>" not in make_tokenizer().encode(PROMPT).tokens  # a run that says so "fell back"
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
