@@ -41,7 +41,7 @@ HIGHRES = replace(DIT, has_dt=True, adapter_dim=48, control_blocks=(1,))
 SCENES = 2_400
 BATCH, LARGE_BATCH = 12, 3
 LARGE_EVERY = 4  # steps: one of them is on the pictures of nano-hd
-JUMPS = 0.25  # share of the clips that learn self-consistency
+JUMPS = 0.25  # share of the clips that learn long steps
 ASTRAY = 0.3  # share of the drafts whose shape is drawn anew: the text has the last word on it
 SHIFT = 3.0
 SMALLEST = 2.0  # dt of what is no jump, in thousandths
@@ -144,7 +144,7 @@ def train_highres(
 def shortcut_loss(
     net: WanDiT, clean: Tensor, texts: Tensor, drafts: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Flow matching for most clips of a batch, self-consistency for the others."""
+    """Flow matching for most clips of a batch, long steps for the others."""
     count, device = len(clean), clean.device
     noise = torch.randn(clean.shape, generator=generator).to(device)
     sigma = noise_levels(count, SHIFT, generator)
