@@ -9,12 +9,12 @@ from typing import Any
 
 _HOME = {
     "generate": "pw_runtime.pipeline",
-    "open_bundle": "pw_runtime.bundle",
-    "Bundle": "pw_runtime.bundle",
+    "open_bundle": "pw_runtime.checkpoint.bundle",
+    "Bundle": "pw_runtime.checkpoint.bundle",
     "PRESETS": "pw_runtime.presets",
     "find_preset": "pw_runtime.presets",
     "read_prompts": "pw_runtime.prompts",
-    "Reporter": "pw_runtime.progress",
+    "Reporter": "pw_runtime.system.progress",
     "Request": "pw_runtime.types",
     "Prompt": "pw_runtime.types",
     "Preset": "pw_runtime.types",

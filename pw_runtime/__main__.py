@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m pw_runtime` is `pw`."""
 
-from pw_runtime.cli import main
+from pw_runtime.cli.main import main
 
 main()

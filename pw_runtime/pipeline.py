@@ -18,44 +18,45 @@ from torch import Tensor
 
 from pw_kernels.launcher import tally
 from pw_kernels.op import using
-from pw_runtime.bundle import Bundle, verify
-from pw_runtime.clip import (
+from pw_runtime.checkpoint.bundle import Bundle, verify
+from pw_runtime.checkpoint.loader import check_networks, load_decoder, load_text_network
+from pw_runtime.errors import WriteFailed
+from pw_runtime.execution.decoder_lookup import choose_decoder, decoder_on
+from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.execution.transformer import SegmentedDiT
+from pw_runtime.job.clip import (
     Clip,
-    keep_thumbs,
-    keep_unfinished,
+    collect_thumbnails,
+    refuse_overwriting_latents,
     save_latents,
     start_clip,
     write_clip_receipt,
 )
-from pw_runtime.contact_sheet import Filmstrip, write_contact_sheet
-from pw_runtime.decoder_engines import choose_decoder, decoder_on
-from pw_runtime.engines import OnEngines
-from pw_runtime.errors import WriteFailed
-from pw_runtime.faults import end_of_run_tells, others_go_on, require_finite
-from pw_runtime.fitting import Fitting, fit
-from pw_runtime.loaded import Loaded, load_transformer, pick_engines
+from pw_runtime.job.contact_sheet import Filmstrip, write_contact_sheet
+from pw_runtime.job.failures import isolate_failure, report_on_abort, require_finite
+from pw_runtime.job.preflight import check_request
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.text_encoder import TextNetwork
-from pw_runtime.networks import check_networks, load_decoder, load_text_network
-from pw_runtime.noise import load_noise
-from pw_runtime.progress import Reporter, count_frames
-from pw_runtime.request import check_request
-from pw_runtime.segmented import SegmentedDiT
+from pw_runtime.planning.loaded import Loaded, load_transformer, pick_engines
+from pw_runtime.planning.oom_fallback import OomFallback, fit
+from pw_runtime.sampling.noise import load_noise
+from pw_runtime.stages.codecs import pixel_format_for
 from pw_runtime.stages.condition import condition
 from pw_runtime.stages.decode import decode
 from pw_runtime.stages.draft import draft
 from pw_runtime.stages.highres import highres
 from pw_runtime.stages.text import encode_text
-from pw_runtime.stages.write import pixel_format_for, write_video
-from pw_runtime.trace import Stopwatch, span
+from pw_runtime.stages.write import write_video
+from pw_runtime.system.progress import Reporter, count_frames
+from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import (
-    DecodePlan,
     Network,
     Outcome,
     Request,
+    StageConfig,
     StageName,
-    StagePlan,
     TextContext,
+    TilingConfig,
 )
 
 
@@ -68,8 +69,8 @@ class Run:
     clips: tuple[Clip, ...]
     loading: Stopwatch
     reporter: Reporter
-    engines: Mapping[Network, OnEngines]
-    fitting: Fitting
+    engines: Mapping[Network, EngineSet]
+    fitting: OomFallback
 
 
 def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outcome, ...]:
@@ -96,7 +97,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
         check_networks(bundle, request.stages, request.attention_kernel)
     tally.clear()
     with span("engines"):
-        engines: dict[Network, OnEngines] = {
+        engines: dict[Network, EngineSet] = {
             stage: pick_engines(request, bundle, stage, reporter) for stage in request.stages
         }
         engines["vae"] = choose_decoder(request, bundle, reporter.say)
@@ -107,7 +108,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
         clips = tuple(
             start_clip(request, one, noise, bundle, engines, cut) for one in request.prompts
         )
-    keep_unfinished(clips)
+    refuse_overwriting_latents(clips)
     reporter.say(f"checking the files of {bundle.root}")
     with span("check files"):
         verify(bundle)
@@ -117,7 +118,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     with (
         torch.inference_mode(),
         using(request.kernels, attention=request.attention_kernel),
-        end_of_run_tells(clips, reporter),
+        report_on_abort(clips, reporter),
     ):
         for stage, work in STAGES.items():
             with run.fitting.measuring(stage):
@@ -147,7 +148,7 @@ def encode_texts(run: Run) -> None:
         uncond = uncond.to(request.device)
     with reporter.steps("text", len(run.clips)) as advance:
         for clip in run.clips:
-            with others_go_on(clip, reporter), clip.watch.stage("text"):
+            with isolate_failure(clip, reporter), clip.watch.stage("text"):
                 cond = encode_text(clip.prompt.text, net, text_len, partial(notify, run, (clip,)))
                 clip.text = TextContext(cond=cond.to(request.device), uncond=uncond)
             advance()
@@ -159,14 +160,14 @@ def make_drafts(run: Run) -> None:
         for clip in run.clips:
             if clip.text is None:
                 continue
-            with others_go_on(clip, run.reporter):
+            with isolate_failure(clip, run.reporter):
                 work = partial(draft_clip, run, clip, run.request.preset.draft)
                 loaded.attempt(work, partial(notify, run, (clip,)))
                 if clip.last_stage == "draft":
-                    put_aside(run, clip)
+                    spill_latents(run, clip)
 
 
-def draft_clip(run: Run, clip: Clip, plan: StagePlan, net: SegmentedDiT) -> None:
+def draft_clip(run: Run, clip: Clip, plan: StageConfig, net: SegmentedDiT) -> None:
     """One clip's text -> its draft latent. After an exception the clip is as before."""
     assert clip.text is not None
     with (
@@ -196,15 +197,15 @@ def make_highres(run: Run) -> None:
         return
     with loaded_for(run, "highres") as loaded:
         for clip in waiting:
-            with others_go_on(clip, run.reporter):
+            with isolate_failure(clip, run.reporter):
                 work = partial(paint_clip, run, clip, plan)
                 loaded.attempt(work, partial(notify, run, (clip,)))
-                put_aside(run, clip)
+                spill_latents(run, clip)
             if clip.error is not None:
-                clip.forget_tensors()
+                clip.release_tensors()
 
 
-def paint_clip(run: Run, clip: Clip, plan: StagePlan, net: SegmentedDiT) -> None:
+def paint_clip(run: Run, clip: Clip, plan: StageConfig, net: SegmentedDiT) -> None:
     """One clip's draft latent -> its high-res latent. After an exception the clip is as before."""
     assert clip.text is not None
     assert clip.draft is not None
@@ -220,7 +221,7 @@ def paint_clip(run: Run, clip: Clip, plan: StagePlan, net: SegmentedDiT) -> None
         clip.highres = require_finite(latent, "high-res")
 
 
-def put_aside(run: Run, clip: Clip) -> None:
+def spill_latents(run: Run, clip: Clip) -> None:
     """The clip's tensors go to the disk, where they wait for the decode."""
     try:
         with clip.watch.stage("latents"):
@@ -228,7 +229,7 @@ def put_aside(run: Run, clip: Clip) -> None:
     except WriteFailed as error:  # better a clip without that than none
         notify(run, (clip,), f"its latents stay in memory until they are decoded: {error}")
     else:
-        clip.forget_tensors()
+        clip.release_tensors()
 
 
 def decode_clips(run: Run) -> None:
@@ -239,7 +240,7 @@ def decode_clips(run: Run) -> None:
     with run.loading.stage("load", "vae"):
         vae = load_decoder(run.bundle, run.request.device, run.request.vae_precision)
     for clip in waiting:
-        with others_go_on(clip, run.reporter):
+        with isolate_failure(clip, run.reporter):
             size = run.fitting.attempt(
                 "decode",
                 partial(decode_clip, run, clip, vae),
@@ -248,7 +249,7 @@ def decode_clips(run: Run) -> None:
             )
             run.fitting.measure("decode")
             finish_clip(run, clip, size)
-        clip.forget_tensors()
+        clip.release_tensors()
 
 
 def decode_clip(run: Run, clip: Clip, vae: VaeDecoder) -> int:
@@ -267,9 +268,9 @@ def decode_clip(run: Run, clip: Clip, vae: VaeDecoder) -> int:
         run.reporter.say(f"{clip.growing} can be watched while it grows")
     pixels = pixel_format_for(request.codec, preset.compat)
     with run.reporter.steps(f"decode {clip.prompt.id}", preset.video.frames) as advance:
-        chunks = watch.each("decode", decode(latent, way.cut, preset.compat, painter, pixels))
+        chunks = watch.time_items("decode", decode(latent, way.cut, preset.compat, painter, pixels))
         if request.contact_sheet:
-            chunks = keep_thumbs(clip, stage, chunks, strips)
+            chunks = collect_thumbnails(clip, stage, chunks, strips)
         with watch.stage("write"):
             size = write_video(
                 count_frames(chunks, advance),
@@ -288,8 +289,8 @@ def decode_clip(run: Run, clip: Clip, vae: VaeDecoder) -> int:
 def preview_draft(clip: Clip, vae: VaeDecoder, strips: list[Filmstrip]) -> None:
     """Decode the draft for the contact sheet alone."""
     with clip.watch.stage("preview"):
-        chunks = decode(clip.latent_of("draft"), DecodePlan(), clip.request.preset.compat, vae)
-        for _ in keep_thumbs(clip, "draft", chunks, strips):
+        chunks = decode(clip.latent_of("draft"), TilingConfig(), clip.request.preset.compat, vae)
+        for _ in collect_thumbnails(clip, "draft", chunks, strips):
             pass
 
 

@@ -12,32 +12,32 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from pw_runtime.errors import BadRequest
-from pw_runtime.schedule import TRAIN_STEPS
 from pw_runtime.types import (
     PATCH,
+    TRAIN_STEPS,
     VAE_STRIDE,
-    DecodePlan,
     Preset,
-    StagePlan,
-    VideoPlan,
+    StageConfig,
+    TilingConfig,
+    VideoConfig,
 )
 
-DRAFT = StagePlan(width=448, height=256, steps=50, shift=5.0, guidance=5.0)
-TWO_K = StagePlan(width=2560, height=1440, steps=4, shift=5.5, guidance=5.0)
-FOUR_K = StagePlan(width=3840, height=2144, steps=4, shift=5.8, guidance=5.0)
-CLIP = VideoPlan(frames=121, fps=24)
+DRAFT = StageConfig(width=448, height=256, steps=50, shift=5.0, guidance=5.0)
+TWO_K = StageConfig(width=2560, height=1440, steps=4, shift=5.5, guidance=5.0)
+FOUR_K = StageConfig(width=3840, height=2144, steps=4, shift=5.8, guidance=5.0)
+CLIP = VideoConfig(frames=121, fps=24)
 
 # The built-in model: the same two stages at a size that a laptop runs in seconds.
-NANO_DRAFT = StagePlan(width=128, height=64, steps=16, shift=5.0, guidance=3.0)
-NANO = StagePlan(width=256, height=128, steps=4, shift=5.5, guidance=1.5)
-NANO_CLIP = VideoPlan(frames=17, fps=12)
+NANO_DRAFT = StageConfig(width=128, height=64, steps=16, shift=5.0, guidance=3.0)
+NANO = StageConfig(width=256, height=128, steps=4, shift=5.5, guidance=1.5)
+NANO_CLIP = VideoConfig(frames=17, fps=12)
 
 PRESETS: dict[str, Preset] = {
     "draft": Preset(draft=DRAFT, video=CLIP),
-    "2k": Preset(draft=DRAFT, highres=TWO_K, video=CLIP, decode=DecodePlan(strips=3)),
-    "4k": Preset(draft=DRAFT, highres=FOUR_K, video=CLIP, decode=DecodePlan(strips=4)),
+    "2k": Preset(draft=DRAFT, highres=TWO_K, video=CLIP, decode=TilingConfig(strips=3)),
+    "4k": Preset(draft=DRAFT, highres=FOUR_K, video=CLIP, decode=TilingConfig(strips=4)),
     "4k-5step": Preset(
-        draft=DRAFT, highres=replace(FOUR_K, steps=5), video=CLIP, decode=DecodePlan(strips=4)
+        draft=DRAFT, highres=replace(FOUR_K, steps=5), video=CLIP, decode=TilingConfig(strips=4)
     ),
     "nano": Preset(draft=NANO_DRAFT, highres=NANO, video=NANO_CLIP),
     "nano-hd": Preset(

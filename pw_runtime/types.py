@@ -33,6 +33,7 @@ Residency = Literal["resident", "streamed", "mapped"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
 CHUNK = 8192  # most tokens that a segment of a transformer works on at a time
+TRAIN_STEPS = 1000  # timesteps that the networks were trained on
 PATCH = 2  # latent rows and columns in one token
 
 FORBID_UNKNOWN = {"extra": "forbid"}  # for pydantic: an unknown key is an error
@@ -42,7 +43,7 @@ FORBID_UNKNOWN = {"extra": "forbid"}  # for pydantic: an unknown key is an error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StagePlan:
+class StageConfig:
     """One denoising stage: picture size in pixels and its sampler settings."""
 
     __pydantic_config__ = FORBID_UNKNOWN
@@ -56,7 +57,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VideoPlan:
+class VideoConfig:
     """Length (pixel frames, 4n+1) and speed of a clip."""
 
     __pydantic_config__ = FORBID_UNKNOWN
@@ -66,7 +67,7 @@ class VideoPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodePlan:
+class TilingConfig:
     """How the VAE decode is cut.
 
     `exact` equals the undivided decode to rounding whatever `strips` says: it decodes bands of
@@ -103,13 +104,13 @@ class Preset:
 
     __pydantic_config__ = FORBID_UNKNOWN
 
-    draft: StagePlan
-    highres: StagePlan | None = None  # None: the draft is the clip
-    video: VideoPlan
-    decode: DecodePlan = field(default_factory=DecodePlan)
+    draft: StageConfig
+    highres: StageConfig | None = None  # None: the draft is the clip
+    video: VideoConfig
+    decode: TilingConfig = field(default_factory=TilingConfig)
     compat: Compat = field(default_factory=Compat)
 
-    def stages(self, *, draft_only: bool = False) -> dict[StageName, StagePlan]:
+    def stages(self, *, draft_only: bool = False) -> dict[StageName, StageConfig]:
         """The denoising stages in order; the last one's latent becomes the clip."""
         if draft_only or self.highres is None:
             return {"draft": self.draft}
@@ -272,13 +273,13 @@ class Request:
         return self.attention or self.kernels
 
     @property
-    def stages(self) -> dict[StageName, StagePlan]:
+    def stages(self) -> dict[StageName, StageConfig]:
         """The denoising stages to run, in order; the last one's latent becomes the clip."""
         return self.preset.stages(draft_only=self.draft_only)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkPlan:
+class TransformerPlan:
     """How a transformer runs in the memory there is.
 
     Weights lie on the device (`resident`), or come block by block from host memory (`streamed`) or
@@ -292,10 +293,10 @@ class NetworkPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderPlan:
+class DecodePlan:
     """How a clip is decoded in the memory there is."""
 
-    cut: DecodePlan
+    cut: TilingConfig
     engines: bool = False  # on those that were built
 
 
@@ -334,8 +335,8 @@ class RunPlan:
 
     budget: Budget
     text: Place | None  # None: another run has encoded the text
-    networks: Mapping[StageName, NetworkPlan]
-    decode: DecoderPlan
+    networks: Mapping[StageName, TransformerPlan]
+    decode: DecodePlan
     stages: tuple[StageMemory, ...]
     decisions: tuple[str, ...]  # each with its reason
 

@@ -7,9 +7,9 @@ import click
 
 from pw_bench.cli_e2e import e2e
 from pw_bench.cli_report import report
-from pw_bench.compare import compare
-from pw_bench.kernels import kernels
-from pw_bench.stages import stages
+from pw_bench.e2e.stages import stages
+from pw_bench.kernels.run import kernels
+from pw_bench.report.regressions import compare
 
 
 @click.group()

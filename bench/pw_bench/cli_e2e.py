@@ -16,21 +16,21 @@ from typing import Any
 import click
 import torch
 
-from pw_bench.ceilings import measure_ceilings
-from pw_bench.e2e import run_all
-from pw_bench.identity import envelope, identify
-from pw_bench.job import Job, make_job, scope_of
-from pw_bench.nvml import Nvml
-from pw_bench.programs import ENGINES, OURS, SIDES, told, why_not
+from pw_bench.e2e.job import Job, make_job, scope_of
+from pw_bench.e2e.programs import ENGINES, OURS, SIDES, told, why_not
+from pw_bench.e2e.run import run_all
+from pw_bench.e2e.weights import Weights, pick_weights, weights_options
+from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.nvml import Nvml
+from pw_bench.measure.peaks import measure_ceilings
+from pw_bench.measure.timing import FULL
+from pw_bench.report.console import show
 from pw_bench.results import Figure, Skipped, require_folder, write_result
-from pw_bench.shown import show
-from pw_bench.timing import FULL
-from pw_bench.weights import Weights, pick_weights, weights_options
-from pw_runtime.cli_options import FILE, device_option, precision_option
+from pw_runtime.cli.options import FILE, device_option, precision_option
 from pw_runtime.errors import BadRequest, BadResult
+from pw_runtime.job.preflight import pick_device
 from pw_runtime.presets import find_preset
-from pw_runtime.progress import Reporter
-from pw_runtime.request import pick_device
+from pw_runtime.system.progress import Reporter
 from pw_runtime.types import Preset
 
 NO_NVML = "memory, power and energy by NVML"

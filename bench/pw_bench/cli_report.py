@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pw_runtime.cli_options import DONE, FILE
+from pw_runtime.cli.options import DONE, FILE
 from pw_runtime.errors import BadRequest
 
 
@@ -22,7 +22,7 @@ def report(
     """Show what results files of `pw bench` say."""
     from pw_bench.report import json_lines, markdown, write_html
     from pw_bench.results import read_result
-    from pw_runtime.atomic import write_text
+    from pw_runtime.system.atomic_files import write_text
 
     written = [one for one in (out, markdown_file, lines_file) if one is not None]
     named = [one.resolve() for one in (*files, *written)]

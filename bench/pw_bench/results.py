@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Final, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pw_runtime.atomic import write_text
 from pw_runtime.errors import BadRequest
-from pw_runtime.machine import Machine
-from pw_runtime.trace import Span
+from pw_runtime.system.atomic_files import write_text
+from pw_runtime.system.machine import Machine
+from pw_runtime.system.trace import Span
 
 Kind = Literal["kernels", "stages", "e2e"]
 Label = Literal["bit-exact", "rounding", "approximate"]

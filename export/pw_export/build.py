@@ -30,13 +30,13 @@ from pw_engines import (
 )
 from pw_engines.store import Entry
 from pw_export.onnx_export import export_segment
-from pw_runtime import vae_segments
-from pw_runtime.bundle import open_bundle
-from pw_runtime.decoder_engines import decoder_segments
-from pw_runtime.engines import COMPILERS, Compiler, CompilerName, key_of
+from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
-from pw_runtime.networks import load_decoder
-from pw_runtime.segments import Segment, segments_of, source_digest
+from pw_runtime.execution.decoder_lookup import decoder_segments
+from pw_runtime.execution.decoder_segments import source_digest as decoder_source_digest
+from pw_runtime.execution.engine_lookup import COMPILERS, Compiler, CompilerName, key_of
+from pw_runtime.execution.transformer_segments import Segment, segments_of, source_digest
 from pw_runtime.types import DitConfig, Precision, Preset
 
 Builders = dict[CompilerName, Callable[[torch.device], str | None]]
@@ -244,7 +244,7 @@ def unusable(entry: Entry) -> str | None:
         compiler = next(c for c in COMPILERS.values() if (c.backend, dict(c.options)) == made_by)
     except (KeyError, TypeError, ValueError, StopIteration):
         return "its key is not one of this version"
-    if sources not in (source_digest(), vae_segments.source_digest()):
+    if sources not in (source_digest(), decoder_source_digest()):
         return "made from other sources of the networks"
     device = torch.device("cuda" if "gpu" in platform else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -11,17 +11,17 @@ from typing import Generic
 
 import torch
 
+from pw_export import keymaps
 from pw_export.configs import count, dit_config, text_encoder_config, vae_config
 from pw_export.sources import Refs, read_pixelwizard, read_safetensors, read_state_dict, renamed
-from pw_export.stated import (
+from pw_export.upstream_configs import (
     Stated,
     diffusers_dit,
     diffusers_vae,
     official_dit,
     transformers_text_encoder,
 )
-from pw_runtime import keymaps
-from pw_runtime.bundle import MANIFEST, ConfigT, require_shapes, some_names
+from pw_runtime.checkpoint.bundle import MANIFEST, ConfigT, require_shapes, some_names
 from pw_runtime.errors import BadRequest, BadWeights
 from pw_runtime.types import DitConfig, Network, TextEncoderConfig, VaeConfig
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pw_export.published import LATENT_MEAN, LATENT_STD
 from pw_export.sources import Refs
-from pw_export.stated import Stated
-from pw_runtime.bundle import some_names
+from pw_export.upstream_configs import Stated
+from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
+from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 from pw_runtime.types import PATCH, Config, DitConfig, TextEncoderConfig, VaeConfig
 

@@ -11,9 +11,7 @@ import torch
 
 from pw_export.checkpoints import Checkpoint, Part, open_checkpoint
 from pw_export.sources import Refs
-from pw_export.writing import folder_that_appears, refuse_existing
-from pw_runtime.atomic import atomic_file, write_tensors, write_text
-from pw_runtime.bundle import (
+from pw_runtime.checkpoint.bundle import (
     MANIFEST,
     TOKENIZER,
     Bundle,
@@ -27,6 +25,13 @@ from pw_runtime.bundle import (
     sha256_of,
 )
 from pw_runtime.errors import BadRequest, BadWeights
+from pw_runtime.system.atomic_files import (
+    atomic_file,
+    atomic_folder,
+    require_absent,
+    write_tensors,
+    write_text,
+)
 from pw_runtime.types import Network
 
 SHARD_BYTES = 2 * 2**30  # also the most tensor data held in memory, unless one tensor is larger
@@ -53,7 +58,7 @@ def convert(
     Raises BadRequest (`out` exists, `wan` is no checkpoint), BadWeights (missing, unknown,
     damaged or contradictory tensors), WriteFailed (no room, or the disk refuses).
     """
-    refuse_existing(out)
+    require_absent(out)
     if ema and draft is None and highres is None:
         raise BadRequest(
             "--ema has nothing to choose from",
@@ -62,7 +67,7 @@ def convert(
             do="drop --ema, or name the checkpoint",
         )
     checkpoint = open_checkpoint(wan, draft, highres, ema=ema, say=say)
-    with folder_that_appears(out, _size(checkpoint), say) as folder:
+    with atomic_folder(out, _size(checkpoint), say) as folder:
         _write(checkpoint, folder, say)
     say(f"wrote {out}")
     return open_bundle(out)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pw_engines import DType, EngineSpec, TensorSpec
 from pw_engines.engine import EngineError
-from pw_engines.onnx_rules import check_importable
+from pw_engines.tensorrt.onnx_rules import check_importable
 
 LARGEST: Final = 1 << 20  # bytes; a model without weights has a tenth of it
 _KINDS: Final[dict[DType, str]] = {

@@ -29,15 +29,14 @@ from pw_engines import DTYPES, EngineSpec
 from pw_engines.engine import EngineError
 from pw_engines.spec import SMALLEST
 from pw_export.onnx_check import check_onnx
-from pw_export.onnx_writes import Writes
-from pw_export.published import DRAFT, HIGHRES, VAE
-from pw_export.writing import folder_that_appears, refuse_existing
+from pw_export.onnx_scatter import Writes
+from pw_export.wan22_configs import DRAFT, HIGHRES, VAE
 from pw_kernels.op import using
-from pw_runtime.atomic import atomic_file, write_text
+from pw_runtime.execution.decoder_segments import segments_of_decode
+from pw_runtime.execution.transformer_segments import Segment, segments_of
 from pw_runtime.presets import PRESETS
-from pw_runtime.segments import Segment, segments_of
+from pw_runtime.system.atomic_files import atomic_file, atomic_folder, require_absent, write_text
 from pw_runtime.types import VAE_STRIDE, DitConfig, Precision, Preset, VaeConfig
-from pw_runtime.vae_segments import segments_of_decode
 
 OPSET: Final = 20  # has Gelu and LayerNormalization; every TensorRT from 10.8 on takes it
 SPREAD = 1024  # values that a constant of one value may have
@@ -95,7 +94,7 @@ def write_onnx(
 
     Raises as `export_onnx` does.
     """
-    refuse_existing(out)
+    require_absent(out)
     made: dict[EngineSpec, bytes] = {}
     for name, segment in segments.items():
         if segment.spec in made:
@@ -114,7 +113,7 @@ def write_onnx(
         ],
     }
     size = sum(len(made[spec]) for spec in files.values())
-    with folder_that_appears(out, size, say) as folder:
+    with atomic_folder(out, size, say) as folder:
         for file, spec in files.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(folder / file) as partial:

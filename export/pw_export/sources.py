@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pw_export.stated import read_json
-from pw_runtime.bundle import some_names
+from pw_export.upstream_configs import read_json
+from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 
 _FETCH = "download it again from its publisher"

@@ -6,14 +6,14 @@ the kernels (docs/kernels.md).
 """
 
 from pw_kernels.attention import attention
+from pw_kernels.attention.chunked import chunked_attention
+from pw_kernels.attention.merge import merge_attention
 from pw_kernels.causal_conv3d import causal_conv3d
 from pw_kernels.channel_norm import channel_norm
-from pw_kernels.chunked_attention import chunked_attention
 from pw_kernels.dup_up import dup_up_add
 from pw_kernels.gate_residual import gate_residual
 from pw_kernels.gate_residual_norm import gate_residual_norm
 from pw_kernels.guided_update import Update, guided_update
-from pw_kernels.merge_attention import merge_attention
 from pw_kernels.norm_modulate import norm_modulate
 from pw_kernels.pack_frames import pack_frames, unpatchify_pixels
 from pw_kernels.pack_yuv import pack_yuv

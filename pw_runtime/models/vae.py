@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.models.vae_blocks import (
     AttentionBlock,
     CausalConv3d,
@@ -18,7 +19,6 @@ from pw_runtime.models.vae_blocks import (
     ResidualBlock,
     UpStage,
 )
-from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.types import VAE_STRIDE, VaeConfig
 
 PIXEL_CHANNELS = 12  # 3 colours of a 2x2 pixel block

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of the Wan2.2 VAE. Parameter names are the official ones (vae2_2.py).
+"""TokenLayout of the Wan2.2 VAE. Parameter names are the official ones (vae2_2.py).
 
 A clip passes through in chunks of frames. What a chunk must know of the past lies in a
 `CausalCache` that the caller owns: one per clip and strip. Activations have their channels last in
@@ -23,7 +23,7 @@ from pw_kernels import (
     phase_taps,
     upsample2x_conv,
 )
-from pw_runtime.models.vae_memory import CausalCache
+from pw_runtime.models.causal_cache import CausalCache
 
 
 class CausalConv3d(nn.Conv3d):

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from pw_runtime.types import PATCH, VAE_STRIDE, Conditioning, Latent, StagePlan
+from pw_runtime.types import PATCH, VAE_STRIDE, Conditioning, Latent, StageConfig
 
 
-def condition(draft: Latent, plan: StagePlan) -> Conditioning:
+def condition(draft: Latent, plan: StageConfig) -> Conditioning:
     """Resize every latent frame to the high-res token grid (bilinear, corners not aligned).
 
     Source: _interpolate_cond_latent in PixelWizard's generate.py.

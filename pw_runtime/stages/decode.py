@@ -10,17 +10,17 @@ from torch import Tensor
 
 from pw_kernels import pack_frames, pack_yuv
 from pw_runtime.models import VaeDecoder
-from pw_runtime.models.vae_memory import CausalCache, Seam
-from pw_runtime.tiling import Strip, blend_ramp, exact_halo, make_bands, make_strips
-from pw_runtime.trace import span
+from pw_runtime.models.causal_cache import CausalCache, Seam
+from pw_runtime.models.tiling import Strip, blend_ramp, exact_halo, make_bands, make_strips
+from pw_runtime.system.trace import span
 from pw_runtime.types import (
     VAE_STRIDE,
     Compat,
-    DecodePlan,
     FrameChunk,
     Latent,
     PixelFormat,
     Place,
+    TilingConfig,
 )
 
 BLOCK_STRIDE = VAE_STRIDE[2] // 2  # columns of 2x2 pixel blocks in one latent column
@@ -29,7 +29,7 @@ COARSE_STRIDE = 2  # rows, and columns, that the coarse part makes of one
 
 def decode(
     latent: Latent,
-    plan: DecodePlan,
+    plan: TilingConfig,
     compat: Compat,
     vae: VaeDecoder,
     pixel_format: PixelFormat = "rgb24",
@@ -71,7 +71,7 @@ Rows = tuple[Tensor, Tensor | None]
 DecodeFrame = Callable[[Tensor], Iterator[Rows]]
 
 
-def _cut(plan: DecodePlan, vae: VaeDecoder, height: int, width: int) -> DecodeFrame:
+def _cut(plan: TilingConfig, vae: VaeDecoder, height: int, width: int) -> DecodeFrame:
     if plan.tiling == "official":
         overlap = plan.overlap
         return _official(vae, make_strips(width, plan.strips, overlap), width, overlap)

@@ -8,16 +8,16 @@ from functools import partial
 
 from torch import Tensor
 
-from pw_runtime.schedule import make_schedule, time_input
-from pw_runtime.segmented import SegmentedDiT
-from pw_runtime.solver import sample
-from pw_runtime.types import Compat, Latent, StagePlan, TextContext
+from pw_runtime.execution.transformer import SegmentedDiT
+from pw_runtime.sampling.schedule import make_schedule, time_input
+from pw_runtime.sampling.solver import sample
+from pw_runtime.types import Compat, Latent, StageConfig, TextContext
 
 
 def draft(
     text: TextContext,
     noise: Tensor,
-    plan: StagePlan,
+    plan: StageConfig,
     compat: Compat,
     net: SegmentedDiT,
     on_step: Callable[[float], None],

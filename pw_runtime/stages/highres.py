@@ -8,17 +8,17 @@ from functools import partial
 
 from torch import Tensor
 
-from pw_runtime.schedule import make_schedule, time_input
-from pw_runtime.segmented import SegmentedDiT
-from pw_runtime.solver import sample
-from pw_runtime.types import Compat, Conditioning, Latent, StagePlan, TextContext
+from pw_runtime.execution.transformer import SegmentedDiT
+from pw_runtime.sampling.schedule import make_schedule, time_input
+from pw_runtime.sampling.solver import sample
+from pw_runtime.types import Compat, Conditioning, Latent, StageConfig, TextContext
 
 
 def highres(
     text: TextContext,
     conditioning: Conditioning,
     noise: Tensor,
-    plan: StagePlan,
+    plan: StageConfig,
     compat: Compat,
     net: SegmentedDiT,
     on_step: Callable[[float], None],

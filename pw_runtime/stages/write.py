@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import av
 import numpy as np
@@ -25,23 +24,15 @@ from av.video.reformatter import (
 )
 from av.video.stream import VideoStream
 
-from pw_runtime.atomic import atomic_file, write_failed
-from pw_runtime.errors import BadRequest, WriteFailed
-from pw_runtime.growing import GrowingFile
-from pw_runtime.overlap import overlap
-from pw_runtime.trace import span
-from pw_runtime.types import Codec, Compat, FrameChunk, PixelFormat
+from pw_runtime.errors import WriteFailed
+from pw_runtime.stages.codecs import RECIPES, Recipe, check_codec
+from pw_runtime.stages.fragmented_mp4 import FragmentedMp4
+from pw_runtime.system.atomic_files import atomic_file, write_failed
+from pw_runtime.system.overlap import overlap
+from pw_runtime.system.trace import span
+from pw_runtime.types import Codec, FrameChunk, PixelFormat
 
 MATRIX_RGB: Final = 0  # AVCOL_SPC_RGB, which PyAV does not name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Recipe:
-    encoder: str
-    options: Mapping[str, str]
-    pix_fmt: str = "yuv420p"
-    suffix: Literal[".mp4", ".mkv"] = ".mp4"
-    tag: str | None = None  # four letters, where the muxer's own choice does not play everywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,62 +41,6 @@ class _Format:
     height: int
     frames: int
     fps: int
-
-
-# h264's crf is the official code's. The others give the same luma PSNR on textured, grainy
-# frames (45.1, 45.3 and 45.1 dB).
-_RECIPES: Final[Mapping[Codec, _Recipe]] = MappingProxyType(
-    {
-        "h264": _Recipe(encoder="libx264", options={"crf": "10", "preset": "veryfast"}),
-        "hevc": _Recipe(
-            encoder="libx265",
-            options={"crf": "10", "preset": "veryfast", "x265-params": "log-level=none"},
-            tag="hvc1",  # Apple's players refuse the default, hev1
-        ),
-        "av1": _Recipe(encoder="libsvtav1", options={"crf": "8", "preset": "8"}),
-        "ffv1": _Recipe(
-            encoder="ffv1",
-            options={"level": "3", "slicecrc": "1"},
-            pix_fmt="bgr0",  # the only 8-bit RGB that ffv1 takes
-            suffix=".mkv",
-        ),
-    }
-)
-
-
-def suffix(codec: Codec) -> Literal[".mp4", ".mkv"]:
-    """Return the file name ending that goes with `codec`."""
-    return _RECIPES[codec].suffix
-
-
-def pixel_format_for(codec: Codec, compat: Compat) -> PixelFormat:
-    """What frames are best decoded to: what the encoder takes, so that they are rounded once.
-
-    Truncated bytes are those of RGB; libswscale makes the planes of them, as officially.
-    """
-    planes = _RECIPES[codec].pix_fmt == "yuv420p" and not compat.truncating_uint8
-    return "yuv420p" if planes else "rgb24"
-
-
-def check_codec(codec: Codec, *, fragmented: bool = False) -> None:
-    """Raise BadRequest if the installed PyAV cannot encode `codec`, or if its file cannot be
-    fragmented where that is asked for. Costs nothing: call it before anything is computed."""
-    if fragmented and suffix(codec) != ".mp4":
-        raise BadRequest(
-            f"--fragmented makes an mp4, which {codec} does not",
-            wanted=f"--codec {', '.join(c for c in _RECIPES if suffix(c) == '.mp4')}",
-            do="choose another codec, or leave --fragmented out",
-        )
-    encoder = _RECIPES[codec].encoder
-    try:
-        av.Codec(encoder, "w")
-    except av.codec.codec.UnknownCodecError as error:
-        raise BadRequest(
-            f"the installed PyAV cannot encode {codec}",
-            got=f"av {av.__version__} without the encoder {encoder}",
-            wanted=f"an av with {encoder}, as in its wheels on PyPI",
-            do="pip install --force-reinstall --only-binary av av, or choose another codec",
-        ) from error
 
 
 def write_video(
@@ -138,7 +73,7 @@ def write_video(
     clip = _Format(width=width, height=height, frames=frames, fps=fps)
     with atomic_file(path) as partial:
         try:
-            overlap(chunks, lambda taken: _encode(taken, partial, _RECIPES[codec], clip, growing))
+            overlap(chunks, lambda taken: _encode(taken, partial, RECIPES[codec], clip, growing))
             written = _packets(partial)
         except av.FFmpegError as error:
             raise write_failed(path, error) from error
@@ -158,7 +93,7 @@ def write_video(
 def _encode(
     chunks: Iterable[FrameChunk],
     path: Path,
-    recipe: _Recipe,
+    recipe: Recipe,
     clip: _Format,
     growing: Path | None = None,
 ) -> None:
@@ -169,11 +104,11 @@ def _encode(
         format="mp4" if mp4 else "matroska",
         options={"movflags": "+faststart"} if mp4 else {},
     )
-    copy: GrowingFile | None = None
+    copy: FragmentedMp4 | None = None
     try:
         stream = _open_stream(container, recipe, clip)
         if growing is not None:
-            copy = GrowingFile(growing, stream, recipe.tag)
+            copy = FragmentedMp4(growing, stream, recipe.tag)
         for frame in _video_frames(chunks, clip, recipe.pix_fmt):
             with span("encode"):
                 _mux(stream.encode(frame), container, copy)
@@ -194,7 +129,7 @@ def _encode(
 
 
 def _mux(
-    packets: Iterable[av.Packet[Any]], container: OutputContainer, copy: GrowingFile | None
+    packets: Iterable[av.Packet[Any]], container: OutputContainer, copy: FragmentedMp4 | None
 ) -> None:
     for packet in packets:
         if copy is not None:
@@ -202,7 +137,7 @@ def _mux(
         container.mux(packet)
 
 
-def _open_stream(container: OutputContainer, recipe: _Recipe, clip: _Format) -> VideoStream:
+def _open_stream(container: OutputContainer, recipe: Recipe, clip: _Format) -> VideoStream:
     stream = container.add_stream(recipe.encoder, rate=clip.fps, options=dict(recipe.options))
     assert isinstance(stream, VideoStream)
     stream.width, stream.height = clip.width, clip.height

@@ -13,23 +13,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pw_bench.job import Job, Program
+from pw_bench.e2e.job import Job, Program
 from pw_export.convert import convert
-from pw_runtime.bundle import open_bundle
-from pw_runtime.noise import latent_shape
+from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.pipeline import generate
-from pw_runtime.progress import Reporter
 from pw_runtime.prompts import make_prompts
-from pw_runtime.trace import Span, Trace
-from pw_runtime.types import Codec, DecodePlan, Preset, Request, StagePlan, VideoPlan
+from pw_runtime.sampling.noise import latent_shape
+from pw_runtime.system.progress import Reporter
+from pw_runtime.system.trace import Span, Trace
+from pw_runtime.types import Codec, Preset, Request, StageConfig, TilingConfig, VideoConfig
 from tests.oracle.checkpoint import write_official_checkpoint
 
-DRAFT = StagePlan(width=96, height=64, steps=3, shift=5.0, guidance=5.0)
-HIGHRES = StagePlan(width=128, height=96, steps=2, shift=5.5, guidance=4.0)
+DRAFT = StageConfig(width=96, height=64, steps=3, shift=5.0, guidance=5.0)
+HIGHRES = StageConfig(width=128, height=96, steps=2, shift=5.5, guidance=4.0)
 TWO_STAGES = Preset(
-    draft=DRAFT, highres=HIGHRES, video=VideoPlan(frames=9), decode=DecodePlan(strips=2)
+    draft=DRAFT, highres=HIGHRES, video=VideoConfig(frames=9), decode=TilingConfig(strips=2)
 )
-ONE_STAGE = Preset(draft=DRAFT, video=VideoPlan(frames=9))
+ONE_STAGE = Preset(draft=DRAFT, video=VideoConfig(frames=9))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def write_checkpoint(folder: Path) -> Path:
 def make(program: Program, job: Job, video: Path) -> Made:
     """Run a program under a trace."""
     latents: list[Tensor] = []
-    trace = Trace(torch.device("cpu"), on_look=lambda name, x: latents.append(x.clone()))
+    trace = Trace(torch.device("cpu"), on_tensor=lambda name, x: latents.append(x.clone()))
     with trace.recording():
         program.clip(job, video)
     here = sorted(trace.spans, key=lambda one: (one.start, one.depth))

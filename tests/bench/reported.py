@@ -23,8 +23,8 @@ from pw_bench.results import (
     Skipped,
     StepDifference,
 )
-from pw_runtime.machine import Gpu, Machine, Package
-from pw_runtime.trace import Span
+from pw_runtime.system.machine import Gpu, Machine, Package
+from pw_runtime.system.trace import Span
 
 GPU = GpuState(
     sm_clock_mhz=1755, memory_clock_mhz=2619, power_w=88.5, power_limit_w=None, temperature_c=41

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pw_bench.results import Ceiling, Ceilings, Figure, Identity, Result
-from pw_runtime.machine import Machine
+from pw_runtime.system.machine import Machine
 
 MACHINE = Machine(
     python="3.11", os="Linux", cpu="a CPU", cores=2, memory_bytes=2**34, packages=(), gpus=(),

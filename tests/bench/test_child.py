@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from pw_bench import child
-from pw_bench.child import Made, Task, make
-from pw_bench.job import Job
-from pw_bench.running import account
-from pw_bench.watching import Watch
-from pw_runtime.machine import reset_peak_rss
+from pw_bench.e2e import worker
+from pw_bench.e2e.job import Job
+from pw_bench.e2e.process import account
+from pw_bench.e2e.worker import Made, Task, make
+from pw_bench.measure.memory_sampler import Watch
 from pw_runtime.presets import PRESETS
-from pw_runtime.trace import span
+from pw_runtime.system.machine import reset_peak_rss
+from pw_runtime.system.trace import span
 
 JOB = Job(
     checkpoint=Path(), bundle=Path(), prompt="a", negative="", preset=PRESETS["nano"],
@@ -39,7 +39,7 @@ class Staged:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Made]:
-    monkeypatch.setattr(child, "SIDES", {"staged": SimpleNamespace(make=Staged)})
+    monkeypatch.setattr(worker, "SIDES", {"staged": SimpleNamespace(make=Staged)})
     answers = io.StringIO()
     make(Task(side="staged", job=JOB, folder=tmp_path, clips=2), answers)
     return [TypeAdapter(Made).validate_json(line) for line in answers.getvalue().splitlines()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pw_bench import commit
+from pw_bench.measure import commit
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 

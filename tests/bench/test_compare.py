@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pw_bench.compare import change, compare, compare_results
+from pw_bench.report.regressions import change, compare, compare_results
 from pw_bench.results import Result, read_result, write_result
-from pw_runtime.cli_options import SOME_FAILED
+from pw_runtime.cli.options import SOME_FAILED
 from pw_runtime.errors import BadRequest
 from tests.bench.results_made import MACHINE, figure, result
 

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from pw_bench import device
-from pw_bench.device import PARTS, main, run_parts
-from pw_bench.nvml import Nvml
+from pw_bench import gpu_suite
+from pw_bench.gpu_suite import PARTS, main, run_parts
+from pw_bench.measure.memory_sampler import Watch, between
+from pw_bench.measure.nvml import Nvml
 from pw_bench.results import Skipped, read_result, write_result
-from pw_bench.watching import Watch, between
-from pw_runtime.cli_options import SOME_FAILED
+from pw_runtime.cli.options import SOME_FAILED
 from tests.bench.results_made import figure, result
 
 FINISHED = result()
@@ -36,7 +36,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(device, "commit", lambda: FINISHED.identity.commit)
+    monkeypatch.setattr(gpu_suite, "commit", lambda: FINISHED.identity.commit)
     return calls
 
 
@@ -89,7 +89,7 @@ def test_parts_that_never_fit_in_are_told_how_long_they_take(ran, tmp_path: Path
 def test_what_is_missing_or_cannot_be_read_makes_the_command_fail(
     ran, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: True)
     (tmp_path / "mine.json").write_text("no result")  # not one of ours: not read
     for part in PARTS:
         write_result(result(figure("a", 1.0)), tmp_path / f"{part.name}.json")
@@ -113,7 +113,7 @@ def test_every_part_is_a_command_that_can_be_parsed(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: False)
     answer = CliRunner().invoke(main, ["--out", str(tmp_path / "r")])
     assert answer.exit_code != 0
     assert "no CUDA GPU" in answer.output

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pw_bench.diffusers_program import Diffusers, scheduler
-from pw_bench.programs import told
+from pw_bench.e2e.diffusers_program import Diffusers, scheduler
+from pw_bench.e2e.programs import told
 from pw_runtime.errors import BadRequest
 from pw_runtime.presets import DRAFT as FULL_DRAFT
-from pw_runtime.schedule import make_schedule
-from pw_runtime.types import Compat, Preset, StagePlan, VideoPlan
+from pw_runtime.sampling.schedule import make_schedule
+from pw_runtime.types import Compat, Preset, StageConfig, VideoConfig
 from tests.bench.programs import (
     DRAFT,
     HIGHRES,
@@ -80,7 +80,7 @@ def test_a_result_names_its_version() -> None:
 
 
 @pytest.mark.parametrize("plan", [FULL_DRAFT, DRAFT, HIGHRES], ids=["50/5.0", "3/5.0", "2/5.5"])
-def test_their_scheduler_is_on_the_official_sigmas(plan: StagePlan) -> None:
+def test_their_scheduler_is_on_the_official_sigmas(plan: StageConfig) -> None:
     theirs, wanted = scheduler(plan), make_schedule(plan.solver, plan.steps, plan.shift)
     theirs.set_timesteps(plan.steps)
     assert tuple(theirs.sigmas.tolist()) == wanted.sigmas
@@ -115,7 +115,7 @@ def test_compiled_pipeline_compiles_where_it_says_so(
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    job = make_job(checkpoint, tmp_path, replace(ONE_STAGE, video=VideoPlan(frames=17)))
+    job = make_job(checkpoint, tmp_path, replace(ONE_STAGE, video=VideoConfig(frames=17)))
     program = Diffusers(compiled=True)
     eager = make(Diffusers(compiled=False), job, tmp_path / "eager.mp4")
     cold = make(program, job, tmp_path / "cold.mp4")

@@ -13,23 +13,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pw_bench import cli_e2e, e2e
-from pw_bench.accounts import figures_of, operations_of, ratios_of
+from pw_bench import cli_e2e
 from pw_bench.cli_e2e import e2e as command
 from pw_bench.cli_e2e import pick_sides
-from pw_bench.e2e import Taken, run_all
-from pw_bench.job import PROMPT, Job
+from pw_bench.e2e import run as e2e_run
+from pw_bench.e2e.aggregate import figures_of, operations_of, ratios_of
+from pw_bench.e2e.job import PROMPT, Job
+from pw_bench.e2e.process import ProgramFailed, Samples, covered, last_words
+from pw_bench.e2e.run import Taken, run_all
+from pw_bench.e2e.stages import stages
+from pw_bench.e2e.weights import Weights, pick_weights
 from pw_bench.results import Clip, Equivalence, Result, Skipped, StepDifference, read_result
-from pw_bench.running import ProgramFailed, Samples, covered, last_words
-from pw_bench.stages import stages
-from pw_bench.weights import Weights, pick_weights
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.train_draft import DIT
-from pw_runtime.bundle import open_bundle
+from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.errors import BadRequest, BadResult
 from pw_runtime.presets import PRESETS
-from pw_runtime.progress import Reporter
-from pw_runtime.trace import Span
+from pw_runtime.system.progress import Reporter
+from pw_runtime.system.trace import Span
 from tests.e2e.pw import write_preset
 
 NANO = PRESETS["nano"]
@@ -73,8 +74,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Taken]
                 *(clip(task.side, wall / 2, "warm", size) for _ in range(task.clips - 1)),
             ]
 
-        monkeypatch.setattr(e2e, "run_process", start)
-        monkeypatch.setattr(e2e, "compare_outputs", lambda one, *rest: same(one.side, label))
+        monkeypatch.setattr(e2e_run, "run_process", start)
+        monkeypatch.setattr(e2e_run, "compare_outputs", lambda one, *rest: same(one.side, label))
         return run_all(
             ("ours", "official"), JOB, tmp_path, rounds=rounds, warm=2, environment={},
             nvml=None, reporter=Reporter(quiet=True),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pw_bench.equivalence import (
+from pw_bench.clips.equivalence import (
     ROUNDING,
     Output,
     compare_frames,
@@ -23,14 +23,14 @@ from pw_bench.equivalence import (
 from pw_runtime.errors import BadResult
 from pw_runtime.presets import PRESETS
 from pw_runtime.stages.write import write_video
-from pw_runtime.types import DecodePlan, FrameChunk, VideoPlan
+from pw_runtime.types import FrameChunk, TilingConfig, VideoConfig
 
 SIZE = (9, 48, 64)
 PRESET = replace(
     PRESETS["nano"],
     draft=replace(PRESETS["nano"].draft, steps=2),
     highres=replace(PRESETS["nano"].draft, width=64, height=48, steps=1),
-    video=VideoPlan(frames=9),
+    video=VideoConfig(frames=9),
 )
 
 
@@ -111,7 +111,7 @@ def test_other_numbers_of_steps_are_refused() -> None:
 
 def test_borders_are_those_of_the_official_strips() -> None:
     assert tile_borders(PRESET) == ()
-    assert tile_borders(replace(PRESETS["2k"], decode=DecodePlan(strips=3))) == (848, 1696)
+    assert tile_borders(replace(PRESETS["2k"], decode=TilingConfig(strips=3))) == (848, 1696)
 
 
 def test_a_clip_that_stands_still_has_no_flicker_ratio(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pw_bench import ceilings, timing
-from pw_bench import kernels as module
-from pw_bench.cases_decoder import decoder_cases
-from pw_bench.cases_transformer import transformer_cases
-from pw_bench.kernel_cases import Case, Maker
-from pw_bench.kernels import check, kernels
+from pw_bench.kernels import run as module
+from pw_bench.kernels.cases import Case, Maker
+from pw_bench.kernels.cases_decoder import decoder_cases
+from pw_bench.kernels.cases_transformer import transformer_cases
+from pw_bench.kernels.run import check, kernels
+from pw_bench.measure import peaks, timing
+from pw_bench.measure.timing import QUICK, Protocol, time_all
 from pw_bench.results import Figure, Result, read_result
-from pw_bench.timing import QUICK, Protocol, time_all
 from pw_kernels.interpreter import install_exact_casts
 from pw_runtime.errors import BadRequest
 from tests.bench.results_made import result
@@ -164,9 +164,9 @@ def test_candidates_take_turns() -> None:
 
 def test_the_memory_of_the_ceilings_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    monkeypatch.setattr(ceilings, "_measured", lambda *_: done.append("measured"))
+    monkeypatch.setattr(peaks, "_measured", lambda *_: done.append("measured"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("given back"))
-    ceilings.measure_ceilings(torch.device("cuda"), QUICK)
+    peaks.measure_ceilings(torch.device("cuda"), QUICK)
     assert done == ["measured", "given back"]
 
 

@@ -4,7 +4,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pw_bench.ledger import Ledger
+from pw_bench.measure.tensor_ledger import Ledger
 
 
 def test_counts_storages_once_and_strikes_them_when_they_die():

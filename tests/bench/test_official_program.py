@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pw_bench.job import Job
+from pw_bench.e2e.job import Job
+from pw_bench.e2e.official_program import Official
 from pw_bench.official import files
-from pw_bench.official.program import Official
 from pw_runtime.types import Compat, Preset
 from tests.bench.programs import (
     ONE_STAGE,

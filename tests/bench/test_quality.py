@@ -12,11 +12,11 @@ import torch
 
 from pw_bench.quality.gate import Way, adherence, from_true_drafts, reconstruction, shares
 from pw_bench.quality.measure import Seen
-from pw_bench.quality.sheets import bars, table, write_sheets
-from pw_bench.quality.studio import Studio, examples, open_studio
-from pw_runtime.bundle import open_bundle
+from pw_bench.quality.plots import bars, table, write_sheets
+from pw_bench.quality.render import Studio, examples, open_studio
+from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.presets import PRESETS
-from pw_runtime.types import Preset, VideoPlan
+from pw_runtime.types import Preset, VideoConfig
 
 NANO = PRESETS["nano"]
 
@@ -33,7 +33,7 @@ def small() -> Preset:
         NANO,
         draft=replace(NANO.draft, width=64, height=32, steps=1),
         highres=replace(NANO.highres, width=128, height=64),
-        video=VideoPlan(frames=5),
+        video=VideoConfig(frames=5),
     )
 
 

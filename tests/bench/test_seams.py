@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pw_bench.seams import seam_index
+from pw_bench.clips.seams import seam_index
 from pw_export.nano import NANO_VAE, random_weights
 from pw_kernels.pack_frames import pixels_of
 from pw_runtime.models import VaeDecoder
+from pw_runtime.models.tiling import make_bands, make_strips
 from pw_runtime.stages import decode as stage
-from pw_runtime.tiling import make_bands, make_strips
 from tests.closeness import max_abs
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from pw_bench.report.console import show
 from pw_bench.results import Ratio
-from pw_bench.shown import show
 from tests.bench.results_made import figure, result
 
 STEADY = figure("ours/warm", 1.0, 1.0, 1.0)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pw_bench import stages
-from pw_bench.job import Job
+from pw_bench.e2e import stages
+from pw_bench.e2e.job import Job
+from pw_bench.e2e.stages import measure_stages
 from pw_bench.results import Figure, Skipped
-from pw_bench.stages import measure_stages
 from pw_runtime.presets import PRESETS
-from pw_runtime.progress import Reporter
-from pw_runtime.trace import span
+from pw_runtime.system.progress import Reporter
+from pw_runtime.system.trace import span
 from tests.bench.results_made import result
 
 JOB = Job(

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from pw_bench.synthetic import synthetic_bundle
+from pw_bench.e2e.synthetic import synthetic_bundle
 from pw_export.nano import NANO_DIT, NANO_HIGHRES, NANO_TEXT_ENCODER, NANO_VAE
-from pw_export.published import NETWORKS
-from pw_runtime.bundle import load_tensors
+from pw_export.wan22_configs import NETWORKS
+from pw_runtime.checkpoint.bundle import load_tensors
 from pw_runtime.pipeline import generate
 from pw_runtime.presets import PRESETS
-from pw_runtime.progress import Reporter
-from pw_runtime.types import Prompt, Request, StagePlan, VideoPlan
+from pw_runtime.system.progress import Reporter
+from pw_runtime.types import Prompt, Request, StageConfig, VideoConfig
 
 SMALL = replace(
     NETWORKS,
@@ -27,9 +27,9 @@ SMALL = replace(
 
 
 def test_a_clip_is_made_of_weights_in_memory(tmp_path: Path) -> None:
-    stage = StagePlan(width=64, height=64, steps=2, shift=5.0, guidance=5.0)
+    stage = StageConfig(width=64, height=64, steps=2, shift=5.0, guidance=5.0)
     preset = replace(
-        PRESETS["nano"], draft=stage, highres=replace(stage, width=96), video=VideoPlan(frames=5)
+        PRESETS["nano"], draft=stage, highres=replace(stage, width=96), video=VideoConfig(frames=5)
     )
     bundle = synthetic_bundle(tmp_path / "bundle", SMALL)
     prompt = Prompt(id="0", text="a red ball", position=1)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pw_export import keymaps
 from pw_export.convert import convert
-from pw_export.published import LATENT_MEAN, LATENT_STD
-from pw_runtime import keymaps
-from pw_runtime.bundle import Bundle, load_tensors
+from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
+from pw_runtime.checkpoint.bundle import Bundle, load_tensors
 
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE = "Wan2.2_VAE.pth"

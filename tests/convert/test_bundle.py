@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pw_runtime.bundle import load_tensors, open_bundle, sha256_of, verify
+from pw_runtime.checkpoint.bundle import load_tensors, open_bundle, sha256_of, verify
 from pw_runtime.errors import BadWeights
 from tests.convert.layouts import State, edit_json, edit_shard
 from tests.oracle.checkpoint import Checkpoint

@@ -17,7 +17,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from pw_export.convert import convert
-from pw_runtime.bundle import open_bundle, verify
+from pw_runtime.checkpoint.bundle import open_bundle, verify
 from pw_runtime.errors import BadRequest, WriteFailed
 from tests.convert.layouts import quietly
 from tests.oracle.checkpoint import Checkpoint

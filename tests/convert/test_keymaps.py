@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from pw_export import keymaps
 from pw_export.configs import (
     dit_config,
     text_encoder_config,
     vae_config,
 )
-from pw_export.published import DRAFT, HIGHRES, TEXT_ENCODER, VAE
 from pw_export.sources import Ref
-from pw_runtime import keymaps
+from pw_export.wan22_configs import DRAFT, HIGHRES, TEXT_ENCODER, VAE
 from pw_runtime.models import expected_shapes
 from pw_runtime.types import Config, Network
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 import pw_export.convert
-from pw_runtime.bundle import load_tensors, open_bundle, sha256_of, verify
+from pw_runtime.checkpoint.bundle import load_tensors, open_bundle, sha256_of, verify
 from tests.convert.layouts import (
     INDEX,
     SHARDS,

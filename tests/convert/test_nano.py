@@ -17,16 +17,16 @@ from pw_export.nano import (
     NANO_VAE,
     write_nano_checkpoint,
 )
-from pw_export.published import LATENT_MEAN, LATENT_STD
-from pw_runtime.bundle import Bundle, sha256_of, verify
-from pw_runtime.engines import eager_engines
+from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
+from pw_runtime.checkpoint.bundle import Bundle, sha256_of, verify
+from pw_runtime.checkpoint.loader import load_decoder, load_dit
 from pw_runtime.errors import BadRequest
-from pw_runtime.networks import load_decoder, load_dit
-from pw_runtime.segmented import SegmentedDiT
-from pw_runtime.segments import segments_of
+from pw_runtime.execution.engine_lookup import eager_engines
+from pw_runtime.execution.transformer import SegmentedDiT
+from pw_runtime.execution.transformer_segments import segments_of
 from pw_runtime.stages.decode import decode
 from pw_runtime.stages.draft import draft
-from pw_runtime.types import CHUNK, Compat, DecodePlan, StagePlan, TextContext, VaeConfig
+from pw_runtime.types import CHUNK, Compat, StageConfig, TextContext, TilingConfig, VaeConfig
 from tests.convert.layouts import SHARDS, T5, VAE, quietly
 
 SMALL_DIT = replace(NANO_DIT, dim=64, ffn_dim=64, num_heads=2, num_layers=1)
@@ -121,14 +121,14 @@ def test_clips_are_coloured_smooth_and_moving(bundle: Bundle) -> None:
         cond=torch.randn(20, 64, generator=generator),
         uncond=torch.randn(300, 64, generator=generator),
     )
-    plan = StagePlan(width=192, height=128, steps=10, shift=5.0, guidance=5.0)
+    plan = StageConfig(width=192, height=128, steps=10, shift=5.0, guidance=5.0)
     noise = torch.randn(48, 3, 8, 12, generator=generator)
     with torch.inference_mode():
         net = load_dit(bundle, "draft", "fp32", device)
         segments = segments_of(net.config, "fp32", CHUNK)
         on_engines = SegmentedDiT(net, segments, eager_engines(segments))
         latent = draft(text, noise, plan, Compat(), on_engines, lambda part: None)
-    chunks = decode(latent, DecodePlan(), Compat(), load_decoder(bundle, device))
+    chunks = decode(latent, TilingConfig(), Compat(), load_decoder(bundle, device))
     video = torch.cat([chunk.frames for chunk in chunks]).float()  # [F, height, width, 3]
     assert video.shape == (9, 128, 192, 3)
     assert video.std(dim=(1, 2)).mean() > 10

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pw_runtime import cli
+from pw_runtime.cli import main as cli
 
 PRESET = """\
 [draft]

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pw_runtime.latents import METADATA
+from pw_runtime.job.latents import METADATA
 from tests.e2e.pw import Ended, Pw
 
 

@@ -15,12 +15,12 @@ import torch
 
 from pw_engines import EngineError, EngineSpec, EngineStore
 from pw_engines.eager import EagerEngine
-from pw_runtime import engines
-from pw_runtime.bundle import Bundle, open_bundle
-from pw_runtime.decoder_engines import choose_decoder, decoder_segments
-from pw_runtime.engines import COMPILERS, key_of
+from pw_runtime.checkpoint.bundle import Bundle, open_bundle
+from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
-from pw_runtime.networks import load_decoder
+from pw_runtime.execution import engine_lookup
+from pw_runtime.execution.decoder_lookup import choose_decoder, decoder_segments
+from pw_runtime.execution.engine_lookup import COMPILERS, key_of
 from pw_runtime.presets import find_preset
 from pw_runtime.types import EnginePolicy, Prompt, Request
 from tests.e2e.pw import Ended, Pw
@@ -44,7 +44,7 @@ def built(
         return EagerEngine(spec, modules[spec])
 
     quick = {**COMPILERS, "aoti": replace(aoti, load=load)}
-    monkeypatch.setattr(engines, "COMPILERS", MappingProxyType(quick))
+    monkeypatch.setattr(engine_lookup, "COMPILERS", MappingProxyType(quick))
 
     def put(text: str = "good") -> None:
         store = EngineStore()

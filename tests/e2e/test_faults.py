@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from pw_runtime import pipeline
-from pw_runtime.bundle import open_bundle
+from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.checkpoint.loader import check_networks, load_text_network
 from pw_runtime.errors import BadRequest, BadWeights, WriteFailed
-from pw_runtime.networks import check_networks, load_text_network
+from pw_runtime.job.preflight import check_request
 from pw_runtime.presets import PRESETS
-from pw_runtime.request import check_request
 from pw_runtime.types import Latent, Request
 from tests.e2e.pw import Pw, latent_shapes
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pw_runtime.noise import draw_noise, seeds_for, tensor_digest
+from pw_runtime.sampling.noise import draw_noise, seeds_for, tensor_digest
 from tests.e2e.pw import Pw
 from tests.oracle.checkpoint import Checkpoint
 

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from pw_runtime import clip as clip_module
 from pw_runtime import pipeline
 from pw_runtime.errors import WriteFailed
+from pw_runtime.job import clip as clip_module
 from pw_runtime.stages import write
 from tests.e2e.pw import Ended, Pw
 
@@ -132,7 +132,8 @@ def test_a_fault_after_the_denoise_costs_one_command(
 
 KILLED = """
 import os, signal, sys
-from pw_runtime import cli, pipeline
+from pw_runtime import pipeline
+from pw_runtime.cli import main as cli
 decode = pipeline.decode
 def killed(*arguments):
     yield next(decode(*arguments))

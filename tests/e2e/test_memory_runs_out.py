@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from pw_engines import EngineError
-from pw_runtime import fitting, loaded, pipeline
-from pw_runtime.types import DecodePlan
-from pw_runtime.weights import StreamedWeights
+from pw_runtime import pipeline
+from pw_runtime.execution.weight_streaming import StreamedWeights
+from pw_runtime.planning import loaded, oom_fallback
+from pw_runtime.types import TilingConfig
 from tests.e2e.pw import Ended, Pw, write_preset
 
 
@@ -111,20 +112,20 @@ def test_where_no_way_is_left_that_prompt_alone_ends(
 def test_an_engine_that_runs_out_of_memory_is_told_by_its_cause() -> None:
     failed = EngineError("block_in failed in AOTInductor")
     failed.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
-    assert fitting.out_of_memory(failed) is not None
-    assert fitting.out_of_memory(RuntimeError("CUDNN_STATUS_ALLOC_FAILED")) is not None
-    assert fitting.out_of_memory(EngineError("a plan of another GPU")) is None
-    assert fitting.out_of_memory(ValueError("out of memory")) is None
+    assert oom_fallback.out_of_memory(failed) is not None
+    assert oom_fallback.out_of_memory(RuntimeError("CUDNN_STATUS_ALLOC_FAILED")) is not None
+    assert oom_fallback.out_of_memory(EngineError("a plan of another GPU")) is None
+    assert oom_fallback.out_of_memory(ValueError("out of memory")) is None
 
 
 def test_a_draft_is_decoded_as_it_was_planned(
     generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Seen: the plan was made for the preset's strips, and the draft decoded in one piece."""
-    cuts: list[DecodePlan] = []
+    cuts: list[TilingConfig] = []
     work = pipeline.decode
 
-    def noted(latent: Any, cut: DecodePlan, *arguments: Any) -> Any:
+    def noted(latent: Any, cut: TilingConfig, *arguments: Any) -> Any:
         cuts.append(cut)
         if len(cuts) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -150,7 +151,7 @@ def test_streamed_weights_make_the_same_clip(
         return next(way for way in ways if getattr(way.choice, "weights", "mapped") == "mapped")
 
     monkeypatch.setattr(loaded, "StreamedWeights", Noted)
-    monkeypatch.setattr("pw_runtime.planner._first", third)
+    monkeypatch.setattr("pw_runtime.planning.planner._first", third)
     ended = generate()
     assert ended.code == 0
     assert len(made) == 2

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from pw_runtime import pipeline
-from pw_runtime.bundle import open_bundle
+from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.pipeline import generate
 from pw_runtime.presets import read_preset
-from pw_runtime.progress import Reporter
-from pw_runtime.trace import Trace, look, span
+from pw_runtime.system.progress import Reporter
+from pw_runtime.system.trace import Trace, observe, span
 from pw_runtime.types import Prompt, Request
 from tests.e2e.pw import Pw
 
@@ -75,7 +75,7 @@ def test_top_spans_cover_the_run(bundle_dir: Path, preset: Path, tmp_path: Path)
 def test_latents_are_shown_step_by_step(bundle_dir: Path, preset: Path, tmp_path: Path) -> None:
     plan = read_preset(preset)
     seen: list[torch.Size] = []
-    trace = Trace(CPU, on_look=lambda name, x: seen.append(x.shape))
+    trace = Trace(CPU, on_tensor=lambda name, x: seen.append(x.shape))
     with trace.recording():
         generate(
             Request(prompts=(PROMPT,), preset=plan, out=tmp_path),
@@ -90,7 +90,7 @@ def test_latents_are_shown_step_by_step(bundle_dir: Path, preset: Path, tmp_path
 def test_nothing_is_recorded_where_nobody_asked() -> None:
     trace = Trace(CPU)
     with span("before"):
-        look("x", torch.zeros(1))
+        observe("x", torch.zeros(1))
     with trace.recording(), span("outer"), pytest.raises(KeyError), span("inner"):
         raise KeyError
     with span("after"):

@@ -12,10 +12,10 @@ import torch
 
 from pw_engines import EngineError, EngineSpec, EngineStore
 from pw_engines.eager import EagerEngine
-from pw_runtime import engines
-from pw_runtime.engines import Compiler, choose_engines, key_of
 from pw_runtime.errors import BadRequest
-from pw_runtime.segments import Segment, segments_of
+from pw_runtime.execution import engine_lookup
+from pw_runtime.execution.engine_lookup import Compiler, choose_engines, key_of
+from pw_runtime.execution.transformer_segments import Segment, segments_of
 from tests.engines.test_segments import DRAFT
 
 CPU = torch.device("cpu")
@@ -49,9 +49,9 @@ def store(
             load=load,
             frontend=one.frontend,
         )
-        for name, one in engines.COMPILERS.items()
+        for name, one in engine_lookup.COMPILERS.items()
     }
-    monkeypatch.setattr(engines, "COMPILERS", MappingProxyType(compilers))
+    monkeypatch.setattr(engine_lookup, "COMPILERS", MappingProxyType(compilers))
     return EngineStore(tmp_path / "engines")
 
 
@@ -59,7 +59,7 @@ def put(
     store: EngineStore,
     segment: Segment,
     text: str = "good",
-    compiler: engines.CompilerName = "aoti",
+    compiler: engine_lookup.CompilerName = "aoti",
 ) -> None:
     key = key_of(segment, compiler, CPU)
     with store.locked(key), store.publishing(key, "engine.pt2") as path:
@@ -102,7 +102,7 @@ def test_eager_does_not_look(store: EngineStore, segments: dict[str, Segment]) -
 
 @pytest.mark.parametrize("policy", ["auto", "engines"])
 def test_an_engine_that_cannot_be_opened_is_an_error(
-    store: EngineStore, segments: dict[str, Segment], policy: engines.EnginePolicy
+    store: EngineStore, segments: dict[str, Segment], policy: engine_lookup.EnginePolicy
 ) -> None:
     for segment in segments.values():
         put(store, segment, "bad" if segment.name == "embed" else "good")
@@ -127,9 +127,9 @@ def with_tensorrt(store: EngineStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT is there too."""
     able = {
         name: replace(one, unavailable=lambda device: None)
-        for name, one in engines.COMPILERS.items()
+        for name, one in engine_lookup.COMPILERS.items()
     }
-    monkeypatch.setattr(engines, "COMPILERS", MappingProxyType(able))
+    monkeypatch.setattr(engine_lookup, "COMPILERS", MappingProxyType(able))
 
 
 @pytest.mark.usefixtures("with_tensorrt")

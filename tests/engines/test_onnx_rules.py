@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pw_engines.engine import EngineError
-from pw_engines.onnx_rules import check_importable
 from pw_engines.spec import EngineSpec, TensorSpec
+from pw_engines.tensorrt.onnx_rules import check_importable
 from tests.engines.tensorrt.segments import onnx_of, spec
 
 node = helper.make_node

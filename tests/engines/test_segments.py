@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pw_engines.eager import EagerEngine
 from pw_engines.engine import random_inputs
-from pw_runtime import segments
+from pw_runtime.execution import transformer_segments
+from pw_runtime.execution.transformer import SegmentedDiT
+from pw_runtime.execution.transformer_segments import FIRST_BLOCK, segments_of
 from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
 from pw_runtime.models.precision import store_dit_weight
-from pw_runtime.segmented import SegmentedDiT
-from pw_runtime.segments import FIRST_BLOCK, segments_of
 from pw_runtime.types import DitConfig, Precision
 from tests.closeness import max_abs, relative_l2
 
@@ -126,7 +126,7 @@ def test_sharing_the_first_attention_changes_no_bit(precision: Precision) -> Non
 def test_heads_a_few_at_a_time_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(HIGHRES, "fp32")
     together = velocities(segmented(net, "fp32", 9), [7, 3])
-    monkeypatch.setattr("pw_runtime.segmented.ATTENTION_BYTES", 1)
+    monkeypatch.setattr("pw_runtime.execution.transformer.ATTENTION_BYTES", 1)
     one_by_one = velocities(segmented(net, "fp32", 9), [7, 3])
     assert all(torch.equal(*pair) for pair in zip(together, one_by_one, strict=True))
 
@@ -250,5 +250,5 @@ def test_digest_covers_every_file_that_a_segment_runs() -> None:
     with torch.inference_mode():
         ran = files_run(run)
     # What decides which implementation runs is not part of the arithmetic.
-    assert ran - {"op"} <= {*segments._KERNELS, *segments._MODELS}
+    assert ran - {"op"} <= {*transformer_segments._KERNELS, *transformer_segments._MODELS}
     assert {"attention", "blocks", "adapter", "qk_norm_rope"} <= ran

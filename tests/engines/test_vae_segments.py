@@ -15,23 +15,23 @@ from pw_engines import aoti
 from pw_engines.eager import EagerEngine
 from pw_engines.engine import check_parity, relative_l2, require_parity
 from pw_export.nano import NANO_VAE
-from pw_export.published import VAE
-from pw_runtime.models import VaeDecoder
-from pw_runtime.models.vae_blocks import CausalConv3d
-from pw_runtime.models.vae_memory import CausalCache
-from pw_runtime.networks import channels_last
-from pw_runtime.presets import PRESETS
-from pw_runtime.segmented_vae import SegmentedVae
-from pw_runtime.segments import Segment
-from pw_runtime.stages.decode import decode
-from pw_runtime.types import VAE_STRIDE, Compat, DecodePlan, Latent, VaeConfig
-from pw_runtime.vae_segments import (
+from pw_export.wan22_configs import VAE
+from pw_runtime.checkpoint.loader import channels_last
+from pw_runtime.execution.decoder import SegmentedVae
+from pw_runtime.execution.decoder_segments import (
     as_rows,
     from_rows,
     segments_of_decode,
     segments_of_vae,
     stored_weights,
 )
+from pw_runtime.execution.transformer_segments import Segment
+from pw_runtime.models import VaeDecoder
+from pw_runtime.models.causal_cache import CausalCache
+from pw_runtime.models.vae_blocks import CausalConv3d
+from pw_runtime.presets import PRESETS
+from pw_runtime.stages.decode import decode
+from pw_runtime.types import VAE_STRIDE, Compat, Latent, TilingConfig, VaeConfig
 from tests.models.test_vae_golden import config as tiny
 
 CPU = torch.device("cpu")
@@ -71,9 +71,9 @@ def clip(vae: VaeDecoder | SegmentedVae, latent: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     "plan",
     [
-        DecodePlan(tiling="exact", strips=1),
-        DecodePlan(tiling="exact", strips=2),
-        DecodePlan(tiling="official", strips=2, overlap=1),
+        TilingConfig(tiling="exact", strips=1),
+        TilingConfig(tiling="exact", strips=2),
+        TilingConfig(tiling="official", strips=2, overlap=1),
     ],
 )
 def test_a_decode_on_engines_equals_that_of_the_decoder(nano, plan) -> None:

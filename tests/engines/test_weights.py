@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 
+from pw_runtime.execution.transformer_segments import segments_of
+from pw_runtime.execution.weight_streaming import StreamedWeights
 from pw_runtime.models import WanDiT
 from pw_runtime.models.precision import store_dit_weight
-from pw_runtime.segments import segments_of
 from pw_runtime.types import Precision
-from pw_runtime.weights import StreamedWeights
 from tests.engines.test_segments import CPU, HIGHRES, network, segmented, velocities
 
 

@@ -22,8 +22,8 @@ from pw_export.build import (
     pick_compiler,
     unusable,
 )
-from pw_runtime.engines import COMPILERS, Compiler
 from pw_runtime.errors import BadRequest
+from pw_runtime.execution.engine_lookup import COMPILERS, Compiler
 from pw_runtime.presets import NANO_CLIP, NANO_DRAFT
 from pw_runtime.types import Preset
 from tests.engines.faulty import FaultyEngine
@@ -198,7 +198,7 @@ def test_real_engine_of_a_block(store: EngineStore) -> None:
     assert path is not None
     engine = compiler.load(job.key.spec, path, CPU)
     from pw_engines.engine import random_inputs, relative_l2
-    from pw_runtime.segments import segments_of
+    from pw_runtime.execution.transformer_segments import segments_of
 
     sizes = {"tokens": 33, "text": 5}
     inputs = random_inputs(engine.spec, sizes, CPU, seed=1)

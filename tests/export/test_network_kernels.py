@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from pw_export.kernel_discovery import variants_for
 from pw_export.kernel_library import jobs_for
-from pw_export.network_kernels import variants_for
 from pw_kernels.launcher import Variant
 from pw_kernels.op import OPS
 

@@ -26,7 +26,7 @@ from pw_export.onnx_check import LARGEST, check_onnx
 from pw_export.onnx_export import export_onnx, export_segment
 from pw_kernels.op import using
 from pw_runtime.errors import BadRequest
-from pw_runtime.segments import Segment, segments_of
+from pw_runtime.execution.transformer_segments import Segment, segments_of
 from pw_runtime.types import Precision
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.segments import aligned

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pw_engines.engine import random_inputs, relative_l2
-from pw_engines.onnx_rules import check_importable
+from pw_engines.tensorrt.onnx_rules import check_importable
 from pw_export.onnx_check import check_onnx
 from pw_export.onnx_export import export_segment
-from pw_export.onnx_writes import Writes
+from pw_export.onnx_scatter import Writes
+from pw_runtime.execution.decoder_segments import segments_of_vae
 from pw_runtime.models import VaeDecoder
-from pw_runtime.vae_segments import segments_of_vae
 from tests.export.runners import run_reference
 from tests.models.test_vae_golden import config
 

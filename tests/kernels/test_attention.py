@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pw_kernels.attention import OP, _check_for_triton, attention, reference
-from pw_kernels.attention_variants import HOPPER, LARGE, SMALL, Variant, run
+from pw_kernels.attention.variants import HOPPER, LARGE, SMALL, Variant, run
 from pw_kernels.op import using
 from tests.closeness import max_abs
 from tests.kernels.accuracy import assert_as_accurate, normal

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pw_kernels import attention, op
 from pw_kernels.attention import reference
-from pw_kernels.attention_libraries import LIBRARIES, available
+from pw_kernels.attention.libraries import LIBRARIES, available
 from tests.kernels.accuracy import assert_as_accurate, normal
 
 

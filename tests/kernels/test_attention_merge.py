@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pw_kernels.attention import attention, reference
-from pw_kernels.attention_variants import LARGE, run
-from pw_kernels.merge_attention import OP, merge_attention
+from pw_kernels.attention.merge import OP, merge_attention
+from pw_kernels.attention.variants import LARGE, run
 from tests.closeness import max_abs
 
 SPLITS = [(150,), (75, 75), (1, 149), (149, 1), (64, 64, 22), (10,) * 15]

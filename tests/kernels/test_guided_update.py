@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pw_kernels import Update, op
 from pw_kernels.guided_update import guided_update, reference, run_kernel
-from pw_runtime.schedule import make_schedule
-from pw_runtime.solver import dpm_update, sample, unipc_corrector, unipc_predictor
+from pw_runtime.sampling.schedule import make_schedule
+from pw_runtime.sampling.solver import dpm_update, sample, unipc_corrector, unipc_predictor
 from pw_runtime.types import Solver
 from tests.kernels.accuracy import assert_as_accurate, normal
 
@@ -74,7 +74,7 @@ def test_a_whole_run_of_the_kernel_equals_the_reference(
 
     noise = normal(4, 3, 6, 10)
     seen.append(sample(velocities, noise, sigmas, solver, 5.0))
-    monkeypatch.setattr("pw_runtime.solver.guided_update", launched)
+    monkeypatch.setattr("pw_runtime.sampling.solver.guided_update", launched)
     seen.append(sample(velocities, noise, sigmas, solver, 5.0))
     half = len(seen) // 2
     for ours, theirs in zip(seen[half:], seen[:half], strict=True):

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pw_kernels import causal_conv3d, chunked_attention, phase_taps, upsample2x_conv
+from pw_kernels.attention.chunked import SCORE_BYTES
+from pw_kernels.attention.chunked import reference as attention_reference
 from pw_kernels.causal_conv3d import LARGEST, slice_sizes
-from pw_kernels.chunked_attention import SCORE_BYTES
-from pw_kernels.chunked_attention import reference as attention_reference
 from pw_kernels.op import OPS
 from tests.closeness import max_abs
 from tests.kernels.accuracy import assert_as_accurate

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pw_runtime import machine
-from pw_runtime.machine import (
+from pw_runtime.system import machine
+from pw_runtime.system.machine import (
     Gpu,
     Machine,
     Package,
@@ -24,7 +24,10 @@ from pw_runtime.machine import (
 )
 
 ROOT = Path(__file__).parents[2]
-REPORT = "from pw_runtime.machine import describe, doctor_report; print(doctor_report(describe()))"
+REPORT = (
+    "from pw_runtime.system.machine import describe, doctor_report; "
+    "print(doctor_report(describe()))"
+)
 BLOCK = """
 import sys
 

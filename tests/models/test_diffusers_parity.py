@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pw_export import keymaps
 from pw_kernels import unpatchify_pixels
-from pw_runtime import keymaps
 from pw_runtime.models import VaeDecoder, VaeEncoder, WanDiT
-from pw_runtime.models.vae_memory import CausalCache
+from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.types import DitConfig, VaeConfig
 from tests.closeness import max_abs, relative_l2
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pw_bench.official import vae as oracle_vae
 from pw_kernels import unpatchify_pixels
+from pw_runtime.checkpoint.loader import channels_last, decoder_weight
 from pw_runtime.models import VaeDecoder
-from pw_runtime.models.vae_memory import CausalCache
-from pw_runtime.networks import channels_last, decoder_weight
+from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.types import Precision
 from tests.closeness import relative_l2
 from tests.models.test_vae_golden import config

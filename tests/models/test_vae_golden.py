@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pw_kernels import unpatchify_pixels
 from pw_runtime.models import VaeDecoder, VaeEncoder, expected_shapes
-from pw_runtime.models.vae_memory import CausalCache
+from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.types import VaeConfig
 from tests.closeness import max_abs
 from tests.oracle import golden

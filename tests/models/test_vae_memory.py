@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pw_kernels.causal_conv3d import LARGEST
+from pw_runtime.execution.decoder_segments import from_engine, to_engine
 from pw_runtime.models import VaeDecoder
+from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.models.vae_blocks import (
     CausalConv3d,
     ResidualBlock,
     Upsample,
     interleave_frames,
 )
-from pw_runtime.models.vae_memory import CausalCache
 from pw_runtime.types import VaeConfig
-from pw_runtime.vae_segments import from_engine, to_engine
 from tests.closeness import max_abs
 from tests.models.test_vae_golden import config
 

@@ -16,9 +16,9 @@ from pw_export.nano.train_draft import initialise_text
 from pw_export.nano.trainable import encode_texts, velocities
 from pw_export.nano.trainable_vae import decode_clips, encode_clips, fold_pixels, unfold_pixels
 from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
+from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.models.text_encoder import TIED_KEY, encode_tokens
 from pw_runtime.models.vae import VaeEncoder
-from pw_runtime.models.vae_memory import CausalCache
 from tests.closeness import max_abs
 
 DIT = replace(NANO_DIT, dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=12)

@@ -10,9 +10,9 @@ import torch
 
 from pw_bench.quality.gate import Paint, ways_to_paint
 from pw_bench.quality.measure import look_at
-from pw_bench.quality.studio import Studio, examples, open_studio
+from pw_bench.quality.render import Studio, examples, open_studio
 from pw_export.nano.weights import FILES, TRAINED, write_trained_checkpoint
-from pw_runtime.bundle import sha256_of
+from pw_runtime.checkpoint.bundle import sha256_of
 from pw_runtime.presets import PRESETS
 from tests.convert.layouts import quietly
 

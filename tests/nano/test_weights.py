@@ -16,7 +16,7 @@ from pw_export.nano.train_draft import DIT, TEXT_ENCODER, TextToLatent
 from pw_export.nano.train_highres import HIGHRES, initial_highres
 from pw_export.nano.train_vae import VAE, initialise
 from pw_export.nano.weights import FILES, keep_weights, read_weights, write_trained_checkpoint
-from pw_runtime.bundle import Bundle, load_tensors, verify
+from pw_runtime.checkpoint.bundle import Bundle, load_tensors, verify
 from pw_runtime.errors import BadWeights
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae import VaeEncoder

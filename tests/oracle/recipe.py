@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pw_bench.official import dit, files, stages, text, vae
-from pw_runtime.types import StagePlan
+from pw_runtime.types import StageConfig
 
 
 def fp32(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -23,8 +23,8 @@ def run_official(
     prompt: str,
     negative: str,
     *,
-    draft: StagePlan,
-    highres: StagePlan,
+    draft: StageConfig,
+    highres: StageConfig,
     frames: int,
     draft_noise: Tensor,
     highres_noise: Tensor,

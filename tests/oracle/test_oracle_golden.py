@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from pw_bench.official import dit, files, solvers, stages, text, vae
-from pw_runtime.types import StagePlan
+from pw_runtime.types import StageConfig
 from tests.oracle import checkpoint, golden, recipe
 from tests.oracle import vae as encoder
 
 DIT, VAE, SOLVER, TEXT = 2e-5, 1e-5, 2e-6, 1e-5
 SAMPLER_RUNS = list(golden.load_json("samplers")["runs"])
-DRAFT = StagePlan(width=96, height=64, steps=3, shift=5.0, guidance=5.0)
-HIGHRES = StagePlan(width=128, height=96, steps=2, shift=5.5, guidance=5.0)
+DRAFT = StageConfig(width=96, height=64, steps=3, shift=5.0, guidance=5.0)
+HIGHRES = StageConfig(width=128, height=96, steps=2, shift=5.5, guidance=5.0)
 
 
 @pytest.fixture(autouse=True, scope="module")

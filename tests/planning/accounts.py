@@ -10,13 +10,15 @@ from dataclasses import replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pw_bench.ledger import Ledger
-from pw_runtime.engines import eager_engines
+from pw_bench.measure.tensor_ledger import Ledger
+from pw_runtime.checkpoint.loader import is_streamed
+from pw_runtime.execution.engine_lookup import eager_engines
+from pw_runtime.execution.transformer import SegmentedDiT
+from pw_runtime.execution.transformer_segments import segments_of
+from pw_runtime.execution.weight_streaming import StreamedWeights
 from pw_runtime.models import WanDiT
 from pw_runtime.models.precision import store_dit_weight
-from pw_runtime.noise import latent_shape
-from pw_runtime.segmented import SegmentedDiT
-from pw_runtime.segments import segments_of
+from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.stages.condition import condition
 from pw_runtime.stages.draft import draft
 from pw_runtime.stages.highres import highres
@@ -24,16 +26,15 @@ from pw_runtime.types import (
     Compat,
     DitConfig,
     Latent,
-    NetworkPlan,
     Precision,
-    StagePlan,
+    StageConfig,
     TextContext,
-    VideoPlan,
+    TransformerPlan,
+    VideoConfig,
 )
-from pw_runtime.weights import StreamedWeights, is_streamed
 
 TEXT_TOKENS = 120
-LOW = StagePlan(width=448, height=256, steps=1, shift=5.0, guidance=5.0)
+LOW = StageConfig(width=448, height=256, steps=1, shift=5.0, guidance=5.0)
 CPU = torch.device("cpu")
 
 
@@ -51,10 +52,10 @@ def counted(*, fake: bool) -> Iterator[Ledger]:
 
 def stage_peak(
     config: DitConfig,
-    stage: StagePlan,
-    video: VideoPlan,
+    stage: StageConfig,
+    video: VideoConfig,
     precision: Precision,
-    plan: NetworkPlan,
+    plan: TransformerPlan,
     *,
     fake: bool = True,
 ) -> int:
@@ -80,11 +81,11 @@ def stage_peak(
     return ledger.peak["cpu"]
 
 
-def _stays(name: str, plan: NetworkPlan) -> bool:
+def _stays(name: str, plan: TransformerPlan) -> bool:
     return plan.weights == "mapped" and is_streamed(name)
 
 
-def _run(net: SegmentedDiT, config: DitConfig, stage: StagePlan, video: VideoPlan) -> None:
+def _run(net: SegmentedDiT, config: DitConfig, stage: StageConfig, video: VideoConfig) -> None:
     context = torch.zeros(TEXT_TOKENS, config.text_dim)
     text = TextContext(cond=context, uncond=context)
     noise = torch.zeros(latent_shape(stage, video))

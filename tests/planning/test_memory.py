@@ -8,33 +8,36 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pw_export import published
+from pw_export import wan22_configs
 from pw_runtime.models.text_encoder import TIED_KEY, build_text_encoder, encode_tokens
+from pw_runtime.planning.transformer_memory import stage_memory, text_memory
 from pw_runtime.presets import CLIP, DRAFT, FOUR_K, TWO_K
-from pw_runtime.text_memory import text_memory
-from pw_runtime.transformer_memory import stage_memory
 from pw_runtime.types import (
     DitConfig,
-    NetworkPlan,
     Precision,
-    StagePlan,
+    StageConfig,
     TextEncoderConfig,
-    VideoPlan,
+    TransformerPlan,
+    VideoConfig,
 )
 from tests.planning.accounts import TEXT_TOKENS, counted, stage_peak
 
 # Two blocks of full width: memory of the others is of the same kind, and counted by name.
-DRAFT_5B = replace(published.DRAFT, num_layers=2)
-HIGHRES_5B = replace(published.HIGHRES, num_layers=2)
+DRAFT_5B = replace(wan22_configs.DRAFT, num_layers=2)
+HIGHRES_5B = replace(wan22_configs.HIGHRES, num_layers=2)
 SMALL = replace(
     HIGHRES_5B, dim=256, ffn_dim=768, num_heads=4, num_layers=3, text_dim=64, adapter_dim=32
 )
-SMALL_CLIP = (replace(TWO_K, width=640, height=384), VideoPlan(frames=17))
+SMALL_CLIP = (replace(TWO_K, width=640, height=384), VideoConfig(frames=17))
 WITHIN = 0.05
 
 
 def predicted(
-    config: DitConfig, stage: StagePlan, video: VideoPlan, precision: Precision, plan: NetworkPlan
+    config: DitConfig,
+    stage: StageConfig,
+    video: VideoConfig,
+    precision: Precision,
+    plan: TransformerPlan,
 ) -> int:
     items = stage_memory(config, stage, video, precision, plan, text_tokens=TEXT_TOKENS)
     return sum(item.bytes for item in items)
@@ -43,29 +46,29 @@ def predicted(
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("stage", [TWO_K, FOUR_K], ids=["2k", "4k"])
-def test_high_res_of_full_width(stage: StagePlan, share: bool) -> None:
-    plan = NetworkPlan(share=share)
+def test_high_res_of_full_width(stage: StageConfig, share: bool) -> None:
+    plan = TransformerPlan(share=share)
     peak = stage_peak(HIGHRES_5B, stage, CLIP, "bf16", plan)
     assert predicted(HIGHRES_5B, stage, CLIP, "bf16", plan) == pytest.approx(peak, rel=WITHIN)
 
 
 @pytest.mark.parametrize("part", [8192, 1024])
 def test_draft_of_full_width(part: int) -> None:
-    plan = NetworkPlan(part=part)
+    plan = TransformerPlan(part=part)
     peak = stage_peak(DRAFT_5B, DRAFT, CLIP, "bf16", plan)
     assert predicted(DRAFT_5B, DRAFT, CLIP, "bf16", plan) == pytest.approx(peak, rel=WITHIN)
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["really run", "fake"])
-@pytest.mark.parametrize("plan", [NetworkPlan(), NetworkPlan(share=False, part=256)])
-def test_a_small_network(plan: NetworkPlan, fake: bool) -> None:
+@pytest.mark.parametrize("plan", [TransformerPlan(), TransformerPlan(share=False, part=256)])
+def test_a_small_network(plan: TransformerPlan, fake: bool) -> None:
     precision: Precision = "bf16" if fake else "fp32"  # bf16 takes minutes on a CPU
     peak = stage_peak(SMALL, *SMALL_CLIP, precision, plan, fake=fake)
     assert predicted(SMALL, *SMALL_CLIP, precision, plan) == pytest.approx(peak, rel=WITHIN)
 
 
 def test_streamed_weights() -> None:
-    config, plan = replace(SMALL, num_layers=8), NetworkPlan(weights="streamed")
+    config, plan = replace(SMALL, num_layers=8), TransformerPlan(weights="streamed")
     peak = stage_peak(config, *SMALL_CLIP, "fp32", plan, fake=False)
     assert predicted(config, *SMALL_CLIP, "fp32", plan) == pytest.approx(peak, rel=WITHIN)
 
@@ -74,7 +77,7 @@ def test_streamed_weights() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        published.TEXT_ENCODER,
+        wan22_configs.TEXT_ENCODER,
         TextEncoderConfig(
             vocab_size=1000, dim=64, attention_dim=64, ffn_dim=128, num_heads=4, num_layers=2
         ),

@@ -8,18 +8,18 @@ from dataclasses import replace
 
 import pytest
 
-from pw_export.published import NETWORKS
+from pw_export.wan22_configs import NETWORKS
 from pw_runtime.errors import BadRequest
-from pw_runtime.estimate import KNOWN
-from pw_runtime.plan_report import plan_report, seconds_by_stage
-from pw_runtime.planner import GIB, decode_ways, fits, ladders, make_plan
+from pw_runtime.planning.planner import GIB, candidates, decode_candidates, fits, make_plan
+from pw_runtime.planning.report import plan_report, seconds_by_stage
+from pw_runtime.planning.time_estimate import KNOWN
+from pw_runtime.planning.workload import Workload, workload
 from pw_runtime.presets import PRESETS
-from pw_runtime.types import Budget, DecodePlan, DecoderPlan, Precision, RunPlan
-from pw_runtime.workload import Workload, workload
+from pw_runtime.types import Budget, DecodePlan, Precision, RunPlan, TilingConfig
 
 
 def work_for(
-    preset: str = "4k", *, vae_precision: Precision = "fp32", decode: DecodePlan | None = None
+    preset: str = "4k", *, vae_precision: Precision = "fp32", decode: TilingConfig | None = None
 ) -> Workload:
     found = PRESETS[preset]
     if decode is not None:
@@ -38,7 +38,7 @@ def work_for(
 
 def plan_for(preset: str, gpu: float, host: float = 64) -> RunPlan:
     budget = Budget(host=int(host * GIB), device=int(gpu * GIB))
-    return make_plan(ladders(work_for(preset), gpu=True), budget)
+    return make_plan(candidates(work_for(preset), gpu=True), budget)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_large_gpu_takes_the_fastest_way_of_every_stage() -> None:
     assert plan.text == "device"
     assert {one.weights for one in plan.networks.values()} == {"resident"}
     assert all(one.share for one in plan.networks.values())
-    assert plan.decode == DecoderPlan(cut=PRESETS["4k"].decode)
+    assert plan.decode == DecodePlan(cut=PRESETS["4k"].decode)
     assert all(" would take " not in decision for decision in plan.decisions)
 
 
@@ -72,14 +72,14 @@ def test_less_memory_goes_down_one_ladder_after_the_other() -> None:
 
 def test_files_that_hold_the_precision_are_not_copied_to_host_memory() -> None:
     work = replace(work_for(), stored={"draft": "bf16", "highres": "bf16"})
-    plan = make_plan(ladders(work, gpu=True), Budget(host=64 * GIB, device=16 * GIB))
+    plan = make_plan(candidates(work, gpu=True), Budget(host=64 * GIB, device=16 * GIB))
     assert plan.networks["highres"].weights == "mapped"
     assert "streamed from the bundle's files" in plan.decisions[2]
 
 
 def test_engines_of_one_size_keep_their_part_and_leave_the_decoder_itself_as_a_way() -> None:
     work = replace(work_for(), padded=True, decoder_engines=True)
-    found = ladders(work, gpu=True)
+    found = candidates(work, gpu=True)
     assert {way.choice.part for way in found["highres"]} == {8192}
     assert [way.choice.engines for way in found["decode"]][:2] == [True, False]
     assert found["decode"][0].choice.cut == found["decode"][1].choice.cut == PRESETS["4k"].decode
@@ -93,12 +93,12 @@ def test_a_cpu_decodes_high_pictures_in_bands(height: int, gpu: bool, strips: in
     work = work_for("nano")
     last = replace(work.stages["highres"], height=height)
     work = replace(work, stages={**work.stages, "highres": last})
-    assert decode_ways(work, gpu=gpu)[0].choice.cut.strips == strips
+    assert decode_candidates(work, gpu=gpu)[0].choice.cut.strips == strips
 
 
 def test_blended_strips_are_never_recut() -> None:
-    official = DecodePlan(tiling="official", strips=4)
-    found = ladders(work_for(decode=official), gpu=True)
+    official = TilingConfig(tiling="official", strips=4)
+    found = candidates(work_for(decode=official), gpu=True)
     assert [way.choice.cut for way in found["decode"]] == [official]
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_work_is_refused_with_a_budget_that_does() -> None:
 
 def test_half_the_precision_of_the_decoder_takes_half_of_its_memory() -> None:
     sizes = [
-        ladders(work_for(vae_precision=kind), gpu=True)["decode"][0].memory.peak("device")
+        candidates(work_for(vae_precision=kind), gpu=True)["decode"][0].memory.peak("device")
         for kind in ("fp32", "bf16")
     ]
     assert sizes[1] < 0.53 * sizes[0]

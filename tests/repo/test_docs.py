@@ -64,7 +64,7 @@ ASCII = """\
 def test_tree_is_read_as_drawn(text: str) -> None:
     stages = "pw_runtime/stages"
     read = tree_paths(text)
-    assert read == ["pw_runtime", "pw_runtime/cli.py", stages, f"{stages}/text.py", "docs"]
+    assert read == ["pw_runtime", "pw_runtime/cli/main.py", stages, f"{stages}/text.py", "docs"]
 
 
 def test_every_file_of_the_readme_tree_exists(root: Path) -> None:

@@ -59,14 +59,14 @@ def test_contracts_hold(root: Path) -> None:
 
 def test_command_line_is_imported_without_torch(root: Path) -> None:
     heavy = "{'torch', 'numpy', 'transformers', 'safetensors', 'av', 'PIL'}"
-    run = python(root, f"import sys, pw_runtime.cli; print({heavy} & set(sys.modules))")
+    run = python(root, f"import sys, pw_runtime.cli.main; print({heavy} & set(sys.modules))")
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("argument", ["--help", "doctor"])
 def test_command_works_with_torch_broken(argument: str, root: Path) -> None:
-    run = python(root, BLOCK + "from pw_runtime.cli import main; main()", argument)
+    run = python(root, BLOCK + "from pw_runtime.cli.main import main; main()", argument)
     assert "Traceback" not in run.stderr
     if argument == "--help":
         assert run.returncode == 0, run.stderr

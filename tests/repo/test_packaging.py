@@ -107,7 +107,7 @@ def test_wheel_states_its_licence_python_and_program(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     programs = ConfigParser()
     programs.read_string(texts["entry_points.txt"])
-    assert dict(programs["console_scripts"]) == {"pw": "pw_runtime.cli:main"}
+    assert dict(programs["console_scripts"]) == {"pw": "pw_runtime.cli.main:main"}
 
 
 def test_installed_packages_do_not_come_from_the_tree(clean_bin: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pw_runtime.errors import BadRequest
-from pw_runtime.noise import latent_shape, resolve_base_seed
 from pw_runtime.presets import PRESETS, check_preset, find_preset
 from pw_runtime.prompts import make_prompts, read_prompts
+from pw_runtime.sampling.noise import latent_shape, resolve_base_seed
 from tests.e2e.pw import write_preset
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pw_runtime.schedule import even_step, make_schedule, time_input
-from pw_runtime.solver import sample
+from pw_runtime.sampling.schedule import even_step, make_schedule, time_input
+from pw_runtime.sampling.solver import sample
 from tests.closeness import max_abs
 from tests.oracle import golden
 

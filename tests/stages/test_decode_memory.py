@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pw_bench.ledger import Ledger
+from pw_bench.measure.tensor_ledger import Ledger
 from pw_export.nano import NANO_VAE
-from pw_export.published import VAE
-from pw_runtime.decode_memory import FINE_CACHES, decode_memory
+from pw_export.wan22_configs import VAE
 from pw_runtime.models import VaeDecoder
+from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.models.vae_blocks import Upsample
-from pw_runtime.models.vae_memory import CausalCache
+from pw_runtime.planning.decode_memory import FINE_CACHES, decode_memory
 from pw_runtime.stages.decode import decode
-from pw_runtime.types import Compat, DecodePlan, Latent, MemoryItem, Place, VaeConfig
+from pw_runtime.types import Compat, Latent, MemoryItem, Place, TilingConfig, VaeConfig
 
 
-def accounted(config: VaeConfig, rows: int, columns: int, plan: DecodePlan) -> int:
+def accounted(config: VaeConfig, rows: int, columns: int, plan: TilingConfig) -> int:
     """Peak of all tensors of a decode of three latent frames."""
     net, latent = VaeDecoder(config).requires_grad_(False), torch.empty(48, 3, rows, columns)
     with Ledger() as ledger:
@@ -44,13 +44,13 @@ def predicted(config: VaeConfig, rows: int, columns: int, strips: int) -> int:
 @pytest.mark.parametrize(("rows", "columns"), [(90, 160), (134, 240)], ids=["2k", "4k"])
 def test_the_closed_form_is_the_ledger_of_the_full_size_decoder(rows, columns, strips) -> None:
     with FakeTensorMode():
-        wanted = accounted(VAE, rows, columns, DecodePlan(strips=strips))
+        wanted = accounted(VAE, rows, columns, TilingConfig(strips=strips))
     assert abs(predicted(VAE, rows, columns, strips) / wanted - 1) <= 0.02
 
 
 @pytest.mark.parametrize("strips", [1, 3])
 def test_the_closed_form_is_the_ledger_of_a_decode_that_ran(strips) -> None:
-    wanted = accounted(NANO_VAE, 16, 16, DecodePlan(strips=strips))
+    wanted = accounted(NANO_VAE, 16, 16, TilingConfig(strips=strips))
     assert abs(predicted(NANO_VAE, 16, 16, strips) / wanted - 1) <= 0.05
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pw_runtime.atomic import atomic_file, write_failed, write_text
 from pw_runtime.errors import WriteFailed
+from pw_runtime.system.atomic_files import atomic_file, write_failed, write_text
 
 
 def test_text_is_written_and_leaves_no_partial_file(tmp_path: Path) -> None:

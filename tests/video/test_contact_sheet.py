@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pw_runtime import contact_sheet
-from pw_runtime.contact_sheet import (
+from pw_runtime.job import contact_sheet
+from pw_runtime.job.contact_sheet import (
     Filmstrip,
     SheetRow,
     Thumb,

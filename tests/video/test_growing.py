@@ -14,8 +14,8 @@ import torch
 from av.container import OutputContainer
 
 from pw_runtime.errors import BadRequest, WriteFailed
-from pw_runtime.growing import growing_name
 from pw_runtime.stages import write
+from pw_runtime.stages.fragmented_mp4 import partial_path
 from pw_runtime.stages.write import write_video
 from pw_runtime.types import Codec, FrameChunk
 
@@ -36,7 +36,7 @@ def save(
 ) -> None:
     write_video(
         source, path, width=WIDTH, height=HEIGHT, frames=FRAMES, fps=24, codec=codec,
-        growing=growing_name(path) if growing else None,
+        growing=partial_path(path) if growing else None,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_a_copy_from_the_middle_plays_and_shows_the_frames_of_the_end(
     def copied() -> Iterator[FrameChunk]:
         for chunk in chunks():
             if chunk.start == FRAMES - 1:
-                shutil.copy(growing_name(path), copy)
+                shutil.copy(partial_path(path), copy)
             yield chunk
 
     save(path, copied(), codec)

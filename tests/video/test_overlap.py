@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pw_runtime.overlap import QUEUED, overlap
+from pw_runtime.system.overlap import QUEUED, overlap
 
 LONG = 60.0  # seconds: only a broken test waits that long
 

@@ -19,14 +19,9 @@ from av.codec.codec import UnknownCodecError
 from pw_kernels import pack_yuv
 from pw_runtime.errors import BadRequest, WriteFailed
 from pw_runtime.stages import write
-from pw_runtime.stages.write import (
-    Codec,
-    check_codec,
-    pixel_format_for,
-    suffix,
-    write_video,
-)
-from pw_runtime.types import Compat, FrameChunk, PixelFormat
+from pw_runtime.stages.codecs import check_codec, pixel_format_for, suffix
+from pw_runtime.stages.write import write_video
+from pw_runtime.types import Codec, Compat, FrameChunk, PixelFormat
 from tests.oracle import vae as oracle
 
 WIDTH, HEIGHT, FRAMES, FPS = 192, 128, 9, 24

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pw_runtime.trace import look, span
+from pw_runtime.system.trace import observe, span
 from pw_runtime.types import Solver
 
 Velocity = Callable[[Tensor, int, int], Tensor]
@@ -146,5 +146,5 @@ def solve(
         trajectory = dpmpp(velocity, noise, s)
     x = noise
     for x in trajectory:
-        look("latent", x)
+        observe("latent", x)
     return x

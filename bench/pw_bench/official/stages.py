@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pw_bench.official import dit, solvers
-from pw_runtime.types import StagePlan
+from pw_runtime.types import StageConfig
 
 
 def denoise(
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
-    plan: StagePlan,
+    plan: StageConfig,
     noise: Tensor,
     contexts: tuple[Tensor, Tensor],
     condition: Tensor | None = None,
@@ -46,7 +46,7 @@ def denoise(
     return solvers.solve(plan.solver, velocity, noise.float(), schedule, bf16_einsum=bf16_einsum)
 
 
-def resize_latent(latent: Tensor, plan: StagePlan) -> Tensor:
+def resize_latent(latent: Tensor, plan: StageConfig) -> Tensor:
     """Per-frame bilinear resize of [C, T, h, w] to the condition of a stage: a cell per token.
 
     Returns [1, C, T, rows, columns].
@@ -60,7 +60,7 @@ def resize_latent(latent: Tensor, plan: StagePlan) -> Tensor:
     return frames.transpose(0, 1)[None]
 
 
-def check_noise(noise: Tensor, plan: StagePlan, frames: int) -> None:
+def check_noise(noise: Tensor, plan: StageConfig, frames: int) -> None:
     """Noise must be the latent of `frames` frames at the stage's pixel size."""
     expected = ((frames - 1) // 4 + 1, plan.height // 16, plan.width // 16)
     if tuple(noise.shape[1:]) != expected:

@@ -12,15 +12,15 @@ import click
 import torch
 from pydantic import TypeAdapter
 
-from pw_bench.commit import commit
+from pw_bench.measure.commit import commit
 from pw_bench.quality.gate import Quality, adherence, from_true_drafts, reconstruction
 from pw_bench.quality.measure import Seen
-from pw_bench.quality.sheets import bars, table, write_sheets
-from pw_bench.quality.studio import examples, open_studio
-from pw_runtime.atomic import write_text
-from pw_runtime.bundle import open_bundle
-from pw_runtime.machine import describe
+from pw_bench.quality.plots import bars, table, write_sheets
+from pw_bench.quality.render import examples, open_studio
+from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.presets import find_preset
+from pw_runtime.system.atomic_files import write_text
+from pw_runtime.system.machine import describe
 
 
 @click.command()

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pw_bench.quality.measure import Seen, look_at, psnr, sharpness, ssim
-from pw_bench.quality.studio import Example, Studio, examples
+from pw_bench.quality.render import Example, Studio, examples
 from pw_export.nano.scenes import Scene, render
-from pw_runtime.machine import Machine
-from pw_runtime.types import Latent, Preset, StagePlan
+from pw_runtime.system.machine import Machine
+from pw_runtime.types import Latent, Preset, StageConfig
 
 PARTS = ("colour", "shape", "motion")
 TRUE, DRAFT = "true renderings", "draft"
@@ -139,18 +139,18 @@ def likeness(name: str, made: list[Tensor], true: list[Tensor]) -> Likeness:
     )
 
 
-def highres_of(preset: Preset) -> StagePlan:
+def highres_of(preset: Preset) -> StageConfig:
     """The high-res stage of a preset that has one."""
     assert preset.highres is not None
     return preset.highres
 
 
-def true_video(scene: Scene, plan: StagePlan, preset: Preset) -> Tensor:
+def true_video(scene: Scene, plan: StageConfig, preset: Preset) -> Tensor:
     """[3, F, height, width] as a caption means it, at the size of a stage."""
     return render(scene, plan.width, plan.height, preset.video.frames)
 
 
-def enlarged(video: Tensor, plan: StagePlan) -> Tensor:
+def enlarged(video: Tensor, plan: StageConfig) -> Tensor:
     """The video at the size of a stage, bilinear."""
     size = (plan.height, plan.width)
     grown = F.interpolate(video.transpose(0, 1), size=size, mode="bilinear", align_corners=False)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pw_bench.programs import OURS
+from pw_bench.e2e.programs import OURS
 from pw_bench.report.units import percent, quantity, times
 from pw_bench.results import Ceiling, Figure, Ratio, Result
 from pw_runtime.errors import BadRequest

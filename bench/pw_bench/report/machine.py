@@ -9,7 +9,7 @@ from typing import Any
 
 from pw_bench.report.units import quantity
 from pw_bench.results import Identity
-from pw_runtime.machine import Gpu, Package
+from pw_runtime.system.machine import Gpu, Package
 
 _WORDS = {
     "os": "system",

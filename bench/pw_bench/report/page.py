@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from pw_bench.report import bars, findings, machine, roofline, tables, waterfall
 from pw_bench.results import Equivalence, Result, to_json
-from pw_runtime.atomic import write_text
+from pw_runtime.system.atomic_files import write_text
 
 # In JSON these stand in strings alone, where they may be written so: no tag can be closed.
 _ESCAPED = {ord(one): f"\\u{ord(one):04x}" for one in "<>&\u2028\u2029"}

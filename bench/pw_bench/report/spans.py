@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pw_runtime.trace import Span
+from pw_runtime.system.trace import Span
 
 MAIN = "MainThread"
 SHORT = 0.005  # share of the wall time below which a row is only listed

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from pw_export.writing import folder_that_appears
-from pw_runtime.atomic import atomic_file, write_tensors, write_text
+from pw_runtime.system.atomic_files import atomic_file, atomic_folder, write_tensors, write_text
 from pw_runtime.types import DitConfig
 
 Tensors = dict[str, torch.Tensor]
@@ -43,7 +42,7 @@ def write_checkpoint(out: Path, dit: DitConfig, tensors: NanoTensors, tokenizer:
     high = {f"model.{name}": tensor for name, tensor in tensors.highres.items()}
     parts = (tensors.draft, high, tensors.vae, tensors.text_encoder)
     size = sum(tensor.nbytes for part in parts for tensor in part.values())
-    with folder_that_appears(out, size, print) as folder:
+    with atomic_folder(out, size, print) as folder:
         _write_dit(folder, dit, tensors.draft)
         _write_pickle(folder / "Wan2.2_VAE.pth", tensors.vae)
         _write_pickle(folder / "models_t5_umt5-xxl-enc-bf16.pth", tensors.text_encoder)

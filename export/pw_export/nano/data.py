@@ -14,7 +14,7 @@ from torch import Tensor
 from pw_export.nano.captions import caption
 from pw_export.nano.pca import CHANNELS, Pca, fit_pca
 from pw_export.nano.scenes import Scene, draw_scene, render
-from pw_runtime.atomic import atomic_file
+from pw_runtime.system.atomic_files import atomic_file
 from pw_runtime.types import OFFICIAL_NEGATIVE
 
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from pw_export import keymaps
 from pw_export.nano.checkpoint import (
     SPECIAL_TOKENS,
     NanoTensors,
@@ -25,8 +26,7 @@ from pw_export.nano.checkpoint import (
     write_checkpoint,
     write_tokenizer,
 )
-from pw_export.published import LATENT_MEAN, LATENT_STD
-from pw_runtime import keymaps
+from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
 from pw_runtime.models import expected_shapes
 from pw_runtime.types import PATCH, DitConfig, TextEncoderConfig, VaeConfig
 

@@ -19,9 +19,9 @@ from pw_export.nano.random_weights import NANO_VAE
 from pw_export.nano.scenes import ASPECT, Scene, Window, draw_scene, render
 from pw_export.nano.trainable_vae import decode_clips, encode_clips
 from pw_export.nano.training import Recipe, train
+from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae import VaeEncoder
-from pw_runtime.networks import channels_last
 
 VAE = replace(NANO_VAE, encoder_dims=(16, 16, 16, 32, 32), decoder_dims=(64, 64, 32, 32, 16))
 BATCH = 3

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pw_export.nano.optimizer import make_optimizers
-from pw_runtime.atomic import atomic_file, write_text
+from pw_runtime.system.atomic_files import atomic_file, write_text
 
 Loss = Callable[[int, torch.Generator], Tensor]
 """Of a step's number and its generator."""

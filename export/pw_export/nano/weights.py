@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from pw_export import keymaps
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.checkpoint import NanoTensors, Tensors, write_checkpoint
 from pw_export.nano.train_draft import DIT
-from pw_runtime import keymaps
-from pw_runtime.atomic import write_tensors, write_text
 from pw_runtime.errors import BadWeights
 from pw_runtime.models.text_encoder import TIED_KEY
+from pw_runtime.system.atomic_files import write_tensors, write_text
 
 FILES = ("draft", "highres", "vae", "text_encoder")
 TRAININGS = ("draft", "highres", "decoder", "encoder")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pw_engines.tensorrt_engine import lane
+from pw_engines.tensorrt.engine import lane
 from tests.engines.tensorrt.names import manifest
 from tests.engines.tensorrt.simulator import VERSION, make
 from tests.engines.tensorrt.streams import Cuda

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
 
-from pw_engines import tensorrt_torch
-from pw_engines.tensorrt_torch_build import TorchRequest, settings
-from pw_runtime.segments import Segment, segments_of
+from pw_engines.tensorrt import torch_tensorrt
+from pw_engines.tensorrt.torch_tensorrt_build import TorchRequest, settings
+from pw_runtime.execution.transformer_segments import Segment, segments_of
 from tests.engines.tensorrt.bindings import load
 from tests.engines.test_segments import HIGHRES
 
@@ -53,7 +53,7 @@ def without_converter(front: Any, segment: Segment) -> list[str]:
     assert len(compiler.prepare_inputs(asked.pop("arg_inputs"))) == len(segment.spec.inputs)
     asked.pop("device")  # of the GPU that is not there
     given = CompilationSettings(**asked)
-    program = tensorrt_torch.export(segment.spec, segment.module, CPU)
+    program = torch_tensorrt.export(segment.spec, segment.module, CPU)
     names = list(program.graph_signature.user_inputs)
     program = compiler.pre_export_lowering(program, given)
     program = program.run_decompositions(compiler.get_decompositions(False, True, False))

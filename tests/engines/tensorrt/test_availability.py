@@ -13,7 +13,7 @@ import torch
 
 from pw_engines import tensorrt
 from pw_engines.engine import EngineError
-from pw_engines.tensorrt_library import bindings
+from pw_engines.tensorrt.library import bindings
 from tests.engines.tensorrt.streams import Cuda
 
 GPU = torch.device("cuda")

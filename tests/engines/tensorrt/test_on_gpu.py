@@ -13,7 +13,7 @@ from pw_engines import tensorrt
 from pw_engines.engine import EngineError, check_parity, require_parity
 from pw_engines.spec import DType, EngineKey, EngineSpec
 from pw_engines.store import EngineStore
-from pw_engines.tensorrt_engine import TensorrtEngine
+from pw_engines.tensorrt.engine import TensorrtEngine
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.segments import data, function, onnx_of, spec
 

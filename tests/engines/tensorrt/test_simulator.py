@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pw_engines.tensorrt_library import Messages
+from pw_engines.tensorrt.library import Messages
 from tests.engines.tensorrt.contract import parameters
 from tests.engines.tensorrt.names import manifest
 from tests.engines.tensorrt.simulator import make

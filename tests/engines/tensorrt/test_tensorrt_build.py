@@ -13,7 +13,7 @@ import torch
 
 from pw_engines import tensorrt
 from pw_engines.engine import EngineError
-from pw_engines.tensorrt_build import WORKSPACE, Request, build_plan
+from pw_engines.tensorrt.build import WORKSPACE, Request, build_plan
 from tests.engines.tensorrt.names import manifest
 from tests.engines.tensorrt.segments import TOKENS, WIDTH, onnx_of, spec
 from tests.engines.tensorrt.simulated import FAULT, read_plan

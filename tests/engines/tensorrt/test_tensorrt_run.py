@@ -16,8 +16,8 @@ from pw_engines import tensorrt
 from pw_engines.engine import EngineError, check_parity
 from pw_engines.spec import DType, EngineKey, EngineSpec, TensorSpec
 from pw_engines.store import EngineStore
-from pw_engines.tensorrt_build import Request, build_plan
-from pw_engines.tensorrt_engine import TensorrtEngine, lane
+from pw_engines.tensorrt.build import Request, build_plan
+from pw_engines.tensorrt.engine import TensorrtEngine, lane
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.names import manifest, used
 from tests.engines.tensorrt.segments import HIDDEN, TOKENS, WIDTH, aligned, data, onnx_of, spec

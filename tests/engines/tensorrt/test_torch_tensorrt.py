@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pw_engines import tensorrt, tensorrt_torch
+from pw_engines import tensorrt
 from pw_engines.engine import EngineError
-from pw_engines.tensorrt_library import Found, match_by_order
-from pw_engines.tensorrt_names import append_names, split_plan
-from pw_engines.tensorrt_torch_build import TorchRequest, build_plan, settings
+from pw_engines.tensorrt import torch_tensorrt
+from pw_engines.tensorrt.library import Found, match_by_order
+from pw_engines.tensorrt.plan_names import append_names, split_plan
+from pw_engines.tensorrt.torch_tensorrt_build import TorchRequest, build_plan, settings
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.fake_torch_tensorrt import FITTING, RECORD, THEIRS, make, plan_of
 from tests.engines.tensorrt.segments import HIDDEN, TOKENS, WIDTH, data, function, spec
@@ -46,7 +47,7 @@ def front(simulate: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> py
 
 @pytest.fixture
 def request_of(tmp_path: Path) -> TorchRequest:
-    program = tensorrt_torch.export(spec(), Up(), CPU)
+    program = torch_tensorrt.export(spec(), Up(), CPU)
     torch.export.save(program, tmp_path / "program.pt2")
     return TorchRequest(
         spec=spec(), program=tmp_path / "program.pt2", plan=tmp_path / "plan", device=None
@@ -54,7 +55,7 @@ def request_of(tmp_path: Path) -> TorchRequest:
 
 
 def build(path: Path, said: Callable[[str], None] = lambda line: None) -> None:
-    tensorrt_torch.build(spec(), Up(), path, CPU, say=said)
+    torch_tensorrt.build(spec(), Up(), path, CPU, say=said)
 
 
 def test_a_request_survives_its_file(request_of: TorchRequest) -> None:
@@ -253,14 +254,14 @@ def test_what_does_not_fit_is_told_with_what_would(
 ) -> None:
     simulate(library)
     monkeypatch.setattr(torch, "__version__", pytorch)
-    monkeypatch.setattr(tensorrt_torch, "version", version)
-    assert tensorrt_torch.unavailable(GPU) == message
+    monkeypatch.setattr(torch_tensorrt, "version", version)
+    assert torch_tensorrt.unavailable(GPU) == message
 
 
 def test_other_devices_are_refused_first() -> None:
-    assert "TensorRT runs on NVIDIA GPUs" in str(tensorrt_torch.unavailable(CPU))
+    assert "TensorRT runs on NVIDIA GPUs" in str(torch_tensorrt.unavailable(CPU))
 
 
 def test_the_platform_needs_no_torch_tensorrt(front: pytest.MonkeyPatch) -> None:
-    front.setattr(tensorrt_torch, "version", missing)
-    assert tensorrt_torch.torch_platform(GPU) == tensorrt.tensorrt_platform(GPU)
+    front.setattr(torch_tensorrt, "version", missing)
+    assert torch_tensorrt.torch_platform(GPU) == tensorrt.tensorrt_platform(GPU)

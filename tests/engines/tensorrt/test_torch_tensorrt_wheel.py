@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pw_engines.tensorrt_torch import FITTING
-from pw_runtime.segments import segments_of
+from pw_engines.tensorrt.torch_tensorrt import FITTING
+from pw_runtime.execution.transformer_segments import segments_of
 from tests.engines.tensorrt import coverage
 from tests.engines.tensorrt.torch_tensorrt_api import known, parameters, version_of
 from tests.engines.test_segments import HIGHRES

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines built by TensorRT: plans for one GPU model and one version of TensorRT."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from pw_engines.engine import EngineError
+from pw_engines.spec import EngineSpec
+from pw_engines.tensorrt.build import Request
+from pw_engines.tensorrt.engine import TensorrtEngine
+from pw_engines.tensorrt.library import bindings
+from pw_engines.tensorrt.onnx_rules import check_importable
+from pw_engines.tensorrt.process import PLAN, build_elsewhere
+
+FILE: Final = PLAN
+# Raise it when tensorrt_build.py makes another plan of the same ONNX model, or the export another
+# model of the same segment: neither is part of a key, as the runtime does not know the exporter.
+RECIPE: Final = "1"
+_DRIVER: Final = Path("/proc/driver/nvidia/version")
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why TensorRT engines cannot be built or run on `device`, and the remedy; None if they can."""
+    if device.type != "cuda":
+        return f"TensorRT runs on NVIDIA GPUs, got the device {device}: use --device cuda"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no usable NVIDIA GPU: install a driver and a CUDA build of PyTorch"
+    try:
+        bindings()
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+def tensorrt_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
+    """What a plan depends on. Raises EngineError without a usable TensorRT."""
+    properties = torch.cuda.get_device_properties(device)
+    found = {
+        "tensorrt": bindings().__version__,
+        "torch": torch.__version__,  # which made the model that TensorRT was given
+        "recipe": RECIPE,
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    if driver := _driver():
+        found["driver"] = driver
+    return tuple(sorted(found.items()))
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, where the system tells it."""
+    try:
+        found = re.search(r"\s(\d+\.\d[\d.]*)\s", _DRIVER.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def build(
+    spec: EngineSpec,
+    onnx: bytes,
+    path: Path,
+    device: torch.device,
+    *,
+    timing_cache: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Build the plan `path` of a segment, in a process of its own.
+
+    Args:
+        spec: of the segment; what varies in the ONNX model is fixed at its limits.
+        onnx: the model; its inputs and outputs have the names of the spec.
+        path: to write.
+        device: to build on and for.
+        timing_cache: a file that makes the next build on this device faster; made if missing.
+        say: takes lines for the user: the estimate first.
+
+    Raises:
+        EngineError: the model cannot be imported, TensorRT refuses it, or the build was killed.
+    """
+    check_importable(onnx, weights_inside=spec.weights is not None)
+
+    def prepare(folder: Path) -> str:
+        request = Request(
+            spec=spec,
+            onnx=folder / "model.onnx",
+            plan=folder / PLAN,
+            device=device.index,
+            timing_cache=timing_cache,
+        )
+        request.onnx.write_bytes(onnx)
+        return request.to_json()
+
+    build_elsewhere(spec, "pw_engines.tensorrt.build", prepare, path, say)
+
+
+def load(spec: EngineSpec, path: Path, device: torch.device) -> TensorrtEngine:
+    """Open a plan that the store has verified.
+
+    Raises EngineError where the plan is not one for this TensorRT, this GPU and this spec.
+    """
+    return TensorrtEngine(spec, path, device)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A TensorRT build in a process of its own: its estimate, its end, and what it said."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pw_engines.engine import EngineError
+from pw_engines.spec import DTYPES, EngineSpec
+from pw_engines.tensorrt.build import REFUSED
+
+PLAN: Final = "engine.plan"  # in the folder of a build
+HEARD: Final = "heard.txt"  # likewise: what a builder's libraries said, where it keeps that
+GIB: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a build will take. Guesses from the sizes of the tensors: nothing is measured."""
+
+    seconds: float
+    host_bytes: float
+    gpu_bytes: float
+
+    def __str__(self) -> str:
+        return (
+            f"{max(1, round(self.seconds / 60))} min, {self.host_bytes / GIB:.0f} GiB of memory, "
+            f"{self.gpu_bytes / GIB:.0f} GiB of GPU memory (estimate)"
+        )
+
+
+def forecast(spec: EngineSpec, model_bytes: int) -> Forecast:
+    """Estimate the build of a segment.
+
+    Assumes 4 GiB for TensorRT's own code, three copies of the model, intermediate tensors of
+    eight times the largest one, and as many timed kernels as move every tensor 20,000 times at
+    2 TB/s.
+    """
+    sizes = dict(spec.limits)
+    each = [
+        math.prod(one.sized(sizes)) * DTYPES[one.dtype].itemsize
+        for one in (*spec.inputs, *spec.outputs)
+    ]
+    return Forecast(
+        seconds=60 + 20_000 * sum(each) / 2e12,
+        host_bytes=4 * GIB + 3 * model_bytes,
+        gpu_bytes=GIB + sum(each) + 8 * max(each) + model_bytes,
+    )
+
+
+def build_elsewhere(
+    spec: EngineSpec,
+    module: str,
+    prepare: Callable[[Path], str],
+    path: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Build the plan `path` of a segment by `python -m module REQUEST.json`.
+
+    Args:
+        spec: of the segment.
+        module: of the builder: it writes the file PLAN of its folder, and ends with REFUSED where
+            standard error is why it cannot.
+        prepare: puts the model into the folder and gives the text of the request.
+        path: to write.
+        say: takes lines for the user: the estimate first.
+
+    Raises:
+        EngineError: the builder refused, or was killed.
+    """
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=".tensorrt-", dir=path.parent) as name:
+        folder = Path(name)
+        request = prepare(folder)
+        expected = forecast(spec, sum(one.stat().st_size for one in folder.iterdir()))
+        say(f"building {spec.segment} with TensorRT: {expected}")
+        (folder / "request.json").write_text(request)
+        code, peak = _run_builder(module, folder)
+        if code != 0:
+            raise EngineError(_reason(spec.segment, code, peak, expected, folder))
+        for line in (folder / "stdout").read_text().splitlines():
+            say(line)
+        size = (folder / PLAN).stat().st_size
+        (folder / PLAN).replace(path)
+    say(
+        f"built {spec.segment} in {time.monotonic() - start:.0f} s: {size / 2**20:.1f} MiB, "
+        f"peak memory {peak / GIB:.1f} GiB"
+    )
+
+
+def _run_builder(module: str, folder: Path) -> tuple[int, int]:
+    """Run the build process; give its exit code (negative: a signal) and peak memory in bytes."""
+    # why the path: the child must find what this process found, installed or not
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = (sys.executable, "-m", module, str(folder / "request.json"))
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # Ctrl-C: the builder must not outlive its caller
+            process.kill()
+            process.wait()
+            raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * 1024
+
+
+def _reason(segment: str, code: int, peak: int, expected: Forecast, folder: Path) -> str:
+    """Why a build process failed, and what to do."""
+    files = (folder / HEARD, folder / "stderr")
+    said = "\n".join(one.read_text(errors="replace").strip() for one in files if one.exists())
+    if code == REFUSED:
+        return (folder / "stderr").read_text(errors="replace").strip()
+    if code == -9:
+        return (
+            f"the build of {segment} was killed (signal 9), as a system does that runs out of "
+            f"memory\n  got to: {peak / GIB:.1f} GiB\n  expected: {expected}\n"
+            "  do this: end other programs, or allow this one more memory, and build again"
+        )
+    ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"the build process of {segment} {ended}: {said[-2000:].strip() or 'it said nothing'}"

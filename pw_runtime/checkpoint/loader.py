@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bundle -> networks ready to run. Weights stay mapped from disk until they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pw_kernels.attention import HEAD_WIDTHS
+from pw_runtime.checkpoint.bundle import Bundle, load_tensors
+from pw_runtime.errors import BadRequest, BadWeights
+from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
+from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.models.text_encoder import TIED_KEY, TextNetwork
+from pw_runtime.types import (
+    AttentionKernel,
+    DitConfig,
+    Network,
+    Precision,
+    Residency,
+    StageName,
+)
+
+ALWAYS_NEEDED: tuple[Network, ...] = ("text_encoder", "vae")
+
+
+def require_dit(bundle: Bundle, network: StageName) -> DitConfig:
+    """Config of a transformer. Raises BadWeights where the bundle was made without it."""
+    entry = bundle.networks.draft if network == "draft" else bundle.networks.highres
+    if entry is None:
+        raise BadWeights(
+            f"{bundle.root} has no high-res network",
+            wanted="a bundle converted with PixelWizard's high-res checkpoint",
+            do="run `pw convert` with --highres model.pt, or generate with --draft-only",
+        )
+    return entry.config
+
+
+def check_networks(bundle: Bundle, stages: Iterable[StageName], attention: AttentionKernel) -> None:
+    """Check names and shapes of every tensor that the stages will need, from file headers alone.
+
+    Raises BadWeights, and BadRequest for heads that the attention cannot take.
+    """
+    for stage in stages:
+        width = require_dit(bundle, stage).head_dim
+        if attention in ("triton", "gluon") and width not in HEAD_WIDTHS:
+            raise BadRequest(
+                f"attention as {attention} does not take the heads of the {stage} network",
+                got=f"width {width}",
+                wanted=f"width {' or '.join(map(str, HEAD_WIDTHS))}",
+                do="add --attention reference",
+            )
+    for network in (*stages, *ALWAYS_NEEDED):
+        load_tensors(bundle, network)
+
+
+def load_dit(
+    bundle: Bundle,
+    network: StageName,
+    precision: Precision,
+    device: torch.device,
+    weights: Residency = "resident",
+) -> WanDiT:
+    """Load a transformer.
+
+    What lies where: see `TransformerPlan`. Streamed weights are converted now and kept in host
+    memory, mapped ones stay as they are in the bundle's files until a block needs them.
+
+    Raises BadWeights for a missing, damaged or ill-fitting file.
+    """
+    config = require_dit(bundle, network)
+    with torch.device("meta"):
+        net = WanDiT(config)
+    stored = load_tensors(bundle, network)
+    for name, one in stored.items():
+        if weights == "resident" or not is_streamed(name):
+            stored[name] = store_dit_weight(name, one.to(device), precision)
+        elif weights == "streamed":
+            stored[name] = store_dit_weight(name, one, precision)
+    net.load_state_dict(stored, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def load_decoder(bundle: Bundle, device: torch.device, precision: Precision = "fp32") -> VaeDecoder:
+    """Load the decoder half of the VAE. Raises BadWeights as `load_dit` does.
+
+    With "bf16" weights and activations are bf16; norms, attention's softmax and the latent's
+    scale are computed in fp32, the gains of the norms stay fp32.
+    """
+    with torch.device("meta"):
+        decoder = VaeDecoder(bundle.networks.vae.config)
+    weights = load_tensors(bundle, "vae", prefix=("decoder.", "conv2."))
+    decoder.load_state_dict(
+        {
+            name: channels_last(decoder_weight(name, w.to(device), precision))
+            for name, w in weights.items()
+        },
+        assign=True,
+    )
+    return decoder.eval().requires_grad_(False)
+
+
+def decoder_weight(name: str, weight: Tensor, precision: Precision) -> Tensor:
+    """A weight of the decoder in the dtype that it is used in: bf16, but for gains of norms."""
+    kept = precision == "fp32" or name.endswith("gamma")
+    return weight.to(torch.float32 if kept else torch.bfloat16)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """Convolution weights in the layout of the decoder's activations, converted this once."""
+    if weight.dim() not in (4, 5):
+        return weight
+    layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+    return weight.contiguous(memory_format=layout)
+
+
+def load_text_network(bundle: Bundle, precision: Precision, device: torch.device) -> TextNetwork:
+    """Load tokenizer and text encoder; in bf16 everything is bf16, as in the official code.
+
+    Raises BadWeights as `load_dit`, and where the tokenizer cannot be read.
+    """
+    from transformers import AutoTokenizer  # seconds to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
+    except Exception as error:  # a damaged tokenizer.json raises whatever it meets
+        raise BadWeights(
+            f"cannot read the tokenizer in {bundle.tokenizer}",
+            got=error,
+            do="convert the checkpoint again with its tokenizer folder complete",
+        ) from error
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    encoder = build_text_encoder(bundle.networks.text_encoder.config)
+    weights = load_tensors(bundle, "text_encoder")
+    weights = {name: w.to(device, dtype) for name, w in weights.items()}
+    weights[TIED_KEY] = weights["shared.weight"]
+    encoder.load_state_dict(weights, assign=True)
+    encoder.requires_grad_(False)
+    return TextNetwork(tokenizer, encoder)
+
+
+def is_streamed(name: str) -> bool:
+    """Whether a weight of this name may lie elsewhere than on the device."""
+    return name.startswith("blocks.") and not name.endswith(".modulation")

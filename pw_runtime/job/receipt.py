@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The receipt beside every clip: what made it, with what, in which time and memory."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pw_kernels.launcher import tally
+from pw_runtime.system.atomic_files import write_text
+
+VERSIONED = ("pixelwizard-runtime", "torch", "transformers", "safetensors", "av")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Content of `<id>.json`. Whoever changes the meaning of a field raises `format`."""
+
+    prompt: dict[str, Any]
+    negative: str
+    seeds: dict[str, int]
+    noise: dict[str, str]  # SHA-256 of each stage's initial noise
+    noise_file: str | None
+    preset: dict[str, Any]
+    options: dict[str, Any]
+    bundle: dict[str, str]
+    video: dict[str, Any]
+    seconds: dict[str, float]
+    engines: dict[str, dict[str, str]]  # network -> backend, and why that
+    notices: list[str]
+    versions: dict[str, str]
+    # Of the run; absent from the file where the clip was finished by another run than the one
+    # that made its latents. That run then tells its own.
+    peak_memory_bytes: dict[str, int] | None
+    plan: dict[str, Any] | None  # decisions; by stage predicted and measured peaks, in bytes
+    kernel_launches: dict[str, dict[str, int]] | None  # kernel -> library or jit -> so far
+    finished_from_latents: dict[str, Any] | None = None
+    format: int = 2
+
+
+_ABSENT_IF_NONE = ("peak_memory_bytes", "plan", "kernel_launches", "finished_from_latents")
+
+
+def write_receipt(receipt: Receipt, path: Path) -> None:
+    """Write the receipt as JSON. Raises WriteFailed."""
+    content = asdict(receipt)
+    for name in _ABSENT_IF_NONE:
+        if content[name] is None:
+            del content[name]
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def kernel_launches() -> dict[str, dict[str, int]]:
+    """How often each of our kernels was launched, out of the compiled library and by Triton."""
+    found: dict[str, dict[str, int]] = {}
+    for (kernel, launcher), count in sorted(tally.items()):
+        found.setdefault(kernel, {})[launcher] = count
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part in a run."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "running from source"
+    return found

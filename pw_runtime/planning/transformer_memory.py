@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lives at the peak of the text stage and of a denoising stage, in closed form: shapes times
+sizes, no network run.
+
+Tested against a count of every tensor that the stage really makes (tests/planning).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from pw_engines import DTYPES
+from pw_runtime.checkpoint.loader import is_streamed
+from pw_runtime.execution.transformer import heads_at_once
+from pw_runtime.execution.transformer_segments import POSITIONS, segments_of
+from pw_runtime.execution.weight_streaming import STREAMED
+from pw_runtime.models import expected_shapes
+from pw_runtime.models.blocks import pad_biases
+from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.sampling.noise import latent_shape
+from pw_runtime.types import (
+    PATCH,
+    DitConfig,
+    MemoryItem,
+    Precision,
+    StageConfig,
+    TextEncoderConfig,
+    TransformerPlan,
+    VideoConfig,
+)
+
+LATENTS = {"unipc": 5, "dpm++": 4}  # with the noise, while the first pass of a step runs
+SOLVER_STEP = 9  # latents that a step makes beside those
+PASSES = 2  # with the prompt and with its negative
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBytes:
+    """Sizes of a transformer's weights as they are computed with."""
+
+    blocks: int  # all of all blocks
+    rest: int
+    places: int  # one block's, of the segments that have a place when weights are streamed
+    largest_text: int  # one block's keys and values of the text
+
+
+@cache
+def weight_bytes(config: DitConfig, precision: Precision) -> WeightBytes:
+    """Count a transformer's weights by name, shape and the dtype each is kept in."""
+    sizes = {}
+    for name, shape in expected_shapes("draft", config).items():
+        kept = store_dit_weight(name, torch.empty(shape, device="meta"), precision)
+        sizes[name] = kept.numel() * kept.element_size()
+    blocks = sum(size for name, size in sizes.items() if is_streamed(name))
+    segments = segments_of(config, precision, 1)
+    taken = {name: sum(sizes[key] for key in one.weights) for name, one in segments.items()}
+    return WeightBytes(
+        blocks=blocks,
+        rest=sum(sizes.values()) - blocks,
+        places=sum(taken[name] for name in STREAMED),
+        largest_text=taken["text_keys_values"],
+    )
+
+
+def stage_memory(
+    config: DitConfig,
+    stage: StageConfig,
+    video: VideoConfig,
+    precision: Precision,
+    plan: TransformerPlan,
+    *,
+    text_tokens: int | None = None,
+    padded: bool = False,
+) -> tuple[MemoryItem, ...]:
+    """Everything that lives on the device, and for weights on the host, at a stage's peak.
+
+    Args:
+        config: of its transformer.
+        stage: size of the picture, sampler.
+        video: length of the clip.
+        precision: of the weights.
+        plan: how it is run.
+        text_tokens: of the prompt and of its negative each; None: as many as there can be.
+        padded: engines take whole parts alone.
+
+    Returns:
+        Items, the largest first.
+    """
+    shape = latent_shape(stage, video)
+    tokens = math.prod(shape[1:]) // PATCH**2
+    if padded:
+        tokens = -(-tokens // plan.part) * plan.part
+    low = 4 if precision == "fp32" else 2
+    stream = tokens * config.dim  # elements of the residual stream
+    latent = 4 * math.prod(shape)
+    part = min(plan.part, tokens)
+    held = {
+        **_weights(config, precision, plan),
+        "latents of the solver": LATENTS[stage.solver] * latent,
+        "text keys and values": _text(config, low, text_tokens),
+        "modulation": 4 * (config.num_layers + 1) * 6 * config.dim,
+        "rotary tables": 8 * POSITIONS * (config.head_dim // 2),
+    }
+    if config.adapter_dim:
+        held["features of the draft"] = low * stream
+        held["resized draft"] = latent // PATCH**2
+    heads = heads_at_once(tokens, config.num_heads, config.head_dim, low)
+    some = tokens * heads * config.head_dim
+    every = {"residual stream": 4 * stream}
+    if plan.share:
+        every["first self-attention, shared"] = low * stream
+    else:  # the second pass is the peak
+        every["result of the first pass"] = latent
+    qkv = {"queries, keys, values": 3 * low * stream}
+    feed_forward = low * (config.dim + 2 * config.ffn_dim)
+    norms = config.dim * ((12 if low == 2 else 8) + 3 * low)  # in fp32
+    phases = [
+        every | qkv | {f"attention of {heads} heads": low * some + 4 * tokens * heads},
+        every | qkv | {f"{part} tokens before attention": part * config.dim * (3 * low + 4 + low)},
+        every
+        | {
+            "result of attention": low * stream,
+            f"{part} tokens after attention": part * (8 * config.dim + max(feed_forward, norms)),
+        },
+        {"step of the solver": SOLVER_STEP * latent},
+    ]
+    largest = max(phases, key=lambda phase: sum(phase.values()))
+    items = [MemoryItem(name=name, bytes=size, place="device") for name, size in held.items()]
+    items += _elsewhere(config, precision, plan)
+    items += [MemoryItem(name=name, bytes=size, place="device") for name, size in largest.items()]
+    return tuple(sorted(items, key=lambda item: -item.bytes))
+
+
+def _weights(config: DitConfig, precision: Precision, plan: TransformerPlan) -> dict[str, int]:
+    weights = weight_bytes(config, precision)
+    if plan.weights == "resident":
+        return {"weights": weights.blocks + weights.rest}
+    return {"weights of no block": weights.rest, "places for one block": weights.places}
+
+
+def _elsewhere(config: DitConfig, precision: Precision, plan: TransformerPlan) -> list[MemoryItem]:
+    """What weights that are not resident take in host memory; the bundle's files are no part."""
+    weights = weight_bytes(config, precision)
+    if plan.weights == "resident":
+        return []
+    found = {"one block's weights on their way": weights.places}
+    if plan.weights == "streamed":
+        found["weights of the blocks"] = weights.blocks
+    return [MemoryItem(name=name, bytes=size, place="host") for name, size in found.items()]
+
+
+def _text(config: DitConfig, low: int, text_tokens: int | None) -> int:
+    """Keys and values of every block for both texts."""
+    rows = config.text_len if text_tokens is None else text_tokens
+    rows += len(pad_biases(config.text_len - rows, DTYPES["fp32" if low == 4 else "bf16"]))
+    return PASSES * config.num_layers * 2 * rows * config.dim * low
+
+
+def text_memory(
+    config: TextEncoderConfig, precision: Precision, tokens: int = 512
+) -> tuple[MemoryItem, ...]:
+    """Weights, and one layer's work on a text of `tokens` tokens."""
+    low = 4 if precision == "fp32" else 2
+    shapes = expected_shapes("text_encoder", config).values()
+    pairs = tokens * tokens
+    # The bias of every pair of positions, twice; or the whole numbers that it is looked up by.
+    attention = max(2 * low * config.num_heads * pairs, 54 * pairs)
+    return (
+        MemoryItem(
+            name="weights of the text encoder",
+            bytes=low * sum(math.prod(shape) for shape in shapes),
+            place="device",
+        ),
+        MemoryItem(name="biases of the attention", bytes=attention, place="device"),
+        MemoryItem(name="hidden states", bytes=7 * low * tokens * config.dim, place="device"),
+    )

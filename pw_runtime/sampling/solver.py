@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two samplers, both second order and multistep, on x_sigma = (1 - sigma) x0 + sigma noise.
+
+A model output v gives the data prediction m = x - sigma v. With alpha = 1 - sigma and
+lambda = ln alpha - ln sigma, everything else is a linear combination whose coefficients are
+known before the first step; they are computed here in fp64, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from pw_kernels import Update, guided_update
+from pw_runtime.system.trace import observe, span
+from pw_runtime.types import Solver
+
+Velocities = Callable[[Tensor, int], Sequence[Tensor]]
+"""(latent, step index) -> v with the prompt and v with its negative."""
+
+
+def sample(
+    velocities: Velocities,
+    noise: Tensor,
+    sigmas: tuple[float, ...],
+    solver: Solver,
+    guidance: float,
+    *,
+    bf16_einsum: bool = False,
+) -> Tensor:
+    """Denoise from pure noise to x0.
+
+    Args:
+        velocities: the network.
+        noise: [C, T, H, W] fp32.
+        sigmas: of a `Schedule` made for the same solver.
+        solver: "unipc" (order 2, bh2, predictor-corrector) or "dpm++" (2M, midpoint).
+        guidance: scale of classifier-free guidance.
+        bf16_einsum: round UniPC's second-order terms to bf16, as the official loop does
+            under autocast.
+
+    Returns:
+        [C, T, H, W] fp32.
+    """
+    x = corrected = noise
+    before: Tensor | None = None  # data prediction of the step before
+    earlier: Tensor | None = None  # and of the one before that
+    for i in range(len(sigmas) - 1):
+        if solver == "unipc":
+            corrector, predictor = unipc_corrector(sigmas, i), unipc_predictor(sigmas, i)
+        else:
+            corrector, predictor = None, dpm_update(sigmas, i)
+        with span(f"step {i + 1}"):
+            cond, uncond = velocities(x, i)
+            x, corrected, m = guided_update(
+                cond,
+                uncond,
+                x,
+                corrected,
+                before,
+                earlier,
+                guidance,
+                sigmas[i],
+                corrector,
+                predictor,
+                bf16_einsum=bf16_einsum and solver == "unipc",
+            )
+        observe("latent", x)
+        del cond, uncond  # the network needs the memory for the next ones
+        before, earlier = m, before
+    return x
+
+
+# ---- UniPC: predict with the past, then correct with the new prediction ----------------------
+
+
+def unipc_predictor(sigmas: tuple[float, ...], i: int) -> Update:
+    """Update from step i to i+1: order 1 at the first and the last step, order 2 between.
+
+    At the last, sigma_next is 0 and the data prediction is the result.
+    """
+    if i == len(sigmas) - 2:
+        return Update(keep=0.0, data=1.0)
+    h = _lambda(sigmas[i + 1]) - _lambda(sigmas[i])
+    phi = math.expm1(-h)
+    alpha = 1 - sigmas[i + 1]
+    keep, data = sigmas[i + 1] / sigmas[i], -alpha * phi
+    if i == 0:
+        return Update(keep, data)
+    r = (_lambda(sigmas[i - 1]) - _lambda(sigmas[i])) / h
+    return Update(keep, data, slope=-alpha * phi, old_weight=0.5, inverse_r=1 / r)
+
+
+def unipc_corrector(sigmas: tuple[float, ...], i: int) -> Update | None:
+    """Correction of the latent at step i, from the corrected latent of step i-1.
+
+    `m` is the prediction of step i-1, `m_new` that of step i, `m_old` that of step i-2. The first
+    step has nothing to correct, and at the last the result is the prediction, corrected or not.
+    """
+    if i == 0 or i == len(sigmas) - 2:
+        return None
+    h = _lambda(sigmas[i]) - _lambda(sigmas[i - 1])
+    phi = math.expm1(-h)
+    alpha = 1 - sigmas[i]
+    keep, data = sigmas[i] / sigmas[i - 1], -alpha * phi
+    if i == 1:
+        return Update(keep, data, slope=-alpha * phi, new_weight=0.5)
+    r = (_lambda(sigmas[i - 2]) - _lambda(sigmas[i - 1])) / h
+    k = phi / -h - 1
+    b1 = k / phi
+    b2 = 2 * (k / -h - 0.5) / phi
+    rho = (b1 - b2) / (1 - r)
+    return Update(keep, data, -alpha * phi, new_weight=b1 - rho, old_weight=rho, inverse_r=1 / r)
+
+
+def _lambda(sigma: float) -> float:
+    """Half log signal-to-noise ratio; -inf at sigma 1 (pure noise), +inf at 0."""
+    if sigma == 0.0:
+        return math.inf
+    return math.log1p(-sigma) - math.log(sigma) if sigma < 1.0 else -math.inf
+
+
+# ---- DPM-Solver++ 2M ---------------------------------------------------------------------------
+
+
+def dpm_update(sigmas: tuple[float, ...], i: int) -> Update:
+    """Update from step i to i+1: order 1 at the first and the last step, order 2 between."""
+    keep = sigmas[i + 1] / sigmas[i]
+    alpha = 1 - sigmas[i + 1]
+    h = _lambda(sigmas[i + 1]) - _lambda(sigmas[i])
+    data = -alpha * math.expm1(-h)
+    if i == 0 or i == len(sigmas) - 2:
+        return Update(keep, data)
+    inverse_r = h / (_lambda(sigmas[i]) - _lambda(sigmas[i - 1]))
+    if inverse_r == 0.0:  # sigma_0 = 1: lambda is -inf there and the second order vanishes
+        return Update(keep, data)
+    return Update(keep, data, slope=-data, old_weight=0.5, inverse_r=inverse_r)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pw_runtime.errors import BadRequest, WriteFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GIB = 2**30
+_ROOM_BYTES = 16 * 2**20  # for headers, indices and the file system's own use
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it becomes `path`.
+
+    The file and its folder are on the disk when this returns. After any exception, Ctrl-C
+    included, the temporary file is gone and an earlier `path` is as it was. Two processes that
+    write one path do not meet: the last one to finish wins.
+
+    Raises WriteFailed when the system refuses the file; an OSError that names some other
+    file passes through as it is.
+    """
+    partial = partial_name(path)
+    try:
+        for leftover in stale_partials(path):
+            leftover.unlink()
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except OSError as error:
+        if error.filename not in (None, str(partial), str(path), str(path.parent)):
+            raise
+        raise write_failed(path, error) from error
+    finally:
+        # Gone after a success; whatever else is wrong with it has been said by then.
+        with suppress(OSError):
+            partial.unlink()
+
+
+@contextmanager
+def atomic_folder(out: Path, num_bytes: int, say: Callable[[str], None]) -> Iterator[Path]:
+    """Yield a new folder beside `out` that becomes `out` when the block ends well.
+
+    After any exception, Ctrl-C included, it is gone. What a process left that was killed
+    meanwhile is removed by the next call for the same `out`, which says so. `num_bytes` is how
+    much will be written. Everything in the folder must have been synced by the block.
+
+    Raises BadRequest when `out` exists, WriteFailed when there is no room or the disk refuses.
+    """
+    out = out.absolute()
+    require_absent(out)
+    partial = partial_name(out)
+    with _as_write_failed(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out, say)
+        _check_room(out, num_bytes)
+    try:
+        with _as_write_failed(out):
+            partial.mkdir()
+            yield partial
+            os.rename(partial, out)
+            _sync(out.parent)
+    finally:
+        # why: nothing is left after the rename; what cannot be removed goes at the next start
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_absent(out: Path) -> None:
+    """Raise BadRequest when there is anything at `out`."""
+    if os.path.lexists(out):
+        raise BadRequest(
+            f"{out} exists already",
+            got="a path in use",
+            wanted="a new one; nothing is ever overwritten",
+            do="choose another --out, or remove it yourself",
+        )
+
+
+def _remove_stale(out: Path, say: Callable[[str], None]) -> None:
+    for folder in stale_partials(out):
+        say(f"removing {folder.name}, left by a process that was killed")
+        shutil.rmtree(folder)
+
+
+def _check_room(out: Path, num_bytes: int) -> None:
+    needed = num_bytes + _ROOM_BYTES
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise WriteFailed(
+            f"there is not enough room for {out}",
+            got=f"{free / _GIB:.2f} GiB free in {out.parent}",
+            wanted=f"{needed / _GIB:.2f} GiB",
+            do="free some space or choose another folder for --out",
+        )
+
+
+@contextmanager
+def _as_write_failed(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise write_failed(path, error) from error
+
+
+def partial_name(path: Path) -> Path:
+    """The name under which this process makes `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def stale_partials(path: Path) -> list[Path]:
+    """What killed processes left of `path`."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.partial")
+    found = []
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = pattern.fullmatch(entry.name)
+        if match and not _alive(int(match[1])):
+            found.append(entry)
+    return found
+
+
+def _alive(pid: int) -> bool:
+    # This process has made nothing yet; in containers a killed one often had the same number.
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all. Raises WriteFailed."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write contiguous tensors as safetensors, whole or not at all. Raises WriteFailed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as partial:
+        try:
+            save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # its name for a full disk, too
+            raise write_failed(path, error) from error
+        # Safetensors lets only the owner read its files, whatever the umask.
+        partial.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def write_failed(path: Path, error: Exception) -> WriteFailed:
+    """Say that `path` could not be written, why, and what to do about it."""
+    number = getattr(error, "errno", None)
+    if number is None and (named := re.search(r"os error (\d+)", str(error))):
+        number = int(named[1])  # safetensors has no other way to say it
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        reason = f"{reason}, {free / 2**20:.1f} MiB free"
+        remedy = "free some space or choose another folder"
+    elif number in (errno.ENOENT, errno.ENOTDIR):
+        remedy = f"create the folder {path.parent}"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+        remedy = "choose a place you may write to"
+    else:
+        remedy = "mend the cause and run the same command again"
+    return WriteFailed(f"cannot write {path}", got=reason, do=remedy)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
