@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.job.clip import Clip
+from pw_runtime.job.failures import require_finite
 from pw_runtime.job.preflight import prepare
 from pw_runtime.job.run import Run
 from pw_runtime.job.thumbnails import Thumbnails
@@ -73,10 +74,10 @@ def denoise_drafts(run: Run) -> None:
     with run.transformer("draft") as transformer:
         for clip, text in run.clips_with_text():
             with run.step(clip, "draft", config.steps) as step:
-                noise = clip.noise_for("draft")
-                clip.draft = transformer.run(
-                    step, denoise_draft, text, noise, config, compat, step.advance
-                )
+                inputs = (text, clip.noise_for("draft"), config, compat)
+                latent = transformer.run(step, denoise_draft, *inputs, step.advance)
+                clip.draft = require_finite(latent, "draft")
+                del latent  # the clip alone decides how long it is kept
                 if clip.last_stage == "draft":
                     run.spill_latents(clip)
 
@@ -93,7 +94,9 @@ def denoise_highres_clips(run: Run) -> None:
                     conditioning = resize_draft(draft, config)
                     noise = clip.noise_for("highres")
                 inputs = (text, conditioning, noise, config, compat)
-                clip.highres = transformer.run(step, denoise_highres, *inputs, step.advance)
+                latent = transformer.run(step, denoise_highres, *inputs, step.advance)
+                clip.highres = require_finite(latent, "high-res")
+                del latent
                 run.spill_latents(clip)
 
 

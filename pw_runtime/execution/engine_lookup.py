@@ -31,7 +31,7 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import require_dit
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.transformer_segments import Segment, segments_of
-from pw_runtime.types import RunOptions, StageName
+from pw_runtime.types import EnginePolicy, RunOptions, StageName
 
 CompilerName = Literal["tensorrt", "torch-tensorrt", "aoti"]
 
@@ -140,33 +140,59 @@ def eager_engines(segments: Mapping[str, Segment]) -> dict[str, Engine]:
 def select_engines(
     bundle: Bundle, stage: StageName, options: RunOptions, say: Callable[[str], None]
 ) -> EngineSet:
-    """Select the engines of a transformer, all from one backend, and report which.
-
-    `--policy auto` takes engines where the store has all of them and the segments otherwise,
-    `engines` nothing but engines, `eager` the segments.
+    """Select the engines of a transformer, and report which.
 
     Raises:
         BadRequest: engines were asked for and are missing, or one cannot be opened.
         BadWeights: the bundle has no such network.
     """
     segments = segments_of(require_dit(bundle, stage), options.precision, options.chunk)
-    command, store = build_command(options, bundle.root), EngineStore()
+    command = build_command(options, bundle.root)
     # Engines contain kernels of their own: with --kernels triton, the segments run.
-    if options.policy == "eager" or options.kernels == "triton":
-        return EngineSet(segments, eager_engines(segments), "eager", "asked for")
+    policy = "eager" if options.kernels == "triton" else options.policy
     device = torch.device(options.device)
-    result = find_engines(lambda compiler: segments, store, device, command)
-    if isinstance(result, EngineSet):
-        say(f"the {stage} network runs on {result.reason} ({result.backend})")
-        return result
-    if options.policy == "engines":
+    engine_set = choose_engines(segments, policy, EngineStore(), device, command)
+    reason = engine_set.reason
+    if engine_set.backend != "eager":
+        say(f"the {stage} network runs on {reason} ({engine_set.backend})")
+    elif policy == "auto":
+        say(f"the {stage} network runs without engines ({reason}); to build them: `{command}`")
+    return engine_set
+
+
+def choose_engines(
+    segments: Mapping[str, Segment],
+    policy: EnginePolicy,
+    store: EngineStore,
+    device: torch.device,
+    command: str,
+) -> EngineSet:
+    """Choose engines for all segments, from one backend.
+
+    Args:
+        segments: of a network, by name.
+        policy: "auto" takes engines if the store has all of them, otherwise the segments
+            themselves; "engines" takes engines only; "eager" the segments.
+        store: the engines on disk.
+        device: the device that they run on.
+        command: builds them.
+
+    Raises:
+        BadRequest: engines were asked for and are missing, or one cannot be opened.
+    """
+    reason = "asked for"
+    if policy != "eager":
+        result = find_engines(lambda compiler: segments, store, device, command)
+        if isinstance(result, EngineSet):
+            return result
+        reason = result.reason
+    if policy == "engines":
         raise BadRequest(
-            f"--policy engines, but {store.root} has no engines for this model and machine",
-            got=result.reason,
+            f"--policy engines, but {store.root} lacks engines for this model and machine",
+            got=reason,
             do=f"run `{command}` first, or leave --policy out",
         )
-    say(f"the {stage} network runs without engines ({result.reason}); to build them: `{command}`")
-    return EngineSet(segments, eager_engines(segments), "eager", result.reason)
+    return EngineSet(segments, eager_engines(segments), "eager", reason)
 
 
 def find_engines(

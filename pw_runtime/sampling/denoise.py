@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pw_runtime.errors import BadResult
 from pw_runtime.execution.protocols import ControlInputs, Transformer
 from pw_runtime.sampling.schedule import make_schedule, time_input
 from pw_runtime.sampling.solver import sample
@@ -71,14 +70,3 @@ def _control(net: Transformer, features: Tensor, t: int, dt: int) -> ControlInpu
     """Collect the control of a step. The official adapter runs before t and dt are rounded."""
     device = features.device
     return net.control_inputs(features, time_input(t, device), time_input(dt, device))
-
-
-def require_finite(latent: Latent, name: str) -> Latent:
-    """Return the latent. Raises BadResult where it contains NaN or infinity."""
-    if not latent.x.isfinite().all():
-        raise BadResult(
-            f"the {name} latent contains NaN or infinity",
-            wanted="finite numbers",
-            do="check shift and guidance of the preset, and the checkpoint; try --precision fp32",
-        )
-    return latent

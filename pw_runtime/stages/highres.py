@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pw_runtime.execution.protocols import Transformer
-from pw_runtime.sampling.denoise import denoise, require_finite
+from pw_runtime.sampling.denoise import denoise
 from pw_runtime.types import Compat, Conditioning, Latent, StageConfig, TextContext
 
 
@@ -34,9 +34,5 @@ def denoise_highres(
 
     Returns:
         [C, T, H, W] fp32 latent.
-
-    Raises:
-        BadResult: the latent contains NaN or infinity.
     """
-    latent = denoise(net, text, noise, config, compat, on_step, conditioning)
-    return require_finite(latent, "high-res")
+    return denoise(net, text, noise, config, compat, on_step, conditioning)

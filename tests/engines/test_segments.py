@@ -85,10 +85,10 @@ def velocities(net: SegmentedDiT, lengths: Sequence[int]) -> list[Tensor]:
     latent, steps, more = normal(*LATENT), [torch.tensor([700.0])], []
     if net.net.config.has_dt:
         steps.append(torch.tensor([100.0]))
-        more.append(net.steering(net.draft_features(normal(48, 2, 3, 4)), *steps))
+        more.append(net.control_inputs(net.control_features(normal(48, 2, 3, 4)), *steps))
     with torch.inference_mode():
         texts = texts_of(net, lengths)
-        return net.velocities(latent, texts, net.modulation(*steps), net.positions(latent), *more)
+        return net.velocities(latent, texts, net.modulation(*steps), net.layout(latent), *more)
 
 
 def texts_of(
@@ -118,7 +118,8 @@ def test_equals_the_whole_network(config: DitConfig, precision: Precision, limit
 def test_sharing_the_first_attention_changes_no_bit(precision: Precision) -> None:
     net = network(HIGHRES, precision)
     shared, apart = (
-        velocities(segmented(net, precision, 9, share=share), [7, 3, 5]) for share in (True, False)
+        velocities(segmented(net, precision, 9, share_attention=share), [7, 3, 5])
+        for share in (True, False)
     )
     assert all(torch.equal(*pair) for pair in zip(shared, apart, strict=True))
 
@@ -134,7 +135,7 @@ def test_heads_a_few_at_a_time_change_no_bit(monkeypatch: pytest.MonkeyPatch) ->
 def test_parts_smaller_than_the_engines_take_equal_smaller_engines() -> None:
     net = network(HIGHRES, "fp32")
     smaller = velocities(segmented(net, "fp32", 9), [7])
-    parts = velocities(segmented(net, "fp32", 24, part=9), [7])
+    parts = velocities(segmented(net, "fp32", 24, chunk=9), [7])
     assert torch.equal(parts[0], smaller[0])
 
 
@@ -144,7 +145,7 @@ def test_every_block_of_every_pass_is_told() -> None:
     with torch.inference_mode():
         latent, steps = normal(*LATENT), torch.tensor([700.0])
         texts = texts_of(net, [7, 3])
-        at = net.positions(latent)
+        at = net.layout(latent)
         net.velocities(latent, texts, net.modulation(steps), at, on_block=lambda: told.append(1))
     assert len(told) == 2 * DRAFT.num_layers
 

@@ -30,7 +30,7 @@ from pw_runtime.models import VaeDecoder
 from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.models.vae_blocks import CausalConv3d
 from pw_runtime.presets import PRESETS
-from pw_runtime.stages.decode import decode
+from pw_runtime.stages.decode import decode_frames
 from pw_runtime.types import VAE_STRIDE, Compat, Latent, TilingConfig, VaeConfig
 from tests.models.test_vae_golden import config as tiny
 
@@ -79,8 +79,8 @@ def clip(vae: VaeDecoder | SegmentedVae, latent: Tensor) -> list[Tensor]:
 def test_a_decode_on_engines_equals_that_of_the_decoder(nano, plan) -> None:
     latent = Latent(x=random_latent(3))
     vae = on_eager_engines(nano, segments_of_decode(NANO_VAE, plan, ROWS, COLUMNS))
-    wanted = decode(latent, plan, Compat(), nano)
-    got = decode(latent, plan, Compat(), vae)
+    wanted = decode_frames(nano, latent, plan, Compat())
+    got = decode_frames(vae, latent, plan, Compat())
     for one, other in zip(got, wanted, strict=True):
         assert one.start == other.start
         assert torch.equal(one.frames, other.frames)
