@@ -167,7 +167,7 @@ def test_baked_segments_have_their_weights(nano) -> None:
 def test_sizes_and_engines_that_do_not_fit_are_refused(nano) -> None:
     segments = segments_of_vae(NANO_VAE, ROWS, COLUMNS)
     vae = on_eager_engines(nano, segments)
-    with pytest.raises(ValueError, match=r"vae_coarse_first: wanted x of shape .*got \(1, 2, 8"):
+    with pytest.raises(ValueError, match=r"vae_coarse_first: expected x of shape .*got \(1, 2, 8"):
         vae.coarse(random_latent(1, columns=8), CausalCache())
     others = segments_of_vae(NANO_VAE, ROWS, COLUMNS + 1)
     engines = {name: EagerEngine(one.spec, one.module) for name, one in others.items()}
