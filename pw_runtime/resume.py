@@ -26,7 +26,7 @@ from pw_runtime.types import Codec, Kernels, Network, Outcome, Precision, Reques
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overrides:
-    """What differs from the run that made the latents; None: as in that run.
+    """Differences from the run that made the latents; None: as in that run.
 
     Attributes:
         device: to decode on.

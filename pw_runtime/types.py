@@ -72,7 +72,7 @@ class VideoConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilingConfig:
-    """How the VAE decode is divided into tiles.
+    """Division of the VAE decode into tiles.
 
     `exact` equals the undivided decode to rounding for any number of `strips`: it decodes bands of
     rows, each of which passes on what the next one needs (on engines, strips of columns with a
@@ -115,7 +115,7 @@ class Preset:
     compat: Compat = field(default_factory=Compat)
 
     def stages(self, *, draft_only: bool = False) -> dict[StageName, StageConfig]:
-        """The denoising stages in order; the last one's latent becomes the clip."""
+        """Return the denoising stages in order; the last one's latent becomes the clip."""
         if draft_only or self.highres is None:
             return {"draft": self.draft}
         return {"draft": self.draft, "highres": self.highres}
@@ -248,7 +248,7 @@ OFFICIAL_NEGATIVE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How a run computes and encodes. Receipts and latents files store these fields by name."""
+    """Options for computing and encoding; receipts and latents files store them by name."""
 
     __pydantic_config__ = FORBID_UNKNOWN
 
@@ -311,7 +311,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerPlan:
-    """How a transformer runs within a memory budget.
+    """Execution of a transformer within a memory budget.
 
     Weights are on the device (`resident`), or come block by block from host memory (`streamed`) or
     from the bundle's files (`mapped`). Neither this nor `share_attention` changes a bit of the
@@ -325,7 +325,7 @@ class TransformerPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
-    """How a clip is decoded within a memory budget."""
+    """Execution of a decode within a memory budget."""
 
     tiling: TilingConfig
     engines: bool = False  # on engines that were built
@@ -343,7 +343,7 @@ class MemoryItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """What is in memory at the peak of a stage of the run."""
+    """Memory at the peak of one stage."""
 
     stage: str
     items: tuple[MemoryItem, ...]  # the largest first
@@ -363,7 +363,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """How all stages run within a budget, and what each takes at its peak."""
+    """Execution of all stages within a budget, and what each takes at its peak."""
 
     budget: Budget
     text: Place | None  # None: another run has encoded the text

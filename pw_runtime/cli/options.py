@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs share: exit codes, parameter types, options."""
+"""Exit codes, parameter types and options that the verbs share."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines the decoder runs on: those built for the last picture of one preset.
+"""Selection of the decoder's engines, which are built for the last picture of one preset.
 
 Unlike a transformer's, each engine fits one picture size. A run never needs them: where they are
 missing, the eager decoder runs and a line says so.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines a network runs on: those that `pw build` made, or the segments themselves.
+"""Selection of the engines of a network: built by `pw build`, or the segments themselves.
 
 Nothing is compiled here. What runs is reported, and recorded in the receipt.
 """
@@ -38,7 +38,7 @@ CompilerName = Literal["tensorrt", "torch-tensorrt", "aoti"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiler:
-    """How engines of one compiler are keyed and loaded."""
+    """Keys and loading of the engines of one compiler."""
 
     backend: Backend
     file: str
@@ -119,7 +119,7 @@ class EngineSet:
 
 @dataclass(frozen=True, slots=True)
 class Unavailable:
-    """Why a store has no engines for a network on this machine."""
+    """The reason why a store has no engines for a network on this machine."""
 
     reason: str
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages ask of a transformer and of a decoder, whatever these run on."""
+"""Interfaces of a transformer and of a decoder, as the stages use them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TokenLayout:
 
 @dataclass(frozen=True, slots=True)
 class ControlInputs:
-    """What the draft and one step contribute to the input of the controlled blocks."""
+    """Contribution of the draft and of one step to the input of the controlled blocks."""
 
     features: Tensor  # [S, D], from `Transformer.control_features`
     steps: tuple[Tensor, Tensor]  # sinusoids of timestep and step size, [1, freq_dim] fp32

@@ -38,7 +38,7 @@ def isolate_failure(clip: Clip, reporter: Reporter) -> Iterator[None]:
 
 @contextmanager
 def report_on_abort(clips: Iterable[Clip], reporter: Reporter) -> Iterator[None]:
-    """When the run is aborted, also by Ctrl-C, report what is kept of each unfinished clip.
+    """Report what is kept of each unfinished clip when the run is aborted, also by Ctrl-C.
 
     Raises BadResult when out of memory outside any clip.
     """

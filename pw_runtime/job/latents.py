@@ -44,7 +44,7 @@ SUFFIX = ".latents.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where the latents of a clip come from. Bump `format` when a field changes."""
+    """Origin of the latents of a clip. Bump `format` when a field changes."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 

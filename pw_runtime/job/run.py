@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run: what its stages share, and what happens around each clip in each stage."""
+"""One run: the state its stages share, and what surrounds each clip in each stage."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from pw_runtime.types import (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What all stages of one run share."""
+    """State shared by all stages of one run."""
 
     request: Request
     bundle: Bundle

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan is made for: the clip, the networks, and the memory that is free."""
+"""Input of a plan: the clip, the networks, and the memory that is free."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PRECISIONS: Mapping[str, Precision] = {"F32": "fp32", "BF16": "bf16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is to be made, with which networks."""
+    """The clip to make, and the networks to make it with."""
 
     preset: Preset
     stages: Mapping[StageName, StageConfig]

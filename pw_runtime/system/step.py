@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One clip in one stage of a run: its progress, its clock, and what the user is told about it."""
+"""One clip in one stage of a run: its progress, its time, and its notices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _no_progress(done: float = 1) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class Step:
-    """What one clip's computation in a stage reports to. It may be attempted several times.
+    """Reporting of one clip's computation in a stage, which may be attempted several times.
 
     Attributes:
         label: of the progress bar.
