@@ -42,7 +42,8 @@ def plan(**options: Any) -> int:
     from pw_export.wan22_configs import NETWORKS
     from pw_runtime.checkpoint.bundle import open_bundle
     from pw_runtime.job.preflight import default_precision
-    from pw_runtime.planning.planner import candidates, make_plan
+    from pw_runtime.planning.candidates import candidates
+    from pw_runtime.planning.planner import make_plan
     from pw_runtime.planning.report import plan_report
     from pw_runtime.planning.time_estimate import KNOWN, measure_rates
     from pw_runtime.planning.workload import budget_of, workload

@@ -16,7 +16,8 @@ from pw_engines import EngineError
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.errors import BadResult
 from pw_runtime.execution.engine_lookup import EngineSet
-from pw_runtime.planning.planner import Candidate, Candidates, candidates, fits, make_plan, plan_of
+from pw_runtime.planning.candidates import Candidate, Candidates, candidates
+from pw_runtime.planning.planner import fits, make_plan, plan_of
 from pw_runtime.planning.workload import budget_of, workload
 from pw_runtime.system.machine import peak_memory, reset_peak_memory, return_freed_memory
 from pw_runtime.system.step import Step

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts about this machine. Needs only the standard library, so that it can tell what is missing."""
+"""Facts about this machine, gathered with the standard library alone: anything may be missing."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import pytest
 
 from pw_export.wan22_configs import NETWORKS
 from pw_runtime.errors import BadRequest
-from pw_runtime.planning.planner import GIB, candidates, decode_candidates, fits, make_plan
+from pw_runtime.planning.candidates import candidates, decode_candidates
+from pw_runtime.planning.planner import GIB, fits, make_plan
 from pw_runtime.planning.report import plan_report, seconds_by_stage
 from pw_runtime.planning.time_estimate import KNOWN
 from pw_runtime.planning.workload import Workload, workload
