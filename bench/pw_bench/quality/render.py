@@ -17,7 +17,7 @@ from pw_export.nano.scenes import Scene, draw_scene
 from pw_runtime.checkpoint.bundle import Bundle, load_tensors
 from pw_runtime.checkpoint.loader import load_decoder, load_dit, load_text_network
 from pw_runtime.execution.engine_lookup import eager_engines
-from pw_runtime.execution.transformer import SegmentedDiT, Steering
+from pw_runtime.execution.transformer import ControlInputs, SegmentedDiT
 from pw_runtime.execution.transformer_segments import segments_of
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.dit import Modulation
@@ -73,7 +73,7 @@ class NotToldTheStep(SegmentedDiT):
         """As ever, without dt."""
         return super().modulation(t, None if dt is None else torch.full_like(dt, SMALLEST_STEP))
 
-    def steering(self, features: Tensor, t: Tensor, dt: Tensor) -> Steering:
+    def steering(self, features: Tensor, t: Tensor, dt: Tensor) -> ControlInputs:
         """As ever, without dt."""
         return super().steering(features, t, torch.full_like(dt, SMALLEST_STEP))
 
