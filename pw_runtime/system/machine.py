@@ -140,6 +140,11 @@ def doctor_report(machine: Machine) -> str:
     return "\n".join(lines)
 
 
+def cpu_features() -> frozenset[str]:
+    """Return the CPU's features by Linux's names ("avx512f"); none where there is no /proc."""
+    return frozenset((_proc_field(Path("/proc/cpuinfo"), "flags") or "").split())
+
+
 def available_memory_bytes() -> int | None:
     """Bytes of memory that this process could still take, by the system and by its control group;
     None where the system does not tell."""
