@@ -30,14 +30,14 @@ encode_draft(Path(sys.argv[1]))
 
 
 def encode_draft(path: Path) -> None:
-    """Encode 16 frames of moving waves with grain: x264 finds motion, and its macroblock tree."""
-    t, y = torch.arange(16).view(-1, 1, 1, 1), torch.arange(64).view(1, -1, 1, 1)
+    """Encode 24 frames of moving waves with grain: x264 finds motion, and its macroblock tree."""
+    t, y = torch.arange(24).view(-1, 1, 1, 1), torch.arange(128).view(1, -1, 1, 1)
     x = torch.arange(448).view(1, 1, -1, 1)
     waves = 128 + 90 * torch.sin((x + 3 * t) / 24) * torch.cos((y - 2 * t) / 19)
     grain = 8 * torch.randn(waves.shape, generator=torch.Generator().manual_seed(0))
     rgb = (waves + grain).clamp(0, 255).to(torch.uint8).repeat(1, 1, 1, 3)
     chunk = FrameChunk(start=0, pixel_format="rgb24", frames=rgb)
-    write_video([chunk], path, width=448, height=64, frames=16, fps=24, codec="h264")
+    write_video([chunk], path, width=448, height=128, frames=24, fps=24, codec="h264")
 
 
 def test_h264_does_not_depend_on_what_the_heap_held(tmp_path: Path) -> None:
