@@ -25,7 +25,7 @@ from av.video.reformatter import (
 from av.video.stream import VideoStream
 
 from pw_runtime.errors import WriteFailed
-from pw_runtime.stages.codecs import RECIPES, Recipe, check_codec
+from pw_runtime.stages.codecs import RECIPES, Recipe, check_codec, encoder_options
 from pw_runtime.stages.fragmented_mp4 import FragmentedMp4
 from pw_runtime.system.atomic_files import atomic_file, write_failed
 from pw_runtime.system.overlap import overlap
@@ -102,7 +102,8 @@ def _encode(
         os.fspath(path),
         "w",
         format="mp4" if mp4 else "matroska",
-        options={"movflags": "+faststart"} if mp4 else {},
+        # A Matroska file has random identifiers unless it is to be bit-exact.
+        options={"movflags": "+faststart"} if mp4 else {"fflags": "+bitexact"},
     )
     copy: FragmentedMp4 | None = None
     try:
@@ -138,7 +139,7 @@ def _mux(
 
 
 def _open_stream(container: OutputContainer, recipe: Recipe, clip: _Format) -> VideoStream:
-    stream = container.add_stream(recipe.encoder, rate=clip.fps, options=dict(recipe.options))
+    stream = container.add_stream(recipe.encoder, rate=clip.fps, options=encoder_options(recipe))
     assert isinstance(stream, VideoStream)
     stream.width, stream.height = clip.width, clip.height
     stream.pix_fmt = recipe.pix_fmt
