@@ -29,7 +29,7 @@ DEMO := build/demo
 
 # why one thread: libgomp's threads spin while they wait, and two test processes with two threads
 # each on two cores then take ten times as long.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 QUICK := tests/machine tests/models tests/planning tests/sampling tests/stages tests/video
 
 # why the lock first: it holds torch's own dependencies, so that torch adds only its build's.
