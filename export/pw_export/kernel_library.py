@@ -21,8 +21,8 @@ from pathlib import Path
 
 from pw_export.kernel_discovery import variants_for
 from pw_kernels.ahead_of_time import SHARED_LIMITS, Compiled, compile_variant
-from pw_kernels.launcher import Variant
 from pw_kernels.library import ARCHS, FORMAT, letter, source_digest
+from pw_kernels.variant import Variant
 from pw_runtime.system.atomic_files import atomic_file, write_text
 
 ALIGNMENT = 64  # of a cubin in the file, bytes

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pw_kernels.launcher import Argument, Variant
+from pw_kernels.variant import Argument, Variant
 
 FORMAT = 1  # of the library's interface and manifest
 ENVIRONMENT = "PW_KERNELS_LIBRARY"

@@ -23,10 +23,10 @@ from pw_engines import (
     FrontEnd,
     aoti,
     tensorrt,
-    tensorrt_torch,
 )
 from pw_engines.eager import EagerEngine
 from pw_engines.spec import digest_of
+from pw_engines.tensorrt import torch_tensorrt
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.transformer_segments import Segment
 from pw_runtime.types import EnginePolicy, Request
@@ -67,7 +67,7 @@ COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
             backend="tensorrt",
             file=tensorrt.FILE,
             unavailable=tensorrt.unavailable,  # to run: the front end only builds
-            platform=tensorrt_torch.torch_platform,
+            platform=torch_tensorrt.torch_platform,
             load=tensorrt.load,
             frontend="torch-tensorrt",
             bakes=True,

@@ -11,7 +11,8 @@ import json
 import re
 
 from pw_kernels.ahead_of_time import SHARED_LIMITS, compile_kernel
-from pw_kernels.launcher import Variant, recording
+from pw_kernels.launcher import recording
+from pw_kernels.variant import Variant
 from tests.kernels.pointwise import LEAST, meta_case
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from pw_kernels import launcher, library
-from pw_kernels.launcher import Kernel, Variant, recording
+from pw_kernels.launcher import recording
 from pw_kernels.library import ENVIRONMENT, Library, letter, source_digest
+from pw_kernels.variant import Kernel, Variant
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("attention_hopper", "norm_modulate")  # one with scratch memory, one without
@@ -154,7 +155,7 @@ def test_digest_follows_the_bodies(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_variant_of_a_call() -> None:
-    """Types as Triton specialises them: alignment, ones, 64 bits; any_number stays plain."""
+    """Types as Triton specialises them: alignment, ones, 64 bits; do_not_specialize stays plain."""
     x = torch.zeros(64, dtype=torch.bfloat16)
     arguments = {"x": x[1:], "y": x, "one": 1, "n": 48, "big": 2**31, "s": 5, "count": 16, "f": 0.5}
     with recording((9, 0)) as variants:

@@ -29,7 +29,7 @@ def oracle(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Ten
     return torch.view_as_real(turned).flatten(1)
 
 
-def place(first: int, grid: tuple[int, int, int]) -> Tensor:
+def origin(first: int, grid: tuple[int, int, int]) -> Tensor:
     return torch.tensor([first, *grid[1:]])
 
 
@@ -63,9 +63,9 @@ def test_kernel(
     gains = [1 + normal(dim, dtype=dtype, seed=seed) / 4 for seed in (2, 3)]
     cos, sin = tables(max(grid), dim // heads // 2)
     ours, theirs = ([q.clone(), k.clone()] for _ in range(2))
-    run_kernel(*ours, *gains, cos, sin, place(first, grid), heads, EPS)
-    reference(*theirs, *gains, cos, sin, place(first, grid), heads, EPS)
-    by_token = [angles_of_tokens(table, place(first, grid), tokens) for table in (cos, sin)]
+    run_kernel(*ours, *gains, cos, sin, origin(first, grid), heads, EPS)
+    reference(*theirs, *gains, cos, sin, origin(first, grid), heads, EPS)
+    by_token = [angles_of_tokens(table, origin(first, grid), tokens) for table in (cos, sin)]
     for x, gain, got, wanted in zip((q, k), gains, ours, theirs, strict=True):
         assert_as_accurate(got, wanted, oracle(x, gain, *by_token, heads))
         if dtype == torch.bfloat16:
@@ -78,8 +78,8 @@ def test_rows_of_a_packed_projection(run) -> None:
     packed, (cos, sin) = normal(10, 3 * 64, dtype=torch.bfloat16), tables(5, 16)
     gain = torch.ones(64, dtype=torch.bfloat16)
     q, k, v = (x.contiguous() for x in packed.split(64, dim=1))
-    run(*packed.split(64, dim=1)[:2], gain, gain, cos, sin, place(0, (1, 2, 5)), 2, EPS)
-    run(q, k, gain, gain, cos, sin, place(0, (1, 2, 5)), 2, EPS)
+    run(*packed.split(64, dim=1)[:2], gain, gain, cos, sin, origin(0, (1, 2, 5)), 2, EPS)
+    run(q, k, gain, gain, cos, sin, origin(0, (1, 2, 5)), 2, EPS)
     assert torch.equal(packed, torch.cat((q, k, v), dim=1))
 
 
@@ -88,9 +88,9 @@ def test_tokens_in_parts(run) -> None:
     grid, gain, (cos, sin) = (3, 4, 5), normal(48, seed=2), tables(5, 8)
     q, k = normal(60, 48), normal(60, 48, seed=1)
     parts = [x.clone().split([7, 33, 20]) for x in (q, k)]
-    run(q, k, gain, gain, cos, sin, place(0, grid), 3, EPS)
+    run(q, k, gain, gain, cos, sin, origin(0, grid), 3, EPS)
     for first, part_q, part_k in zip((0, 7, 40), *parts, strict=True):
-        run(part_q, part_k, gain, gain, cos, sin, place(first, grid), 3, EPS)
+        run(part_q, part_k, gain, gain, cos, sin, origin(first, grid), 3, EPS)
     assert torch.equal(torch.cat(parts[0]), q)
     assert torch.equal(torch.cat(parts[1]), k)
 
@@ -101,7 +101,7 @@ def test_reference_is_rms_norm_then_rope() -> None:
     wanted = rms_norm(k, 2 * gain, EPS).unflatten(-1, (2, 32))
     # four frames of one token: rows and columns stay at their first position
     angles = [torch.cat((table[:, :6], table[:1, 6:].expand(4, -1)), dim=1) for table in (cos, sin)]
-    reference(q, k, gain, 2 * gain, cos, sin, place(0, (4, 1, 1)), 2, EPS)
+    reference(q, k, gain, 2 * gain, cos, sin, origin(0, (4, 1, 1)), 2, EPS)
     assert torch.equal(k, rope(wanted, *angles).flatten(1))
 
 
@@ -110,6 +110,6 @@ def test_a_token_turns_by_its_frame_row_and_column(grid: tuple[int, int, int]) -
     assert axis_pairs(64) == (22, 21, 21)
     position = torch.arange(max(grid), dtype=torch.float32)[:, None]
     tokens = grid[0] * grid[1] * grid[2]
-    by_token = angles_of_tokens(position.expand(-1, 64), place(0, grid), tokens)
+    by_token = angles_of_tokens(position.expand(-1, 64), origin(0, grid), tokens)
     places = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
     assert torch.equal(by_token, places.repeat_interleave(torch.tensor(axis_pairs(64)), dim=1))

@@ -170,55 +170,55 @@ def test_costs() -> None:
 BAD = {
     "a kernel of 5x5": (
         lambda: phase_taps(values(4, 4, 5, 5)),
-        r"pw::upsample2x_conv wants weight \[C', C, 3, 3\], got",
+        r"pw::upsample2x_conv expects weight \[C', C, 3, 3\], got",
     ),
     "a weight for taps": (
         lambda: upsample2x_conv(values(1, 4, 2, 2), values(4, 4, 3, 3), None),
-        r"pw::upsample2x_conv wants taps \[4, C', 4, 2, 2\], got \(4, 4, 3, 3\)",
+        r"pw::upsample2x_conv expects taps \[4, C', 4, 2, 2\], got \(4, 4, 3, 3\)",
     ),
     "a picture": (
         lambda: causal_conv3d(values(4, 4, 2, 2), values(4, 4, 3, 3, 3), None),
-        r"pw::causal_conv3d wants x \[B, C, kt-1\+T, H, W\], got \(4, 4, 2, 2\)",
+        r"pw::causal_conv3d expects x \[B, C, kt-1\+T, H, W\], got \(4, 4, 2, 2\)",
     ),
     "a weight of other channels": (
         lambda: causal_conv3d(values(1, 4, 3, 2, 2), values(4, 5, 3, 3, 3), None),
-        r"pw::causal_conv3d wants weight \[C', 4, kt, kh, kw\], got \(4, 5, 3, 3, 3\)",
+        r"pw::causal_conv3d expects weight \[C', 4, kt, kh, kw\], got \(4, 5, 3, 3, 3\)",
     ),
     "an even kernel": (
         lambda: causal_conv3d(values(1, 4, 3, 2, 2), values(4, 4, 3, 2, 3), None),
-        r"pw::causal_conv3d wants odd kh and kw, got \(2, 3\)",
+        r"pw::causal_conv3d expects odd kh and kw, got \(2, 3\)",
     ),
     "no room for the past": (
         lambda: causal_conv3d(values(1, 4, 2, 2, 2), values(4, 4, 3, 3, 3), None),
-        "pw::causal_conv3d wants 3 frames or more, got 2",
+        "pw::causal_conv3d expects 3 frames or more, got 2",
     ),
     "a bias of other channels": (
         lambda: causal_conv3d(values(1, 4, 3, 2, 2), values(4, 4, 3, 3, 3), values(5)),
-        r"pw::causal_conv3d wants bias \[4\], got \(5,\)",
+        r"pw::causal_conv3d expects bias \[4\], got \(5,\)",
     ),
     "a weight of another dtype": (
         lambda: causal_conv3d(values(1, 4, 3, 2, 2), values(4, 4, 3, 3, 3).bfloat16(), None),
-        "pw::causal_conv3d wants one dtype, torch.float32, got torch.bfloat16",
+        "pw::causal_conv3d expects one dtype, torch.float32, got torch.bfloat16",
     ),
     "heads": (
         lambda: chunked_attention(values(3, 1, 8), values(3, 1, 8), values(3, 1, 8)),
-        r"pw::chunked_attention wants q \[S, K\], got \(3, 1, 8\)",
+        r"pw::chunked_attention expects q \[S, K\], got \(3, 1, 8\)",
     ),
     "keys of another width": (
         lambda: chunked_attention(values(3, 8), values(3, 9), values(3, 9)),
-        r"pw::chunked_attention wants k \[E, 8\], got \(3, 9\)",
+        r"pw::chunked_attention expects k \[E, 8\], got \(3, 9\)",
     ),
     "values of other positions": (
         lambda: chunked_attention(values(3, 8), values(3, 8), values(4, 8)),
-        r"pw::chunked_attention wants v of k's shape \(3, 8\), got \(4, 8\)",
+        r"pw::chunked_attention expects v of k's shape \(3, 8\), got \(4, 8\)",
     ),
     "no keys": (
         lambda: chunked_attention(values(3, 8), values(0, 8), values(0, 8)),
-        r"pw::chunked_attention wants at least one query and one key, got \(3, 0\)",
+        r"pw::chunked_attention expects at least one query and one key, got \(3, 0\)",
     ),
     "keys of another dtype": (
         lambda: chunked_attention(values(3, 8), values(3, 8).half(), values(3, 8).half()),
-        "pw::chunked_attention wants q, k and v of one dtype, torch.float32, got torch.float16",
+        "pw::chunked_attention expects q, k and v of one dtype, torch.float32, got torch.float16",
     ),
 }
 

@@ -12,7 +12,7 @@ import torch
 
 from pw_bench.e2e.job import Job
 from pw_bench.e2e.synthetic import synthetic_bundle
-from pw_kernels.op import OPS, chosen, using
+from pw_kernels.op import OPS, select, using
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.pipeline import generate
 from pw_runtime.system.progress import Reporter
@@ -65,7 +65,7 @@ class Ours:
         self.receipt = json.loads(video.with_suffix(".json").read_text())
         self.fell_back = tuple(self.receipt["notices"])
         with using(request.kernels, attention=request.attention_kernel):
-            self.operations = {name: chosen(name, request.device).implementation for name in OPS}
+            self.operations = {name: select(name, request.device) for name in OPS}
 
     def _open(self, job: Job) -> Bundle:
         if not job.in_memory:
