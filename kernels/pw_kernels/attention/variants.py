@@ -60,6 +60,17 @@ def tiling_for(
     return (GLUON if gluon else HOPPER)[width]
 
 
+def tilings_of(gpu: tuple[int, int]) -> tuple[Tiling, ...]:
+    """Return every tiling that a GPU of this compute capability may launch."""
+    return tuple(
+        tiling_for(gpu, width, bias=bias, gluon=gluon)
+        for width in LARGE
+        for bias in (False, True)
+        for gluon in (False, True)
+        if gpu == (9, 0) or not gluon
+    )
+
+
 def run(
     tiling: Tiling, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
