@@ -49,11 +49,8 @@ def dup(dtype: str, *, last: bool) -> Compilation:
     constants: dict[str, object] = dict.fromkeys(unit, 1)
     tensors = {"h_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
     sizes = dict.fromkeys(("channels", "frames", "rows", "columns"), "i32")
-    strides = {
-        name: "i64"
-        for name in (f"{tensor}_{axis}" for tensor in "hx" for axis in AXES)
-        if name not in unit
-    }
+    names = [f"{tensor}_{axis}" for tensor in "hx" for axis in AXES]
+    strides = {name: "i64" for name in names if name not in unit}
     channels, columns = (128, 8) if last else (4, 256)
     constants |= {"FT": 1, "FS": 2, "REPEATS": 2, "DROPPED": 0}
     constants |= {"BLOCK_C": channels, "BLOCK_W": columns}

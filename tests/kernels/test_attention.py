@@ -69,7 +69,8 @@ def check_kernel(
 @each_tiling
 @each_dtype
 def test_ragged_lengths(width: int, tiling: Tiling, dtype: torch.dtype) -> None:
-    for queries, keys in RAGGED:
+    # the masks do not depend on the dtype
+    for queries, keys in RAGGED if dtype == torch.bfloat16 else RAGGED[::4]:
         check_kernel(tiling, *inputs(queries, keys, width, dtype))
 
 

@@ -37,5 +37,5 @@ def test_hopper_kernel_is_warp_specialised(reports: list[Report]) -> None:
     (report,) = (r for r in reports if (r["arch"], r["case"]) == (90, [128, "bf16", False]))
     assert report["warps"] == 12
     assert uses(report, "setmaxnreg.")
-    assert uses(report, "cp.async.bulk.tensor.2d.shared::cluster.global")
+    assert uses(report, "cp.async.bulk.tensor.2d.shared::")
     assert uses(report, "cp.async.bulk.tensor.2d.global.shared::cta")

@@ -147,7 +147,7 @@ def test_without_a_library_status_says_that_triton_compiles(fresh: pytest.Monkey
     assert library.status().startswith("compiled by Triton at the first launch: no compiled lib")
 
 
-def test_named_file_that_is_no_library_is_an_error(
+def test_a_named_file_that_is_no_library_is_refused(
     fresh: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "libpw_kernels.so"
@@ -157,7 +157,7 @@ def test_named_file_that_is_no_library_is_an_error(
         library.library()
 
 
-def test_digest_covers_the_bodies_and_the_options_of_compilation(
+def test_digest_covers_bodies_and_compile_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "pw_kernels"

@@ -25,7 +25,7 @@ def oracle(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tokens", "rows", "dim"),
-    [(1, 1, 192), (63, 1, 192), (127, 127, 64), (129, 3, 192), (129, 1, 128), (2, 1, 3072)],
+    [(1, 1, 192), (9, 1, 192), (7, 7, 64), (9, 3, 192), (9, 1, 128), (2, 1, 3072)],
 )
 def test_kernel(
     tokens: int, rows: int, dim: int, dtype: torch.dtype, out_dtype: torch.dtype

@@ -20,7 +20,7 @@ from pw_kernels.pack_yuv import run_kernel as yuv_kernel
 from tests.kernels.test_vae_ops import values
 from tests.oracle import vae as oracle
 
-SHAPES = [(12, 1, 1, 1), (12, 2, 3, 5), (12, 3, 2, 86), (12, 1, 2, 550)]
+SHAPES = [(12, 1, 1, 1), (12, 2, 2, 5), (12, 2, 1, 86), (12, 1, 1, 550)]
 # R, G, B in [0, 1] -> Y, U, V of 8 bits and of 10: ITU-R BT.709, limited range
 COLOURS = {
     "black": ((0.0, 0.0, 0.0), (16, 128, 128), (64, 512, 512)),
