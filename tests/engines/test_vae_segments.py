@@ -79,9 +79,9 @@ def clip(vae: VaeDecoder | SegmentedVae, latent: Tensor) -> list[Tensor]:
 def test_a_decode_on_engines_equals_that_of_the_decoder(nano, plan) -> None:
     latent = Latent(x=random_latent(3))
     vae = on_eager_engines(nano, segments_of_decode(NANO_VAE, plan, ROWS, COLUMNS))
-    wanted = decode(latent, plan, Compat(), nano)
+    expected = decode(latent, plan, Compat(), nano)
     got = decode(latent, plan, Compat(), vae)
-    for one, other in zip(got, wanted, strict=True):
+    for one, other in zip(got, expected, strict=True):
         assert one.start == other.start
         assert torch.equal(one.frames, other.frames)
 
@@ -116,7 +116,7 @@ def test_memory_is_that_of_every_convolution_over_time() -> None:
     """The decoder's modules say which; what doubles frames has none before the second frame."""
     segments = segments_of_vae(NANO_VAE, ROWS, COLUMNS)
     net = VaeDecoder(NANO_VAE)
-    wanted = {
+    expected = {
         name
         for name, module in net.named_modules()
         if isinstance(module, CausalConv3d) and module.kernel_size[0] > 1
@@ -135,7 +135,7 @@ def test_memory_is_that_of_every_convolution_over_time() -> None:
         ]
         assert not given & set(out)
         given |= set(out)
-    assert given == wanted
+    assert given == expected
 
 
 def test_weights_are_handed_over_without_a_copy(nano) -> None:

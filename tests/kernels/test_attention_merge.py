@@ -31,9 +31,9 @@ def test_whole_is_merge_of_parts(splits: tuple[int, ...]) -> None:
     results = [attention_with_lse(q, *part) for part in parts[:-1]]
     results.append(attention_with_lse(q, *parts[-1], bias[-splits[-1] :]))
     out, lse = merge_attention(*zip(*results, strict=True))
-    wanted, wanted_lse = attention_with_lse(q, k, v, bias)
-    assert max_abs(out, wanted) < 1e-5  # log-sum-exps near 30: fp32 has them to 2e-6
-    assert max_abs(lse, wanted_lse) < 1e-5
+    expected, expected_lse = attention_with_lse(q, k, v, bias)
+    assert max_abs(out, expected) < 1e-5  # log-sum-exps near 30: fp32 has them to 2e-6
+    assert max_abs(lse, expected_lse) < 1e-5
 
 
 def test_parts_from_the_triton_kernel() -> None:
@@ -41,10 +41,10 @@ def test_parts_from_the_triton_kernel() -> None:
     parts = zip(k.split((64, 86)), v.split((64, 86)), strict=True)
     results = [run(LARGE[64], q, *part) for part in parts]
     out, lse = merge_attention(*zip(*results, strict=True))
-    wanted, wanted_lse = reference_with_lse(q.double(), k.double(), v.double())
+    expected, expected_lse = reference_with_lse(q.double(), k.double(), v.double())
     assert out.dtype == torch.float16
-    assert max_abs(out, wanted) < 2e-3  # two roundings to fp16 of values up to 3
-    assert max_abs(lse, wanted_lse) < 1e-5
+    assert max_abs(out, expected) < 2e-3  # two roundings to fp16 of values up to 3
+    assert max_abs(lse, expected_lse) < 1e-5
 
 
 def test_part_that_weighs_nothing() -> None:

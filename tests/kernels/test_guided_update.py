@@ -35,10 +35,10 @@ def test_kernel(step: str, shape: tuple[int, ...]) -> None:
     wide = tuple(None if a is None else a.double() for a in arguments)
     how = (5.0, sigma, corrector, predictor)
     exact = reference(*wide, *how)
-    for got, wanted, oracle in zip(
+    for got, expected, oracle in zip(
         run_kernel(*arguments, *how), reference(*arguments, *how), exact, strict=True
     ):
-        assert_as_accurate(got, wanted, oracle)
+        assert_as_accurate(got, expected, oracle)
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def test_rgb_is_the_clamped_scaled_picture() -> None:
 def test_colours_have_their_levels(colour: str, layout: YuvLayout) -> None:
     rgb, eight, ten = COLOURS[colour]
     video = torch.tensor(rgb).view(3, 1, 1, 1).expand(3, 1, 4, 6) * 2 - 1
-    wanted = [level * 64 for level in ten] if layout == "p010" else eight
+    expected = [level * 64 for level in ten] if layout == "p010" else eight
     got = [plane.unique().tolist() for plane in planes(pack_yuv(blocks_of(video), layout), layout)]
-    assert got == [[level] for level in wanted]
+    assert got == [[level] for level in expected]
 
 
 def test_values_out_of_range_are_those_at_the_ends() -> None:

@@ -67,10 +67,10 @@ def test_kernel(
     run_kernel(*ours, *gains, cos, sin, origin(first, grid), heads, EPS)
     reference(*theirs, *gains, cos, sin, origin(first, grid), heads, EPS)
     by_token = [angles_of_tokens(table, origin(first, grid), tokens) for table in (cos, sin)]
-    for x, gain, got, wanted in zip((q, k), gains, ours, theirs, strict=True):
-        assert_as_accurate(got, wanted, oracle(x, gain, *by_token, heads))
+    for x, gain, got, expected in zip((q, k), gains, ours, theirs, strict=True):
+        assert_as_accurate(got, expected, oracle(x, gain, *by_token, heads))
         if dtype == torch.bfloat16:
-            assert_same_roundings(got, wanted)
+            assert_same_roundings(got, expected)
 
 
 @pytest.mark.parametrize("run", [run_kernel, reference])
@@ -99,11 +99,11 @@ def test_tokens_in_parts(run) -> None:
 def test_reference_is_rms_norm_then_rope() -> None:
     q, k, gain = normal(4, 64), normal(4, 64, seed=1), normal(64, seed=2)
     cos, sin = tables(4, 16)
-    wanted = rms_norm(k, 2 * gain, EPS).unflatten(-1, (2, 32))
+    expected = rms_norm(k, 2 * gain, EPS).unflatten(-1, (2, 32))
     # four frames of one token: rows and columns stay at their first position
     angles = [torch.cat((table[:, :6], table[:1, 6:].expand(4, -1)), dim=1) for table in (cos, sin)]
     reference(q, k, gain, 2 * gain, cos, sin, origin(0, (4, 1, 1)), 2, EPS)
-    assert torch.equal(k, rope(wanted, *angles).flatten(1))
+    assert torch.equal(k, rope(expected, *angles).flatten(1))
 
 
 @pytest.mark.parametrize("grid", [(2, 3, 5), (31, 8, 14), (1, 1, 4)])
