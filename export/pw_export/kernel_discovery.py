@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pw_engines.eager import EagerEngine
 from pw_export.wan22_configs import DRAFT, HIGHRES, VAE
-from pw_kernels.launcher import Variant, recording
-from pw_kernels.launching import launching
+from pw_kernels.dispatch_anywhere import dispatch_anywhere
+from pw_kernels.launcher import recording
 from pw_kernels.op import Implementation, using
+from pw_kernels.variant import Variant
 from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import segments_of
@@ -59,7 +60,7 @@ def variants_for(gpu: tuple[int, int]) -> dict[str, Variant]:
     vae = _decoder()
     with recording(gpu) as variants, torch.inference_mode():
         for attention in attentions:
-            with using("triton", attention=attention), launching(), _AsOnAGpu():
+            with using("triton", attention=attention), dispatch_anywhere(), _AsOnAGpu():
                 for plan in STAGES:
                     assert plan is not None
                     _run_stage(replace(plan, steps=STEPS), nets, vae)

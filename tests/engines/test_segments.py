@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import pw_kernels
 from pw_engines.eager import EagerEngine
 from pw_engines.engine import random_inputs
+from pw_runtime import models
 from pw_runtime.execution import transformer_segments
 from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import FIRST_BLOCK, segments_of
@@ -228,21 +230,24 @@ def test_no_part_is_left_with_one_token(limit: int) -> None:
 
 
 def files_run(run: Callable[[], object]) -> set[str]:
-    """Names of our own files whose code `run` executes."""
-    seen: set[str] = set()
+    """Names of files of pw_kernels and of the models whose code `run` executes."""
+    roots = [Path(package.__file__).parent for package in (pw_kernels, models)]
+    files: set[str] = set()
 
-    def notice(frame: FrameType, event: str, argument: object) -> None:
-        path = Path(frame.f_code.co_filename)
-        if "pw_kernels" in path.parts or path.parent.name == "models":
-            room = "attention/" if path.parent.name == "attention" else ""
-            seen.add(room + path.stem)
+    def record(frame: FrameType, event: str, argument: object) -> None:
+        files.add(frame.f_code.co_filename)
 
-    sys.setprofile(notice)
+    sys.setprofile(record)
     try:
         run()
     finally:
         sys.setprofile(None)
-    return seen
+    return {
+        path.relative_to(root).with_suffix("").as_posix()
+        for path in map(Path, files)
+        for root in roots
+        if path.is_relative_to(root)
+    }
 
 
 def test_digest_covers_every_file_that_a_segment_runs() -> None:

@@ -35,7 +35,7 @@ def elsewhere(net: WanDiT, precision: Precision) -> WanDiT:
 @pytest.mark.parametrize("share", [True, False])
 def test_streamed_weights_change_no_bit(precision: Precision, share: bool) -> None:
     net = network(HIGHRES, precision)
-    wanted = velocities(segmented(net, precision, 9), [7, 3])
+    expected = velocities(segmented(net, precision, 9), [7, 3])
     streamed = elsewhere(net, precision)
     weights = StreamedWeights(streamed, segments_of(HIGHRES, precision, 9), precision, CPU)
     try:
@@ -47,7 +47,7 @@ def test_streamed_weights_change_no_bit(precision: Precision, share: bool) -> No
         )
     finally:
         weights.close()
-    for one, other, third in zip(wanted, got, again, strict=True):
+    for one, other, third in zip(expected, got, again, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one, third)
 

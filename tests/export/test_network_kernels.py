@@ -7,8 +7,8 @@ import pytest
 
 from pw_export.kernel_discovery import variants_for
 from pw_export.kernel_library import jobs_for
-from pw_kernels.launcher import Variant
 from pw_kernels.op import OPS
+from pw_kernels.variant import Variant
 
 
 @pytest.fixture(scope="module")

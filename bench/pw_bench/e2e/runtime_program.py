@@ -10,7 +10,7 @@ from typing import Any
 
 from pw_bench.e2e.job import Job
 from pw_bench.e2e.synthetic import synthetic_bundle
-from pw_kernels.op import OPS, chosen, using
+from pw_kernels.op import OPS, select, using
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.pipeline import generate
 from pw_runtime.system.progress import Reporter
@@ -66,7 +66,7 @@ class Ours:
         self.fell_back = tuple(self.receipt["fallbacks"])
         options = request.options
         with using(options.kernels, attention=options.attention_kernel):
-            self.operations = {name: chosen(name, request.device).implementation for name in OPS}
+            self.operations = {name: select(name, request.device) for name in OPS}
 
     def _open(self, job: Job) -> Bundle:
         if not job.in_memory:

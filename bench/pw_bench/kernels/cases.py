@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pw_kernels.attention.libraries import available
-from pw_kernels.launching import launching
+from pw_kernels.dispatch_anywhere import dispatch_anywhere
 from pw_kernels.op import OPS, Cost, Implementation, using
 
 Arguments = tuple[Any, ...]
@@ -50,7 +50,7 @@ class Case:
     def run(self, implementation: Implementation, arguments: Arguments) -> Any:
         """Call the operation by one implementation."""
         kernel = implementation == "triton" and not arguments[0].is_cuda
-        somewhere = launching() if kernel else nullcontext()
+        somewhere = dispatch_anywhere() if kernel else nullcontext()
         with using("reference", **{self.op: implementation}), somewhere:
             return self.call(*arguments)
 
@@ -73,10 +73,10 @@ class Maker:
         """What can run: on a GPU all but what is for another one; on a CPU what is interpreted."""
         if self.device.type == "cuda":
             hopper = torch.cuda.get_device_capability(self.device) == (9, 0)
-            found = [one for one in OPS[op].others if available(one)]
+            found = [one for one in OPS[op].alternatives if available(one)]
             found = [one for one in found if hopper or one != "gluon"]
         else:
-            found = [one for one in OPS[op].others if one == "triton" and self.interpreted]
+            found = [one for one in OPS[op].alternatives if one == "triton" and self.interpreted]
         return ("reference", *found)
 
 

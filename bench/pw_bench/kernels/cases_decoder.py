@@ -136,7 +136,8 @@ def _dup_up(size: str, make: Maker, channels: int, grow: int) -> Case:
 
     def exact(arguments: Arguments) -> Tensor:
         h, x = arguments[0][..., -EDGE:, :].double(), arguments[1][..., -EDGE // 2 :, :].double()
-        return dup_up_reference(h, x, *arguments[2:])
+        dup_up_reference(h, x, *arguments[2:])  # adds in place
+        return h
 
     def call(h: Tensor, x: Tensor, time: int, space: int, first: bool) -> Tensor:
         return pw_kernels.dup_up_add(h, x, time, space, first=first)

@@ -16,7 +16,7 @@ import torch
 from pw_bench.measure.commit import commit, is_dirty
 from pw_bench.measure.nvml import Nvml
 from pw_bench.results import Ceilings, Identity, Kind, Result
-from pw_kernels.op import OPS, chosen
+from pw_kernels.op import OPS, select
 from pw_runtime.system.machine import describe
 
 
@@ -36,7 +36,7 @@ def identify(device: torch.device, nvml: Nvml) -> Identity:
         load_average=os.getloadavg()[0],
         weights={},
         engines={},
-        operations={name: chosen(name, device).implementation for name in sorted(OPS)},
+        operations={name: select(name, device) for name in sorted(OPS)},
         libraries=libraries(),
         gpu_start=nvml.state() if gpu else None,
         nvml=nvml.reason if gpu else "",
