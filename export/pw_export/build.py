@@ -26,9 +26,9 @@ from pw_engines import (
     check_parity,
     require_parity,
     tensorrt,
-    tensorrt_torch,
 )
 from pw_engines.store import Entry
+from pw_engines.tensorrt import torch_tensorrt
 from pw_export.onnx_export import export_segment
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.checkpoint.loader import load_decoder
@@ -77,7 +77,9 @@ class DecoderSource:
     def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
         """As in `Source`. Raises BadWeights."""
         bundle = open_bundle(self.bundle)
-        baked = load_decoder(bundle, device) if compiler.bakes and device is not None else None
+        baked = (
+            load_decoder(bundle, device) if compiler.bakes_weights and device is not None else None
+        )
         return decoder_segments(bundle, self.preset, compiler, baked)
 
 
@@ -122,7 +124,7 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
         )
     if frontend is not None:
         backend = "tensorrt"
-    by_torch: Builders = {"torch-tensorrt": tensorrt_torch.unavailable}
+    by_torch: Builders = {"torch-tensorrt": torch_tensorrt.unavailable}
     others: Builders = {"tensorrt": tensorrt.unavailable, "aoti": aoti.unavailable}
     builders = by_torch if frontend == "torch-tensorrt" else others
     reasons = {
@@ -231,7 +233,7 @@ def _compile(job: Job, segment: Segment, path: Path, device: torch.device) -> No
         model = export_segment(segment)
         tensorrt.build(segment.spec, model, path, device, timing_cache=cache, say=say)
     elif job.compiler == "torch-tensorrt":
-        tensorrt_torch.build(segment.spec, segment.module, path, device, say=say)
+        torch_tensorrt.build(segment.spec, segment.module, path, device, say=say)
     else:
         aoti.build(segment.spec, segment.module, path, device)
 

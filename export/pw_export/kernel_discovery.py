@@ -24,10 +24,10 @@ from pw_runtime.models import VaeDecoder, WanDiT
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.presets import PRESETS
 from pw_runtime.sampling.noise import latent_shape
-from pw_runtime.stages.condition import condition
-from pw_runtime.stages.decode import decode
-from pw_runtime.stages.draft import draft
-from pw_runtime.stages.highres import highres
+from pw_runtime.stages.condition import resize_draft
+from pw_runtime.stages.decode import decode_frames
+from pw_runtime.stages.draft import denoise_draft
+from pw_runtime.stages.highres import denoise_highres
 from pw_runtime.types import (
     Compat,
     DitConfig,
@@ -93,16 +93,18 @@ def _run_stage(plan: StageConfig, nets: dict[DitConfig, SegmentedDiT], vae: VaeD
     text = TextContext(cond=context, uncond=context)
     noise = torch.empty(latent_shape(plan, video), device=META)
     if plan.width == PRESETS["draft"].draft.width:
-        latent = draft(text, noise, plan, compat, nets[DRAFT], lambda part: None)
+        latent = denoise_draft(nets[DRAFT], text, noise, plan, compat, lambda part: None)
     else:
         low = torch.empty(latent_shape(PRESETS["draft"].draft, video), device=META)
-        bent = condition(Latent(x=low), plan)
-        latent = highres(text, bent, noise, plan, compat, nets[HIGHRES], lambda part: None)
+        conditioning = resize_draft(Latent(x=low), plan)
+        latent = denoise_highres(
+            nets[HIGHRES], text, conditioning, noise, plan, compat, lambda part: None
+        )
     latent = Latent(x=latent.x[:, :DECODED])
     for strips in (1, 3, 4):
         for cut in (TilingConfig(strips=strips), TilingConfig(strips=strips, tiling="official")):
             for pixel_format in ("rgb24", "yuv420p"):
-                for _ in decode(latent, cut, compat, vae, pixel_format):
+                for _ in decode_frames(vae, latent, cut, compat, pixel_format):
                     pass
 
 

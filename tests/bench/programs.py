@@ -21,7 +21,15 @@ from pw_runtime.prompts import make_prompts
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import Span, Trace
-from pw_runtime.types import Codec, Preset, Request, StageConfig, TilingConfig, VideoConfig
+from pw_runtime.types import (
+    Codec,
+    Preset,
+    Request,
+    RunOptions,
+    StageConfig,
+    TilingConfig,
+    VideoConfig,
+)
 from tests.oracle.checkpoint import write_official_checkpoint
 
 DRAFT = StageConfig(width=96, height=64, steps=3, shift=5.0, guidance=5.0)
@@ -98,8 +106,7 @@ def ours(job: Job, out: Path) -> dict[str, Tensor]:
         out=out,
         negative=job.negative,
         noise=job.noise,
-        codec=job.codec,
-        save_latents=True,
+        options=RunOptions(codec=job.codec, save_latents=True),
     )
     out.mkdir()
     (outcome,) = generate(request, open_bundle(job.bundle), Reporter(quiet=True))

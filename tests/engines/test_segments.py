@@ -21,6 +21,7 @@ from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import FIRST_BLOCK, segments_of
 from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
+from pw_runtime.models.embeddings import sinusoid
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.types import DitConfig, Precision
 from tests.closeness import max_abs, relative_l2
@@ -72,7 +73,8 @@ def whole_velocities(net: WanDiT, lengths: Sequence[int]) -> list[Tensor]:
     latent, steps, more = normal(*LATENT), [torch.tensor([700.0])], []
     if net.config.has_dt:
         steps.append(torch.tensor([100.0]))
-        more.append(net.controls(net.draft_features(normal(48, 2, 3, 4)), *steps))
+        sinusoids = (sinusoid(x, net.config.freq_dim) for x in steps)
+        more.append(net.control(net.draft_features(normal(48, 2, 3, 4)), *sinusoids))
     with torch.inference_mode():
         return [
             net(latent, text, net.modulation(*steps), net.positions(latent), *more)
@@ -85,10 +87,10 @@ def velocities(net: SegmentedDiT, lengths: Sequence[int]) -> list[Tensor]:
     latent, steps, more = normal(*LATENT), [torch.tensor([700.0])], []
     if net.net.config.has_dt:
         steps.append(torch.tensor([100.0]))
-        more.append(net.steering(net.draft_features(normal(48, 2, 3, 4)), *steps))
+        more.append(net.control_inputs(net.control_features(normal(48, 2, 3, 4)), *steps))
     with torch.inference_mode():
         texts = texts_of(net, lengths)
-        return net.velocities(latent, texts, net.modulation(*steps), net.positions(latent), *more)
+        return net.velocities(latent, texts, net.modulation(*steps), net.layout(latent), *more)
 
 
 def texts_of(
@@ -118,7 +120,8 @@ def test_equals_the_whole_network(config: DitConfig, precision: Precision, limit
 def test_sharing_the_first_attention_changes_no_bit(precision: Precision) -> None:
     net = network(HIGHRES, precision)
     shared, apart = (
-        velocities(segmented(net, precision, 9, share=share), [7, 3, 5]) for share in (True, False)
+        velocities(segmented(net, precision, 9, share_attention=share), [7, 3, 5])
+        for share in (True, False)
     )
     assert all(torch.equal(*pair) for pair in zip(shared, apart, strict=True))
 
@@ -134,7 +137,7 @@ def test_heads_a_few_at_a_time_change_no_bit(monkeypatch: pytest.MonkeyPatch) ->
 def test_parts_smaller_than_the_engines_take_equal_smaller_engines() -> None:
     net = network(HIGHRES, "fp32")
     smaller = velocities(segmented(net, "fp32", 9), [7])
-    parts = velocities(segmented(net, "fp32", 24, part=9), [7])
+    parts = velocities(segmented(net, "fp32", 24, chunk=9), [7])
     assert torch.equal(parts[0], smaller[0])
 
 
@@ -144,7 +147,7 @@ def test_every_block_of_every_pass_is_told() -> None:
     with torch.inference_mode():
         latent, steps = normal(*LATENT), torch.tensor([700.0])
         texts = texts_of(net, [7, 3])
-        at = net.positions(latent)
+        at = net.layout(latent)
         net.velocities(latent, texts, net.modulation(steps), at, on_block=lambda: told.append(1))
     assert len(told) == 2 * DRAFT.num_layers
 
@@ -205,7 +208,7 @@ def test_an_engine_of_another_segment_is_refused() -> None:
     made = segments_of(DRAFT, "fp32", 64)
     engines = {name: EagerEngine(one.spec, one.module) for name, one in made.items()}
     other = segments_of(DRAFT, "fp32", 32)["embed"]
-    with pytest.raises(ValueError, match="the engine for embed is of another segment"):
+    with pytest.raises(ValueError, match="the engine for embed was made for another segment"):
         SegmentedDiT(net, made, engines | {"embed": EagerEngine(other.spec, other.module)})
 
 
@@ -230,8 +233,9 @@ def files_run(run: Callable[[], object]) -> set[str]:
 
     def notice(frame: FrameType, event: str, argument: object) -> None:
         path = Path(frame.f_code.co_filename)
-        if path.parent.name in ("pw_kernels", "models"):
-            seen.add(path.stem)
+        if "pw_kernels" in path.parts or path.parent.name == "models":
+            room = "attention/" if path.parent.name == "attention" else ""
+            seen.add(room + path.stem)
 
     sys.setprofile(notice)
     try:
@@ -251,4 +255,4 @@ def test_digest_covers_every_file_that_a_segment_runs() -> None:
         ran = files_run(run)
     # What decides which implementation runs is not part of the arithmetic.
     assert ran - {"op"} <= {*transformer_segments._KERNELS, *transformer_segments._MODELS}
-    assert {"attention", "blocks", "adapter", "qk_norm_rope"} <= ran
+    assert {"attention/__init__", "blocks", "adapter", "qk_norm_rope"} <= ran

@@ -17,7 +17,7 @@ from pw_runtime.models.tiling import band_lag, exact_halo, make_bands, make_stri
 from pw_runtime.stages import decode as stage
 from pw_runtime.types import Compat, Latent, PixelFormat, TilingConfig
 from tests.closeness import max_abs
-from tests.models.test_vae_golden import config
+from tests.networks import TINY_VAE
 from tests.oracle import golden
 from tests.oracle.vae import pixel_patchify
 
@@ -25,7 +25,7 @@ from tests.oracle.vae import pixel_patchify
 @pytest.fixture(scope="module")
 def decoder() -> VaeDecoder:
     weights = golden.load("vae_tiny_weights")
-    net = VaeDecoder(config()).requires_grad_(False)
+    net = VaeDecoder(TINY_VAE).requires_grad_(False)
     net.load_state_dict({name: weights[name] for name in net.state_dict()})
     return net
 
@@ -35,7 +35,7 @@ def random_latent(width: int, frames: int = 2) -> torch.Tensor:
 
 
 def in_fp64(decoder: VaeDecoder) -> VaeDecoder:
-    net = VaeDecoder(config()).requires_grad_(False)
+    net = VaeDecoder(TINY_VAE).requires_grad_(False)
     net.load_state_dict(decoder.state_dict())
     return net.double()
 
@@ -62,8 +62,8 @@ def test_exact_bands_equal_the_undivided_decode_in_fp64(decoder, rows, bands) ->
 @pytest.mark.parametrize("bands", [2, 5])
 def test_frames_in_bands_are_those_of_the_undivided_decode(decoder, bands, pixel_format) -> None:
     latent = Latent(x=tall_latent(29))
-    whole = stage.decode(latent, TilingConfig(), Compat(), decoder, pixel_format)
-    cut = stage.decode(latent, TilingConfig(strips=bands), Compat(), decoder, pixel_format)
+    whole = stage.decode_frames(decoder, latent, TilingConfig(), Compat(), pixel_format)
+    cut = stage.decode_frames(decoder, latent, TilingConfig(strips=bands), Compat(), pixel_format)
     for one, other in zip(cut, whole, strict=True):
         assert one.start == other.start
         difference = one.frames.int() - other.frames.int()
@@ -85,14 +85,14 @@ def test_bands_compute_no_row_twice_and_keep_none_twice(decoder) -> None:
 
 
 def test_bands_have_equal_results_and_are_fewer_where_rows_run_out() -> None:
-    assert band_lag(config()) == 6.125
-    assert make_bands(90, 4, config()) == (
+    assert band_lag(TINY_VAE) == 6.125
+    assert make_bands(90, 4, TINY_VAE) == (
         slice(0, 30),
         slice(30, 52),
         slice(52, 75),
         slice(75, 90),
     )
-    assert make_bands(9, 4, config()) == (slice(0, 9),)
+    assert make_bands(9, 4, TINY_VAE) == (slice(0, 9),)
 
 
 @pytest.mark.parametrize("strips", [2, 3, 5])
@@ -115,7 +115,7 @@ def test_a_halo_one_column_short_is_seen(decoder) -> None:
 
 
 def test_reach_of_the_decoder_is_six_latent_columns() -> None:
-    assert exact_halo(config()) == 6
+    assert exact_halo(TINY_VAE) == 6
 
 
 def test_official_strips_equal_the_official_blend(decoder) -> None:
@@ -152,7 +152,7 @@ def test_chunks_come_in_order_and_cover_the_clip(decoder) -> None:
     pictures: dict[PixelFormat, tuple[int, ...]] = {"rgb24": (32, 64, 3), "yuv420p": (48, 64)}
     for pixel_format, picture in pictures.items():
         plan = TilingConfig(strips=2)
-        chunks = list(stage.decode(latent, plan, Compat(), decoder, pixel_format))
+        chunks = list(stage.decode_frames(decoder, latent, plan, Compat(), pixel_format))
         assert {c.pixel_format for c in chunks} == {pixel_format}
         assert [(c.start, tuple(c.frames.shape)) for c in chunks] == [
             (0, (1, *picture)),
@@ -163,7 +163,9 @@ def test_chunks_come_in_order_and_cover_the_clip(decoder) -> None:
 
 def test_truncated_bytes_are_rgb(decoder) -> None:
     compat = Compat(truncating_uint8=True)
-    chunks = stage.decode(Latent(x=random_latent(4)), TilingConfig(), compat, decoder, "yuv420p")
+    chunks = stage.decode_frames(
+        decoder, Latent(x=random_latent(4)), TilingConfig(), compat, "yuv420p"
+    )
     with pytest.raises(ValueError, match="rgb24, got yuv420p"):
         next(chunks)
 
@@ -173,7 +175,7 @@ def test_decode_computes_a_chunk_only_when_it_is_asked_for(decoder) -> None:
     calls: list[CausalCache] = []
     hook = decoder.decoder.head.register_forward_hook(lambda m, args, out: calls.append(args[1]))
     try:
-        chunks = stage.decode(Latent(x=random_latent(4)), TilingConfig(), Compat(), decoder)
+        chunks = stage.decode_frames(decoder, Latent(x=random_latent(4)), TilingConfig(), Compat())
         next(chunks)
         assert len(calls) == 1
     finally:

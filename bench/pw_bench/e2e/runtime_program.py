@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pw_bench.e2e.job import Job
 from pw_bench.e2e.synthetic import synthetic_bundle
 from pw_kernels.op import OPS, chosen, using
@@ -17,7 +15,7 @@ from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.pipeline import generate
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import span
-from pw_runtime.types import AttentionKernel, EnginePolicy, Kernels, Prompt, Request
+from pw_runtime.types import AttentionKernel, EnginePolicy, Kernels, Prompt, Request, RunOptions
 
 
 class Ours:
@@ -51,20 +49,23 @@ class Ours:
             out=video.parent,
             negative=job.negative,
             noise=job.noise,
-            codec=job.codec,
-            precision=job.precision,
-            policy=self._policy,
-            kernels=self._kernels,
-            attention=self._attention,
-            device=torch.device(job.device),
+            options=RunOptions(
+                codec=job.codec,
+                precision=job.precision,
+                policy=self._policy,
+                kernels=self._kernels,
+                attention=self._attention,
+                device=job.device,
+            ),
         )
         (outcome,) = generate(request, self._open(job), Reporter(quiet=True))
         if outcome.error is not None:
             raise RuntimeError(outcome.error)
         assert outcome.video == video
         self.receipt = json.loads(video.with_suffix(".json").read_text())
-        self.fell_back = tuple(self.receipt["notices"])
-        with using(request.kernels, attention=request.attention_kernel):
+        self.fell_back = tuple(self.receipt["fallbacks"])
+        options = request.options
+        with using(options.kernels, attention=options.attention_kernel):
             self.operations = {name: chosen(name, request.device).implementation for name in OPS}
 
     def _open(self, job: Job) -> Bundle:

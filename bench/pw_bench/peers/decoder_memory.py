@@ -20,7 +20,7 @@ from pw_export.wan22_configs import VAE
 from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.models import VaeDecoder
 from pw_runtime.planning.decode_memory import decode_memory
-from pw_runtime.stages.decode import decode
+from pw_runtime.stages.decode import decode_frames
 from pw_runtime.system.atomic_files import write_text
 from pw_runtime.system.machine import Machine, describe
 from pw_runtime.types import Compat, Latent, MemoryItem, TilingConfig
@@ -59,7 +59,9 @@ def main(out: Path, rows: int, columns: int, frames: int, strips: int) -> None:
     del stored
     latent, start = torch.randn(VAE.z_dim, frames, rows, columns), time.process_time()
     reset_peak()  # two copies of the weights are no part of a decode
-    for chunk in decode(Latent(x=latent), TilingConfig(strips=strips), Compat(), net, "yuv420p"):
+    for chunk in decode_frames(
+        net, Latent(x=latent), TilingConfig(strips=strips), Compat(), "yuv420p"
+    ):
         click.echo(f"frame {chunk.start}: {time.process_time() - start:.0f} CPU s")
         del chunk
     seconds, peak = time.process_time() - start, process_bytes("VmHWM") - before

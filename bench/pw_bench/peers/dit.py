@@ -33,7 +33,7 @@ from pw_runtime.execution.transformer_segments import segments_of
 from pw_runtime.models import WanDiT
 from pw_runtime.sampling.schedule import make_schedule, time_input
 from pw_runtime.sampling.solver import sample
-from pw_runtime.stages.draft import draft
+from pw_runtime.stages.draft import denoise_draft
 from pw_runtime.system.atomic_files import write_text
 from pw_runtime.system.machine import Machine, describe
 from pw_runtime.types import VAE_STRIDE, Compat, DitConfig, StageConfig, TextContext
@@ -187,7 +187,7 @@ def run_side(side: str, work: Work, *, account: bool, file: Path) -> None:
         ours = our_net(theirs, work.config, work.part)
 
         def run() -> Tensor:
-            return draft(text, noise, work.plan, Compat(), ours, lambda part: None).x
+            return denoise_draft(ours, text, noise, work.plan, Compat(), lambda part: None).x
     else:
 
         def run() -> Tensor:

@@ -24,7 +24,7 @@ from pw_export import keymaps
 from pw_export.nano import NANO_VAE
 from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.models import VaeDecoder
-from pw_runtime.stages.decode import decode
+from pw_runtime.stages.decode import decode_frames
 from pw_runtime.system.atomic_files import write_text
 from pw_runtime.system.machine import Machine, describe
 from pw_runtime.types import VAE_STRIDE, Compat, Latent, TilingConfig
@@ -105,7 +105,9 @@ def run_side(side: str, shape: tuple[int, ...], strips: int, *, account: bool, f
     def run() -> Tensor:
         if ours is not None:
             plan = TilingConfig(strips=strips)
-            return torch.cat([c.frames for c in decode(Latent(x=latent), plan, Compat(), ours)])
+            return torch.cat(
+                [c.frames for c in decode_frames(ours, Latent(x=latent), plan, Compat())]
+            )
         with torch.inference_mode():
             video: Tensor = theirs.decode(latent[None], return_dict=False)[0][0]
             return video

@@ -17,17 +17,18 @@ from pw_export.nano.scenes import Scene, draw_scene
 from pw_runtime.checkpoint.bundle import Bundle, load_tensors
 from pw_runtime.checkpoint.loader import load_decoder, load_dit, load_text_network
 from pw_runtime.execution.engine_lookup import eager_engines
-from pw_runtime.execution.transformer import SegmentedDiT, Steering
+from pw_runtime.execution.protocols import ControlInputs
+from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import segments_of
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.dit import Modulation
 from pw_runtime.models.text_encoder import TextNetwork
 from pw_runtime.models.vae import VaeEncoder
 from pw_runtime.sampling.noise import draw_noise, latent_shape, seeds_for
-from pw_runtime.stages.condition import condition
-from pw_runtime.stages.decode import decode
-from pw_runtime.stages.draft import draft
-from pw_runtime.stages.highres import highres
+from pw_runtime.stages.condition import resize_draft
+from pw_runtime.stages.decode import decode_frames
+from pw_runtime.stages.draft import denoise_draft
+from pw_runtime.stages.highres import denoise_highres
 from pw_runtime.stages.text import encode_text
 from pw_runtime.types import (
     CHUNK,
@@ -73,9 +74,9 @@ class NotToldTheStep(SegmentedDiT):
         """As ever, without dt."""
         return super().modulation(t, None if dt is None else torch.full_like(dt, SMALLEST_STEP))
 
-    def steering(self, features: Tensor, t: Tensor, dt: Tensor) -> Steering:
+    def control_inputs(self, features: Tensor, t: Tensor, dt: Tensor) -> ControlInputs:
         """As ever, without dt."""
-        return super().steering(features, t, torch.full_like(dt, SMALLEST_STEP))
+        return super().control_inputs(features, t, torch.full_like(dt, SMALLEST_STEP))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Studio:
     def context(self, text: str) -> TextContext:
         """Contexts of a prompt and of the default negative."""
         cond, uncond = (
-            encode_text(one, self.text, self.text_len, print) for one in (text, OFFICIAL_NEGATIVE)
+            encode_text(self.text, one, self.text_len, print) for one in (text, OFFICIAL_NEGATIVE)
         )
         return TextContext(cond=cond, uncond=uncond)
 
@@ -103,7 +104,7 @@ class Studio:
         shape = latent_shape(preset.draft, preset.video)
         noise = draw_noise(shape, seeds_for(0, example.position).draft, torch.device("cpu"))
         context = self.context(example.text)
-        return draft(context, noise, preset.draft, preset.compat, self.draft, _quiet)
+        return denoise_draft(self.draft, context, noise, preset.draft, preset.compat, _quiet)
 
     def paint(
         self, example: Example, low: Latent, preset: Preset, net: SegmentedDiT, steps: int
@@ -116,8 +117,9 @@ class Studio:
             seeds_for(0, example.position).highres,
             torch.device("cpu"),
         )
-        given = (self.context(example.text), condition(low, plan), noise, plan, preset.compat)
-        return highres(*given, net, _quiet)
+        conditioning = resize_draft(low, plan)
+        context, compat = self.context(example.text), preset.compat
+        return denoise_highres(net, context, conditioning, noise, plan, compat, _quiet)
 
     def latent_of(self, video: Tensor) -> Latent:
         """What the encoder makes of a video."""
@@ -125,7 +127,7 @@ class Studio:
 
     def frames(self, latent: Latent) -> Tensor:
         """The video of a latent, of 8 bits as the runtime writes them."""
-        chunks = decode(latent, TilingConfig(), Compat(), self.decoder)
+        chunks = decode_frames(self.decoder, latent, TilingConfig(), Compat())
         frames = torch.cat([chunk.frames for chunk in chunks]).float()
         return frames.permute(3, 0, 1, 2) / 127.5 - 1
 
