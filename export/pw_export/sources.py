@@ -149,7 +149,7 @@ def renamed(where: Path, refs: Refs, translate: Callable[[str], str | None]) -> 
             result[new] = ref
     if unknown:
         raise BadWeights(
-            f"{where} has tensors of no known use",
+            f"{where} has unknown tensors",
             got=some_names(unknown),
             wanted="the tensors of Wan2.2-TI2V-5B and nothing else",
             do="check that this is the checkpoint you meant",
