@@ -48,7 +48,7 @@ def synthetic_bundle(folder: Path, networks: Networks = NETWORKS) -> Bundle:
         root=folder,
         digest="random weights, seed 0",
         manifest=manifest,
-        made_up=lambda network: dict(tensors(network)),
+        synthetic_tensors=lambda network: dict(tensors(network)),
     )
 
 

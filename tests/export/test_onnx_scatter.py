@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes into parts of a tensor become joins that TensorRT takes, and compute the same."""
+"""ScatterRewriter into parts of a tensor become joins that TensorRT takes, and compute the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pw_engines.engine import random_inputs, relative_l2
 from pw_engines.tensorrt.onnx_rules import check_importable
 from pw_export.onnx_check import check_onnx
 from pw_export.onnx_export import export_segment
-from pw_export.onnx_scatter import Writes
+from pw_export.onnx_scatter import ScatterRewriter
 from pw_runtime.execution.decoder_segments import segments_of_vae
 from pw_runtime.models import VaeDecoder
 from tests.export.runners import run_reference
@@ -29,7 +29,7 @@ def exported(module: nn.Module, inputs: list[Tensor]) -> bytes:
         dynamo=True,
         verbose=False,
         opset_version=20,
-        custom_translation_table=Writes(onnxscript.opset20).table(),
+        custom_translation_table=ScatterRewriter(onnxscript.opset20).table(),
     )
     assert program is not None
     return program.model_proto.SerializeToString()
