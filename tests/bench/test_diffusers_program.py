@@ -112,7 +112,7 @@ def test_compiled_pipeline_compiles_inside_spans_of_that_name(
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    job = make_job(official_checkpoint, tmp_path, replace(ONE_STAGE, video=VideoConfig(frames=17)))
+    job = make_job(official_checkpoint, tmp_path, replace(ONE_STAGE, video=VideoConfig(frames=13)))
     program = DiffusersProgram(compiled=True)
     eager = run_traced(DiffusersProgram(compiled=False), job, tmp_path / "eager.mp4")
     cold = run_traced(program, job, tmp_path / "cold.mp4")

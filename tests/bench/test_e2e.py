@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +16,13 @@ import torch
 from click.testing import CliRunner
 
 from pw_bench.e2e import run as module
+from pw_bench.e2e import session
 from pw_bench.e2e import stages as stages_module
+from pw_bench.e2e.process import ProcessRun, read_records, run_process
 from pw_bench.e2e.run import build_engines, pick_programs
 from pw_bench.e2e.weights import PROMPT, Weights, pick_weights
+from pw_bench.e2e.worker import Task, make_clips
+from pw_bench.measure.memory_sampler import MemorySampler
 from pw_bench.results import Skipped, read_result
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.train_draft import DIT
@@ -24,7 +31,7 @@ from pw_runtime.cli.bench import e2e, stages
 from pw_runtime.errors import BadRequest
 from pw_runtime.presets import PRESETS
 from pw_runtime.system.progress import Reporter
-from tests.bench.programs import NO_JOB
+from tests.bench.programs import NO_JOB, ONE_STAGE, make_job
 from tests.bench.small_results import CEILINGS
 from tests.e2e.pw import write_preset
 
@@ -106,8 +113,38 @@ def arguments(
     ]
 
 
-@pytest.mark.slow
-def test_ours_beside_the_official_recipe(arguments: list[str], tmp_path: Path) -> None:
+def run_here(task: Task, environment: object, nvml: object) -> ProcessRun:
+    """Do the work of a process in this one."""
+    stdout, started = io.StringIO(), time.perf_counter()
+    with MemorySampler(os.getpid(), None) as sampler:
+        make_clips(task, stdout)
+    return read_records(task, stdout.getvalue(), sampler, started)
+
+
+def test_process_makes_a_cold_clip_and_warm_ones(official_checkpoint: Path, tmp_path: Path) -> None:
+    job = make_job(official_checkpoint, tmp_path, ONE_STAGE)
+    (tmp_path / "clips").mkdir()
+    task = Task(program="ours", job=job, folder=tmp_path / "clips", clips=2)
+    run = run_process(task, {"OMP_NUM_THREADS": "1"}, None)
+    cold, warm = run.clips
+    assert [clip.start for clip in run.clips] == ["cold", "warm"]
+    assert [span.name for span in cold.spans][:2] == ["process start", "imports"]
+    assert "imports" not in {span.name for span in warm.spans}
+    for clip in run.clips:
+        assert clip.peaks["rss"] >= max(size for _, size in clip.host)
+        assert clip.wall > 0
+        assert 0 <= clip.unattributed < 0.1 * clip.wall
+        assert clip.predicted.keys() == clip.measured.keys() == {"text", "draft", "decode"}
+    assert cold.wall > warm.wall
+    assert run.threads == 1
+    assert run.operations["attention"] == "reference"
+    assert run.fallbacks == ()
+
+
+def test_ours_beside_the_official_recipe(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "run_process", run_here)
     options = [*arguments, "--rounds", "1", "--warm", "1"]
     ran = CliRunner().invoke(e2e, options, catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
@@ -121,10 +158,9 @@ def test_ours_beside_the_official_recipe(arguments: list[str], tmp_path: Path) -
         for program in ("ours", "official")
         for measure in ("cold", "warm", "process memory")
     }
-    for clip in result.clips:
-        assert clip.peaks["rss"] >= max(size for _, size in clip.host)
-        assert clip.wall > 0
-        assert 0 <= clip.unattributed < 0.1 * clip.wall
+    assert {(clip.side, clip.start) for clip in result.clips} == {
+        (program, start) for program in ("ours", "official") for start in ("cold", "warm")
+    }
     assert result.identity.operations["attention"] == "reference"
     assert result.identity.libraries["FFmpeg"]
     assert {path.name for path in tmp_path.iterdir()} == {"small.toml", "r.json"}

@@ -61,6 +61,11 @@ def run_process(task: Task, environment: Mapping[str, str], nvml: Nvml | None) -
         raise
     if child.returncode != 0:
         raise ProgramFailed(failure_reason(child.returncode, errors))
+    return read_records(task, out, sampler, started)
+
+
+def read_records(task: Task, out: str, sampler: MemorySampler, started: float) -> ProcessRun:
+    """Turn what a worker wrote on stdout into its clips; `started` is when its process was."""
     records = [_RECORD.validate_json(line) for line in out.splitlines()]
     first = records[0]
     return ProcessRun(
