@@ -55,7 +55,7 @@ def write_sheets(
         }
         true.append(_row(example, strips))
     write_contact_sheet(generated, path)
-    write_contact_sheet(true[: len(true) // 2], path.with_stem(f"{path.stem}-true"))
+    write_contact_sheet(true[: (len(true) + 1) // 2], path.with_stem(f"{path.stem}-true"))
 
 
 def _row(example: Example, strips: dict[str, Tensor]) -> SheetRow:
