@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of every kind of clip, and preset files for other ones."""
+"""The presets: all numbers of a clip, built in or read from a file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SHIFTS = (0.01, 1000.0)
 
 
 def find_preset(name: str) -> Preset:
-    """A preset by name, or read from a .toml file.
+    """Return a preset by name, or read one from a .toml file.
 
     Raises BadRequest for an unknown name, an unreadable file, unknown or missing keys, or
     numbers that the model cannot work with.

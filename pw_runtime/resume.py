@@ -1,66 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pw decode`: clips finished from the latents that an earlier run left."""
+"""The second half of the program, `pw decode`: finish clips from latents that a run left."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from pw_kernels.launcher import tally
-from pw_kernels.op import using
 from pw_runtime.checkpoint.bundle import Bundle, load_tensors, verify
 from pw_runtime.errors import BadRequest
-from pw_runtime.execution.decoder_lookup import choose_decoder
+from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet
-from pw_runtime.job.clip import Clip
+from pw_runtime.job.clip import Clip, resume_clip
 from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import Provenance, check_latents
-from pw_runtime.job.preflight import check_request
-from pw_runtime.pipeline import Run, decode_clips
-from pw_runtime.planning.oom_fallback import fit
-from pw_runtime.sampling.noise import Seeds
+from pw_runtime.job.preflight import check_request, computing
+from pw_runtime.job.run import Run
+from pw_runtime.pipeline import decode_clips
+from pw_runtime.planning.oom_fallback import plan_run
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import Stopwatch
 from pw_runtime.types import Codec, Kernels, Network, Outcome, Precision, Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """Differences from the run that made the latents; None: as in that run.
+
+    Attributes:
+        device: to decode on.
+        out: folder for the clips; None: that of each latents file.
+        codec: of the video.
+        kernels: implementation of the operations.
+        vae_precision: of the decoder.
+        fragmented: also write an mp4 that can be played while it is encoded.
+        gpu_memory: maximum bytes; None: what is free.
+        host_memory: maximum bytes; None: what is free.
+    """
+
+    device: str
+    out: Path | None = None
+    codec: Codec | None = None
+    kernels: Kernels | None = None
+    vae_precision: Precision | None = None
+    fragmented: bool = False
+    gpu_memory: int | None = None
+    host_memory: int | None = None
 
 
 def finish(
     files: Sequence[Path],
     bundle: Bundle,
     reporter: Reporter,
+    overrides: Overrides,
     *,
-    device: torch.device,
-    out: Path | None = None,
-    codec: Codec | None = None,
-    kernels: Kernels | None = None,
-    vae_precision: Precision | None = None,
-    fragmented: bool = False,
     overwrite: bool = False,
-    gpu_memory: int | None = None,
-    host_memory: int | None = None,
 ) -> tuple[Outcome, ...]:
-    """Decode and encode clips whose latents are on the disk, which stay there.
+    """Decode and encode clips whose latents are on the disk, where they stay.
 
-    On the device, with the kernels, the engines and the cut of the run that made the latents, the
-    frames are those that it would have made, bit for bit. The cut is another, and then they differ
-    by rounding, where the memory that is free now asks for it.
+    On the same device, with the kernels, engines and tiling of the run that made the latents, the
+    frames are what that run would have made, bit for bit. Where the memory that is free now
+    requires another tiling, they differ by rounding.
 
     Args:
         files: latents files.
         bundle: one with the VAE of the run that made them.
-        reporter: told about progress.
-        device: to decode on.
-        out: folder for the clips; None: that of each file.
-        codec: None: that of the run.
-        kernels: implementation of the operations; None: that of the run.
-        vae_precision: of the decoder; None: that of the run.
-        fragmented: make an mp4 beside each clip that plays while it grows.
+        reporter: shows progress.
+        overrides: what differs from that run.
         overwrite: replace clips that exist.
-        gpu_memory: most bytes to take; None: what is free.
-        host_memory: as that.
 
     Returns:
         One outcome per file, in order.
@@ -71,86 +79,73 @@ def finish(
     """
     clips = []
     for file in files:
-        origin = check_latents(file, bundle)
-        request = Request(
-            prompts=(origin.prompt,),
-            preset=replace(origin.preset, decode=origin.decode),
-            out=file.parent if out is None else out,
-            negative=origin.negative,
-            seed=origin.seeds["base"],
-            codec=codec or origin.options.codec,
-            fragmented=fragmented,
-            save_latents=True,
-            draft_only=origin.options.draft_only,
-            precision=origin.options.precision,
-            vae_precision=vae_precision or origin.options.vae_precision,
-            gpu_memory=gpu_memory,
-            host_memory=host_memory,
-            kernels=kernels or origin.options.kernels,
-            attention=None if kernels else origin.options.attention,
-            policy=origin.options.policy,
-            chunk=origin.options.chunk,
-            device=device,
-        )
+        provenance = check_latents(file, bundle)
+        request = _request(file, provenance, overrides)
         _check_kernels(file, request)
         check_request(request)
-        clips.append(_reopen(file, origin, request, bundle))
+        clips.append(resume_clip(file, provenance, request, bundle))
     _check_targets(clips, overwrite=overwrite)
     load_tensors(bundle, "vae")
     verify(bundle, bundle.networks.vae.files)
     tally.clear()
-    runs = [_run(group, bundle, device, reporter) for group in _alike(clips)]
-    with torch.inference_mode(), report_on_abort(clips, reporter):
+    runs = [_run(group, bundle, reporter) for group in _groups(clips)]
+    with report_on_abort(clips, reporter):
         for run in runs:
-            with (
-                using(run.request.kernels, attention=run.request.attention_kernel),
-                run.fitting.measuring("decode"),
-            ):
+            with computing(run.request.options), run.fallback.track_peak("decode"):
                 decode_clips(run)
     return tuple(clip.outcome() for clip in clips)
 
 
-def _run(group: Sequence[Clip], bundle: Bundle, device: torch.device, reporter: Reporter) -> Run:
-    """The decode of clips that have their settings in common, planned."""
-    request = group[0].request
-    picked: dict[Network, EngineSet] = {"vae": choose_decoder(request, bundle, reporter.say)}
-    fitting = fit(request, bundle, reporter, picked, decode_only=True)
-    return Run(request, bundle, tuple(group), Stopwatch(device), reporter, picked, fitting)
-
-
-def _reopen(file: Path, origin: Provenance, request: Request, bundle: Bundle) -> Clip:
-    watch = Stopwatch(request.device)
-    watch.seconds.update(origin.seconds)
-    return Clip(
-        prompt=origin.prompt,
-        request=request,
-        seeds=Seeds(draft=origin.seeds["draft"], highres=origin.seeds["highres"]),
-        model=bundle.root,
-        origin=origin,
-        noise={},
-        watch=watch,
-        notices=list(origin.notices),
-        latents=file,
-        reopened=True,
+def _request(file: Path, provenance: Provenance, overrides: Overrides) -> Request:
+    """Return the request of the run that made the latents, with what is overridden."""
+    earlier = provenance.options
+    return Request(
+        prompts=(provenance.prompt,),
+        preset=replace(provenance.preset, decode=provenance.decode),
+        out=file.parent if overrides.out is None else overrides.out,
+        negative=provenance.negative,
+        seed=provenance.seeds["base"],
+        options=replace(
+            earlier,
+            device=overrides.device,
+            codec=overrides.codec or earlier.codec,
+            kernels=overrides.kernels or earlier.kernels,
+            attention=None if overrides.kernels else earlier.attention,
+            vae_precision=overrides.vae_precision or earlier.vae_precision,
+            save_latents=True,
+        ),
+        fragmented=overrides.fragmented,
+        gpu_memory=overrides.gpu_memory,
+        host_memory=overrides.host_memory,
     )
 
 
-def _alike(clips: Sequence[Clip]) -> list[list[Clip]]:
-    """Clips that one run can decode, together: they have their settings and engines in common."""
-    groups: dict[tuple[object, ...], list[Clip]] = {}
+def _run(group: Sequence[Clip], bundle: Bundle, reporter: Reporter) -> Run:
+    """Plan the decode of clips that have their settings in common."""
+    request = group[0].request
+    say: Callable[[str], None] = reporter.say
+    engine_set = select_decoder_engines(bundle, request.preset, request.options, say)
+    engines: dict[Network, EngineSet] = {"vae": engine_set}
+    fallback = plan_run(request, bundle, say, engines, decode_only=True)
+    clips, loading = tuple(group), Stopwatch(request.device)
+    return Run(request, bundle, clips, reporter, engines, fallback, loading)
+
+
+def _groups(clips: Sequence[Clip]) -> list[list[Clip]]:
+    """Group clips that one run can decode: all but their codec and their files is equal."""
+    groups: dict[object, list[Clip]] = {}
     for clip in clips:
-        one = clip.request
-        settings = (one.kernels, one.attention_kernel, one.precision, one.policy, one.chunk)
-        key = (settings, one.vae_precision, one.preset, one.draft_only)
-        groups.setdefault(key, []).append(clip)
+        settings = replace(clip.request.options, codec="h264")
+        groups.setdefault((settings, clip.request.preset), []).append(clip)
     return list(groups.values())
 
 
 def _check_kernels(file: Path, request: Request) -> None:
-    wanted = (request.kernels, request.attention_kernel)
-    if request.device.type != "cuda" and wanted != ("reference", "reference"):
+    """Raise BadRequest where the run's kernels cannot run on the device."""
+    chosen = (request.options.kernels, request.options.attention_kernel)
+    if request.device.type != "cuda" and chosen != ("reference", "reference"):
         raise BadRequest(
-            f"{file} comes from a run with --kernels {wanted[0]} --attention {wanted[1]}",
+            f"{file} comes from a run with --kernels {chosen[0]} --attention {chosen[1]}",
             got=f"device {request.device}",
             wanted="a CUDA device, for the same frames bit for bit",
             do="add --kernels reference: frames then differ by rounding",
@@ -158,19 +153,20 @@ def _check_kernels(file: Path, request: Request) -> None:
 
 
 def _check_targets(clips: Sequence[Clip], *, overwrite: bool) -> None:
-    taken: dict[Path, Path] = {}
+    """Raise BadRequest where two clips would be one file, or a file exists."""
+    sources: dict[Path, Path] = {}
     for clip in clips:
         assert clip.latents is not None
         target = clip.target.resolve()
-        if target in taken:
+        if target in sources:
             raise BadRequest(
                 f"two latents files would become {clip.target}",
-                got=f"{taken[target]} and {clip.latents}",
+                got=f"{sources[target]} and {clip.latents}",
                 do="run `pw decode` for each, with an --out of its own",
             )
-        taken[target] = clip.latents
+        sources[target] = clip.latents
         if clip.target.exists() and not overwrite:
             raise BadRequest(
                 f"{clip.target} exists",
-                do="add --overwrite if these latents shall replace it, or choose another --out",
+                do="pass --overwrite to replace it, or choose another --out",
             )

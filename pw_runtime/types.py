@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every noun that crosses a file border, frozen.
+"""Nouns that cross a file border, frozen. Importing this file does not import torch.
 
 Shape letters used in comments and docstrings everywhere:
   C latent channels (48) . T latent frames . H W latent rows, columns (16 px each)
@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Solver = Literal["unipc", "dpm++"]
 Tiling = Literal["exact", "official"]
@@ -30,9 +31,12 @@ EnginePolicy = Literal["auto", "engines", "eager"]
 AttentionKernel = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
 
 Residency = Literal["resident", "streamed", "mapped"]
+# "staging" are weights on their way to where the stage computes.
+MemoryKind = Literal["weights", "staging", "caches", "activations", "process"]
+NoticeKind = Literal["fallback", "text", "noise", "disk"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
-CHUNK = 8192  # most tokens that a segment of a transformer works on at a time
+CHUNK = 8192  # most tokens in one call of an engine
 TRAIN_STEPS = 1000  # timesteps that the networks were trained on
 PATCH = 2  # latent rows and columns in one token
 
@@ -68,15 +72,15 @@ class VideoConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilingConfig:
-    """How the VAE decode is cut.
+    """Division of the VAE decode into tiles.
 
-    `exact` equals the undivided decode to rounding whatever `strips` says: it decodes bands of
-    rows, each of which hands the next one what it needs (on engines strips of columns, with a
+    `exact` equals the undivided decode to rounding for any number of `strips`: it decodes bands of
+    rows, each of which passes on what the next one needs (on engines, strips of columns with a
     halo). `official` blends strips of columns that were decoded independently, as the research code
-    does (visible in the result). `overlap` is what a strip of columns sees of its neighbours on
-    each inner side, in latent columns; `exact` always takes at least the reach of the decoder (6).
-    `caches` is where the past frames of the fine part lie, most of what the decode holds: in host
-    memory they cost their way to the device and back once per latent frame.
+    does; the seams show. `overlap` is what a strip of columns sees of its neighbours on each inner
+    side, in latent columns; `exact` always takes at least the reach of the decoder (6). `caches`
+    says where the past frames of the fine part are kept, most of the decode's memory: on the host
+    they cross to the device and back once per latent frame.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN
@@ -111,7 +115,7 @@ class Preset:
     compat: Compat = field(default_factory=Compat)
 
     def stages(self, *, draft_only: bool = False) -> dict[StageName, StageConfig]:
-        """The denoising stages in order; the last one's latent becomes the clip."""
+        """Return the denoising stages in order; the last one's latent becomes the clip."""
         if draft_only or self.highres is None:
             return {"draft": self.draft}
         return {"draft": self.draft, "highres": self.highres}
@@ -243,6 +247,29 @@ OFFICIAL_NEGATIVE = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Options for computing and encoding; receipts and latents files store them by name."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    codec: Codec = "h264"
+    precision: Precision = "fp32"
+    vae_precision: Precision = "fp32"
+    device: str = "cpu"
+    kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
+    attention: AttentionKernel | None = None  # of attention alone; None: the same as `kernels`
+    policy: EnginePolicy = "auto"  # which engines the transformers run on
+    chunk: int = CHUNK
+    draft_only: bool = False
+    save_latents: bool = False
+
+    @property
+    def attention_kernel(self) -> AttentionKernel:
+        """The implementation of attention."""
+        return self.attention or self.kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """Everything a run is asked to do."""
 
@@ -252,72 +279,77 @@ class Request:
     negative: str = OFFICIAL_NEGATIVE
     seed: int = 0  # base seed, not negative
     noise: Path | None = None  # safetensors file that replaces the drawn noise
-    codec: Codec = "h264"
-    fragmented: bool = False  # an mp4 beside it that plays while it grows
-    save_latents: bool = False
-    draft_only: bool = False
+    options: RunOptions = field(default_factory=RunOptions)
+    fragmented: bool = False  # also write an mp4 that can be played while it is encoded
     contact_sheet: bool = False
-    precision: Precision = "fp32"
-    vae_precision: Precision = "fp32"
-    kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
-    attention: AttentionKernel | None = None  # of attention alone; None: as `kernels`
-    policy: EnginePolicy = "auto"  # which engines the transformers run on
-    chunk: int = CHUNK
-    gpu_memory: int | None = None  # most bytes to take; None: what is free
+    gpu_memory: int | None = None  # maximum bytes; None: what is free
     host_memory: int | None = None
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
     @property
-    def attention_kernel(self) -> AttentionKernel:
-        """The implementation of attention."""
-        return self.attention or self.kernels
+    def device(self) -> torch.device:
+        """The device to compute on."""
+        import torch
+
+        return torch.device(self.options.device)
 
     @property
     def stages(self) -> dict[StageName, StageConfig]:
         """The denoising stages to run, in order; the last one's latent becomes the clip."""
-        return self.preset.stages(draft_only=self.draft_only)
+        return self.preset.stages(draft_only=self.options.draft_only)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something a run told its user: kept in the receipts of the clips that it concerns."""
+
+    kind: NoticeKind  # "fallback": computed in another way than planned or asked for
+    text: str
+
+
+# ---- what the planner decides -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerPlan:
-    """How a transformer runs in the memory there is.
+    """Execution of a transformer within a memory budget.
 
-    Weights lie on the device (`resident`), or come block by block from host memory (`streamed`) or
-    from the bundle's files (`mapped`). Neither this nor `share` changes a bit of the result;
-    another `part` changes its rounding.
+    Weights are on the device (`resident`), or come block by block from host memory (`streamed`) or
+    from the bundle's files (`mapped`). Neither this nor `share_attention` changes a bit of the
+    result; another `chunk` changes its rounding.
     """
 
     weights: Residency = "resident"
-    share: bool = True  # the first block's self-attention between the passes of a step
-    part: int = CHUNK  # tokens worked on at a time
+    share_attention: bool = True  # the first block's self-attention, among the passes of a step
+    chunk: int = CHUNK  # most tokens in one call of an engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
-    """How a clip is decoded in the memory there is."""
+    """Execution of a decode within a memory budget."""
 
-    cut: TilingConfig
-    engines: bool = False  # on those that were built
+    tiling: TilingConfig
+    engines: bool = False  # on engines that were built
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryItem:
-    """Something that lives at the peak of a stage."""
+    """Something that is in memory at the peak of a stage."""
 
     name: str
+    kind: MemoryKind
     bytes: int
     place: Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """What lives at the peak of a stage of the run."""
+    """Memory at the peak of one stage."""
 
     stage: str
     items: tuple[MemoryItem, ...]  # the largest first
 
     def peak(self, place: Place) -> int:
-        """Bytes in one place."""
+        """Return the bytes in one place."""
         return sum(item.bytes for item in self.items if item.place == place)
 
 
@@ -331,11 +363,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """How all stages run within a budget, and what each takes at its peak."""
+    """Execution of all stages within a budget, and what each takes at its peak."""
 
     budget: Budget
     text: Place | None  # None: another run has encoded the text
-    networks: Mapping[StageName, TransformerPlan]
+    transformers: Mapping[StageName, TransformerPlan]
     decode: DecodePlan
     stages: tuple[StageMemory, ...]
     decisions: tuple[str, ...]  # each with its reason
@@ -343,7 +375,7 @@ class RunPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one prompt: a finished clip, or the reason why there is none."""
+    """The result for one prompt: a finished clip, or the reason why there is none."""
 
     prompt: Prompt
     video: Path | None

@@ -77,7 +77,9 @@ class DecoderSource:
     def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
         """Return the segments; see `Source`. Raises BadWeights."""
         bundle = open_bundle(self.bundle)
-        baked = load_decoder(bundle, device) if compiler.bakes and device is not None else None
+        baked = (
+            load_decoder(bundle, device) if compiler.bakes_weights and device is not None else None
+        )
         return decoder_segments(bundle, self.preset, compiler, baked)
 
 

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pw_engines.eager import EagerEngine
 from pw_export.wan22_configs import DRAFT, HIGHRES, VAE
-from pw_kernels.launcher import Variant, recording
-from pw_kernels.launching import launching
+from pw_kernels.dispatch_anywhere import dispatch_anywhere
+from pw_kernels.launcher import recording
 from pw_kernels.op import Implementation, using
+from pw_kernels.variant import Variant
 from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import segments_of
@@ -24,10 +25,10 @@ from pw_runtime.models import VaeDecoder, WanDiT
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.presets import PRESETS
 from pw_runtime.sampling.noise import latent_shape
-from pw_runtime.stages.condition import condition
-from pw_runtime.stages.decode import decode
-from pw_runtime.stages.draft import draft
-from pw_runtime.stages.highres import highres
+from pw_runtime.stages.condition import resize_draft
+from pw_runtime.stages.decode import decode_frames
+from pw_runtime.stages.draft import denoise_draft
+from pw_runtime.stages.highres import denoise_highres
 from pw_runtime.types import (
     Compat,
     DitConfig,
@@ -64,9 +65,9 @@ def variants_for(gpu: tuple[int, int]) -> dict[str, Variant]:
     vae = _decoder()
     with recording(gpu) as variants, torch.inference_mode():
         for attention in attentions:
-            with using("triton", attention=attention), launching(), _GpuResults():
+            with using("triton", attention=attention), dispatch_anywhere(), _GpuResults():
                 latents = [_run_stage(replace(stage, steps=STEPS), nets) for stage in STAGES]
-        with using("triton"), launching(), _GpuResults():
+        with using("triton"), dispatch_anywhere(), _GpuResults():
             for latent in latents:
                 _run_decoder(latent, vae)
     return variants
@@ -101,11 +102,13 @@ def _run_stage(plan: StageConfig, nets: dict[DitConfig, SegmentedDiT]) -> Latent
     text = TextContext(cond=context, uncond=context)
     noise = torch.empty(latent_shape(plan, video), device=META)
     if plan.width == PRESETS["draft"].draft.width:
-        latent = draft(text, noise, plan, compat, nets[DRAFT], lambda part: None)
+        latent = denoise_draft(nets[DRAFT], text, noise, plan, compat, lambda part: None)
     else:
         low = torch.empty(latent_shape(PRESETS["draft"].draft, video), device=META)
-        bent = condition(Latent(x=low), plan)
-        latent = highres(text, bent, noise, plan, compat, nets[HIGHRES], lambda part: None)
+        conditioning = resize_draft(Latent(x=low), plan)
+        latent = denoise_highres(
+            nets[HIGHRES], text, conditioning, noise, plan, compat, lambda part: None
+        )
     latent = Latent(x=latent.x[:, :DECODED])
     return latent
 
@@ -116,7 +119,7 @@ def _run_decoder(latent: Latent, vae: VaeDecoder) -> None:
     for strips in (1, 3, 4):
         for cut in (TilingConfig(strips=strips), TilingConfig(strips=strips, tiling="official")):
             for pixel_format in ("rgb24", "yuv420p"):
-                for _ in decode(latent, cut, compat, vae, pixel_format):
+                for _ in decode_frames(vae, latent, cut, compat, pixel_format):
                     pass
 
 

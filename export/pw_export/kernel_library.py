@@ -16,13 +16,14 @@ import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pw_export.kernel_discovery import variants_for
-from pw_kernels.ahead_of_time import SHARED_LIMITS, Compiled, compile_variant
-from pw_kernels.launcher import Variant
+from pw_kernels.ahead_of_time import SHARED_LIMITS, Compiled, assembler, compile_variant
+from pw_kernels.attention.variants import tilings_of
 from pw_kernels.library import ARCHS, FORMAT, letter, source_digest
+from pw_kernels.variant import Variant
 from pw_runtime.system.atomic_files import atomic_file, write_text
 
 ALIGNMENT = 64  # bytes, of each cubin in the file
@@ -52,9 +53,14 @@ def jobs_for(archs: Iterable[int], kernels: Iterable[str]) -> list[Job]:
     """
     selected = set(kernels)
     by_key: dict[tuple[str, int], Job] = {}
+    # GPUs with the same attention tilings launch the same variants.
+    discovered: dict[object, dict[str, Variant]] = {}
     for arch in archs:
         for gpu in (gpu for gpu, compiled_for in ARCHS.items() if compiled_for == arch):
-            for key, variant in variants_for(gpu).items():
+            tilings = tilings_of(gpu)
+            if tilings not in discovered:
+                discovered[tilings] = variants_for(gpu)
+            for key, variant in discovered[tilings].items():
                 by_key[key, arch] = Job(variant, arch)
     jobs = list(by_key.values())
     unknown = selected - {job.variant.kernel for job in jobs}
@@ -95,6 +101,10 @@ def write_library(out: Path, jobs: list[Job], built: list[Compiled]) -> None:
         "format": FORMAT,
         "triton": importlib.import_module("triton").__version__,
         "sources": source_digest(),
+        "toolchains": {
+            str(one.arch): {**asdict(one.toolchain), "driver": one.toolchain.driver}
+            for one in built
+        },
         "kernels": entries,
     }
     write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -127,8 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not set(given.arch) <= set(SHARED_LIMITS):
         parser.error(f"--arch: expected numbers among {list(SHARED_LIMITS)}, got {given.arch}")
     try:
+        for arch in given.arch:
+            assembler(arch)
         jobs = jobs_for(given.arch, given.kernel)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     print(f"compiling {len(jobs)} kernels for {' '.join(f'sm_{arch}' for arch in given.arch)}")
     with ProcessPoolExecutor(given.jobs) as pool:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pw build` and `pw engines`: engines made, listed, verified and removed."""
+"""`pw build` and `pw engines`: build, list, verify and remove engines."""
 
 from __future__ import annotations
 
 import os
 import time
 from dataclasses import replace
-from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,15 @@ from pw_runtime.cli.options import (
 )
 from pw_runtime.errors import BadRequest
 
+if TYPE_CHECKING:
+    import torch
+
+    from pw_export.build import Built, Job, Source
+    from pw_runtime.checkpoint.bundle import Bundle
+    from pw_runtime.execution.engine_lookup import CompilerName
+    from pw_runtime.system.progress import Reporter
+    from pw_runtime.types import DitConfig, Precision, Preset
+
 
 @click.command()
 @click.option("--model", type=FOLDER, required=True, help="Bundle made by `pw convert`.")
@@ -29,107 +38,159 @@ from pw_runtime.errors import BadRequest
     type=click.Choice(["auto", "tensorrt", "aoti"]),
     default="auto",
     show_default=True,
-    help="auto: TensorRT where it is installed, else AOTInductor.",
+    help="auto: TensorRT if it is installed, otherwise AOTInductor.",
 )
 @click.option(
     "--frontend",
     type=click.Choice(["onnx", "torch-tensorrt"]),
-    help="What TensorRT is given the networks by. [default: onnx]",
+    help="How networks are passed to TensorRT. [default: onnx]",
 )
 @chunk_option
 @precision_option
 @device_option
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="Built at a time. [default: one a core, 1 on a GPU]"
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Engines to build in parallel. [default: one per core; 1 on a GPU]",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
-@click.option("--onnx-only", type=FOLDER, help="Write ONNX models of all segments there instead.")
-@click.option("--preset", help="The decoder too, for pictures of this preset's size alone.")
-@click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+@click.option("--dry-run", is_flag=True, help="Show what would be built, and build nothing.")
+@click.option("--onnx-only", type=FOLDER, help="Write ONNX models to this folder instead.")
+@click.option("--preset", help="Also build the decoder, for this preset's resolution only.")
+@click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 def build(**options: Any) -> int:
-    """Compile a model's transformers, once for every preset, and the decoder for one of them."""
-    from pw_engines import EngineStore
-    from pw_runtime.checkpoint.bundle import open_bundle, verify
-    from pw_runtime.execution.engine_lookup import COMPILERS
+    """Compile a model's transformers, once for all presets; with --preset also the decoder."""
+    from pw_export.build import pick_compiler
+    from pw_runtime.checkpoint.bundle import open_bundle
     from pw_runtime.job.preflight import default_precision, pick_device
     from pw_runtime.presets import find_preset
     from pw_runtime.system.progress import Reporter
 
-    # By name: the runtime must not import what stands above it.
-    make, onnx = import_module("pw_export.build"), import_module("pw_export.onnx_export")
-    reporter = Reporter(quiet=options["quiet"])
-    device = pick_device(options["device"])
+    reporter, device = Reporter(quiet=options["quiet"]), pick_device(options["device"])
     precision = default_precision(options["precision"], device)
     bundle = open_bundle(options["model"])
-    networks = bundle.networks
     preset = None if options["preset"] is None else find_preset(options["preset"])
+    chunk, folder = options["chunk"], options["onnx_only"]
+    if folder is not None:
+        for flag in ("dry_run", "frontend"):
+            if options[flag]:
+                name = flag.replace("_", "-")
+                raise BadRequest(f"--onnx-only and --{name} exclude each other", do="drop one")
+        return _export_onnx(bundle, precision, chunk, folder, preset, reporter)
+    compiler = pick_compiler(options["backend"], options["frontend"], device)
+    sources = _sources(bundle, precision, chunk, preset, compiler)
+    heading = f"{compiler} engines for {device}, {precision}, up to {chunk} tokens"
+    jobs = _pending(sources, compiler, device, heading, reporter)
+    if preset is not None:
+        last = preset.highres or preset.draft
+        reporter.say(f"the decoder's engines are for {last.width}x{last.height} only")
+    if options["dry_run"]:
+        for job in jobs:
+            reporter.say(f"  {job.key.folder}")
+        return DONE
+    workers = options["jobs"] or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    return _build(jobs, workers, reporter, quiet=options["quiet"])
+
+
+def _export_onnx(
+    bundle: Bundle,
+    precision: Precision,
+    chunk: int,
+    folder: Path,
+    preset: Preset | None,
+    reporter: Reporter,
+) -> int:
+    """Write ONNX models of the transformers' segments, and of the decoder's with a preset."""
+    from pw_export.onnx_export import export_onnx
+
+    decoder = None if preset is None else (bundle.networks.vae.config, preset)
+    export_onnx(_configs(bundle), precision, chunk, folder, reporter.say, decoder)
+    return DONE
+
+
+def _configs(bundle: Bundle) -> dict[str, DitConfig]:
+    """Return the widths of the bundle's transformers."""
+    networks = bundle.networks
     configs = {"draft": networks.draft.config}
     if networks.highres is not None:
         configs["highres"] = networks.highres.config
-    if options["onnx_only"] is not None:
-        if options["dry_run"]:
-            raise BadRequest("--onnx-only and --dry-run", do="give one of them")
-        if options["frontend"] is not None:
-            raise BadRequest("--onnx-only and --frontend", do="give one of them")
-        decoder = None if preset is None else (networks.vae.config, preset)
-        onnx.export_onnx(
-            configs, precision, options["chunk"], options["onnx_only"], reporter.say, decoder
-        )
-        return DONE
-    compiler = make.pick_compiler(options["backend"], options["frontend"], device)
-    sources = [make.TransformerSource(one, precision, options["chunk"]) for one in configs.values()]
-    if preset is not None:
-        if COMPILERS[compiler].bakes:
-            verify(bundle, networks.vae.files)
-        sources.append(make.DecoderSource(bundle.root, preset))
-    store = EngineStore()
-    jobs, fresh = make.jobs_for(sources, compiler, device, store)
-    reporter.say(
-        f"{compiler} engines for {device}, {precision}, up to {options['chunk']} tokens, in "
-        f"{store.root}: {len(fresh)} built, {len(jobs)} to build"
-    )
-    if preset is not None:
-        last = preset.highres or preset.draft
-        reporter.say(f"those of the decoder are for {last.width}x{last.height} alone")
-    for job in jobs if options["dry_run"] else ():
-        reporter.say(f"  {job.key.folder}")
-    if options["dry_run"] or not jobs:
-        return DONE
-    store.make_root()
-    workers = options["jobs"] or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    return configs
 
-    def on_built(built: Any) -> None:
+
+def _sources(
+    bundle: Bundle, precision: Precision, chunk: int, preset: Preset | None, compiler: CompilerName
+) -> list[Source]:
+    """List the networks to build engines for."""
+    from pw_export.build import DecoderSource, TransformerSource
+    from pw_runtime.checkpoint.bundle import verify
+    from pw_runtime.execution.engine_lookup import COMPILERS
+
+    configs = _configs(bundle).values()
+    sources: list[Source] = [TransformerSource(config, precision, chunk) for config in configs]
+    if preset is not None:
+        if COMPILERS[compiler].bakes_weights:
+            verify(bundle, bundle.networks.vae.files)
+        sources.append(DecoderSource(bundle.root, preset))
+    return sources
+
+
+def _pending(
+    sources: list[Source],
+    compiler: CompilerName,
+    device: torch.device,
+    heading: str,
+    reporter: Reporter,
+) -> list[Job]:
+    """Return the jobs whose engines are not built yet, and report how many are."""
+    from pw_engines import EngineStore
+    from pw_export.build import jobs_for
+
+    store = EngineStore()
+    jobs, built = jobs_for(sources, compiler, device, store)
+    reporter.say(f"{heading}, in {store.root}: {len(built)} built, {len(jobs)} to build")
+    return jobs
+
+
+def _build(jobs: list[Job], workers: int, reporter: Reporter, *, quiet: bool) -> int:
+    """Build engines in parallel, report each, and return the exit code."""
+    from pw_engines import EngineStore
+    from pw_export.build import run_jobs
+
+    if not jobs:
+        return DONE
+    EngineStore().make_root()
+
+    def on_built(built: Built) -> None:
         if built.error is not None:
             reporter.warn(f"{built.job.key.folder}: {built.error}")
             return
-        worst = max((one.error for one in built.parity), default=0.0)
-        reporter.say(f"{built.job.key.folder}: {built.seconds:.0f} s, {worst:.1e} from its segment")
+        error = max((parity.error for parity in built.parity), default=0.0)
+        seconds = f"{built.seconds:.0f} s"
+        reporter.say(f"{built.job.key.folder}: {seconds}, within {error:.1e} of its segment")
 
     start = time.monotonic()
-    told = [replace(job, quiet=options["quiet"]) for job in jobs]
-    failed = [one for one in make.run_jobs(told, workers, on_built) if one.error is not None]
-    done = len(jobs) - len(failed)
-    reporter.say(f"{done} engines in {time.monotonic() - start:.0f} s")
+    results = run_jobs([replace(job, quiet=quiet) for job in jobs], workers, on_built)
+    failed = sum(result.error is not None for result in results)
+    reporter.say(f"{len(jobs) - failed} engines in {time.monotonic() - start:.0f} s")
     if failed:
-        reporter.warn(f"{len(failed)} of {len(jobs)} engines failed: the model runs without any")
+        reporter.warn(f"{failed} of {len(jobs)} engines failed; the model will run without engines")
         return SOME_FAILED
     return DONE
 
 
 @click.group()
 def engines() -> None:
-    """Engines that were built: $PW_CACHE/engines, else in the user's cache directory."""
+    """Manage built engines, in $PW_CACHE/engines or the user's cache directory."""
 
 
 @engines.command("list")
 def list_engines() -> int:
-    """List the engines, with size and time of building."""
+    """List the engines, with size and build time."""
     return _show(verify=False)
 
 
 @engines.command("verify")
 def verify_engines() -> int:
-    """Read every engine and compare it with its digest."""
+    """Read every engine and check its digest."""
     return _show(verify=True)
 
 
@@ -138,27 +199,26 @@ def _show(*, verify: bool) -> int:
 
     store = EngineStore()
     entries = store.entries(verify=verify)
-    for one in entries:
-        state = f"damaged: {one.damage}" if one.damage else f"built in {one.seconds:.0f} s"
-        click.echo(f"{one.folder}  {one.bytes / 2**20:6.1f} MiB  {state}")
+    for entry in entries:
+        state = f"damaged: {entry.damage}" if entry.damage else f"built in {entry.seconds:.0f} s"
+        click.echo(f"{entry.folder}  {entry.bytes / 2**20:6.1f} MiB  {state}")
     click.echo(f"{len(entries)} engines in {store.root}")
-    return SOME_FAILED if any(one.damage for one in entries) else DONE
+    return SOME_FAILED if any(entry.damage for entry in entries) else DONE
 
 
 @engines.command("prune")
 @click.option("--all", "everything", is_flag=True, help="Remove every engine.")
 def prune_engines(everything: bool) -> int:
-    """Remove what no run of this version on this machine can use: damaged, foreign, half built."""
+    """Remove engines that this version cannot use on this machine: damaged, foreign, incomplete."""
     from pw_engines import EngineStore
+    from pw_export.build import unusable
 
-    unusable = import_module("pw_export.build").unusable
     store = EngineStore()
-    entries = store.entries(verify=True)
-    for one in entries:
-        reason = "asked for" if everything else one.damage or unusable(one)
+    for entry in store.entries(verify=True):
+        reason = "asked for" if everything else entry.damage or unusable(entry)
         if reason:
-            store.remove(one.folder)
-            click.echo(f"removed {one.folder}: {reason}")
+            store.remove(entry.folder)
+            click.echo(f"removed {entry.folder}: {reason}")
     for path in store.remove_leftovers():
-        click.echo(f"removed {path.name}: a build that was cut short")
+        click.echo(f"removed {path.name}: an incomplete build")
     return DONE

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pw decode`: clips finished from their latents files."""
+"""`pw decode`: finish clips from their latents files."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -13,6 +14,7 @@ from pw_runtime.cli.options import (
     CODECS,
     FILE,
     FOLDER,
+    PRECISIONS,
     device_option,
     exit_code,
     fragmented_option,
@@ -21,51 +23,42 @@ from pw_runtime.cli.options import (
     trace_option,
     traced,
 )
+from pw_runtime.types import Kernels
 
 
 @click.command()
 @click.argument("latents", nargs=-1, required=True, type=FILE)
-@click.option("--model", type=FOLDER, required=True, help="Bundle with the VAE of their run.")
-@click.option("--out", type=FOLDER, help="Folder for the clips. [default: that of the file]")
-@click.option("--codec", type=CODECS, help="[default: that of the run]")
+@click.option("--model", type=FOLDER, required=True, help="Bundle with the VAE of that run.")
+@click.option("--out", type=FOLDER, help="Output folder. [default: that of each file]")
+@click.option("--codec", type=CODECS, help="Video codec. [default: as in the earlier run]")
 @gpu_memory_option
 @host_memory_option
 @device_option
 @click.option(
     "--kernels",
-    type=click.Choice(["reference", "triton"]),
-    help="Implementation of the operations. [default: that of the run]",
+    type=click.Choice(get_args(Kernels)),
+    help="Implementation of the operations. [default: as in the earlier run]",
 )
 @click.option(
     "--vae-precision",
-    type=click.Choice(["fp32", "bf16"]),
-    help="Of the decoder; bf16 halves its memory and is an approximation. [default: the run's]",
+    type=PRECISIONS,
+    help="Precision of the decoder; bf16 halves its memory and is an approximation. "
+    "[default: as in the earlier run]",
 )
 @fragmented_option
 @trace_option
 @click.option("--overwrite", is_flag=True, help="Replace clips that exist.")
-@click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+@click.option("--quiet", is_flag=True, help="Print only warnings, errors and finished clips.")
 def decode(latents: tuple[Path, ...], **options: Any) -> int:
-    """Finish clips from the LATENTS.safetensors that an earlier `pw generate` left."""
+    """Finish clips from the <id>.latents.safetensors that an earlier `pw generate` left."""
     from pw_runtime.checkpoint.bundle import open_bundle
     from pw_runtime.job.preflight import pick_device
-    from pw_runtime.resume import finish
+    from pw_runtime.resume import Overrides, finish
     from pw_runtime.system.progress import Reporter
 
     reporter, device = Reporter(quiet=options["quiet"]), pick_device(options["device"])
-    run = partial(
-        finish,
-        latents,
-        open_bundle(options["model"]),
-        reporter,
-        device=device,
-        out=options["out"],
-        codec=options["codec"],
-        kernels=options["kernels"],
-        vae_precision=options["vae_precision"],
-        fragmented=options["fragmented"],
-        overwrite=options["overwrite"],
-        gpu_memory=options["gpu_memory"],
-        host_memory=options["host_memory"],
-    )
-    return traced(lambda: exit_code(run, reporter), options["trace"], device)
+    resolved = options | {"device": str(device)}
+    overrides = Overrides(**{field.name: resolved[field.name] for field in fields(Overrides)})
+    bundle, overwrite = open_bundle(options["model"]), options["overwrite"]
+    run = partial(finish, latents, bundle, reporter, overrides, overwrite=overwrite)
+    return traced(partial(exit_code, run, reporter), options["trace"], device)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs of the command line share: exit codes, kinds of paths, options."""
+"""Exit codes, parameter types and options that the verbs share."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from pw_runtime.errors import BadResult, WriteFailed
+from pw_runtime.types import CHUNK, Codec, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
     from pw_runtime.system.progress import Reporter
     from pw_runtime.types import Outcome
 
-CHUNK = 8192  # as in pw_runtime.types, which needs torch
 DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
 
 
 class NonEmptyPath(click.Path):
-    """A path; the empty one, which would mean the current folder, is refused."""
+    """A path that is not empty: an empty one would mean the current folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Turn the text of an option into a Path."""
@@ -45,41 +45,42 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         """Turn the text of an option into bytes."""
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
-        size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
+        size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
         if size <= 0:
-            self.fail(f"{value!r} is no size: write 24GiB or 512MiB", param, ctx)
+            self.fail(f"invalid size {value!r}: expected e.g. 24GiB or 512MiB", param, ctx)
         return size
 
 
 gpu_memory_option = click.option(
-    "--gpu-memory", type=Bytes(), help="Most GPU memory to take. [default: what is free]"
+    "--gpu-memory", type=Bytes(), help="Maximum GPU memory. [default: what is free]"
 )
 host_memory_option = click.option(
-    "--host-memory", type=Bytes(), help="Most host memory to take. [default: what is free]"
+    "--host-memory", type=Bytes(), help="Maximum host memory. [default: what is free]"
 )
 FOLDER = NonEmptyPath(path_type=Path)
 FILE = NonEmptyPath(path_type=Path)
-CODECS = click.Choice(["h264", "hevc", "av1", "ffv1"])
+CODECS = click.Choice(get_args(Codec))
+PRECISIONS = click.Choice(get_args(Precision))
 
 chunk_option = click.option(
     "--chunk",
     type=click.IntRange(min=16),
     default=CHUNK,
     show_default=True,
-    help="Most tokens that a segment works on at a time: the same for building and generating.",
+    help="Maximum tokens per engine call; must match between `pw build` and `pw generate`.",
 )
 precision_option = click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16"]),
-    help="Of matrix products. [default: fp32 on a CPU, bf16 on a GPU]",
+    type=PRECISIONS,
+    help="Precision of matrix products. [default: fp32 on a CPU, bf16 on a GPU]",
 )
 vae_precision_option = click.option(
     "--vae-precision",
-    type=click.Choice(["fp32", "bf16"]),
+    type=PRECISIONS,
     default="fp32",
     show_default=True,
-    help="bf16: half the memory of the decode; an approximation (docs/numerics.md).",
+    help="Precision of the decoder; bf16 halves its memory and is an approximation.",
 )
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
@@ -87,19 +88,19 @@ device_option = click.option(
 fragmented_option = click.option(
     "--fragmented",
     is_flag=True,
-    help="Also write <id>.partial.mp4, which plays while it grows; gone when <id>.mp4 is there.",
+    help="Also write <id>.partial.mp4, playable while encoding; removed when <id>.mp4 is complete.",
 )
 
 
 trace_option = click.option(
     "--trace",
     type=FILE,
-    help="Write what took how long there, for Perfetto or chrome://tracing; spans are NVTX ranges.",
+    help="Write a timeline to this file (Chrome trace format, for Perfetto).",
 )
 
 
 def traced(run: Callable[[], int], file: Path | None, device: torch.device) -> int:
-    """Run it, with a trace file where one is wanted, also of a run that fails."""
+    """Run `run`, and write a trace if `file` is given, also when the run fails."""
     if file is None:
         return run()
     from pw_runtime.system.trace import Trace
@@ -113,10 +114,10 @@ def traced(run: Callable[[], int], file: Path | None, device: torch.device) -> i
 
 
 def exit_code(run: Callable[[], Sequence[Outcome]], reporter: Reporter) -> int:
-    """Run it and return the code for what became of its prompts; those that failed are named."""
+    """Run `run`, name the prompts that failed, and return the exit code."""
     try:
         outcomes = run()
-    except (WriteFailed, BadResult) as error:  # what was finished until then is kept
+    except (WriteFailed, BadResult) as error:  # finished clips are kept
         reporter.warn(f"error: {error}")
         return SOME_FAILED
     failed = [outcome.prompt.id for outcome in outcomes if outcome.error is not None]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import click
@@ -19,6 +18,7 @@ from pw_runtime.cli.options import (
     vae_precision_option,
 )
 from pw_runtime.errors import BadRequest
+from pw_runtime.types import RunOptions
 
 
 @click.command()
@@ -29,19 +29,21 @@ from pw_runtime.errors import BadRequest
 @click.option(
     "--gpu", type=click.Choice(["H200"]), help="Estimate times for this GPU. [default: this one]"
 )
-@click.option("--codec", type=CODECS, default="h264", show_default=True)
+@click.option("--codec", type=CODECS, default="h264", show_default=True, help="Video codec.")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft.")
 @precision_option
 @vae_precision_option
 @chunk_option
-@click.option("--verbose", is_flag=True, help="List everything that lives at each stage's peak.")
+@click.option("--verbose", is_flag=True, help="List what is in memory at each stage's peak.")
 def plan(**options: Any) -> int:
-    """Show how a clip would be made within a budget of memory, and what each stage takes."""
+    """Show how a clip would be made within a memory budget, and what each stage takes."""
     import torch
 
+    from pw_export.wan22_configs import NETWORKS
     from pw_runtime.checkpoint.bundle import open_bundle
     from pw_runtime.job.preflight import default_precision
-    from pw_runtime.planning.planner import candidates, make_plan
+    from pw_runtime.planning.candidates import candidates
+    from pw_runtime.planning.planner import make_plan
     from pw_runtime.planning.report import plan_report
     from pw_runtime.planning.time_estimate import KNOWN, measure_rates
     from pw_runtime.planning.workload import budget_of, workload
@@ -50,30 +52,25 @@ def plan(**options: Any) -> int:
     budgeted = options["gpu_memory"] is not None
     device = torch.device("cuda" if budgeted or torch.cuda.is_available() else "cpu")
     if options["gpu"] is not None and device.type == "cpu":
-        raise BadRequest("--gpu without a GPU to plan for", do="add --gpu-memory, as 24GiB")
+        raise BadRequest("--gpu without a GPU to plan for", do="add --gpu-memory, e.g. 24GiB")
     precision = default_precision(options["precision"], device)
-    # By name: the runtime must not import what stands above it.
-    networks = (
-        import_module("pw_export.wan22_configs").NETWORKS
-        if options["model"] is None
-        else open_bundle(options["model"]).networks
-    )
-    work = workload(
-        networks,
-        find_preset(options["preset"]),
-        draft_only=options["draft_only"],
+    networks = NETWORKS if options["model"] is None else open_bundle(options["model"]).networks
+    run_options = RunOptions(
+        codec=options["codec"],
         precision=precision,
         vae_precision=options["vae_precision"],
-        codec=options["codec"],
+        device=str(device),
         chunk=options["chunk"],
+        draft_only=options["draft_only"],
     )
+    work = workload(networks, find_preset(options["preset"]), run_options)
     budget = budget_of(device, options["gpu_memory"], options["host_memory"])
     run_plan = make_plan(candidates(work, gpu=budget.device is not None), budget)
     if options["gpu"] is not None and precision != "bf16":
         raise BadRequest(
-            "the rates that are known of a GPU are those of bf16",
+            "published rates of a GPU are for bf16",
             got=f"--gpu {options['gpu']} --precision {precision}",
-            do="leave --gpu out: the plan has no times then",
+            do="leave --gpu out: the plan then has no times",
         )
     rates = None
     if options["gpu"] is not None:

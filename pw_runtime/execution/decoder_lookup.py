@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines of the decoder: of one preset's last picture, used where they were built.
+"""Selection of the decoder's engines, which are built for the last picture of one preset.
 
-Unlike a transformer's, each is of one size of picture. A run never needs them: where they lack,
-the decoder itself runs, and that is said.
+Unlike a transformer's, each engine fits one picture size. A run never needs them: where they are
+missing, the eager decoder runs and a line says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 
@@ -17,82 +16,87 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.execution.decoder import SegmentedVae
 from pw_runtime.execution.decoder_segments import segments_of_decode
 from pw_runtime.execution.engine_lookup import (
-    Choice,
     Compiler,
     EngineSet,
+    Unavailable,
     build_command,
     find_engines,
 )
+from pw_runtime.execution.protocols import Decoder
 from pw_runtime.execution.transformer_segments import Segment
 from pw_runtime.models import VaeDecoder
 from pw_runtime.presets import PRESETS
-from pw_runtime.types import VAE_STRIDE, Preset, Request
+from pw_runtime.types import VAE_STRIDE, Preset, RunOptions
 
 
 def decoder_segments(
     bundle: Bundle, preset: Preset, compiler: Compiler, net: VaeDecoder | None = None
 ) -> dict[str, Segment]:
-    """What decodes the preset's last picture, by name and size.
+    """Return the segments that decode the preset's last picture, by name and size.
 
     Args:
         bundle: with the decoder.
-        preset: whose high-res picture it is; its draft where it has no other.
-        compiler: of the engines; with those of TensorRT the weights are baked.
+        preset: its high-res picture, or its draft where it has no other.
+        compiler: of the engines; those of TensorRT have the weights baked in.
         net: the bundle's decoder, to bake; without it such segments can be found, not built.
     """
     vae, last = bundle.networks.vae, preset.highres or preset.draft
     rows, columns = last.height // VAE_STRIDE[1], last.width // VAE_STRIDE[2]
-    if not compiler.bakes:
+    if not compiler.bakes_weights:
         return segments_of_decode(vae.config, preset.decode, rows, columns)
     if net is None:
         with torch.device("meta"):
             net = VaeDecoder(vae.config).requires_grad_(False)
-    # Of the files, which the bundle has and checks: the weights are gigabytes.
+    # The files' digests, which the bundle holds and checks: the weights are gigabytes.
     digest = digest_of(bundle.files[name].sha256.encode() for name in vae.files)
     return segments_of_decode(vae.config, preset.decode, rows, columns, baked=net, digest=digest)
 
 
-def choose_decoder(request: Request, bundle: Bundle, say: Callable[[str], None]) -> EngineSet:
-    """What the decoder of a run will run on; said once, but for `--policy eager`.
+def select_decoder_engines(
+    bundle: Bundle, preset: Preset, options: RunOptions, say: Callable[[str], None]
+) -> EngineSet:
+    """Select the engines of a run's decoder, and report which, except with `--policy eager`.
 
-    `--policy engines` asks for the transformers' engines: these are taken where they are.
+    `--policy engines` demands the transformers' engines only: the decoder's run where they exist.
 
     Raises:
         BadRequest: an engine cannot be opened.
     """
-    if request.policy == "eager" or request.kernels == "triton":
-        return EngineSet({}, Choice({}, "eager", "asked for"))
-    if request.preset.decode.caches == "host":
-        return EngineSet({}, Choice({}, "eager", "its past frames are to lie on the host"))
-    if request.vae_precision != "fp32":
-        return EngineSet({}, Choice({}, "eager", "its engines are fp32"))
-    command = f"{build_command(request, bundle.root)} --preset {_name(request.preset)}"
-    if request.draft_only and request.preset.highres is not None:
-        found: EngineSet | str = "its engines are of the high-res picture, and a draft is decoded"
-        remedy = ""
-    else:
-        found = find_engines(
-            lambda compiler: decoder_segments(bundle, request.preset, compiler),
-            EngineStore(),
-            request.device,
-            command,
-        )
-        remedy = f"; `{command}` makes them"
-    if isinstance(found, EngineSet):
-        say(f"the decoder runs on {found.choice.reason} ({found.choice.backend})")
-        return found
-    say(f"the decoder runs without engines ({found}){remedy}")
-    return EngineSet({}, Choice({}, "eager", found))
+    if options.policy == "eager" or options.kernels == "triton":
+        return _eager("asked for")
+    if preset.decode.caches == "host":
+        return _eager("the preset keeps past frames on the host")
+    if options.vae_precision != "fp32":
+        return _eager("decoder engines are fp32")
+    command = f"{build_command(options, bundle.root)} --preset {_name(preset)}"
+    if options.draft_only and preset.highres is not None:
+        reason = "its engines fit the high-res picture, and a draft is decoded"
+        say(f"the decoder runs without engines ({reason})")
+        return _eager(reason)
+    result = find_engines(
+        lambda compiler: decoder_segments(bundle, preset, compiler),
+        EngineStore(),
+        torch.device(options.device),
+        command,
+    )
+    if isinstance(result, Unavailable):
+        say(f"the decoder runs without engines ({result.reason}); to build them: `{command}`")
+        return _eager(result.reason)
+    say(f"the decoder runs on {result.reason} ({result.backend})")
+    return result
 
 
-def decoder_on(net: VaeDecoder, picked: EngineSet) -> VaeDecoder:
-    """The decoder, on the engines picked for it."""
-    if picked.choice.backend == "eager":
+def on_engines(net: VaeDecoder, engines: EngineSet) -> Decoder:
+    """Return the decoder as it runs on the engines selected for it."""
+    if engines.backend == "eager":
         return net
-    # why the cast: it has all of a decoder that the decode stage uses
-    return cast(VaeDecoder, SegmentedVae(net, picked.segments, picked.choice.engines))
+    return SegmentedVae(net, engines.segments, engines.engines)
+
+
+def _eager(reason: str) -> EngineSet:
+    return EngineSet({}, {}, "eager", reason)
 
 
 def _name(preset: Preset) -> str:
-    """As the command line takes it; what no built-in one equals was read from a file."""
-    return next((name for name, one in PRESETS.items() if one == preset), "FILE.toml")
+    """Return the preset's name for the command line; "FILE.toml" for one read from a file."""
+    return next((name for name, known in PRESETS.items() if known == preset), "FILE.toml")

@@ -1,30 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE decoder cut into segments: the coarse and the fine part, first frame and later ones.
+"""The VAE decoder divided into segments: its coarse and fine part, first frame and later ones.
 
-A segment is of one size of picture. What the decoder remembers, the last input frames of every
-causal convolution, goes in and comes out: nothing is hidden in an engine. Activations and memory
-have shapes with their channels last, as they lie in memory; so have weights, a row per channel of
-the result. Changing between these shapes and the network's copies nothing.
+A segment fits one picture size. Past frames, the last input frames of every causal convolution, are
+inputs and outputs: an engine has no state. Activations and past frames have their channels last, as
+they are laid out in memory; so have weights, one row per output channel. Converting between these
+shapes and the network's copies nothing.
 
-Weights are inputs, as those of the transformer are: one engine serves every checkpoint. For
-TensorRT they should be part of the plan (`baked`): it packs weights of convolutions anew on every
-call where they are inputs.
+Weights are inputs, like the transformer's: one engine serves every checkpoint. For TensorRT they
+should be part of the plan (`baked`): it repacks convolution weights on every call when they are
+inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from pw_engines import EngineSpec, TensorSpec, digest_of
-from pw_runtime.execution.transformer_segments import Segment, digest_of_files
+from pw_runtime.execution.transformer_segments import (
+    Computation,
+    Segment,
+    WithWeights,
+    digest_of_files,
+)
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.models.tiling import exact_halo, make_strips
@@ -32,12 +37,12 @@ from pw_runtime.models.vae_blocks import Upsample
 from pw_runtime.types import TilingConfig, VaeConfig
 
 Part = Literal["coarse", "fine"]
-# Part -> the decoder's method that it is.
+# Part -> the decoder's method.
 PARTS: Mapping[Part, str] = MappingProxyType({"coarse": "coarse_layers", "fine": "fine"})
-# Begin the names of the coarse part's weights; the others are the fine part's.
+# Prefixes of the names of the coarse part's weights; all others are the fine part's.
 _COARSE = ("conv2.", "decoder.conv1.", "decoder.middle.", "decoder.upsamples.0.")
-PAST, LAST = ".past", ".last"  # end the names of memory going in and coming out
-_TAPS = ".taps"  # end the names of what stands for the weight of a convolution that upsamples
+PAST, LAST = ".past", ".last"  # suffixes of the names of past frames as inputs and outputs
+_TAPS = ".taps"  # suffix of the name of an upsampling convolution's taps, instead of its weight
 
 
 def segments_of_decode(
@@ -49,13 +54,13 @@ def segments_of_decode(
     baked: VaeDecoder | None = None,
     digest: str | None = None,
 ) -> dict[str, Segment]:
-    """Every segment that the decode of a latent of `rows` x `columns` needs, by name and size.
+    """Return all segments for decoding a latent of `rows` x `columns`, by name and size.
 
-    `baked` and `digest` are as those of `segments_of_vae`.
+    `baked` and `digest` are those of `segments_of_vae`.
     """
     exact = plan.tiling == "exact"
     overlap = max(plan.overlap, exact_halo(config)) if exact else plan.overlap
-    strips = {one.last - one.first for one in make_strips(columns, plan.strips, overlap)}
+    strips = {strip.last - strip.first for strip in make_strips(columns, plan.strips, overlap)}
     widths: dict[Part, set[int]] = {"coarse": {columns} if exact else strips, "fine": strips}
     return {
         f"{segment.name}_{rows}x{width}": segment
@@ -73,40 +78,41 @@ def segments_of_vae(
     baked: VaeDecoder | None = None,
     digest: str | None = None,
 ) -> dict[str, Segment]:
-    """The four segments by name, for one size.
+    """Return the four segments by name, for one size.
 
     Args:
         config: of the decoder.
         rows: of the latent.
         columns: of the latent, or of the part of it that a strip is computed from.
-        baked: a decoder whose weights become part of the segments; on the meta device, where the
-            segments are only to be found and not to be run.
-        digest: of the weights to bake, where it is known; else it is computed from them.
+        baked: a decoder whose weights become part of the segments; on the meta device where the
+            segments are only looked up and not run.
+        digest: of the weights to bake, if it is known; otherwise it is computed from them.
     """
     with torch.device("meta"):
         net = VaeDecoder(config).requires_grad_(False)
         frame = torch.empty(1, config.z_dim, 1, rows, columns)
     names = {module: name for name, module in net.named_modules()}
-    memory = {part: CausalCache() for part in PARTS}
-    made = {}
+    caches = {part: CausalCache() for part in PARTS}
+    segments = {}
     for first in (True, False):
         x = frame
         for part, method in PARTS.items():
-            result = getattr(net, method)(x, memory[part])
-            held = {names[conv]: past for conv, past in memory[part].past.items()}
-            step = _Step(_Caller(net, part, first, list(held)))
-            made[segment_name(part, first=first)] = _segment(step, x, (result, held), baked, digest)
+            result = getattr(net, method)(x, caches[part])
+            past = {names[conv]: frames for conv, frames in caches[part].past.items()}
+            decoder_part = _DecoderPart(net, part, first, tuple(past))
+            segment = _segment(decoder_part, x, (result, past), baked, digest)
+            segments[segment.name] = segment
             x = result
-    return made
+    return segments
 
 
 def segment_name(part: Part, *, first: bool) -> str:
-    """Of the segment for a clip's first latent frame, or for every later one."""
+    """Return the name of the segment for a clip's first latent frame, or for later ones."""
     return f"vae_{part}_{'first' if first else 'next'}"
 
 
 def stored_weights(net: VaeDecoder) -> dict[str, Tensor]:
-    """What a decoder computes with, by name: its parameters, but taps instead of their weight."""
+    """Return a decoder's weights by name, with taps in place of upsampling weights."""
     weights: dict[str, Tensor] = dict(net.named_parameters())
     for name, module in net.named_modules():
         if isinstance(module, Upsample):
@@ -116,9 +122,9 @@ def stored_weights(net: VaeDecoder) -> dict[str, Tensor]:
 
 
 def as_rows(name: str, weight: Tensor) -> Tensor:
-    """A weight as an engine takes it: [C', taps x C], a view where its channels are last in memory.
+    """Return a weight as an engine takes it, [C', taps x C]; a view if its channels are last.
 
-    What has no such channels, a bias, stays as it is.
+    A bias stays unchanged.
     """
     if weight.dim() < 3:
         return weight
@@ -127,11 +133,11 @@ def as_rows(name: str, weight: Tensor) -> Tensor:
 
 
 def from_rows(name: str, rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """The view of `rows` that is the weight of this shape, with the strides of a loaded one."""
+    """Return the view of `rows` as a weight of this shape, with the strides of a loaded one."""
     if len(shape) < 3:
         return rows
     axis = _channels(name)
-    if rows.shape[1] == shape[axis]:  # one tap: as loaded, for PyTorch picks its code by strides
+    if rows.shape[1] == shape[axis]:  # one tap: as loaded, since PyTorch selects code by strides
         return rows.view(shape)
     return rows.view(*shape[:axis], *shape[axis + 1 :], shape[axis]).movedim(-1, axis)
 
@@ -141,45 +147,52 @@ def _channels(name: str) -> int:
 
 
 def to_engine(x: Tensor) -> Tensor:
-    """[1, C, T, H, W] or [C, T, H, W] -> a view [T, H, W, C]."""
+    """Return a view [T, H, W, C] of [1, C, T, H, W] or [C, T, H, W]."""
     return (x[0] if x.dim() == 5 else x).movedim(0, -1)
 
 
 def from_engine(x: Tensor) -> Tensor:
-    """[T, H, W, C] -> a view [1, C, T, H, W]."""
+    """Return a view [1, C, T, H, W] of [T, H, W, C]."""
     return x[None].movedim(-1, 1)
 
 
 def _segment(
-    step: _Step,
+    decoder_part: _DecoderPart,
     x: Tensor,
     results: tuple[Tensor, dict[str, Tensor]],
     baked: VaeDecoder | None,
     digest: str | None,
 ) -> Segment:
-    """The segment of a step that makes `results`, of these shapes, of x."""
-    caller, (out, held) = step.caller, results
-    stored = stored_weights(baked or caller.net)
-    weights = {name: stored[name] for name in step.weights}
+    """Return the segment of a part that computes `results`, of these shapes, from x."""
+    out, past = results
+    names = decoder_part.weights
+    stored = stored_weights(baked or decoder_part.net)
+    weights = {name: stored[name] for name in names}
     rows = tuple(_spec(name, as_rows(name, weight)) for name, weight in weights.items())
     spec = EngineSpec(
-        segment=segment_name(caller.part, first=caller.first),
+        segment=segment_name(decoder_part.part, first=decoder_part.first),
         inputs=(
             _spec("x", to_engine(x)),
-            *(_spec(name + PAST, to_engine(held[name])) for name in caller.before),
+            *(_spec(name + PAST, to_engine(past[name])) for name in decoder_part.past_in),
             *(() if baked else rows),
         ),
         outputs=(
             _spec("out", to_engine(out)),
-            *(_spec(name + LAST, to_engine(past)) for name, past in held.items()),
+            *(_spec(name + LAST, to_engine(frames)) for name, frames in past.items()),
         ),
         limits=(),
         sources=source_digest(),
         weights=(digest or digest_of(map(_bytes, weights.values()))) if baked else None,
     )
+    computation = Computation(decoder_part.net, decoder_part.compute)
     if baked:
-        return Segment(spec, _Baked(step, list(weights.values())), ())
-    return Segment(spec, step, step.weights)
+        return Segment(spec, WithWeights(computation, names, baked=list(weights.values())), ())
+    shapes = {name: weight.shape for name, weight in weights.items()}
+
+    def restore(name: str, weight: Tensor) -> Tensor:
+        return from_rows(name, weight, shapes[name])
+
+    return Segment(spec, WithWeights(computation, names, restore), names)
 
 
 def _bytes(weight: Tensor) -> bytes:
@@ -190,79 +203,54 @@ def _spec(name: str, x: Tensor) -> TensorSpec:
     return TensorSpec(name=name, dtype="fp32", shape=tuple(x.shape))
 
 
-class _Caller(nn.Module):
-    """Calls a part of a decoder with its memory given as arguments."""
+@dataclass(frozen=True, slots=True)
+class _DecoderPart:
+    """One part of a decoder, for a clip's first latent frame or for later ones.
 
-    def __init__(self, net: VaeDecoder, part: Part, first: bool, held: Sequence[str]) -> None:
-        super().__init__()
-        self.net, self.part, self.first = net, part, first
-        self.before = () if first else tuple(held)
-        self._after = tuple(held)
+    Attributes:
+        net: the decoder, on the meta device.
+        part: coarse or fine.
+        first: for a clip's first latent frame.
+        cached: names of the convolutions that keep past frames.
+    """
 
-    def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """x and memory -> result and memory, as in the spec."""
-        memory = CausalCache(first=self.first)
-        for name, frames in zip(self.before, past, strict=True):
-            # A copy: the decoder overwrites its memory, an engine leaves its inputs as they are.
-            memory.past[self.net.get_submodule(name)] = from_engine(frames).clone()
-        out: Tensor = getattr(self.net, PARTS[self.part])(from_engine(x), memory)
-        held = (memory.past[self.net.get_submodule(name)] for name in self._after)
-        return to_engine(out), *(to_engine(frames) for frames in held)
-
-
-class _Step(nn.Module):
-    """A call with its weights given as arguments too."""
-
-    def __init__(self, caller: _Caller) -> None:
-        super().__init__()
-        self._callers = [caller]  # in a list: its weights are not this module's
-        stored = stored_weights(caller.net)
-        self._shapes = {
-            name: weight.shape
-            for name, weight in stored.items()
-            if name.startswith(_COARSE) == (caller.part == "coarse")
-            and not (caller.first and ".time_conv." in name)  # frames are doubled later
-        }
-        self.weights = tuple(self._shapes)
+    net: VaeDecoder
+    part: Part
+    first: bool
+    cached: tuple[str, ...]
 
     @property
-    def caller(self) -> _Caller:
-        """The call without weights."""
-        return self._callers[0]
+    def past_in(self) -> tuple[str, ...]:
+        """Names of the convolutions whose past frames are inputs."""
+        return () if self.first else self.cached
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """x, memory, weights as rows -> result, memory."""
-        count = 1 + len(self.caller.before)
-        rows = zip(self._shapes.items(), inputs[count:], strict=True)
-        return self.run(inputs[:count], [from_rows(name, x, shape) for (name, shape), x in rows])
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the weights that the part takes."""
+        return tuple(
+            name
+            for name in stored_weights(self.net)
+            if name.startswith(_COARSE) == (self.part == "coarse")
+            and not (self.first and ".time_conv." in name)  # frames are doubled later
+        )
 
-    def run(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """x and memory, weights as they are in the decoder -> result, memory."""
-        named = {f"net.{name}": x for name, x in zip(self.weights, weights, strict=True)}
-        results: tuple[Tensor, ...] = functional_call(self.caller, named, tuple(inputs))
-        return results
-
-
-class _Baked(nn.Module):
-    """A call that has its weights."""
-
-    def __init__(self, step: _Step, weights: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._steps = [step]  # in a list, as above
-        for index, weight in enumerate(weights):
-            self.register_buffer(f"weight{index}", weight)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """x, memory -> result, memory."""
-        return self._steps[0].run(inputs, list(self.buffers()))
+    def compute(self, net: VaeDecoder, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """Map x and past frames to the result and the new past frames, all as in the spec."""
+        cache = CausalCache(first=self.first)
+        for name, frames in zip(self.past_in, past, strict=True):
+            # A copy: the decoder overwrites its cache, an engine leaves its inputs unchanged.
+            cache.past[net.get_submodule(name)] = from_engine(frames).clone()
+        out: Tensor = getattr(net, PARTS[self.part])(from_engine(x), cache)
+        frames_out = (cache.past[net.get_submodule(name)] for name in self.cached)
+        return to_engine(out), *(to_engine(frames) for frames in frames_out)
 
 
-# As in `pw_runtime.execution.transformer_segments`.
+# See `pw_runtime.execution.transformer_segments`.
 _KERNELS = ("attention/chunked", "causal_conv3d", "channel_norm", "dup_up", "upsample2x")
 _MODELS = ("causal_cache", "vae", "vae_blocks")
 
 
 @cache
 def source_digest() -> str:
-    """SHA-256 of the code that defines the arithmetic of every segment of the decoder."""
+    """Return the SHA-256 of the code that defines the arithmetic of the decoder's segments."""
     return digest_of_files(_KERNELS, _MODELS, Path(__file__))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines a network runs on: those that were built, or the segments themselves.
+"""Selection of the engines of a network: built by `pw build`, or the segments themselves.
 
-Nothing is compiled here: `pw build` does that. What runs is said, and stands in the receipt.
+Nothing is compiled here. What runs is reported, and recorded in the receipt.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from pw_engines import (
 from pw_engines.eager import EagerEngine
 from pw_engines.spec import digest_of
 from pw_engines.tensorrt import torch_tensorrt
+from pw_runtime.checkpoint.bundle import Bundle
+from pw_runtime.checkpoint.loader import require_dit
 from pw_runtime.errors import BadRequest
-from pw_runtime.execution.transformer_segments import Segment
-from pw_runtime.types import EnginePolicy, Request
+from pw_runtime.execution.transformer_segments import Segment, segments_of
+from pw_runtime.types import EnginePolicy, RunOptions, StageName
 
 CompilerName = Literal["tensorrt", "torch-tensorrt", "aoti"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiler:
-    """A way to engines in the store: what a key of it depends on, how to load one."""
+    """Keys and loading of the engines of one compiler."""
 
     backend: Backend
     file: str
@@ -44,11 +46,11 @@ class Compiler:
     platform: Callable[[torch.device], tuple[tuple[str, str], ...]]
     load: Callable[..., Engine]
     frontend: FrontEnd | None = None  # of TensorRT
-    bakes: bool = False  # the decoder's weights become part of its engines
+    bakes_weights: bool = False  # the decoder's weights become part of its engines
 
     @property
     def options(self) -> tuple[tuple[str, str], ...]:
-        """As in a key."""
+        """Options that are part of a key."""
         return () if self.frontend is None else (("frontend", self.frontend),)
 
 
@@ -61,7 +63,7 @@ COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
             platform=tensorrt.tensorrt_platform,
             load=tensorrt.load,
             frontend="onnx",
-            bakes=True,
+            bakes_weights=True,
         ),
         "torch-tensorrt": Compiler(
             backend="tensorrt",
@@ -70,7 +72,7 @@ COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
             platform=torch_tensorrt.torch_platform,
             load=tensorrt.load,
             frontend="torch-tensorrt",
-            bakes=True,
+            bakes_weights=True,
         ),
         "aoti": Compiler(
             backend="aoti",
@@ -84,7 +86,7 @@ COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
 
 
 def key_of(segment: Segment, name: CompilerName, device: torch.device) -> EngineKey:
-    """The key of a segment's engine for this machine."""
+    """Return the key of a segment's engine for this machine."""
     compiler = COMPILERS[name]
     return EngineKey(
         spec=segment.spec,
@@ -94,40 +96,68 @@ def key_of(segment: Segment, name: CompilerName, device: torch.device) -> Engine
     )
 
 
-def build_command(request: Request, bundle: Path) -> str:
-    """The command that builds a model's engines as a request needs them."""
-    return (
-        f"pw build --model {bundle} --precision {request.precision} "
-        f"--chunk {request.chunk} --device {request.device}"
-    )
-
-
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """The engines of a network, and why these; `digest` is over the keys of built ones."""
+class EngineSet:
+    """A network's segments, the engines that run them, and why these were selected."""
 
+    segments: Mapping[str, Segment]
     engines: Mapping[str, Engine]
     backend: Backend
     reason: str
-    digest: str = ""
+    digest: str = ""  # over the keys of built engines
 
-    def told(self) -> dict[str, str]:
-        """As a receipt has it."""
-        told = {"backend": self.backend, "reason": self.reason}
-        return told | ({"digest": self.digest} if self.digest else {})
+    @property
+    def padded(self) -> bool:
+        """Whether engines take whole chunks only."""
+        return any(engine.padded for engine in self.engines.values())
 
-
-def eager_engines(segments: Mapping[str, Segment]) -> dict[str, Engine]:
-    """The segments themselves, as engines."""
-    return {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
+    def to_dict(self) -> dict[str, str]:
+        """Return the entry of a receipt."""
+        entry = {"backend": self.backend, "reason": self.reason}
+        return entry | ({"digest": self.digest} if self.digest else {})
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSet:
-    """A network's segments and what they run on."""
+class Unavailable:
+    """The reason why a store has no engines for a network on this machine."""
 
-    segments: Mapping[str, Segment]
-    choice: Choice
+    reason: str
+
+
+def build_command(options: RunOptions, bundle: Path) -> str:
+    """Return the command that builds a model's engines for these options."""
+    return (
+        f"pw build --model {bundle} --precision {options.precision} "
+        f"--chunk {options.chunk} --device {options.device}"
+    )
+
+
+def eager_engines(segments: Mapping[str, Segment]) -> dict[str, Engine]:
+    """Wrap the segments themselves as engines."""
+    return {name: EagerEngine(segment.spec, segment.module) for name, segment in segments.items()}
+
+
+def select_engines(
+    bundle: Bundle, stage: StageName, options: RunOptions, say: Callable[[str], None]
+) -> EngineSet:
+    """Select the engines of a transformer, and report which.
+
+    Raises:
+        BadRequest: engines were asked for and are missing, or one cannot be opened.
+        BadWeights: the bundle has no such network.
+    """
+    segments = segments_of(require_dit(bundle, stage), options.precision, options.chunk)
+    command = build_command(options, bundle.root)
+    # Engines contain kernels of their own: with --kernels triton, the segments run.
+    policy = "eager" if options.kernels == "triton" else options.policy
+    device = torch.device(options.device)
+    engine_set = choose_engines(segments, policy, EngineStore(), device, command)
+    reason = engine_set.reason
+    if engine_set.backend != "eager":
+        say(f"the {stage} network runs on {reason} ({engine_set.backend})")
+    elif policy == "auto":
+        say(f"the {stage} network runs without engines ({reason}); to build them: `{command}`")
+    return engine_set
 
 
 def choose_engines(
@@ -136,34 +166,33 @@ def choose_engines(
     store: EngineStore,
     device: torch.device,
     command: str,
-) -> Choice:
-    """Engines for all segments by one backend.
+) -> EngineSet:
+    """Choose engines for all segments, from one backend.
 
     Args:
         segments: of a network, by name.
-        policy: "auto" takes what the store has whole and the segments themselves otherwise;
-            "engines" takes nothing but what the store has; "eager" the segments.
-        store: where engines lie.
-        device: that they run on.
-        command: that would build them.
+        policy: "auto" takes engines if the store has all of them, otherwise the segments
+            themselves; "engines" takes engines only; "eager" the segments.
+        store: the engines on disk.
+        device: the device that they run on.
+        command: builds them.
 
     Raises:
-        BadRequest: engines were asked for and there are none, or one cannot be opened.
+        BadRequest: engines were asked for and are missing, or one cannot be opened.
     """
     reason = "asked for"
     if policy != "eager":
-        found = find_engines(lambda compiler: segments, store, device, command)
-        if isinstance(found, EngineSet):
-            return found.choice
-        reason = found
+        result = find_engines(lambda compiler: segments, store, device, command)
+        if isinstance(result, EngineSet):
+            return result
+        reason = result.reason
     if policy == "engines":
         raise BadRequest(
-            f"--policy engines, and {store.root} lacks engines for this model and machine",
+            f"--policy engines, but {store.root} lacks engines for this model and machine",
             got=reason,
             do=f"run `{command}` first, or leave --policy out",
         )
-    engines = eager_engines(segments)
-    return Choice(engines, "eager", reason)
+    return EngineSet(segments, eager_engines(segments), "eager", reason)
 
 
 def find_engines(
@@ -171,36 +200,36 @@ def find_engines(
     store: EngineStore,
     device: torch.device,
     command: str,
-) -> EngineSet | str:
-    """Engines of the first compiler that has built all of them; else why there are none.
+) -> EngineSet | Unavailable:
+    """Load the engines of the first compiler that has built all of them.
 
     Args:
-        segments_for: gives the segments that a compiler's engines are of, by name.
-        store: where engines lie.
-        device: that they run on.
-        command: that would build them.
+        segments_for: gives the segments, by name, that a compiler's engines are made from.
+        store: the engines on disk.
+        device: the device that they run on.
+        command: builds them.
 
     Raises:
         BadRequest: an engine cannot be opened.
     """
-    lacking: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for label, compiler in COMPILERS.items():
-        why = compiler.unavailable(device)
-        if why:
-            lacking[compiler.backend] = why  # said once for both front ends
+        reason = compiler.unavailable(device)
+        if reason:
+            missing[compiler.backend] = reason  # once for both front ends
             continue
         segments = segments_for(compiler)
-        keys = {name: key_of(one, label, device) for name, one in segments.items()}
+        keys = {name: key_of(segment, label, device) for name, segment in segments.items()}
         files = {name: store.find(key) for name, key in keys.items()}
-        missing = [f"{name} ({one.reason})" for name, one in files.items() if one.path is None]
-        if missing:
-            none = len(missing) == len(files)
-            lacking[label] = "none is built" if none else f"no {', '.join(missing)}"
+        absent = [f"{name} ({file.reason})" for name, file in files.items() if file.path is None]
+        if absent:
+            none = len(absent) == len(files)
+            missing[label] = "none is built" if none else f"no {', '.join(absent)}"
             continue
         try:
             engines = {
-                name: compiler.load(segments[name].spec, one.path, device)
-                for name, one in files.items()
+                name: compiler.load(segments[name].spec, file.path, device)
+                for name, file in files.items()
             }
         except EngineError as error:
             raise BadRequest(
@@ -211,5 +240,5 @@ def find_engines(
         by = f", front end {compiler.frontend}" if compiler.frontend else ""
         digest = digest_of(keys[name].digest.encode() for name in sorted(keys))
         reason = f"built engines in {store.root}{by}"
-        return EngineSet(segments, Choice(engines, compiler.backend, reason, digest))
-    return "; ".join(f"{label}: {why}" for label, why in lacking.items())
+        return EngineSet(segments, engines, compiler.backend, reason, digest)
+    return Unavailable("; ".join(f"{label}: {reason}" for label, reason in missing.items()))

@@ -1,60 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformer that runs on engines: segments over parts of the tokens, attention between them.
+"""A transformer on engines: segments over slices of the tokens, attention between them.
 
-The stages use it as they use a WanDiT. What is not compiled (attention over all tokens, the
-adapter's backbone, a few rows of numbers) is that network's own code.
+What is not compiled (attention over all tokens, the adapter's backbone, a few rows of numbers) is
+the network's own code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pw_engines import DTYPES, Engine
 from pw_kernels import attention
+from pw_runtime.checkpoint.bundle import Bundle
+from pw_runtime.checkpoint.loader import load_dit
+from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.execution.protocols import ControlInputs, TokenLayout, TokenSlice
 from pw_runtime.execution.transformer_segments import POSITIONS, Segment
-from pw_runtime.execution.weight_streaming import ResidentWeights, Weights
+from pw_runtime.execution.weight_streaming import ResidentWeights, StreamedWeights, Weights
 from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
 from pw_runtime.models.dit import Modulation
 from pw_runtime.models.embeddings import Positions, patchify, rope_tables, sinusoid, unpatchify
+from pw_runtime.types import RunOptions, StageName, TransformerPlan
 
-# That the result of attention may take beside queries, keys and values: it is made some heads at a
-# time where all together would be larger.
+# Upper bound for the attention output buffer; above it, attention runs over groups of heads.
 ATTENTION_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class TokenSlice:
-    """Some of a clip's tokens."""
-
-    rows: slice
-    place: Tensor  # as in `pw_kernels.qk_norm_rope`
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLayout:
-    """All tokens of a clip, cut for the engines."""
-
-    positions: Positions
-    tokens: int
-    padded: int  # rows that buffers have: a multiple of the limit where engines want it whole
-    parts: tuple[TokenSlice, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ControlInputs:
-    """What the draft and one step add to the input of the controlled blocks."""
-
-    features: Tensor  # [S, D] of `draft_features`
-    steps: tuple[Tensor, Tensor]  # sinusoids of timestep and step size, [1, freq_dim] fp32
+def load_transformer(
+    bundle: Bundle,
+    stage: StageName,
+    engines: EngineSet,
+    plan: TransformerPlan,
+    options: RunOptions,
+) -> SegmentedDiT:
+    """Load a transformer as the plan places its weights, on the engines selected for it."""
+    device = torch.device(options.device)
+    net = load_dit(bundle, stage, options.precision, device, plan.weights)
+    weights: Weights = (
+        ResidentWeights(net, engines.segments)
+        if plan.weights == "resident"
+        else StreamedWeights(net, engines.segments, options.precision, device)
+    )
+    return SegmentedDiT(
+        net,
+        engines.segments,
+        engines.engines,
+        weights,
+        share_attention=plan.share_attention,
+        chunk=plan.chunk,
+    )
 
 
 class SegmentedDiT:
-    """The interface of WanDiT that the stages use, on engines."""
+    """A WanDiT on engines; implements `protocols.Transformer`."""
 
     def __init__(
         self,
@@ -63,36 +65,36 @@ class SegmentedDiT:
         engines: Mapping[str, Engine],
         weights: Weights | None = None,
         *,
-        share: bool = True,
-        part: int | None = None,
+        share_attention: bool = True,
+        chunk: int | None = None,
     ) -> None:
         """Run `net` on engines.
 
         Args:
             net: the network.
-            segments: of it, by name.
-            engines: for all segments.
-            weights: where they are; None: on the device.
-            share: whether passes of one step share the first block's self-attention, which holds
-                its result during the first pass. Both ways give the same bits.
-            part: most tokens to work on at a time, where that is less than the engines take.
+            segments: its segments, by name.
+            engines: one for each segment.
+            weights: provides them; None: they are on the device.
+            share_attention: let the passes of one step share the first block's self-attention,
+                whose result is kept during the first pass. Both ways give the same bits.
+            chunk: most tokens per call, where that is less than the engines take.
 
         Raises:
-            ValueError: an engine is of another segment.
+            ValueError: an engine was made for another segment.
         """
         self.net, self._engines = net, dict(engines)
         for name, segment in segments.items():
             if self._engines[name].spec != segment.spec:
-                raise ValueError(f"the engine for {name} is of another segment")
+                raise ValueError(f"the engine for {name} was made for another segment")
         self._weights = weights or ResidentWeights(net, segments)
-        self._share, self._part = share, part
+        self._share_attention, self._chunk = share_attention, chunk
 
     def close(self) -> None:
-        """Let go what brings the weights; nothing can be run any more."""
+        """Release what provides the weights; nothing can run afterwards."""
         self._weights.close()
 
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
-        """As `WanDiT.text_keys_values`."""
+        """Compute the keys and values of a text; see `protocols.Transformer`."""
         context, bias = self.net.padded_text(context)
         limit = dict(self._engines["block_out"].spec.limits)["text"]
         if self._engines["block_out"].padded:
@@ -101,41 +103,36 @@ class SegmentedDiT:
             bias = torch.cat((bias, bias.new_full((missing,), float("-inf"))))
         (embedded,) = self._run("text_embed", [context])
         text = []
-        for index in range(self.net.config.num_layers):
-            keys, values = self._run("text_keys_values", [embedded], block=index)
+        for block in range(self.net.config.num_layers):
+            keys, values = self._run("text_keys_values", [embedded], block=block)
             text.append(TextKeysValues(keys, values, bias))
         return tuple(text)
 
     def modulation(self, t: Tensor, dt: Tensor | None = None) -> Modulation:
-        """As `WanDiT.modulation`, for one row: text-to-video."""
+        """Compute one modulation row (text-to-video); see `protocols.Transformer`."""
         steps = [sinusoid(x, self.net.config.freq_dim) for x in (t, dt) if x is not None]
         rows, e = self._run("modulation", steps)
         return self.net.block_rows(rows, e)
 
-    def positions(self, latent: Tensor) -> TokenLayout:
-        """As `WanDiT.positions`, cut into parts for the engines."""
-        own = self.net.positions(latent)
+    def layout(self, latent: Tensor) -> TokenLayout:
+        """Divide the tokens of a latent; see `protocols.Transformer`."""
+        positions = self.net.positions(latent)
         tables = rope_tables(POSITIONS, self.net.config.head_dim, latent.device)
-        tokens = own.grid[0] * own.grid[1] * own.grid[2]
-        parts, first = [], 0
-        for size in self._part_sizes("block_in", tokens):
-            place = own.place + own.place.new_tensor([first, 0, 0])
-            parts.append(TokenSlice(slice(first, first + size), place))
+        tokens = positions.grid[0] * positions.grid[1] * positions.grid[2]
+        slices, first = [], 0
+        for size in self._slice_sizes("block_in", tokens):
+            origin = positions.place + positions.place.new_tensor([first, 0, 0])
+            slices.append(TokenSlice(slice(first, first + size), origin))
             first += size
-        return TokenLayout(Positions(own.grid, *tables, own.place), tokens, first, tuple(parts))
+        padded = Positions(positions.grid, *tables, positions.place)
+        return TokenLayout(padded, tokens, first, tuple(slices))
 
-    def draft_features(self, draft: Tensor) -> Tensor:
-        """As `WanDiT.draft_features`."""
+    def control_features(self, draft: Tensor) -> Tensor:
+        """Compute the adapter's features of a draft; see `protocols.Transformer`."""
         return self.net.draft_features(draft)
 
-    def steering(self, features: Tensor, t: Tensor, dt: Tensor) -> ControlInputs:
-        """The control of one step; it is made where it is added, part by part.
-
-        Args:
-            features: from `draft_features`.
-            t: [1] timestep.
-            dt: [1] step size.
-        """
+    def control_inputs(self, features: Tensor, t: Tensor, dt: Tensor) -> ControlInputs:
+        """Collect the control of one step; see `protocols.Transformer`."""
         freq_dim = self.net.config.freq_dim
         return ControlInputs(features, (sinusoid(t, freq_dim), sinusoid(dt, freq_dim)))
 
@@ -144,170 +141,167 @@ class SegmentedDiT:
         latent: Tensor,
         texts: Sequence[tuple[TextKeysValues, ...]],
         modulation: Modulation,
-        at: TokenLayout,
-        steering: ControlInputs | None = None,
+        layout: TokenLayout,
+        control: ControlInputs | None = None,
         on_block: Callable[[], None] = lambda: None,
     ) -> list[Tensor]:
-        """What `WanDiT.forward` gives for each text.
+        """Compute what `WanDiT.forward` gives for each text; see `protocols.Transformer`.
 
         A pass holds the residual stream, queries, keys and values of all tokens and nothing else
-        of that size: the rest is made part by part. No text has been seen before the end of the
-        first block's self-attention, which all passes share.
-
-        Args:
-            latent: [C, T, H, W] fp32, H and W even.
-            texts: from `text_keys_values`.
-            modulation: from `modulation`, for one row.
-            at: from `positions`, of a latent of this shape.
-            steering: from `steering`, for the high-res network.
-            on_block: called after each block of each pass.
-
-        Returns:
-            [C, T, H, W] fp32 for each text.
-
-        Raises:
-            ValueError: steering is there and not wanted, or the other way round.
+        of that size; the rest is computed slice by slice. Until the end of the first block's
+        self-attention no text has been read, so all passes share it.
         """
-        if (steering is not None) != bool(self.net.config.adapter_dim):
-            raise ValueError("the high-res network needs steering, the draft network none")
-        first: Tensor | None = None  # [at.padded, N, K] result of the first self-attention
+        if (control is not None) != bool(self.net.config.adapter_dim):
+            raise ValueError("the high-res network needs control, the draft network takes none")
+        shared_attention: Tensor | None = None  # [layout.padded, N, K] of the first block
         results: list[Tensor] = []
         for text in texts:
-            # The block that the next pass, or the next step, begins with.
-            again = int(self._share and len(results) + 1 < len(texts))
-            x = self._over(at, "embed", [_padded(patchify(latent), at.padded)])[0]
-            x = self._steered(0, x, steering, at)
-            y = self._attended(0, x, modulation, at, again) if first is None else first
-            first = y if self._share and len(results) + 1 < len(texts) else None
+            share = self._share_attention and len(results) + 1 < len(texts)
+            next_pass_block = int(share)  # where the next pass, or the next step, begins
+            x = self._run_sliced(layout, "embed", [_padded(patchify(latent), layout.padded)])[0]
+            x = self._add_control(0, x, control, layout)
+            y = shared_attention
+            if y is None:
+                y = self._self_attention(0, x, modulation, layout, next_pass_block)
+            shared_attention = y if share else None
             x = x.float()
-            for block, keys in enumerate(text):
+            for block, keys_values in enumerate(text):
                 if block > 0:
-                    x = self._steered(block, x, steering, at)
-                    y = self._attended(block, x, modulation, at, again)
-                self._after_attention(at, x, y, modulation, keys, block)
+                    x = self._add_control(block, x, control, layout)
+                    y = self._self_attention(block, x, modulation, layout, next_pass_block)
+                self._after_attention(layout, x, y, modulation, keys_values, block)
                 del y
                 on_block()
-            out = self._over(at, "head", [x], [modulation.head])[0]
+            out = self._run_sliced(layout, "head", [x], [modulation.head])[0]
             del x
-            results.append(unpatchify(out[: at.tokens], at.positions.grid))
+            results.append(unpatchify(out[: layout.tokens], layout.positions.grid))
             del out
         return results
 
-    def _steered(
-        self, block: int, x: Tensor, steering: ControlInputs | None, at: TokenLayout
+    def _add_control(
+        self, block: int, x: Tensor, control: ControlInputs | None, layout: TokenLayout
     ) -> Tensor:
-        """x with the control of this block added to it, where it has one."""
+        """Add the control of this block to x, where it has one."""
         controlled = self.net.config.control_blocks
-        if steering is None or block not in controlled:
+        if control is None or block not in controlled:
             return x
         x, first = x.float(), 0
-        for size in self._part_sizes("control", at.tokens):
-            features = steering.features[first : first + size]
+        for size in self._slice_sizes("control", layout.tokens):
+            features = control.features[first : first + size]
             rows = size if self._engines["control"].padded else len(features)
-            controls = self._run("control", [_padded(features, rows), *steering.steps])
-            control = controls[controlled.index(block)]
-            x[first : first + len(features)] += control[: len(features)]
+            controls = self._run("control", [_padded(features, rows), *control.steps])
+            added = controls[controlled.index(block)]
+            x[first : first + len(features)] += added[: len(features)]
             first += size
         return x
 
-    def _attended(
-        self, block: int, x: Tensor, modulation: Modulation, at: TokenLayout, again: int
+    def _self_attention(
+        self,
+        block: int,
+        x: Tensor,
+        modulation: Modulation,
+        layout: TokenLayout,
+        next_pass_block: int,
     ) -> Tensor:
-        """Self-attention of all tokens, [at.padded, N, K], in the memory of the queries.
+        """Run self-attention over all tokens: [layout.padded, N, K], in the memory of the queries.
 
-        After the last block that of number `again` is the next.
+        After the last block, block `next_pass_block` runs next.
         """
         name = "block_in" if x.dtype == torch.float32 else "block_in_first"
-        beside = [modulation.blocks[block], at.positions.cos, at.positions.sin]
-        following = block + 1 if block + 1 < self.net.config.num_layers else again
-        blocks = (block, following)
-        q, k, v = self._over(at, name, [x], beside, blocks=blocks, placed=True)
-        # What pads the tokens stays out of the attention, and nothing is read of it afterwards.
-        whole, q, k, v = q, *(one[: at.tokens] for one in (q, k, v))
-        whole[at.tokens :] = 0
-        tokens, count, width = q.shape
-        size = heads_at_once(tokens, count, width, q.element_size())
-        for heads in zip(*(one.split(size, dim=1) for one in (q, k, v)), strict=True):
-            heads[0].copy_(attention(*heads))
-        return whole
+        positions = layout.positions
+        shared_inputs = [modulation.blocks[block], positions.cos, positions.sin]
+        last = block + 1 == self.net.config.num_layers
+        blocks = (block, next_pass_block if last else block + 1)
+        q, k, v = self._run_sliced(layout, name, [x], shared_inputs, blocks=blocks, origins=True)
+        # Padding rows stay out of the attention, and nothing reads them afterwards.
+        result = q
+        q, k, v = (tensor[: layout.tokens] for tensor in (q, k, v))
+        result[layout.tokens :] = 0
+        tokens, heads, width = q.shape
+        size = heads_at_once(tokens, heads, width, q.element_size())
+        for group in zip(*(tensor.split(size, dim=1) for tensor in (q, k, v)), strict=True):
+            group[0].copy_(attention(*group))
+        return result
 
     def _after_attention(
         self,
-        at: TokenLayout,
+        layout: TokenLayout,
         x: Tensor,
         y: Tensor,
         modulation: Modulation,
         text: TextKeysValues,
         block: int,
     ) -> None:
-        """Run block_out over all parts, each in the place of what it was made from."""
-        engine, weights = self._engines["block_out"], self._weights.take("block_out", block)
-        beside = [modulation.blocks[block], text.keys, text.values, text.bias]
-        for part in at.parts:
-            size = part.rows.stop - part.rows.start
-            (out,) = _outputs(engine, {"tokens": size}, x.device)
-            engine.run([x[part.rows], y[part.rows], *beside, *weights], [out])
-            x[part.rows] = out
-        self._weights.done("block_out", (block + 1) % self.net.config.num_layers)
+        """Run block_out over all slices; each result takes the place of its input in x."""
+        engine, weights = self._engines["block_out"], self._weights.acquire("block_out", block)
+        shared_inputs = [modulation.blocks[block], text.keys, text.values, text.bias]
+        for token_slice in layout.slices:
+            rows = token_slice.rows
+            (out,) = _outputs(engine, {"tokens": rows.stop - rows.start}, x.device)
+            engine.run([x[rows], y[rows], *shared_inputs, *weights], [out])
+            x[rows] = out
+        self._weights.release("block_out", (block + 1) % self.net.config.num_layers)
 
-    def _part_sizes(self, name: str, tokens: int) -> list[int]:
-        """How many tokens an engine takes at a time: of almost one size, or whole chunks."""
+    def _slice_sizes(self, name: str, tokens: int) -> list[int]:
+        """Return how many tokens each call of an engine takes: nearly equal, or whole chunks."""
         engine = self._engines[name]
         limit = dict(engine.spec.limits)["tokens"]
-        if self._part is not None and not engine.padded:
-            limit = min(limit, self._part)
+        if self._chunk is not None and not engine.padded:
+            limit = min(limit, self._chunk)
         count = -(-tokens // limit)
         if engine.padded:
             return [limit] * count
         return [tokens // count + (index < tokens % count) for index in range(count)]
 
-    def _over(
+    def _run_sliced(
         self,
-        at: TokenLayout,
+        layout: TokenLayout,
         name: str,
         tokens: list[Tensor],
-        beside: list[Tensor] | None = None,
+        shared_inputs: list[Tensor] | None = None,
         *,
         blocks: tuple[int, int] = (0, 0),
-        placed: bool = False,
+        origins: bool = False,
     ) -> list[Tensor]:
-        """Run an engine over all parts: on rows of `tokens`, with the same `beside` for each.
+        """Run an engine over all slices of `tokens`, with the same `shared_inputs` for each.
 
-        `blocks` are the one whose weights it takes and the one that it will run for next.
+        `blocks` are the block whose weights it takes and the block that it will run for next;
+        `origins` adds each slice's origin to the inputs.
         """
         engine = self._engines[name]
-        outputs = _outputs(engine, {"tokens": at.padded}, tokens[0].device)
-        weights = self._weights.take(name, blocks[0])
-        for part in at.parts:
-            inputs = [one[part.rows] for one in tokens] + (beside or [])
-            inputs += [part.place] if placed else []
-            engine.run(inputs + weights, [one[part.rows] for one in outputs])
-        self._weights.done(name, blocks[1])
+        outputs = _outputs(engine, {"tokens": layout.padded}, tokens[0].device)
+        weights = self._weights.acquire(name, blocks[0])
+        for token_slice in layout.slices:
+            rows = token_slice.rows
+            inputs = [tensor[rows] for tensor in tokens] + (shared_inputs or [])
+            inputs += [token_slice.origin] if origins else []
+            engine.run(inputs + weights, [tensor[rows] for tensor in outputs])
+        self._weights.release(name, blocks[1])
         return outputs
 
     def _run(self, name: str, inputs: list[Tensor], *, block: int = 0) -> list[Tensor]:
         """Run an engine once."""
         engine = self._engines[name]
-        inputs = inputs + self._weights.take(name, block)
+        inputs = inputs + self._weights.acquire(name, block)
         sizes = engine.spec.sizes(inputs)
         outputs = _outputs(engine, sizes, inputs[0].device)
         engine.run(inputs, outputs)
-        self._weights.done(name, block + 1)
+        self._weights.release(name, block + 1)
         return outputs
 
 
-def heads_at_once(tokens: int, heads: int, width: int, item: int) -> int:
-    """Heads whose attention is made at a time, for elements of `item` bytes: as even as can be."""
-    most = min(heads, max(1, ATTENTION_BYTES // (tokens * width * item)))
+def heads_at_once(tokens: int, heads: int, width: int, itemsize: int) -> int:
+    """Return how many heads attention runs over at a time, in groups as even as possible."""
+    most = min(heads, max(1, ATTENTION_BYTES // (tokens * width * itemsize)))
     return -(-heads // -(-heads // most))
 
 
 def _outputs(engine: Engine, sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:
-    """Empty tensors for an engine to fill."""
+    """Allocate the tensors that an engine fills."""
     specs = engine.spec.outputs
     return [torch.empty(s.sized(sizes), dtype=DTYPES[s.dtype], device=device) for s in specs]
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """x with zero rows behind it, up to `rows`."""
+    """Append zero rows to x, up to `rows`."""
     return x if len(x) == rows else torch.cat((x, x.new_zeros(rows - len(x), *x.shape[1:])))

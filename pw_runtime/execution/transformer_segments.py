@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer cut into segments, each of which is compiled once for every resolution.
+"""The transformer divided into segments, each of which is compiled once for all resolutions.
 
-Everything in a Wan network but self-attention works token by token, so a segment takes any part of
+Everything in a Wan network but self-attention works token by token, so a segment takes any slice of
 a clip's tokens, up to a limit. Weights are inputs: one engine of a segment serves all blocks, and
-every checkpoint of these widths. A segment calls the very methods of the network. The adapter's
-backbone is not among them: it is no work for tokens and runs once per clip.
+every checkpoint of these widths. A segment calls the methods of the network itself. The adapter's
+backbone is not among them: it does not work by tokens, and runs once per clip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,185 +26,235 @@ from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.types import PATCH, DitConfig, Precision
 
 POSITIONS = 1024  # rows of the rotary tables that engines take: the longest side of a token grid
-TEXT_PADDING = 8  # keys beyond text_len, for those that stand for the padding
-FIRST_BLOCK = "blocks.0."  # begins the names of the weights of whichever block
+TEXT_PADDING = 8  # keys beyond text_len, for those that represent the padding
+FIRST_BLOCK = "blocks.0."  # prefix of the names of a block's weights, for any block
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of the network: what an engine of it computes, and how it is computed without one."""
+    """A part of a network: what an engine of it computes, and how to compute it without one."""
 
     spec: EngineSpec
-    module: nn.Module  # called with the spec's inputs, gives a tuple of its outputs
+    module: nn.Module  # takes the spec's inputs, returns a tuple of its outputs
     weights: tuple[str, ...]  # names in the network of the last inputs, a block's as FIRST_BLOCK
 
     @property
     def name(self) -> str:
-        """As in the spec."""
+        """The name in the spec."""
         return self.spec.segment
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Definition:
+    """A segment of a transformer, without its weights."""
+
+    name: str
+    compute: Callable[..., Tensor | tuple[Tensor, ...]]  # (network, *inputs) -> outputs
+    weights: tuple[str, ...]  # prefixes of the names of the weights that it takes
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
 def segments_of(config: DitConfig, precision: Precision, limit: int) -> dict[str, Segment]:
-    """Every segment of a network by name.
+    """Return every segment of a network by name.
 
     Args:
-        config: of the network; how many blocks it has does not matter.
-        precision: in which its weights are stored.
-        limit: most tokens of a call.
+        config: of the network; the number of blocks does not matter.
+        precision: of its weights.
+        limit: most tokens per call.
     """
+    net = _network_without_weights(config, precision)
+    limits = (("tokens", limit), ("text", config.text_len + TEXT_PADDING))
+    return {
+        definition.name: _segment(definition, net, limits)
+        for definition in _definitions(config, precision)
+    }
+
+
+def _definitions(config: DitConfig, precision: Precision) -> list[_Definition]:
+    """List the segments of a network."""
     low: DType = "fp32" if precision == "fp32" else "bf16"
     dim, heads = config.dim, (config.num_heads, config.head_dim)
     patch = PATCH * PATCH
-    make = _Maker(config, precision, limit)
-
-    def tensor(name: str, dtype: DType, *shape: int | str) -> TensorSpec:
-        return TensorSpec(name=name, dtype=dtype, shape=shape)
-
-    def tokens(name: str, dtype: DType, *shape: int) -> TensorSpec:
-        return tensor(name, dtype, "tokens", *shape)
-
-    x, rows = tokens("x", "fp32", dim), tensor("rows", "fp32", 1, 6, dim)
+    x, rows = _tokens("x", "fp32", dim), _tensor("rows", "fp32", 1, 6, dim)
+    first_x = _tokens("x", low, dim)  # from the embedding; block 0 alone norms it in bf16
     table = (POSITIONS, config.head_dim // 2)
-    at = (tensor("cos", "fp32", *table), tensor("sin", "fp32", *table), tensor("place", "int64", 3))
-    qkv = tuple(tokens(name, low, *heads) for name in "qkv")
-    keys = (tensor("keys", low, "text", *heads), tensor("values", low, "text", *heads))
-    context, embedded = tensor("context", low, "text", config.text_dim), ("text", dim)
+    rope = (
+        _tensor("cos", "fp32", *table),
+        _tensor("sin", "fp32", *table),
+        _tensor("origin", "int64", 3),
+    )
+    qkv = tuple(_tokens(name, low, *heads) for name in "qkv")
+    keys = (_tensor("keys", low, "text", *heads), _tensor("values", low, "text", *heads))
+    embedded = ("text", dim)
     steps = ("t", "dt") if config.has_dt else ("t",)
-    time = tuple(tensor(name, "fp32", 1, config.freq_dim) for name in steps)
-    first = tokens("x", low, dim)  # what the embedding leaves; block 0 alone norms it in bf16
-    made = [
-        make("embed", "embed", (tokens("patches", "fp32", config.in_dim * patch),), (first,)),
-        make("block_in", "blocks.0.before_attention", (x, rows, *at), qkv),
-        make(
-            "block_out",
-            "blocks.0.after_attention",
-            (x, tokens("y", low, *heads), rows, *keys, tensor("bias", low, "text")),
-            (tokens("out", "fp32", dim),),
+    time = tuple(_tensor(name, "fp32", 1, config.freq_dim) for name in steps)
+    self_attn, cross_attn = FIRST_BLOCK + "self_attn.", FIRST_BLOCK + "cross_attn."
+    block_in = _Definition(
+        name="block_in",
+        compute=lambda net, *inputs: net.blocks[0].before_attention(*inputs),
+        weights=tuple(self_attn + name for name in ("q.", "k.", "v.", "norm_q.", "norm_k.")),
+        inputs=(x, rows, *rope),
+        outputs=qkv,
+    )
+    definitions = [
+        _Definition(
+            name="embed",
+            compute=WanDiT.embed,
+            weights=("patch_embedding.",),
+            inputs=(_tokens("patches", "fp32", config.in_dim * patch),),
+            outputs=(first_x,),
         ),
-        make(
-            "head",
-            "head.forward",
-            (x, tensor("rows", "fp32", 1, 2, dim)),
-            (tokens("out", "fp32", config.out_dim * patch),),
+        block_in,
+        _Definition(
+            name="block_out",
+            # It overwrites x, which an engine must leave unchanged.
+            compute=lambda net, x, *rest: net.blocks[0].after_attention(x.clone(), *rest),
+            weights=(
+                *(self_attn + "o.", FIRST_BLOCK + "norm3.", FIRST_BLOCK + "ffn."),
+                *(cross_attn + name for name in ("q.", "norm_q.", "o.")),
+            ),
+            inputs=(x, _tokens("y", low, *heads), rows, *keys, _tensor("bias", low, "text")),
+            outputs=(_tokens("out", "fp32", dim),),
         ),
-        make("text_embed", "embed_text", (context,), (tensor("out", low, *embedded),)),
-        make(
-            "text_keys_values",
-            "blocks.0.cross_attn.keys_values",
-            (tensor("x", low, *embedded),),
-            keys,
+        _Definition(
+            name="head",
+            compute=lambda net, *inputs: net.head(*inputs),
+            weights=("head.head.",),
+            inputs=(x, _tensor("rows", "fp32", 1, 2, dim)),
+            outputs=(_tokens("out", "fp32", config.out_dim * patch),),
         ),
-        make(
-            "modulation",
-            "time_rows",
-            time,
-            (tensor("rows", "fp32", 1, 6, dim), tensor("e", "fp32", 1, dim)),
+        _Definition(
+            name="text_embed",
+            compute=WanDiT.embed_text,
+            weights=("text_embedding.",),
+            inputs=(_tensor("context", low, "text", config.text_dim),),
+            outputs=(_tensor("out", low, *embedded),),
+        ),
+        _Definition(
+            name="text_keys_values",
+            compute=lambda net, context: net.blocks[0].cross_attn.keys_values(context),
+            weights=tuple(cross_attn + name for name in ("k.", "v.", "norm_k.")),
+            inputs=(_tensor("x", low, *embedded),),
+            outputs=keys,
+        ),
+        _Definition(
+            name="modulation",
+            compute=WanDiT.time_rows,
+            weights=("time_embedding.", "time_projection.", "dt_embedding."),
+            inputs=time,
+            outputs=(_tensor("rows", "fp32", 1, 6, dim), _tensor("e", "fp32", 1, dim)),
         ),
     ]
     if low != "fp32":
-        made.append(make("block_in_first", "blocks.0.before_attention", (first, rows, *at), qkv))
+        first = replace(block_in, name="block_in_first", inputs=(first_x, rows, *rope))
+        definitions.append(first)
     if config.adapter_dim:
-        features = tokens("features", low, dim)
-        controls = tuple(tokens(f"control{block}", low, dim) for block in config.control_blocks)
-        made.append(make("control", "control", (features, *time), controls))
-    return {segment.name: segment for segment in made}
-
-
-class _Maker:
-    """Makes segments of one network without weights."""
-
-    def __init__(self, config: DitConfig, precision: Precision, limit: int) -> None:
-        layers = 1 + max(config.control_blocks, default=0)  # as few as have all weights
-        with torch.device("meta"):
-            net = WanDiT(replace(config, num_layers=layers))
-        stored = {k: store_dit_weight(k, w, precision) for k, w in net.state_dict().items()}
-        net.load_state_dict(stored, assign=True)
-        self._net = net.requires_grad_(False)
-        self._limits = (("tokens", limit), ("text", config.text_len + TEXT_PADDING))
-
-    def __call__(
-        self,
-        name: str,
-        method: str,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-    ) -> Segment:
-        """The segment that calls `method` of the network, or of one of its parts."""
-        weights = _WEIGHTS[name]
-        stored = self._net.state_dict()
-        names = tuple(key for key in stored if key.startswith(weights))
-        given = tuple(
-            TensorSpec(
-                name=key, dtype=dtype_name(stored[key].dtype), shape=tuple(stored[key].shape)
+        parts = ("feature_norm.", "adapter_", "zero_layers.")
+        definitions.append(
+            _Definition(
+                name="control",
+                compute=WanDiT.control,
+                weights=tuple(f"spatial_adapter.{name}" for name in parts),
+                inputs=(_tokens("features", low, dim), *time),
+                outputs=tuple(
+                    _tokens(f"control{block}", low, dim) for block in config.control_blocks
+                ),
             )
-            for key in names
         )
-        varying = {dim for one in (*inputs, *outputs) for dim in one.shape if isinstance(dim, str)}
-        spec = EngineSpec(
-            segment=name,
-            inputs=inputs + given,
-            outputs=outputs,
-            limits=tuple(pair for pair in self._limits if pair[0] in varying),
-            sources=source_digest(),
-            numbers=(("eps", self._net.config.eps),),
-        )
-        return Segment(spec, _Functional(self._net, method, names), names)
+    return definitions
 
 
-_SELF, _CROSS = "blocks.0.self_attn.", "blocks.0.cross_attn."
-_INTO = tuple(_SELF + name for name in ("q.", "k.", "v.", "norm_q.", "norm_k."))
-# Segment -> beginnings of the names of the weights that it takes.
-_WEIGHTS = {
-    "embed": ("patch_embedding.",),
-    "block_in": _INTO,
-    "block_in_first": _INTO,
-    "block_out": (
-        *(_SELF + "o.", "blocks.0.norm3.", "blocks.0.ffn."),
-        *(_CROSS + name for name in ("q.", "norm_q.", "o.")),
-    ),
-    "head": ("head.head.",),
-    "text_embed": ("text_embedding.",),
-    "text_keys_values": tuple(_CROSS + name for name in ("k.", "v.", "norm_k.")),
-    "modulation": ("time_embedding.", "time_projection.", "dt_embedding."),
-    "control": tuple(
-        f"spatial_adapter.{name}" for name in ("feature_norm.", "adapter_", "zero_layers.")
-    ),
-}
+def _tensor(name: str, dtype: DType, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
-class _Functional(nn.Module):
-    """Calls a method of a network with weights given as arguments."""
+def _tokens(name: str, dtype: DType, *shape: int) -> TensorSpec:
+    return _tensor(name, dtype, "tokens", *shape)
 
-    def __init__(self, net: WanDiT, method: str, names: Sequence[str]) -> None:
+
+def _network_without_weights(config: DitConfig, precision: Precision) -> WanDiT:
+    """Return a network on the meta device with as few blocks as have all kinds of weights."""
+    layers = 1 + max(config.control_blocks, default=0)
+    with torch.device("meta"):
+        net = WanDiT(replace(config, num_layers=layers))
+    stored = {
+        name: store_dit_weight(name, weight, precision) for name, weight in net.state_dict().items()
+    }
+    net.load_state_dict(stored, assign=True)
+    return net.requires_grad_(False)
+
+
+def _segment(definition: _Definition, net: WanDiT, limits: Iterable[tuple[str, int]]) -> Segment:
+    """Return the segment of a definition, with its weights as further inputs."""
+    stored = net.state_dict()
+    names = tuple(name for name in stored if name.startswith(definition.weights))
+    weights = tuple(
+        _tensor(name, dtype_name(stored[name].dtype), *stored[name].shape) for name in names
+    )
+    tensors = (*definition.inputs, *definition.outputs)
+    varying = {dim for tensor in tensors for dim in tensor.shape if isinstance(dim, str)}
+    spec = EngineSpec(
+        segment=definition.name,
+        inputs=definition.inputs + weights,
+        outputs=definition.outputs,
+        limits=tuple(limit for limit in limits if limit[0] in varying),
+        sources=source_digest(),
+        numbers=(("eps", net.config.eps),),
+    )
+    return Segment(spec, WithWeights(Computation(net, definition.compute), names), names)
+
+
+class Computation(nn.Module):
+    """Calls a function of a network and its inputs."""
+
+    def __init__(self, net: nn.Module, compute: Callable[..., object]) -> None:
         super().__init__()
-        self._caller = [_Caller(net, method)]  # in a list: its weights are not this module's
-        self._names = [f"net.{name}" for name in names]
+        self.net, self._compute = net, compute
+
+    def forward(self, *inputs: Tensor) -> object:
+        """Return what the function returns."""
+        return self._compute(self.net, *inputs)
+
+
+class WithWeights(nn.Module):
+    """Calls a computation whose network has no weights: they are its last inputs, or baked in."""
+
+    def __init__(
+        self,
+        computation: Computation,
+        names: Sequence[str],
+        restore: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
+        baked: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Call `computation` with weights.
+
+        Args:
+            computation: of a network on any device.
+            names: of the weights in the network.
+            restore: turns an input into the weight of a name.
+            baked: the weights themselves, where they are part of this module and no inputs.
+        """
+        super().__init__()
+        self._computation = [computation]  # in a list: its weights are not this module's
+        self._names, self._restore, self._baked = tuple(names), restore, baked is not None
+        for index, weight in enumerate(baked or ()):
+            self.register_buffer(f"weight{index}", weight)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Activations, then weights -> outputs."""
-        count = len(inputs) - len(self._names)
-        weights = dict(zip(self._names, inputs[count:], strict=True))
-        results = functional_call(self._caller[0], weights, inputs[:count])
+        """Map activations, then weights unless these are baked in, to outputs."""
+        weights = list(self.buffers())
+        if not self._baked:
+            count = len(inputs) - len(self._names)
+            given = zip(self._names, inputs[count:], strict=True)
+            weights = [self._restore(name, weight) for name, weight in given]
+            inputs = inputs[:count]
+        named = {f"net.{name}": weight for name, weight in zip(self._names, weights, strict=True)}
+        results = functional_call(self._computation[0], named, inputs)
         return results if isinstance(results, tuple) else (results,)
 
 
-class _Caller(nn.Module):
-    def __init__(self, net: WanDiT, method: str) -> None:
-        super().__init__()
-        self.net, self._path = net, method.split(".")
-
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What the method gives."""
-        method: object = self.net
-        for name in self._path:
-            method = method[int(name)] if name.isdigit() else getattr(method, name)  # type: ignore[index]
-        if self._path[-1] == "after_attention":  # overwrites what an engine has to leave as it is
-            inputs = (inputs[0].clone(), *inputs[1:])
-        results: Tensor | tuple[Tensor, ...] = method(*inputs)  # type: ignore[operator]
-        return results
-
-
-# Files whose code a segment runs: of pw_kernels and of pw_runtime.models.
+# Files whose code a segment runs, in pw_kernels and in pw_runtime.models.
 _KERNELS = (
     "attention/__init__",
     "gate_residual",
@@ -217,13 +267,13 @@ _MODELS = ("adapter", "blocks", "dit", "embeddings", "precision")
 
 @cache
 def source_digest() -> str:
-    """SHA-256 of the code that defines the arithmetic of every segment."""
+    """Return the SHA-256 of the code that defines the arithmetic of every segment."""
     return digest_of_files(_KERNELS, _MODELS, Path(__file__))
 
 
 def digest_of_files(kernels: Sequence[str], networks: Sequence[str], *others: Path) -> str:
-    """SHA-256 of files of pw_kernels and pw_runtime.models, by name, and of others."""
-    below, beside = Path(pw_kernels.__file__).parent, Path(models.__file__).parent
-    paths = [*(below / f"{name}.py" for name in kernels), *others]
-    paths += [beside / f"{name}.py" for name in networks]
-    return digest_of(part for at in paths for part in (at.name.encode(), at.read_bytes()))
+    """Return the SHA-256 of files of pw_kernels and pw_runtime.models, by name, and of others."""
+    kernel_folder, model_folder = Path(pw_kernels.__file__).parent, Path(models.__file__).parent
+    paths = [*(kernel_folder / f"{name}.py" for name in kernels), *others]
+    paths += [model_folder / f"{name}.py" for name in networks]
+    return digest_of(part for path in paths for part in (path.name.encode(), path.read_bytes()))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a transformer's weights lie, and how a segment gets those of one block.
+"""Providers of a transformer's weights: where they are kept, and how a segment gets one block's.
 
-Resident weights lie on the device. Streamed ones lie in host memory or in the bundle's files, and
-each segment has one place on the device: while one segment of a block runs, and during the
-attention between them, the other one's place is filled with what comes next.
+Resident weights are on the device. Streamed weights are in host memory or in the bundle's files,
+and each segment has one slot on the device: while one segment of a block runs, and during the
+attention between them, the other segment's slot is filled for its next block.
 """
 
 from __future__ import annotations
@@ -25,51 +25,54 @@ STREAMED = ("block_in", "block_out")  # that every step runs once per block
 
 
 class Weights(Protocol):
-    """What a `SegmentedDiT` runs on."""
+    """Provider of the weights that a `SegmentedDiT` runs with."""
 
-    def take(self, segment: str, block: int = 0) -> list[Tensor]:
-        """A segment's weights for a block, in the order of its spec, on the device.
+    def acquire(self, segment: str, block: int = 0) -> list[Tensor]:
+        """Return a segment's weights for a block, in the order of its spec, on the device.
 
-        They stay as they are until `done`.
+        They stay unchanged until `release`.
         """
         ...
 
-    def done(self, segment: str, following: int) -> None:
-        """All work on these has been given to the device: those of block `following` may come."""
+    def release(self, segment: str, next_block: int) -> None:
+        """Allow the weights to be replaced by those of `next_block`.
+
+        Call it when all work that reads them has been queued on the device.
+        """
         ...
 
     def close(self) -> None:
-        """Nothing will be taken any more."""
+        """End the provider; nothing can be acquired afterwards."""
         ...
 
 
 class ResidentWeights:
-    """All weights lie on the device."""
+    """All weights are on the device."""
 
     def __init__(self, net: WanDiT, segments: Mapping[str, Segment]) -> None:
         stored: dict[str, Tensor] = dict(net.named_parameters())
         layers = range(net.config.num_layers)
         self._weights = {
-            name: [[stored[key] for key in of_block(one, block)] for block in layers]
-            for name, one in segments.items()
+            name: [[stored[key] for key in names_in_block(segment, block)] for block in layers]
+            for name, segment in segments.items()
         }
 
-    def take(self, segment: str, block: int = 0) -> list[Tensor]:
-        """As `Weights.take`."""
+    def acquire(self, segment: str, block: int = 0) -> list[Tensor]:
+        """Return the weights; see `Weights.acquire`."""
         return self._weights[segment][block]
 
-    def done(self, segment: str, following: int) -> None:
-        """Nothing has to move."""
+    def release(self, segment: str, next_block: int) -> None:
+        """Do nothing: no weight moves."""
 
     def close(self) -> None:
-        """Nothing has to end."""
+        """Do nothing: there is no thread to end."""
 
 
 class StreamedWeights:
-    """Weights of blocks lie elsewhere and come to the device when they are needed.
+    """Weights of blocks are kept off the device and copied to it just before they are needed.
 
-    A thread of its own reads and converts them, so that neither the disk nor the copy holds up
-    the computation. `close` ends it.
+    A thread reads and converts them, so that neither the disk nor the copy holds up the
+    computation. `close` ends it.
     """
 
     def __init__(
@@ -79,99 +82,99 @@ class StreamedWeights:
         precision: Precision,
         device: torch.device,
     ) -> None:
-        """Take a network whose blocks' weights lie in host memory, in any float dtype."""
+        """Stream the blocks of a network whose weights are in host memory, in any float dtype."""
         self._stored = dict(net.named_parameters())
         self._segments, self._precision, self._device = dict(segments), precision, device
         self._thread = ThreadPoolExecutor(1, "weights")
-        self._places = {
-            name: _Place([self._converted(key) for key in of_block(segments[name], 0)], device)
+        self._slots = {
+            name: _Slot([self._converted(key) for key in names_in_block(segments[name], 0)], device)
             for name in STREAMED
         }
-        for name, place in self._places.items():
-            place.filling = self._thread.submit(self._fill, name, 0)
+        for name, slot in self._slots.items():
+            slot.filling = self._thread.submit(self._fill, name, 0)
 
-    def take(self, segment: str, block: int = 0) -> list[Tensor]:
-        """As `Weights.take`."""
-        place = self._place(segment)
-        if place is None:
-            names = of_block(self._segments[segment], block)
-            return [self._here(name) for name in names]
-        name, held = place
-        held.filling.result()
-        if held.block != block:  # after an error, or where another one was foretold
+    def acquire(self, segment: str, block: int = 0) -> list[Tensor]:
+        """Wait for a block's weights and return them; see `Weights.acquire`."""
+        entry = self._slot(segment)
+        if entry is None:
+            names = names_in_block(self._segments[segment], block)
+            return [self._on_device(name) for name in names]
+        name, slot = entry
+        slot.filling.result()
+        if slot.block != block:  # after an error, or where another block was prefetched
             self._thread.submit(self._fill, name, block).result()
-        held.wait()
-        return held.tensors
+        slot.wait()
+        return slot.tensors
 
-    def done(self, segment: str, following: int) -> None:
-        """As `Weights.done`."""
-        place = self._place(segment)
-        if place is None:
+    def release(self, segment: str, next_block: int) -> None:
+        """Begin to fill the slot with the next block; see `Weights.release`."""
+        entry = self._slot(segment)
+        if entry is None:
             return
-        name, held = place
-        held.release()
-        held.filling = self._thread.submit(self._fill, name, following)
+        name, slot = entry
+        slot.release()
+        slot.filling = self._thread.submit(self._fill, name, next_block)
 
     def close(self) -> None:
-        """End the thread and the copies; nothing can be taken any more."""
+        """End the thread and the copies; nothing can be acquired afterwards."""
         self._thread.shutdown(cancel_futures=True)
-        for place in self._places.values():
-            place.finish()
+        for slot in self._slots.values():
+            slot.finish()
 
-    def _place(self, segment: str) -> tuple[str, _Place] | None:
-        """The place of a segment; segments of the same weights share one."""
+    def _slot(self, segment: str) -> tuple[str, _Slot] | None:
+        """Find the slot of a segment; segments with the same weights share one."""
         if not self._segments[segment].weights[0].startswith(FIRST_BLOCK):
             return None
         weights = self._segments[segment].weights
-        for name, place in self._places.items():
+        for name, slot in self._slots.items():
             if self._segments[name].weights == weights:
-                return name, place
+                return name, slot
         return None
 
     def _fill(self, segment: str, block: int) -> None:
-        names = of_block(self._segments[segment], block)
+        names = names_in_block(self._segments[segment], block)
         with torch.inference_mode():
-            self._places[segment].fill(block, [self._converted(name) for name in names])
+            self._slots[segment].fill(block, [self._converted(name) for name in names])
 
-    def _here(self, name: str) -> Tensor:
-        """A weight on the device; those of no block are there and converted already."""
+    def _on_device(self, name: str) -> Tensor:
+        """Return a weight on the device; weights outside the blocks are there and converted."""
         return self._converted(name).to(self._device) if is_streamed(name) else self._stored[name]
 
     def _converted(self, name: str) -> Tensor:
         return store_dit_weight(name, self._stored[name], self._precision)
 
 
-class _Place:
-    """Memory on the device for one segment's weights, whichever block's."""
+class _Slot:
+    """Memory on the device for one segment's weights, of one block at a time."""
 
     filling: Future[None]
 
     def __init__(self, like: list[Tensor], device: torch.device) -> None:
         self.block: int | None = None
-        self.tensors = [torch.empty_like(one, device=device) for one in like]
+        self.tensors = [torch.empty_like(weight, device=device) for weight in like]
         self._staged: list[Tensor] = []
         if device.type == "cuda":
-            # Copies run beside the computation only from pinned memory, and pinning all weights
-            # would take up to half more than they have: PyTorch pins powers of two.
-            self._staged = [torch.empty_like(one, pin_memory=True) for one in like]
+            # Only copies from pinned memory overlap with computation, and pinning all weights would
+            # take up to half as much again: PyTorch rounds pinned blocks up to powers of two.
+            self._staged = [torch.empty_like(weight, pin_memory=True) for weight in like]
             self._stream = torch.cuda.Stream(device)
             self._filled, self._free = torch.cuda.Event(), torch.cuda.Event()
-            self.release()  # this memory may be what work given before still reads
+            self.release()  # work queued earlier may still read this memory
 
     def fill(self, block: int, weights: list[Tensor]) -> None:
-        """Bring weights here, after all work that was given to the device before `release`."""
+        """Copy weights here, after all work that was queued before `release`."""
         self.block = None  # until all of them are here: an error may come in between
         if self._staged:
             self._copy_staged(weights)
         else:
-            for target, one in zip(self.tensors, weights, strict=True):
-                target.copy_(one)
+            for target, weight in zip(self.tensors, weights, strict=True):
+                target.copy_(weight)
         self.block = block
 
     def _copy_staged(self, weights: list[Tensor]) -> None:
-        self._filled.synchronize()  # the copy out of the pinned memory before
-        for staged, one in zip(self._staged, weights, strict=True):
-            staged.copy_(one)
+        self._filled.synchronize()  # the previous copy out of the pinned memory
+        for staged, weight in zip(self._staged, weights, strict=True):
+            staged.copy_(weight)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._free)
             for target, staged in zip(self.tensors, self._staged, strict=True):
@@ -179,21 +182,21 @@ class _Place:
             self._filled.record(self._stream)
 
     def finish(self) -> None:
-        """Wait for the last copy: this memory goes back to those who do not know of it."""
+        """Wait for the last copy: the allocator may reuse this memory on another stream."""
         if self._staged:
             self._stream.synchronize()
 
     def wait(self) -> None:
-        """Let the device begin nothing more before the weights are here."""
+        """Make work that is queued from now on wait for the weights."""
         if self._staged:
             torch.cuda.current_stream(self.tensors[0].device).wait_event(self._filled)
 
     def release(self) -> None:
-        """What is given to the device from now on does not read these weights."""
+        """Mark the point after which queued work no longer reads these weights."""
         if self._staged:
             self._free.record(torch.cuda.current_stream(self.tensors[0].device))
 
 
-def of_block(segment: Segment, block: int) -> list[str]:
-    """Names of a segment's weights in the network, for a block."""
+def names_in_block(segment: Segment, block: int) -> list[str]:
+    """Return the names of a segment's weights in the network, for a block."""
     return [name.replace(FIRST_BLOCK, f"blocks.{block}.", 1) for name in segment.weights]

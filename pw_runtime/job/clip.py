@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -13,10 +13,9 @@ from torch import Tensor
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import EngineSet
-from pw_runtime.job.contact_sheet import Filmstrip, SheetRow, Thumb, sample_frames, watch_frames
+from pw_runtime.job.contact_sheet import Filmstrip, SheetRow
 from pw_runtime.job.latents import (
     SUFFIX,
-    Options,
     Provenance,
     is_resumable,
     read_latent,
@@ -30,9 +29,9 @@ from pw_runtime.stages.codecs import suffix
 from pw_runtime.stages.fragmented_mp4 import partial_path
 from pw_runtime.system.trace import Stopwatch
 from pw_runtime.types import (
-    FrameChunk,
     Latent,
     Network,
+    Notice,
     Outcome,
     Prompt,
     Request,
@@ -41,27 +40,25 @@ from pw_runtime.types import (
     TilingConfig,
 )
 
-THUMBNAILS = 6  # frames of each strip of the contact sheet
-
 
 @dataclass(slots=True)
 class Clip:
-    """One prompt's data so far; a stage that has not run yet has left its field empty."""
+    """One prompt's data so far; fields of stages that have not run are empty."""
 
     prompt: Prompt
     request: Request
     seeds: Seeds
     model: Path  # the bundle
-    origin: Provenance  # as far as it is known
+    provenance: Provenance  # as far as it is known
     noise: dict[StageName, Tensor]  # [C, T, H, W] fp32
-    watch: Stopwatch
-    notices: list[str] = field(default_factory=list)
+    stopwatch: Stopwatch
+    notices: list[Notice] = field(default_factory=list)
     text: TextContext | None = None
     draft: Latent | None = None
     highres: Latent | None = None
     latents: Path | None = None  # file with the last stage's latent
-    reopened: bool = False  # an earlier run made that file
-    strips: tuple[Filmstrip, ...] = ()
+    resumed: bool = False  # an earlier run made that file
+    filmstrips: tuple[Filmstrip, ...] = ()
     video: Path | None = None
     error: str | None = None
 
@@ -71,46 +68,46 @@ class Clip:
         return list(self.request.stages)[-1]
 
     def noise_for(self, stage: StageName) -> Tensor:
-        """The stage's initial noise: from the noise file, else drawn from its seed."""
+        """Return the stage's initial noise: from the noise file, else drawn from its seed."""
         if stage not in self.noise:
             shape = latent_shape(self.request.stages[stage], self.request.preset.video)
-            seed = getattr(self.seeds, stage)
+            seed = self.seeds.draft if stage == "draft" else self.seeds.highres
             self.noise[stage] = draw_noise(shape, seed, self.request.device)
         return self.noise[stage].to(self.request.device)
 
     def latent_of(self, stage: StageName) -> Latent:
-        """A stage's latent: from the latents file, or from memory where the disk refused it."""
+        """Return a stage's latent: from the latents file, or from memory if the disk refused it."""
         if self.latents is not None:
-            return read_latent(self.latents, self.origin, stage, self.request.device)
+            return read_latent(self.latents, self.provenance, stage, self.request.device)
         latent = self.draft if stage == "draft" else self.highres
         assert latent is not None
         return latent
 
     def release_tensors(self) -> None:
-        """Let the memory go once the files are written."""
+        """Free the memory of the clip's tensors."""
         self.noise.clear()
         self.text = self.draft = self.highres = None
 
     def outcome(self) -> Outcome:
-        """What became of the prompt."""
+        """Return the result for the prompt."""
         return Outcome(prompt=self.prompt, video=self.video, error=self.error)
 
     def sheet_row(self) -> SheetRow:
-        """The clip's row of the contact sheet."""
-        return SheetRow(caption=f"{self.prompt.id}: {self.prompt.text}", strips=self.strips)
+        """Return the clip's row of the contact sheet."""
+        return SheetRow(caption=f"{self.prompt.id}: {self.prompt.text}", strips=self.filmstrips)
 
     def path(self, suffix: str) -> Path:
-        """`OUT/<id><suffix>`."""
+        """Return `OUT/<id><suffix>`."""
         return self.request.out / f"{self.prompt.id}{suffix}"
 
     @property
     def target(self) -> Path:
-        """Where the video will be."""
-        return self.path(suffix(self.request.codec))
+        """Where the finished video goes."""
+        return self.path(suffix(self.request.options.codec))
 
     @property
-    def growing(self) -> Path | None:
-        """Where the video can be watched until then, if that is asked for."""
+    def partial_video(self) -> Path | None:
+        """Where the video can be watched until it is finished, if that was asked for."""
         return partial_path(self.target) if self.request.fragmented else None
 
 
@@ -120,35 +117,26 @@ def start_clip(
     noise: Mapping[StageName, Tensor],
     bundle: Bundle,
     engines: Mapping[Network, EngineSet],
-    decode: TilingConfig,
+    tiling: TilingConfig,
 ) -> Clip:
-    """A clip with nothing computed yet; `noise` by stage overrides what the seeds would draw."""
+    """Return a clip with nothing computed; `noise` by stage replaces what the seeds would draw."""
     seeds = seeds_for(request.seed, prompt.position)
     files = {name: record.sha256 for name, record in bundle.files.items()}
-    origin = Provenance(
+    options = request.options
+    provenance = Provenance(
         prompt=prompt,
         negative=request.negative,
         preset=request.preset,
-        decode=decode,
-        options=Options(
-            codec=request.codec,
-            precision=request.precision,
-            vae_precision=request.vae_precision,
-            device=str(request.device),
-            kernels=request.kernels,
-            attention=request.attention_kernel,
-            policy=request.policy,
-            chunk=request.chunk,
-            draft_only=request.draft_only,
-            save_latents=request.save_latents,
-        ),
+        decode=tiling,
+        options=replace(options, attention=options.attention_kernel),
         seeds={"base": request.seed, **asdict(seeds)},
         noise={},
         noise_file=str(request.noise) if request.noise else None,
         bundle={"digest": bundle.digest, **files},
         vae=vae_digest(bundle),
-        engines={stage: one.choice.told() for stage, one in engines.items()},
+        engines={network: engine_set.to_dict() for network, engine_set in engines.items()},
         notices=(),
+        fallbacks=(),
         seconds={},
         versions=versions(),
     )
@@ -157,21 +145,32 @@ def start_clip(
         request=request,
         seeds=seeds,
         model=bundle.root,
-        origin=origin,
+        provenance=provenance,
         noise=dict(noise),
-        watch=Stopwatch(request.device),
+        stopwatch=Stopwatch(request.device),
     )
 
 
-def collect_thumbnails(
-    clip: Clip, stage: StageName, chunks: Iterable[FrameChunk], strips: list[Filmstrip]
-) -> Iterator[FrameChunk]:
-    """Pass a stage's frames on and add a few of them, small, to `strips`."""
-    plan = clip.request.stages[stage]
-    thumbs: list[Thumb] = []
-    wanted = sample_frames(clip.request.preset.video.frames, THUMBNAILS)
-    yield from watch_frames(chunks, wanted, thumbs)
-    strips.append(Filmstrip(name=stage, width=plan.width, height=plan.height, thumbs=tuple(thumbs)))
+def resume_clip(file: Path, provenance: Provenance, request: Request, bundle: Bundle) -> Clip:
+    """Return the clip whose latents an earlier run left in `file`."""
+    stopwatch = Stopwatch(request.device)
+    stopwatch.seconds.update(provenance.seconds)
+    fallbacks = set(provenance.fallbacks)
+    return Clip(
+        prompt=provenance.prompt,
+        request=request,
+        seeds=Seeds(draft=provenance.seeds["draft"], highres=provenance.seeds["highres"]),
+        model=bundle.root,
+        provenance=provenance,
+        noise={},
+        stopwatch=stopwatch,
+        notices=[
+            Notice(kind="fallback" if text in fallbacks else "text", text=text)
+            for text in provenance.notices
+        ],
+        latents=file,
+        resumed=True,
+    )
 
 
 def save_latents(clip: Clip) -> Path:
@@ -183,88 +182,98 @@ def save_latents(clip: Clip) -> Path:
     if clip.text is not None:
         tensors |= {"text_context": clip.text.cond, "negative_context": clip.text.uncond}
     stages: dict[StageName, Latent | None] = {"draft": clip.draft, "highres": clip.highres}
-    tensors |= {f"{stage}_latent": one.x for stage, one in stages.items() if one is not None}
-    clip.origin = replace(
-        clip.origin,
+    tensors |= {
+        f"{stage}_latent": latent.x for stage, latent in stages.items() if latent is not None
+    }
+    clip.provenance = replace(
+        clip.provenance,
         noise={stage: tensor_digest(x) for stage, x in clip.noise.items()},
-        notices=tuple(clip.notices),
-        seconds=dict(clip.watch.seconds),
+        notices=tuple(notice.text for notice in clip.notices),
+        fallbacks=tuple(notice.text for notice in clip.notices if notice.kind == "fallback"),
+        seconds=dict(clip.stopwatch.seconds),
     )
     path = clip.path(SUFFIX)
-    write_latents(path, clip.origin, tensors)
+    write_latents(path, clip.provenance, tensors)
     if stages[clip.last_stage] is not None:
         clip.latents = path
     return path
 
 
 def refuse_overwriting_latents(clips: Iterable[Clip]) -> None:
-    """Raise BadRequest where a run would overwrite what an earlier one has left to be finished."""
+    """Raise BadRequest where a run would overwrite latents that an earlier run left unfinished."""
     for clip in clips:
         path = clip.path(SUFFIX)
-        videos = [clip.path(one) for one in (".mp4", ".mkv")]
+        videos = [clip.path(ending) for ending in (".mp4", ".mkv")]
         if not any(video.exists() for video in videos) and is_resumable(path):
+            command = ("pw", "decode", str(path), "--model", str(clip.model))
             raise BadRequest(
-                f"{path} holds a clip that an earlier run has not finished",
-                do=f"`pw decode {shlex.quote(str(path))} --model {shlex.quote(str(clip.model))}` "
-                "finishes it; else remove the file, or choose another --out",
+                f"{path} holds a clip that an earlier run did not finish",
+                do=f"finish it with `{shlex.join(command)}`; or remove it; or choose another --out",
             )
 
 
 def resume_command(clip: Clip) -> str:
-    """The command that finishes the clip from its latents file."""
+    """Return the command that finishes the clip from its latents file."""
     assert clip.latents is not None
-    request, options = clip.request, clip.origin.options
+    request, options, earlier = clip.request, clip.request.options, clip.provenance.options
     words = ["pw", "decode", str(clip.latents), "--model", str(clip.model)]
-    words += ["--device", str(request.device)]
+    words += ["--device", options.device]
     words += ["--out", str(request.out)] if request.out != clip.latents.parent else []
-    words += ["--codec", request.codec] if request.codec != options.codec else []
-    words += ["--kernels", request.kernels] if request.kernels != options.kernels else []
+    words += ["--codec", options.codec] if options.codec != earlier.codec else []
+    words += ["--kernels", options.kernels] if options.kernels != earlier.kernels else []
     words += ["--fragmented"] if request.fragmented else []
     words += ["--overwrite"] if clip.target.exists() else []
     return shlex.join(words)
 
 
-def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fitting: OomFallback) -> None:
-    """Write `<id>.json` for a finished clip; `loading` is in seconds. Raises WriteFailed.
+def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fallback: OomFallback) -> None:
+    """Write `<id>.json` for a finished clip. Raises WriteFailed.
 
-    Of a clip finished from its latents, what only the run that made them could tell is absent.
+    For a clip finished from its latents, fields that only the earlier run could fill are absent.
+
+    Args:
+        clip: the clip.
+        loading: seconds that loading the networks took.
+        video_bytes: size of the video file.
+        fallback: the plan of the run.
     """
-    origin, request = clip.origin, clip.request
-    seconds = {name: round(value, 4) for name, value in clip.watch.seconds.items()}
-    peaks, launches = fitting.peaks(), kernel_launches()
+    provenance, options = clip.provenance, clip.request.options
+    seconds = {name: round(value, 4) for name, value in clip.stopwatch.seconds.items()}
+    peaks, launches, plan = fallback.peaks(), kernel_launches(), fallback.memory_report()
     finished = None
-    if clip.reopened:
+    if clip.resumed:
         assert clip.latents is not None
         finished = {
             "latents": clip.latents.name,
-            "codec": request.codec,
-            "device": str(request.device),
-            "kernels": request.kernels,
-            "vae_precision": request.vae_precision,
+            "codec": options.codec,
+            "device": options.device,
+            "kernels": options.kernels,
+            "vae_precision": options.vae_precision,
             "load_seconds": round(loading, 4),
             "peak_memory_bytes": peaks,
-            "plan": fitting.account(),
+            "plan": plan,
             "kernel_launches": launches,
             "versions": versions(),
         }
     else:
         seconds = {"load_all_networks": round(loading, 4), **seconds}
     receipt = Receipt(
-        prompt=asdict(origin.prompt),
-        negative=origin.negative,
-        seeds=origin.seeds,
-        noise=origin.noise,
-        noise_file=origin.noise_file,
-        preset=asdict(origin.preset),
-        options=asdict(origin.options),
-        bundle=origin.bundle,
+        prompt=asdict(provenance.prompt),
+        negative=provenance.negative,
+        seeds=provenance.seeds,
+        noise=provenance.noise,
+        noise_file=provenance.noise_file,
+        preset=asdict(provenance.preset),
+        options=asdict(provenance.options),
+        bundle=provenance.bundle,
         video={"file": clip.target.name, "bytes": video_bytes},
         seconds=seconds,
-        engines=origin.engines,
-        notices=clip.notices,
-        versions=origin.versions,
+        engines=provenance.engines,
+        notices=[notice.text for notice in clip.notices],
+        fallbacks=[notice.text for notice in clip.notices if notice.kind == "fallback"],
+        versions=provenance.versions,
         peak_memory_bytes=None if finished else peaks,
-        plan=None if finished else fitting.account(),
+        plan=None if finished else plan,
         kernel_launches=None if finished else launches,
         finished_from_latents=finished,
     )

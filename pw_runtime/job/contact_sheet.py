@@ -182,17 +182,17 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> li
     pieces: list[str] = []
     rest = text
     while font.getlength(rest) > width and len(pieces) < lines - 1:
-        end = _fitting(rest, font, width)
+        end = _max_prefix(rest, font, width)
         space = rest.rfind(" ", 0, end + 1)
         end = space if space > 0 else end  # Chinese has no spaces: cut anywhere
         pieces.append(rest[:end])
         rest = rest[end:].lstrip()
     if font.getlength(rest) > width:
-        rest = rest[: _fitting(rest, font, width - font.getlength("…"))].rstrip() + "…"
+        rest = rest[: _max_prefix(rest, font, width - font.getlength("…"))].rstrip() + "…"
     return [*pieces, rest]
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
+def _max_prefix(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
     """Return how many leading characters of `text` fit into `width` pixels, at least one."""
     fits = bisect_right(range(len(text) + 1), width, key=lambda n: font.getlength(text[:n])) - 1
     return max(1, fits)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens when something goes wrong in the middle of a run."""
+"""Failures in the middle of a run: isolated per clip, and reported with what was kept."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from pw_runtime.types import Latent
 
 @contextmanager
 def isolate_failure(clip: Clip, reporter: Reporter) -> Iterator[None]:
-    """Keep a failure inside its prompt, and on disk what was computed for it."""
+    """Keep a failure inside its prompt, and what was computed for it on disk."""
     try:
         yield
     except Exception as error:
-        known = out_of_memory(error) or error
-        clip.error = str(known) or type(known).__name__
-        if not isinstance(known, PixelWizardError):
+        cause = out_of_memory(error) or error
+        clip.error = str(cause) or type(cause).__name__
+        if not isinstance(cause, PixelWizardError):
             reporter.warn(traceback.format_exc())
         reporter.warn(f"prompt {clip.prompt.id} failed: {clip.error}")
         if clip.latents is None and clip.draft is not None:
             try:
                 path = save_latents(clip)
                 if clip.latents is None:
-                    reporter.warn(f"what was computed for it is kept in {path}")
-            except Exception as lost:
-                reporter.warn(f"its latents could not be kept: {lost}")
+                    reporter.warn(f"its results so far are kept in {path}")
+            except Exception as unsaved:
+                reporter.warn(f"its latents could not be kept: {unsaved}")
         report_resumable(clip, reporter)
-        del known, error  # their tracebacks hold the tensors of what failed, and each other
+        del cause, error  # their tracebacks hold the tensors of what failed, and each other
 
 
 @contextmanager
 def report_on_abort(clips: Iterable[Clip], reporter: Reporter) -> Iterator[None]:
-    """When the run ends before its time, Ctrl-C included, say what is kept of which clip.
+    """Report what is kept of each unfinished clip when the run is aborted, also by Ctrl-C.
 
-    Raises BadResult where memory ran out between the clips: a network did not fit.
+    Raises BadResult when out of memory outside any clip.
     """
     try:
         yield
@@ -48,26 +48,26 @@ def report_on_abort(clips: Iterable[Clip], reporter: Reporter) -> Iterator[None]
         for clip in clips:
             if clip.video is None and clip.error is None:
                 report_resumable(clip, reporter)
-        known = out_of_memory(error)
-        if known is not None:
-            raise known from error
+        cause = out_of_memory(error)
+        if cause is not None:
+            raise cause from error
         raise
 
 
 def report_resumable(clip: Clip, reporter: Reporter) -> None:
-    """Say where the latents of an unfinished clip are and which command finishes it."""
+    """Report where an unfinished clip's latents are and which command finishes it."""
     if clip.latents is not None:
         reporter.warn(f"the latents of {clip.prompt.id} are kept in {clip.latents}")
-        reporter.warn(f"this finishes the clip: {resume_command(clip)}")
-    if clip.growing is not None and clip.growing.exists():
-        reporter.warn(f"what was encoded of it can be watched: {clip.growing}")
+        reporter.warn(f"to finish this clip, run: {resume_command(clip)}")
+    if clip.partial_video is not None and clip.partial_video.exists():
+        reporter.warn(f"partial video: {clip.partial_video}")
 
 
 def require_finite(latent: Latent, name: str) -> Latent:
-    """Refuse NaN and infinity, of which no picture can be made. Raises BadResult."""
+    """Return the latent. Raises BadResult where it contains NaN or infinity."""
     if not latent.x.isfinite().all():
         raise BadResult(
-            f"the {name} latent holds NaN or infinity",
+            f"the {name} latent contains NaN or infinity",
             wanted="finite numbers",
             do="check shift and guidance of the preset, and the checkpoint; try --precision fp32",
         )

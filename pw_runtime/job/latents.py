@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The latents file: what was computed for a clip, and all it takes to finish the clip from it.
+"""The latents file: what was computed for a clip, and everything needed to finish the clip.
 
 OUT/<id>.latents.safetensors
     draft_noise, highres_noise          [C, T, H, W] fp32, as --noise takes them
     text_context, negative_context      [E, text_dim]
     draft_latent, highres_latent        [C, T, H, W] fp32
-    metadata "pixelwizard"              an `Provenance` as JSON
+    metadata "pixelwizard"              a `Provenance` as JSON
 """
 
 from __future__ import annotations
@@ -29,14 +29,10 @@ from pw_runtime.prompts import make_prompts
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.system.atomic_files import write_tensors
 from pw_runtime.types import (
-    AttentionKernel,
-    Codec,
-    EnginePolicy,
-    Kernels,
     Latent,
-    Precision,
     Preset,
     Prompt,
+    RunOptions,
     StageConfig,
     StageName,
     TilingConfig,
@@ -47,32 +43,16 @@ SUFFIX = ".latents.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Options of the run, as receipts have them."""
-
-    codec: Codec
-    precision: Precision
-    vae_precision: Precision
-    device: str
-    kernels: Kernels
-    attention: AttentionKernel
-    policy: EnginePolicy
-    chunk: int
-    draft_only: bool
-    save_latents: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where the latents of a clip come from. Whoever changes a field raises `format`."""
+    """Origin of the latents of a clip. Bump `format` when a field changes."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     prompt: Prompt
     negative: str
     preset: Preset
-    decode: TilingConfig  # how the run's plan had it, which decides the last bits of the frames
-    options: Options
+    decode: TilingConfig  # of the run's plan, which decides the last bits of the frames
+    options: RunOptions
     seeds: dict[str, int]
     noise: dict[str, str]  # SHA-256 of each stage's initial noise
     noise_file: str | None
@@ -82,7 +62,8 @@ class Provenance:
     notices: tuple[str, ...]
     seconds: dict[str, float]  # of the stages that ran
     versions: dict[str, str]
-    format: Literal[1] = 1
+    fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
+    format: Literal[1, 2] = 2
 
     @property
     def stages(self) -> dict[StageName, StageConfig]:
@@ -94,21 +75,20 @@ _PROVENANCE = TypeAdapter(Provenance)
 
 
 def vae_digest(bundle: Bundle) -> str:
-    """SHA-256 of what decides the frames of a latent: the VAE's config and its files."""
+    """Return the SHA-256 of what decides a latent's frames: the VAE's config and its files."""
     entry = bundle.networks.vae
     content = [repr(entry.config), *(bundle.files[name].sha256 for name in entry.files)]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
-def write_latents(path: Path, origin: Provenance, tensors: Mapping[str, Tensor]) -> None:
+def write_latents(path: Path, provenance: Provenance, tensors: Mapping[str, Tensor]) -> None:
     """Write the file, whole or not at all. Raises WriteFailed."""
     on_cpu = {name: x.cpu().contiguous() for name, x in tensors.items()}
-    write_tensors(path, on_cpu, {METADATA: _PROVENANCE.dump_json(origin).decode()})
+    write_tensors(path, on_cpu, {METADATA: _PROVENANCE.dump_json(provenance).decode()})
 
 
 def read_provenance(path: Path) -> Provenance:
-    """What a latents file says of itself. Raises BadRequest where it is none of ours, or not
-    whole."""
+    """Read the metadata of a latents file. Raises BadRequest where it is foreign or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             raw = (file.metadata() or {}).get(METADATA)
@@ -116,92 +96,95 @@ def read_provenance(path: Path) -> Provenance:
         raise _unreadable(path, error) from error
     if raw is None:
         raise BadRequest(
-            f"{path} does not say how its clip is finished",
+            f"{path} does not describe its clip",
             got=f"a safetensors file without the metadata {METADATA!r}",
-            wanted=f"<id>{SUFFIX} as `pw generate` of this version leaves it",
-            do="if an older version wrote it, `pw generate --noise` repeats its run",
+            wanted=f"a file <id>{SUFFIX} that `pw generate` left",
+            do="if an older version wrote it, repeat its run with `pw generate --noise`",
         )
     try:
-        origin = _PROVENANCE.validate_json(raw)
+        provenance = _PROVENANCE.validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the metadata"
         raise BadRequest(
-            f"{path} says something else about its clip than this version reads",
+            f"{path} has metadata that this version cannot read",
             got=f"format {_format_of(raw)}; {where}: {first['msg']}",
-            wanted="format 1",
+            wanted="format 1 or 2",
             do="finish it with the version of pw that wrote it",
         ) from error
-    check_preset(origin.preset, str(path))
-    make_prompts([(origin.prompt.id, origin.prompt.text)])
-    return origin
+    check_preset(provenance.preset, str(path))
+    make_prompts([(provenance.prompt.id, provenance.prompt.text)])
+    return provenance
 
 
 def is_resumable(path: Path) -> bool:
-    """Whether this is a latents file that `pw decode` could finish a clip from."""
+    """Tell whether `pw decode` could finish a clip from this file."""
     try:
-        origin = read_provenance(path)
+        provenance = read_provenance(path)
         with safe_open(path, framework="pt") as file:
-            return f"{list(origin.stages)[-1]}_latent" in file.keys()  # noqa: SIM118
+            return f"{list(provenance.stages)[-1]}_latent" in file.keys()  # noqa: SIM118
     except (BadRequest, OSError, SafetensorError):
         return False
 
 
 def check_latents(path: Path, bundle: Bundle) -> Provenance:
-    """Read a latents file wholly and check that `bundle` can finish its clip.
+    """Read a latents file completely and check that `bundle` can finish its clip.
 
     Raises BadRequest naming what is wrong and what to do.
     """
-    origin = read_provenance(path)
-    if origin.vae != vae_digest(bundle):
+    provenance = read_provenance(path)
+    if provenance.vae != vae_digest(bundle):
         raise BadRequest(
             f"{path} was made for another VAE",
             got=f"{bundle.root}, whose VAE has the digest {vae_digest(bundle)[:16]}",
-            wanted=f"a VAE with the digest {origin.vae[:16]}, as in the bundle with the digest "
-            f"{origin.bundle['digest'][:16]}",
+            wanted=f"a VAE with the digest {provenance.vae[:16]}, as in the bundle with the digest "
+            f"{provenance.bundle['digest'][:16]}",
             do="give that bundle to --model; another decoder makes other pictures",
         )
-    read_latent(path, origin, list(origin.stages)[-1], torch.device("cpu"))
-    return origin
+    read_latent(path, provenance, list(provenance.stages)[-1], torch.device("cpu"))
+    return provenance
 
 
-def read_latent(path: Path, origin: Provenance, stage: StageName, device: torch.device) -> Latent:
-    """A stage's latent, [C, T, H, W] fp32 on `device`, bit for bit as it was computed.
+def read_latent(
+    path: Path, provenance: Provenance, stage: StageName, device: torch.device
+) -> Latent:
+    """Read a stage's latent, [C, T, H, W] fp32 on `device`, bit for bit as it was computed.
 
     Raises BadRequest where it is missing, of another shape or dtype, or not finite.
     """
-    told = read_provenance(path)
-    if (told.prompt, told.noise, told.seeds) != (origin.prompt, origin.noise, origin.seeds):
+    stored = read_provenance(path)
+    expected = (provenance.prompt, provenance.noise, provenance.seeds)
+    if (stored.prompt, stored.noise, stored.seeds) != expected:
         raise BadRequest(
-            f"{path} is not that of this clip any more",
-            got=f"the latents of {told.prompt.text[:60]!r} with other noise",
+            f"{path} no longer belongs to this clip",
+            got=f"the latents of {stored.prompt.text[:60]!r} with other noise",
             do="give two runs two --out folders, and run this one again",
         )
-    name, shape = f"{stage}_latent", latent_shape(origin.stages[stage], origin.preset.video)
+    name, shape = f"{stage}_latent", latent_shape(provenance.stages[stage], provenance.preset.video)
     try:
         with safe_open(path, framework="pt") as file:
-            found = name in file.keys()  # noqa: SIM118 (it has no __contains__)
-            x = file.get_tensor(name) if found else None
+            present = name in file.keys()  # noqa: SIM118 (it has no __contains__)
+            x = file.get_tensor(name) if present else None
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
     if x is None:
         raise BadRequest(
             f"{path} ends before the {stage} stage",
             got=f"no {name}",
-            do=f"run `pw generate` again with --seed {origin.seeds['base']}",
+            do=f"run `pw generate` again with --seed {provenance.seeds['base']}",
         )
     if x.shape != shape or x.dtype != torch.float32:
         raise BadRequest(
-            f"{path} does not fit its own preset",
+            f"{path} contradicts its own preset",
             got=f"{name} {list(x.shape)} of {x.dtype}",
             wanted=f"{name} {list(shape)} of torch.float32",
-            do="take the file as `pw generate` wrote it",
+            do="use the file as `pw generate` wrote it",
         )
     if not x.isfinite().all():
         raise BadRequest(
-            f"{path} holds NaN or infinity, of which no picture can be made",
+            f"{path} contains NaN or infinity",
             got=name,
-            do="take the file as `pw generate` wrote it: that one was finite",
+            do="use the file as `pw generate` wrote it: it was finite then",
         )
     return Latent(x=x.to(device))
 
@@ -210,14 +193,14 @@ def _unreadable(path: Path, error: Exception) -> BadRequest:
     return BadRequest(
         f"cannot read the latents file {path}",
         got="a folder" if path.is_dir() else error,
-        wanted=f"a whole file <id>{SUFFIX} that `pw generate` left",
+        wanted=f"a complete file <id>{SUFFIX} that `pw generate` left",
         do="check the path; if the file was copied, copy it again",
     )
 
 
 def _format_of(raw: str) -> object:
     try:
-        told = json.loads(raw)
+        metadata = json.loads(raw)
     except (ValueError, RecursionError):
         return "unknown"
-    return told.get("format", "unknown") if isinstance(told, dict) else "unknown"
+    return metadata.get("format", "unknown") if isinstance(metadata, dict) else "unknown"

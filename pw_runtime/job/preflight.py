@@ -1,23 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be refused is refused before anything is computed."""
+"""Everything that is checked, selected and planned before anything is computed."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from pw_kernels.attention.libraries import available
+from pw_kernels.launcher import tally
 from pw_kernels.library import library, status
+from pw_kernels.op import using
+from pw_runtime.checkpoint.bundle import Bundle, verify
+from pw_runtime.checkpoint.loader import check_networks
 from pw_runtime.errors import BadRequest
+from pw_runtime.execution.decoder_lookup import select_decoder_engines
+from pw_runtime.execution.engine_lookup import EngineSet, select_engines
+from pw_runtime.job.clip import refuse_overwriting_latents, start_clip
+from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import SUFFIX
+from pw_runtime.job.run import Run
+from pw_runtime.planning.oom_fallback import plan_run
+from pw_runtime.sampling.noise import load_noise
 from pw_runtime.stages.codecs import check_codec
-from pw_runtime.types import Precision, Request
+from pw_runtime.system.progress import Reporter
+from pw_runtime.system.trace import Stopwatch, span
+from pw_runtime.types import Network, Precision, Request, RunOptions
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU. Raises BadRequest."""
+    """Return the named device; `auto` is the first CUDA device, or else the CPU.
+
+    Raises BadRequest for a device that is unknown or absent.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -39,22 +57,69 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def default_precision(wanted: Precision | None, device: torch.device) -> Precision:
-    """That of --precision, else what fits the device."""
-    return wanted or ("fp32" if device.type == "cpu" else "bf16")
+def default_precision(requested: Precision | None, device: torch.device) -> Precision:
+    """Return the requested precision, or else the device's default."""
+    return requested or ("fp32" if device.type == "cpu" else "bf16")
+
+
+@contextmanager
+def prepare(request: Request, bundle: Bundle, reporter: Reporter) -> Iterator[Run]:
+    """Check a request, select its engines and plan it; yield the run to compute inside the block.
+
+    Raises:
+        BadRequest, BadWeights: the request or the bundle cannot work.
+    """
+    check_request(request)
+    options, noise = request.options, {}
+    if request.noise is not None:
+        noise = load_noise(request.noise, request.stages, request.preset.video)
+    with span("check networks"):
+        check_networks(bundle, request.stages, options.attention_kernel)
+    tally.clear()
+    engines: dict[Network, EngineSet] = {}
+    with span("engines"):
+        for stage in request.stages:
+            engines[stage] = select_engines(bundle, stage, options, reporter.say)
+        engines["vae"] = select_decoder_engines(bundle, request.preset, options, reporter.say)
+    with span("plan"):
+        fallback = plan_run(request, bundle, reporter.say, engines)
+    tiling = fallback.plan.decode.tiling
+    with span("noise"):
+        clips = tuple(
+            start_clip(request, prompt, noise, bundle, engines, tiling)
+            for prompt in request.prompts
+        )
+    refuse_overwriting_latents(clips)
+    reporter.say(f"checking the files of {bundle.root}")
+    with span("check files"):
+        verify(bundle)
+    run = Run(request, bundle, clips, reporter, engines, fallback, Stopwatch(request.device))
+    if noise and len(clips) > 1:
+        text = f"every prompt of this run starts from the noise in {request.noise}"
+        run.add_notice(clips, "noise", text)
+    with computing(run.request.options), report_on_abort(clips, reporter):
+        yield run
+
+
+@contextmanager
+def computing(options: RunOptions) -> Iterator[None]:
+    """Compute without gradients, with the implementations of the operations that were chosen."""
+    with torch.inference_mode(), using(options.kernels, attention=options.attention_kernel):
+        yield
 
 
 def check_request(request: Request) -> None:
-    """Check codec, kernels and the output folder, which is made. Raises BadRequest."""
-    check_codec(request.codec, fragmented=request.fragmented)
+    """Check codec, kernels and the output folder, which is created. Raises BadRequest."""
+    options = request.options
+    check_codec(options.codec, fragmented=request.fragmented)
     _check_names(request)
-    if (request.kernels, request.attention_kernel) != ("reference", "reference"):
+    if (options.kernels, options.attention_kernel) != ("reference", "reference"):
         _check_kernels(request)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadRequest(
-            f"cannot make the output folder {request.out}",
+            f"cannot create the output folder {request.out}",
             got=error.strerror,
             do="choose another --out",
         ) from error
@@ -67,61 +132,64 @@ def check_request(request: Request) -> None:
 
 
 def _check_names(request: Request) -> None:
-    """Raise BadRequest where one file of the run would take the place of another, or of --noise."""
+    """Raise BadRequest where one file of the run would replace another, or the noise file."""
     ids = {prompt.id for prompt in request.prompts}
-    for one in sorted(ids):
-        if request.fragmented and f"{one}.partial" in ids:
+    for prompt_id in sorted(ids):
+        if request.fragmented and f"{prompt_id}.partial" in ids:
             raise BadRequest(
-                f"with --fragmented the clip {one} grows under the name of the clip {one}.partial",
+                f"with --fragmented, the partial video of prompt {prompt_id} has the name of the "
+                f"clip {prompt_id}.partial",
                 do="change one of the two ids",
             )
-        if request.noise and request.noise.absolute() == (request.out / (one + SUFFIX)).absolute():
+        latents = request.out / (prompt_id + SUFFIX)
+        if request.noise and request.noise.absolute() == latents.absolute():
             raise BadRequest(
-                f"the run would replace its noise file {request.noise} by latents of its own",
-                do="choose another --out, or give a copy of the file to --noise",
+                f"the run would replace its noise file {request.noise} with latents of its own",
+                do="choose another --out, or give --noise a copy of the file",
             )
 
 
 def _check_kernels(request: Request) -> None:
-    """Raise BadRequest where kernels are asked for that could not run."""
-    attention = request.attention_kernel
+    """Raise BadRequest for kernels that could not run."""
+    options = request.options
+    attention = options.attention_kernel
     if request.device.type != "cuda":
         raise BadRequest(
             "kernels other than the reference need a CUDA device",
             got=f"device {request.device}",
             do="leave --kernels and --attention out: the reference runs everywhere",
         )
-    if attention != "reference" and request.precision != "bf16":
+    if attention != "reference" and options.precision != "bf16":
         raise BadRequest(
             f"attention as {attention} computes in bf16",
-            got=f"precision {request.precision}",
+            got=f"precision {options.precision}",
             do="add --precision bf16, or --attention reference",
         )
-    if request.kernels == "triton" and request.preset.compat.bf16_einsum:
+    if options.kernels == "triton" and request.preset.compat.bf16_einsum:
         raise BadRequest(
-            "the kernel of the solver's step does not round as compat.bf16_einsum asks",
+            "the solver's kernel does not round as compat.bf16_einsum demands",
             got="--kernels triton with a preset that sets it",
             do="leave --kernels out; --attention alone may stay",
         )
-    if request.kernels == "triton" and request.policy == "engines":
+    if options.kernels == "triton" and options.policy == "engines":
         raise BadRequest(
-            "engines do not take our kernels of single operations",
+            "engines cannot contain the kernels of single operations",
             got="--kernels triton with --policy engines",
-            do="leave one of them out; --attention goes with engines",
+            do="leave one of them out; --attention works with engines",
         )
     if not available(attention):
         raise BadRequest(
             f"{attention} is not installed", do=f"pip install {attention}, or choose another one"
         )
-    if not {request.kernels, attention} & {"triton", "gluon"}:
+    if not {options.kernels, attention} & {"triton", "gluon"}:
         return
     try:
         compiled = library()
     except RuntimeError as error:
-        raise BadRequest(str(error), do="unset it, or build the library again") from error
+        raise BadRequest(str(error), do="unset it, or rebuild the library") from error
     if compiled is None and importlib.util.find_spec("triton") is None:
         raise BadRequest(
-            "there is neither a compiled library of kernels nor Triton",
+            "neither a compiled kernel library nor Triton is installed",
             got=status(),
             do="pip install 'pixelwizard-runtime[cuda]', or leave --kernels out",
         )

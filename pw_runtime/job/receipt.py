@@ -20,7 +20,7 @@ VERSIONED = ("pixelwizard-runtime", "torch", "transformers", "safetensors", "av"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """Content of `<id>.json`. Whoever changes the meaning of a field raises `format`."""
+    """Content of `<id>.json`. Bump `format` when the meaning of a field changes."""
 
     prompt: dict[str, Any]
     negative: str
@@ -32,11 +32,12 @@ class Receipt:
     bundle: dict[str, str]
     video: dict[str, Any]
     seconds: dict[str, float]
-    engines: dict[str, dict[str, str]]  # network -> backend, and why that
+    engines: dict[str, dict[str, str]]  # network -> backend and reason
     notices: list[str]
+    fallbacks: list[str]  # the notices about what was computed in another way than planned
     versions: dict[str, str]
-    # Of the run; absent from the file where the clip was finished by another run than the one
-    # that made its latents. That run then tells its own.
+    # Absent where another run than the one that made the latents finished the clip: that run's
+    # figures are then in `finished_from_latents`.
     peak_memory_bytes: dict[str, int] | None
     plan: dict[str, Any] | None  # decisions; by stage predicted and measured peaks, in bytes
     kernel_launches: dict[str, dict[str, int]] | None  # kernel -> library or jit -> so far
@@ -57,11 +58,11 @@ def write_receipt(receipt: Receipt, path: Path) -> None:
 
 
 def kernel_launches() -> dict[str, dict[str, int]]:
-    """How often each of our kernels was launched, out of the compiled library and by Triton."""
-    found: dict[str, dict[str, int]] = {}
+    """Count the launches of each of our kernels, from the compiled library and by Triton."""
+    launches: dict[str, dict[str, int]] = {}
     for (kernel, launcher), count in sorted(tally.items()):
-        found.setdefault(kernel, {})[launcher] = count
-    return found
+        launches.setdefault(kernel, {})[launcher] = count
+    return launches
 
 
 def versions() -> dict[str, str]:

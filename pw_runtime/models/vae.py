@@ -7,6 +7,8 @@ whose products are bf16 while norms and softmax stay fp32.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +78,8 @@ class VaeDecoder(nn.Module):
     `coarse` holds all that needs the whole frame (its attention sees every position); `fine`
     is purely convolutional, so strips of it with a large enough halo give the same result.
     """
+
+    exact_tiling: Literal["bands", "halo"] = "bands"  # how an exact decode is divided into tiles
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each stage fits into memory, how long it takes, and what to do when it does not fit."""
+"""Memory and time of each stage in closed form, the choice that fits, and the fallback."""

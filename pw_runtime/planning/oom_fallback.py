@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways a run takes through its stages, and the next one where memory ran out all the same."""
+"""The plan of a run in progress: where a stage runs out of memory, it takes its next candidate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import gc
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -15,138 +16,203 @@ from pw_engines import EngineError
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.errors import BadResult
 from pw_runtime.execution.engine_lookup import EngineSet
-from pw_runtime.planning.planner import Candidate, Candidates, candidates, fits, make_plan, plan_of
-from pw_runtime.planning.workload import budget_of, workload_of
+from pw_runtime.planning.candidates import Candidate, Candidates, candidates
+from pw_runtime.planning.planner import fits, make_plan, plan_of
+from pw_runtime.planning.workload import budget_of, workload
 from pw_runtime.system.machine import peak_memory, reset_peak_memory, return_freed_memory
-from pw_runtime.system.progress import Reporter
-from pw_runtime.system.trace import span
+from pw_runtime.system.step import Step
+from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import Budget, Network, Place, Request, RunPlan
 
+Net = TypeVar("Net")
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 class OomFallback:
-    """The plan of a run as it goes on: a stage that runs out of memory takes its next way.
+    """The plan of a run, which changes when a stage runs out of memory.
 
     Attributes:
-        plan: as it is now.
+        plan: the current plan.
         measured: peak bytes by stage, of the process and of the device's allocator.
     """
 
-    def __init__(self, ways: Candidates, budget: Budget, device: torch.device) -> None:
+    def __init__(self, stages: Candidates, budget: Budget, device: torch.device) -> None:
         """Make the plan. Raises BadRequest where nothing fits."""
-        self.plan: RunPlan = make_plan(ways, budget)
+        self.plan: RunPlan = make_plan(stages, budget)
         self.measured: dict[str, dict[str, int]] = {}
-        self._ways = ways
-        self._at = {
-            stage: next(i for i, way in enumerate(ladder) if fits(way.memory, budget))
-            for stage, ladder in ways.items()
+        self._stages = stages
+        self._index = {
+            stage: next(i for i, option in enumerate(options) if fits(option.memory, budget))
+            for stage, options in stages.items()
         }
         self._device = device
 
     @contextmanager
-    def measuring(self, stage: str) -> Iterator[None]:
-        """Take the peak of what happens inside for that of the stage."""
-        free_memory(self._device)  # of the stages before
+    def track_peak(self, stage: str) -> Iterator[None]:
+        """Record the peak memory inside the block as the stage's."""
+        free_memory(self._device)  # left by earlier stages
         reset_peak_memory(self._device)
         try:
             yield
         finally:
-            self.measure(stage)
+            self.record_peak(stage)
 
-    def measure(self, stage: str) -> None:
-        """Note the peak since the stage began."""
+    def record_peak(self, stage: str) -> None:
+        """Record the peak since the stage began."""
         self.measured[stage] = peak_memory(self._device)
 
     def peaks(self) -> dict[str, int]:
-        """The highest of all stages, by place."""
+        """Return the highest peak of all stages, by place."""
         places = {place for peaks in self.measured.values() for place in peaks}
         return {p: max(peaks.get(p, 0) for peaks in self.measured.values()) for p in sorted(places)}
 
-    def attempt(
-        self,
-        stage: str,
-        work: Callable[[], Result],
-        release: Callable[[], None],
-        notify: Callable[[str], None],
-        *,
-        loading: bool = False,
-    ) -> Result:
-        """Do something of a stage; where memory runs out, do it again in a smaller way.
+    def next_smaller(self, stage: str, *, loading: bool) -> int | None:
+        """Find the stage's next candidate that takes less of the scarce memory and fits the budget.
 
         Args:
-            stage: that the work belongs to.
-            work: reads the plan each time, and leaves everything as before where it fails.
-            release: lets go what was loaded for the way so far.
-            notify: told that, and how it goes on.
-            loading: the weights are what does not fit: only ways with less of them help.
+            stage: the stage that ran out of memory.
+            loading: the weights did not fit: only candidates with smaller weights help.
 
-        Raises:
-            Whatever `work` raises where memory is not the reason or no way is left.
+        Returns:
+            Its index, or None where there is none.
         """
-        while True:
-            try:
-                return work()
-            except Exception as error:
-                lacking = out_of_memory(error)
-                smaller = self._smaller(stage, loading=loading) if lacking else None
-                if lacking is None or smaller is None:
-                    raise
-                text = str(lacking.got)
-            # Out of the block above, which holds the tensors of what failed.
-            self._at[stage] = smaller
-            taken: Mapping[str, Candidate[Any]] = {
-                name: ways[self._at[name]] for name, ways in self._ways.items()
-            }
-            told = f"{stage}: memory ran out ({text}); it goes on with {taken[stage].name}"
-            notify(told)
-            self.plan = plan_of(self.plan.budget, taken, (*self.plan.decisions, told))
-            release()
-            # Only here: what failed may hang in a cycle of tracebacks, what ended well does not,
-            # and going through all objects of a program takes a sixth of a second.
-            gc.collect()
-            free_memory(self._device)
-
-    def _smaller(self, stage: str, *, loading: bool) -> int | None:
-        """The next way of a stage that takes less where memory is short, and fits the budget."""
-        ways, budget = self._ways[stage], self.plan.budget
-        now = ways[self._at[stage]]
-        place: Place = "host" if budget.device is None else "device"
-        for index in range(self._at[stage] + 1, len(ways)):
-            way = ways[index]
-            less = way.memory.peak(place) < now.memory.peak(place)
-            if less and fits(way.memory, budget) and (way.weights < now.weights or not loading):
+        options, budget = self._stages[stage], self.plan.budget
+        current = options[self._index[stage]]
+        scarce: Place = "host" if budget.device is None else "device"
+        for index in range(self._index[stage] + 1, len(options)):
+            option = options[index]
+            smaller = option.memory.peak(scarce) < current.memory.peak(scarce)
+            lighter = option.weights < current.weights or not loading
+            if smaller and lighter and fits(option.memory, budget):
                 return index
         return None
 
-    def account(self) -> dict[str, Any]:
-        """For the receipt: what was decided, predicted and measured, in bytes."""
+    def fall_back(self, stage: str, index: int, cause: str) -> str:
+        """Change the plan to another candidate of a stage; return the message about it."""
+        self._index[stage] = index
+        chosen: Mapping[str, Candidate[Any]] = {
+            name: options[self._index[name]] for name, options in self._stages.items()
+        }
+        message = f"{stage}: out of memory ({cause}); retrying with {chosen[stage].name}"
+        self.plan = plan_of(self.plan.budget, chosen, (*self.plan.decisions, message))
+        return message
+
+    def collect_garbage(self) -> None:
+        """Free what a failed attempt left."""
+        # why only after failures: tracebacks can form cycles, what ended well does not, and
+        # visiting all objects of a program takes a sixth of a second.
+        gc.collect()
+        free_memory(self._device)
+
+    def memory_report(self) -> dict[str, Any]:
+        """Return decisions and predicted and measured peaks, in bytes, for the receipt."""
+        budget = self.plan.budget
+        places: tuple[Place, ...] = ("host",) if budget.device is None else ("host", "device")
         return {
-            "budget": {"host": self.plan.budget.host, "device": self.plan.budget.device},
+            "budget": {"host": budget.host, "device": budget.device},
             "decisions": list(self.plan.decisions),
             "stages": {
-                one.stage: {
-                    "predicted": {
-                        place: one.peak(place)
-                        for place in ("host", "device")
-                        if place == "host" or self.plan.budget.device is not None
-                    },
-                    "measured": self.measured.get(one.stage),
+                memory.stage: {
+                    "predicted": {place: memory.peak(place) for place in places},
+                    "measured": self.measured.get(memory.stage),
                 }
-                for one in self.plan.stages
+                for memory in self.plan.stages
             },
         }
 
 
+class LazyNetwork(Generic[Net]):
+    """The network of a stage: loaded at first use, and again, smaller, after running out of memory.
+
+    A context manager that releases the network at its end.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        load: Callable[[RunPlan], Net],
+        fallback: OomFallback,
+        stopwatch: Stopwatch,
+        *,
+        label: str,
+        close: Callable[[Net], None] = lambda net: None,
+    ) -> None:
+        """Load with `load` as the current plan says; `stopwatch` counts the seconds as "load".
+
+        `label` names the network in traces, and `close` runs before the network is released.
+        """
+        self._stage, self._load, self._close = stage, load, close
+        self._fallback, self._stopwatch, self._label = fallback, stopwatch, label
+        self._net: Net | None = None
+
+    def __enter__(self) -> LazyNetwork[Net]:
+        """Load nothing yet."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the network."""
+        self._release()
+
+    def run(
+        self,
+        step: Step,
+        compute: Callable[Concatenate[Net, Arguments], Result],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        """Return `compute(network, *args, **kwargs)`; retry with a smaller plan when out of memory.
+
+        Args:
+            step: shows the progress of each attempt, and tells the user about a fallback.
+            compute: leaves everything as before where it fails.
+            args: its further arguments.
+            kwargs: its keyword arguments.
+
+        Raises:
+            Whatever loading or `compute` raises, where memory is not the cause or no smaller
+            candidate is left.
+        """
+        while True:
+            try:
+                if self._net is None:
+                    with self._stopwatch.stage("load", self._label):
+                        self._net = self._load(self._fallback.plan)
+                with step.attempt():
+                    return compute(self._net, *args, **kwargs)
+            except Exception as error:
+                cause = out_of_memory(error)
+                if cause is None:
+                    raise
+                index = self._fallback.next_smaller(self._stage, loading=self._net is None)
+                if index is None:
+                    raise
+                reason = str(cause.got)
+            # Outside the block above, whose exception holds the tensors of what failed.
+            step.add_notice("fallback", self._fallback.fall_back(self._stage, index, reason))
+            self._release()
+            self._fallback.collect_garbage()
+
+    def _release(self) -> None:
+        if self._net is not None:
+            self._close(self._net)
+            self._net = None
+
+
 def free_memory(device: torch.device) -> None:
-    """Give what was freed back to the system and the device."""
+    """Return freed memory to the system and to the device."""
     with span("free memory"):
         return_freed_memory()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-# What PyTorch, CUDA, its libraries and TensorRT say.
+# In the words of PyTorch, CUDA, its libraries and TensorRT.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|could not allocate|alloc_failed",
     re.IGNORECASE,
@@ -154,49 +220,45 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def out_of_memory(error: BaseException) -> BadResult | None:
-    """The one clear error for what torch, Python and engines raise when memory runs out."""
-    found: BaseException | None = error
-    while found is not None:
+    """Return one clear error for what torch, Python and engines raise when out of memory."""
+    cause: BaseException | None = error
+    while cause is not None:
         kinds = (MemoryError, torch.OutOfMemoryError)
-        words = isinstance(found, RuntimeError | EngineError) and _OUT_OF_MEMORY.search(str(found))
-        if isinstance(found, kinds) or words:
+        words = isinstance(cause, RuntimeError | EngineError) and _OUT_OF_MEMORY.search(str(cause))
+        if isinstance(cause, kinds) or words:
             return BadResult(
-                "memory ran out",
-                got=str(found).splitlines()[0] if str(found) else type(found).__name__,
-                do="free memory, take a smaller preset or fewer frames, or bf16: --precision for "
-                "the transformers, --vae-precision for the decode; `pw plan` says what each takes",
+                "out of memory",
+                got=str(cause).splitlines()[0] if str(cause) else type(cause).__name__,
+                do="free memory, choose a smaller preset or fewer frames, or bf16: --precision for "
+                "the transformers, --vae-precision for the decode; `pw plan` shows what each takes",
             )
-        found = found.__cause__
+        cause = cause.__cause__
     return None
 
 
-def fit(
+def plan_run(
     request: Request,
     bundle: Bundle,
-    reporter: Reporter,
+    say: Callable[[str], None],
     engines: Mapping[Network, EngineSet],
     *,
     decode_only: bool = False,
 ) -> OomFallback:
-    """The plan of a run, or of its decode alone, said line by line. Raises BadRequest where nothing
-    fits."""
-    padded = any(
-        one.padded
-        for name, on in engines.items()
-        for one in on.choice.engines.values()
-        if name != "vae"
-    )
-    decoder_engines = engines["vae"].choice.backend != "eager"
-    work = workload_of(
-        request,
+    """Plan a run, or its decode alone, and report every decision.
+
+    Raises BadRequest where nothing fits.
+    """
+    work = workload(
         bundle.networks,
-        padded=padded,
-        decoder_engines=decoder_engines,
+        request.preset,
+        request.options,
+        padded=any(engines[stage].padded for stage in request.stages if stage in engines),
+        decoder_engines=engines["vae"].backend != "eager",
         decode_only=decode_only,
     )
     budget = budget_of(request.device, request.gpu_memory, request.host_memory)
-    ways = candidates(work, gpu=budget.device is not None, decode_only=decode_only)
-    fitting = OomFallback(ways, budget, request.device)
-    for decision in fitting.plan.decisions:
-        reporter.say(decision)
-    return fitting
+    stages = candidates(work, gpu=budget.device is not None, decode_only=decode_only)
+    fallback = OomFallback(stages, budget, request.device)
+    for decision in fallback.plan.decisions:
+        say(decision)
+    return fallback

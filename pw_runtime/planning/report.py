@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan as a user reads it."""
+"""The text of a plan, for users."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
-from pw_runtime.planning.decode_memory import FINE_CACHES
 from pw_runtime.planning.planner import budget_text, gib
 from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
 from pw_runtime.planning.transformer_memory import weight_bytes
@@ -16,30 +15,31 @@ from pw_runtime.types import Place, RunPlan, StageMemory
 
 
 def plan_report(work: Workload, plan: RunPlan, rates: Rates | None, *, verbose: bool) -> str:
-    """What each stage takes at its peak, how it runs and why; with every item where `verbose`.
+    """Describe what each stage takes at its peak, how it runs and why.
 
     Args:
         work: what was planned.
         plan: of `make_plan`.
         rates: of the machine, for times; None: no times.
-        verbose: list everything that lives at each peak.
+        verbose: list everything that is in memory at each peak.
     """
     return "\n".join(_lines(work, plan, rates, verbose))
 
 
 def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, float]:
-    """Estimated seconds of one clip."""
+    """Estimate the seconds of one clip, by stage."""
     video, last = work.preset.video, list(work.stages.values())[-1]
     times: dict[str, float] = {}
     for name, stage in work.stages.items():
-        way, config = plan.networks[name], work.transformers[name]
-        streamed = 0 if way.weights == "resident" else weight_bytes(config, work.precision).blocks
-        times[name] = denoise_seconds(config, stage, video, way, rates, streamed)
-    (decode,) = (one for one in plan.stages if one.stage == "decode")
+        chosen, config = plan.transformers[name], work.transformers[name]
+        sizes = weight_bytes(config, work.options.precision)
+        streamed = 0 if chosen.weights == "resident" else sizes.blocks
+        times[name] = denoise_seconds(config, stage, video, chosen, rates, streamed)
+    (decode,) = (memory for memory in plan.stages if memory.stage == "decode")
     on_host = sum(
         item.bytes
         for item in decode.items
-        if item.name == FINE_CACHES and item.place == "host" and plan.budget.device is not None
+        if item.kind == "caches" and item.place == "host" and plan.budget.device is not None
     )
     return times | {"decode": decode_seconds(work.vae, last, video, rates, on_host)}
 
@@ -47,17 +47,17 @@ def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, f
 def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) -> Iterator[str]:
     last, video = list(work.stages.values())[-1], work.preset.video
     gpu = plan.budget.device is not None
-    yield f"{video.frames} frames of {last.width}x{last.height}, {work.precision}"
+    yield f"{video.frames} frames of {last.width}x{last.height}, {work.options.precision}"
     yield f"budget: {budget_text(plan.budget)}"
     yield ""
     times = {} if rates is None else seconds_by_stage(work, plan, rates)
-    columns = ["stage", *(["GPU"] if gpu else []), "host", *(["a clip"] if times else [])]
+    columns = ["stage", *(["GPU"] if gpu else []), "host", *(["per clip"] if times else [])]
     yield _row(columns)
     for memory in plan.stages:
         peaks = [gib(memory.peak(place)) for place in _places(gpu=gpu)]
         time = [_time(times.get(memory.stage))] if times else []
         yield _row([memory.stage, *peaks, *time])
-    most = [gib(max(one.peak(place) for one in plan.stages)) for place in _places(gpu=gpu)]
+    most = [gib(max(memory.peak(place) for memory in plan.stages)) for place in _places(gpu=gpu)]
     yield _row(["peak", *most, *([_time(sum(times.values()))] if times else [])])
     yield ""
     yield from plan.decisions
@@ -69,7 +69,7 @@ def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) ->
 
 
 def latent_bytes(work: Workload) -> int:
-    """Bytes of the latents and the noise of one clip."""
+    """Return the bytes of the latents and the noise of one clip."""
     shapes = [latent_shape(stage, work.preset.video) for stage in work.stages.values()]
     return sum(2 * 4 * math.prod(shape) for shape in shapes)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a run will take: its arithmetic over the rates of a machine.
+"""Estimate how long a run takes: its arithmetic divided by the rates of a machine.
 
-An estimate before anything runs. Loading, conversion of pixels and encoding are not in it.
+Loading, conversion of pixels and encoding are not included.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def denoise_seconds(
     rates: Rates,
     streamed: int = 0,
 ) -> float:
-    """Of one clip's denoising stage; `streamed` bytes of weights come to the device every pass."""
+    """Estimate one clip's denoising stage; every pass copies `streamed` bytes of weights."""
     tokens = math.prod(latent_shape(stage, video)[1:]) // PATCH**2
     shapes = expected_shapes("draft", config)
     weights = sum(
@@ -78,20 +78,19 @@ def denoise_seconds(
         and ".cross_attn.k." not in name
         and ".cross_attn.v." not in name
     )
-    each = 4 * tokens * config.dim  # of one key for all tokens of one block
-    looks = config.num_layers * 2 - plan.share  # self-attentions of a step
+    per_key = 4 * tokens * config.dim  # FLOP of one key, for all tokens of one block
+    self_attentions = config.num_layers * 2 - plan.share_attention  # per step
     products = 2 * 2 * tokens * weights
-    attended = each * (tokens * looks + 2 * config.text_len * config.num_layers)
+    attended = per_key * (tokens * self_attentions + 2 * config.text_len * config.num_layers)
     computed = products / rates.matmul + attended / rates.attention
-    # Streamed weights come while the passes compute.
+    # Weights are streamed while the passes compute.
     return stage.steps * max(computed, 2 * streamed / rates.copy)
 
 
 def decode_seconds(
     config: VaeConfig, stage: StageConfig, video: VideoConfig, rates: Rates, on_host: int = 0
 ) -> float:
-    """Of one clip's decode; `on_host` bytes of past frames go to the device and back for each
-    latent frame."""
+    """Estimate one clip's decode; `on_host` bytes of past frames cross twice per latent frame."""
     _, frames, rows, columns = latent_shape(stage, video)
     first, later = _frame_flops(config)
     cells = rows * columns
@@ -102,11 +101,11 @@ def decode_seconds(
 
 
 def _frame_flops(config: VaeConfig) -> tuple[int, int]:
-    """Of the first latent frame and of a later one, on CELLS x CELLS."""
+    """Count the FLOP of the first latent frame and of a later one, on CELLS x CELLS."""
     counts = []
     with torch.device("meta"), torch.inference_mode():
         net, coarse, fine = VaeDecoder(config), CausalCache(), CausalCache()
-        for _ in range(3):  # the third is the first to have all of the past
+        for _ in range(3):  # only the third sees a full past
             with FlopCounterMode(display=False) as counter:
                 net.fine(net.coarse(torch.empty(config.z_dim, 1, CELLS, CELLS), coarse), fine)
             counts.append(counter.get_total_flops())
@@ -114,7 +113,7 @@ def _frame_flops(config: VaeConfig) -> tuple[int, int]:
 
 
 def measure_rates(device: torch.device, precision: Precision) -> Rates:
-    """Rates of this machine, from a second of work of each kind."""
+    """Measure the rates of this machine, with a third of a second of work of each kind."""
     gpu = device.type == "cuda"
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     size, tokens, side = (8192, 16384, 128) if gpu else (1024, 2048, 32)
@@ -143,16 +142,16 @@ def measure_rates(device: torch.device, precision: Precision) -> Rates:
 
 
 def _copied(device: torch.device) -> float:
-    """Bytes per second from pinned host memory to the device; no copy is needed on a CPU."""
+    """Measure bytes per second from pinned host memory to the device; infinite on a CPU."""
     if device.type == "cpu":
         return math.inf
     host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty_like(host, device=device)
-    return len(host) / _seconds(lambda: there.copy_(host, non_blocking=True), device)
+    target = torch.empty_like(host, device=device)
+    return len(host) / _seconds(lambda: target.copy_(host, non_blocking=True), device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The shortest of some runs, after one that warms up; about a third of a second in all."""
+    """Return the shortest of some runs after a warm-up, about a third of a second in all."""
     work()
     best, end = math.inf, time.perf_counter() + 0.3
     while time.perf_counter() < end:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lives at the peak of the text stage and of a denoising stage, in closed form: shapes times
-sizes, no network run.
+"""Peak memory of the text stage and of a denoising stage in closed form: no network runs.
 
 Tested against a count of every tensor that the stage really makes (tests/planning).
 """
@@ -26,6 +25,8 @@ from pw_runtime.types import (
     PATCH,
     DitConfig,
     MemoryItem,
+    MemoryKind,
+    Place,
     Precision,
     StageConfig,
     TextEncoderConfig,
@@ -40,11 +41,11 @@ PASSES = 2  # with the prompt and with its negative
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """Sizes of a transformer's weights as they are computed with."""
+    """Bytes of a transformer's weights in the precision they are used in."""
 
     blocks: int  # all of all blocks
     rest: int
-    places: int  # one block's, of the segments that have a place when weights are streamed
+    slots: int  # one block's, of the segments that have a slot when weights are streamed
     largest_text: int  # one block's keys and values of the text
 
 
@@ -57,12 +58,14 @@ def weight_bytes(config: DitConfig, precision: Precision) -> WeightBytes:
         sizes[name] = kept.numel() * kept.element_size()
     blocks = sum(size for name, size in sizes.items() if is_streamed(name))
     segments = segments_of(config, precision, 1)
-    taken = {name: sum(sizes[key] for key in one.weights) for name, one in segments.items()}
+    by_segment = {
+        name: sum(sizes[key] for key in segment.weights) for name, segment in segments.items()
+    }
     return WeightBytes(
         blocks=blocks,
         rest=sum(sizes.values()) - blocks,
-        places=sum(taken[name] for name in STREAMED),
-        largest_text=taken["text_keys_values"],
+        slots=sum(by_segment[name] for name in STREAMED),
+        largest_text=by_segment["text_keys_values"],
     )
 
 
@@ -76,16 +79,16 @@ def stage_memory(
     text_tokens: int | None = None,
     padded: bool = False,
 ) -> tuple[MemoryItem, ...]:
-    """Everything that lives on the device, and for weights on the host, at a stage's peak.
+    """List what is in memory at a stage's peak: on the device, and weights also on the host.
 
     Args:
         config: of its transformer.
         stage: size of the picture, sampler.
         video: length of the clip.
         precision: of the weights.
-        plan: how it is run.
+        plan: how it runs.
         text_tokens: of the prompt and of its negative each; None: as many as there can be.
-        padded: engines take whole parts alone.
+        padded: engines take whole chunks only.
 
     Returns:
         Items, the largest first.
@@ -93,13 +96,12 @@ def stage_memory(
     shape = latent_shape(stage, video)
     tokens = math.prod(shape[1:]) // PATCH**2
     if padded:
-        tokens = -(-tokens // plan.part) * plan.part
+        tokens = -(-tokens // plan.chunk) * plan.chunk
     low = 4 if precision == "fp32" else 2
     stream = tokens * config.dim  # elements of the residual stream
     latent = 4 * math.prod(shape)
-    part = min(plan.part, tokens)
+    chunk = min(plan.chunk, tokens)
     held = {
-        **_weights(config, precision, plan),
         "latents of the solver": LATENTS[stage.solver] * latent,
         "text keys and values": _text(config, low, text_tokens),
         "modulation": 4 * (config.num_layers + 1) * 6 * config.dim,
@@ -111,7 +113,7 @@ def stage_memory(
     heads = heads_at_once(tokens, config.num_heads, config.head_dim, low)
     some = tokens * heads * config.head_dim
     every = {"residual stream": 4 * stream}
-    if plan.share:
+    if plan.share_attention:
         every["first self-attention, shared"] = low * stream
     else:  # the second pass is the peak
         every["result of the first pass"] = latent
@@ -120,41 +122,46 @@ def stage_memory(
     norms = config.dim * ((12 if low == 2 else 8) + 3 * low)  # in fp32
     phases = [
         every | qkv | {f"attention of {heads} heads": low * some + 4 * tokens * heads},
-        every | qkv | {f"{part} tokens before attention": part * config.dim * (3 * low + 4 + low)},
+        every
+        | qkv
+        | {f"{chunk} tokens before attention": chunk * config.dim * (3 * low + 4 + low)},
         every
         | {
             "result of attention": low * stream,
-            f"{part} tokens after attention": part * (8 * config.dim + max(feed_forward, norms)),
+            f"{chunk} tokens after attention": chunk * (8 * config.dim + max(feed_forward, norms)),
         },
         {"step of the solver": SOLVER_STEP * latent},
     ]
     largest = max(phases, key=lambda phase: sum(phase.values()))
-    items = [MemoryItem(name=name, bytes=size, place="device") for name, size in held.items()]
-    items += _elsewhere(config, precision, plan)
-    items += [MemoryItem(name=name, bytes=size, place="device") for name, size in largest.items()]
+    items = _weights(config, precision, plan)
+    items += [
+        MemoryItem(name=name, kind="activations", bytes=size, place="device")
+        for name, size in (held | largest).items()
+    ]
     return tuple(sorted(items, key=lambda item: -item.bytes))
 
 
-def _weights(config: DitConfig, precision: Precision, plan: TransformerPlan) -> dict[str, int]:
-    weights = weight_bytes(config, precision)
+def _weights(config: DitConfig, precision: Precision, plan: TransformerPlan) -> list[MemoryItem]:
+    """List the weights in memory; the bundle's files are not counted."""
+    sizes = weight_bytes(config, precision)
     if plan.weights == "resident":
-        return {"weights": weights.blocks + weights.rest}
-    return {"weights of no block": weights.rest, "places for one block": weights.places}
-
-
-def _elsewhere(config: DitConfig, precision: Precision, plan: TransformerPlan) -> list[MemoryItem]:
-    """What weights that are not resident take in host memory; the bundle's files are no part."""
-    weights = weight_bytes(config, precision)
-    if plan.weights == "resident":
-        return []
-    found = {"one block's weights on their way": weights.places}
+        return [_item("weights", "weights", sizes.blocks + sizes.rest, "device")]
+    items = [
+        _item("weights outside the blocks", "weights", sizes.rest, "device"),
+        _item("slots for one block", "weights", sizes.slots, "device"),
+        _item("one block's weights in transit", "staging", sizes.slots, "host"),
+    ]
     if plan.weights == "streamed":
-        found["weights of the blocks"] = weights.blocks
-    return [MemoryItem(name=name, bytes=size, place="host") for name, size in found.items()]
+        items.append(_item("weights of the blocks", "staging", sizes.blocks, "host"))
+    return items
+
+
+def _item(name: str, kind: MemoryKind, size: int, place: Place) -> MemoryItem:
+    return MemoryItem(name=name, kind=kind, bytes=size, place=place)
 
 
 def _text(config: DitConfig, low: int, text_tokens: int | None) -> int:
-    """Keys and values of every block for both texts."""
+    """Return the bytes of keys and values of every block for both texts."""
     rows = config.text_len if text_tokens is None else text_tokens
     rows += len(pad_biases(config.text_len - rows, DTYPES["fp32" if low == 4 else "bf16"]))
     return PASSES * config.num_layers * 2 * rows * config.dim * low
@@ -163,18 +170,15 @@ def _text(config: DitConfig, low: int, text_tokens: int | None) -> int:
 def text_memory(
     config: TextEncoderConfig, precision: Precision, tokens: int = 512
 ) -> tuple[MemoryItem, ...]:
-    """Weights, and one layer's work on a text of `tokens` tokens."""
+    """List the weights, and one layer's work on a text of `tokens` tokens."""
     low = 4 if precision == "fp32" else 2
     shapes = expected_shapes("text_encoder", config).values()
     pairs = tokens * tokens
-    # The bias of every pair of positions, twice; or the whole numbers that it is looked up by.
+    # The bias of every pair of positions, twice; or the integers that index it.
     attention = max(2 * low * config.num_heads * pairs, 54 * pairs)
+    weights = low * sum(math.prod(shape) for shape in shapes)
     return (
-        MemoryItem(
-            name="weights of the text encoder",
-            bytes=low * sum(math.prod(shape) for shape in shapes),
-            place="device",
-        ),
-        MemoryItem(name="biases of the attention", bytes=attention, place="device"),
-        MemoryItem(name="hidden states", bytes=7 * low * tokens * config.dim, place="device"),
+        _item("weights of the text encoder", "weights", weights, "device"),
+        _item("attention biases", "activations", attention, "device"),
+        _item("hidden states", "activations", 7 * low * tokens * config.dim, "device"),
     )

@@ -8,19 +8,19 @@ import torch.nn.functional as F
 from pw_runtime.types import PATCH, VAE_STRIDE, Conditioning, Latent, StageConfig
 
 
-def condition(draft: Latent, plan: StageConfig) -> Conditioning:
+def resize_draft(draft: Latent, config: StageConfig) -> Conditioning:
     """Resize every latent frame to the high-res token grid (bilinear, corners not aligned).
 
     Source: _interpolate_cond_latent in PixelWizard's generate.py.
 
     Args:
         draft: [C, T, h, w].
-        plan: the high-res stage.
+        config: the high-res stage.
 
     Returns:
         [C, T, H/2, W/2], with H, W the latent size of the high-res stage.
     """
-    size = (plan.height // (VAE_STRIDE[1] * PATCH), plan.width // (VAE_STRIDE[2] * PATCH))
+    size = (config.height // (VAE_STRIDE[1] * PATCH), config.width // (VAE_STRIDE[2] * PATCH))
     frames = draft.x.transpose(0, 1)  # [T, C, h, w]
     frames = F.interpolate(frames, size=size, mode="bilinear", align_corners=False)
     return Conditioning(x=frames.transpose(0, 1).contiguous())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pw_kernels import pack_frames, pack_yuv
-from pw_runtime.models import VaeDecoder
+from pw_runtime.execution.protocols import Decoder
 from pw_runtime.models.causal_cache import CausalCache, Seam
 from pw_runtime.models.tiling import Strip, blend_ramp, exact_halo, make_bands, make_strips
 from pw_runtime.system.trace import span
@@ -27,37 +27,39 @@ BLOCK_STRIDE = VAE_STRIDE[2] // 2  # columns of 2x2 pixel blocks in one latent c
 COARSE_STRIDE = 2  # rows, and columns, that the coarse part makes of one
 
 
-def decode(
+def decode_frames(
+    vae: Decoder,
     latent: Latent,
-    plan: TilingConfig,
+    tiling: TilingConfig,
     compat: Compat,
-    vae: VaeDecoder,
     pixel_format: PixelFormat = "rgb24",
 ) -> Iterator[FrameChunk]:
     """Decode a clip, yielding its frames as they appear: one first, then four at a time.
 
-    Only the decoder's own memory of the past and one chunk of frames are held.
+    Only the decoder's caches of past frames and one chunk of frames are held.
 
     Args:
-        latent: [C, T, H, W] on the decoder's device.
-        plan: strips and how they are joined.
-        compat: official quirks.
         vae: the decoder.
+        latent: [C, T, H, W] on the decoder's device.
+        tiling: strips and how they are joined.
+        compat: official quirks.
         pixel_format: what the frames are packed as, on the decoder's device.
 
     Yields:
         Chunks in order, of 1 or 4 frames of 16 H x 16 W pixels.
 
     Raises:
-        ValueError: truncated bytes, which only RGB has, as another format.
+        ValueError: truncated bytes in a format other than RGB.
     """
     if compat.truncating_uint8 and pixel_format != "rgb24":
         raise ValueError(f"truncating_uint8 is for frames as rgb24, got {pixel_format}")
-    cut = _cut(plan, vae, *latent.x.shape[2:])
+    decode_frame = _tiled(vae, tiling, *latent.x.shape[2:])
     start = 0
     for frame in latent.x.split(1, dim=1):  # [C, 1, H, W]
         with torch.inference_mode(), span("chunk" if start else "first chunk"):
-            packed = _packed(cut(frame), latent, pixel_format, truncate=compat.truncating_uint8)
+            packed = _packed(
+                decode_frame(frame), latent, pixel_format, truncate=compat.truncating_uint8
+            )
         frames = len(packed)
         yield FrameChunk(start=start, pixel_format=pixel_format, frames=packed)
         del packed  # while the next chunk is made, this one must be free
@@ -65,26 +67,26 @@ def decode(
 
 
 # Colours of some rows of pixel blocks, [12, F, rows, 8 W], and, where strips were blended, the sum
-# of their weights by pixel column, [16 W], that the colours are still to be divided by
+# of their weights by pixel column, [16 W], by which the colours are yet to be divided
 Rows = tuple[Tensor, Tensor | None]
 # [C, 1, H, W] -> all rows of its frames, from the top
 DecodeFrame = Callable[[Tensor], Iterator[Rows]]
 
 
-def _cut(plan: TilingConfig, vae: VaeDecoder, height: int, width: int) -> DecodeFrame:
-    if plan.tiling == "official":
-        overlap = plan.overlap
-        return _official(vae, make_strips(width, plan.strips, overlap), width, overlap)
-    if isinstance(vae, VaeDecoder):
-        return _exact(vae, make_bands(height, plan.strips, vae.config), plan.caches)
-    overlap = max(plan.overlap, exact_halo(vae.config))
-    return _with_halo(vae, make_strips(width, plan.strips, overlap))
+def _tiled(vae: Decoder, tiling: TilingConfig, height: int, width: int) -> DecodeFrame:
+    if tiling.tiling == "official":
+        overlap = tiling.overlap
+        return _official(vae, make_strips(width, tiling.strips, overlap), width, overlap)
+    if vae.exact_tiling == "bands":
+        return _exact(vae, make_bands(height, tiling.strips, vae.config), tiling.caches)
+    overlap = max(tiling.overlap, exact_halo(vae.config))
+    return _with_halo(vae, make_strips(width, tiling.strips, overlap))
 
 
 def _packed(
     parts: Iterator[Rows], latent: Latent, pixel_format: PixelFormat, *, truncate: bool
 ) -> Tensor:
-    """Pack rows as they come; the frames of one chunk, as `FrameChunk` has them, on the CPU."""
+    """Pack rows as they arrive into one chunk's frames, laid out as in `FrameChunk`, on the CPU."""
     height, width = (16 * cells for cells in latent.x.shape[2:])
     frames, top = torch.empty(0), 0
     for blocks, weight in parts:
@@ -105,9 +107,9 @@ def _packed(
 
 
 def _place_planes(packed: Tensor, frames: Tensor, top: int) -> None:
-    """Write the planes of some rows, [F, 3/2 rows, width], into those of whole frames from `top`.
+    """Copy the planes of some rows, [F, 3/2 rows, width], into those of whole frames, from `top`.
 
-    Below Y lie U and V, each with half the rows and columns, two of their lines on one.
+    U and V follow Y, each with half the rows and columns, two of their lines in one.
     """
     (count, lines, width), height = packed.shape, frames.shape[1] * 2 // 3
     rows = lines * 2 // 3
@@ -116,8 +118,8 @@ def _place_planes(packed: Tensor, frames: Tensor, top: int) -> None:
     whole[:, :, top // 2 : (top + rows) // 2] = packed[:, rows:].view(count, 2, -1, width // 2)
 
 
-def _exact(vae: VaeDecoder, bands: tuple[slice, ...], caches: Place) -> DecodeFrame:
-    """Coarse part whole, fine part in bands of rows that hand on what the next one needs."""
+def _exact(vae: Decoder, bands: tuple[slice, ...], caches: Place) -> DecodeFrame:
+    """Decode the coarse part whole, the fine part in bands of rows, each passing on its seam."""
     coarse_cache, on_host = CausalCache(), caches == "host"
     memory = [CausalCache(on_host=on_host) for _ in bands]
 
@@ -134,10 +136,10 @@ def _exact(vae: VaeDecoder, bands: tuple[slice, ...], caches: Place) -> DecodeFr
     return decode_frame
 
 
-def _with_halo(vae: VaeDecoder, strips: tuple[Strip, ...]) -> DecodeFrame:
-    """Coarse part whole, fine part in strips that see as far as the convolutions reach.
+def _with_halo(vae: Decoder, strips: tuple[Strip, ...]) -> DecodeFrame:
+    """Decode the coarse part whole, the fine part in strips that include the convolutions' halo.
 
-    For engines: a strip needs nothing of the one before it but its own columns.
+    For engines: a strip is computed from its own columns alone.
     """
     coarse_cache = CausalCache()
     caches = [CausalCache() for _ in strips]
@@ -154,8 +156,8 @@ def _with_halo(vae: VaeDecoder, strips: tuple[Strip, ...]) -> DecodeFrame:
     return decode_frame
 
 
-def _official(vae: VaeDecoder, strips: tuple[Strip, ...], width: int, overlap: int) -> DecodeFrame:
-    """Every strip decoded as a picture of its own, then blended (decode.py of PixelWizard)."""
+def _official(vae: Decoder, strips: tuple[Strip, ...], width: int, overlap: int) -> DecodeFrame:
+    """Decode every strip as a picture of its own, then blend them (decode.py of PixelWizard)."""
     caches = [(CausalCache(), CausalCache()) for _ in strips]
     ramps = [blend_ramp(strip, width, overlap) for strip in strips]
 

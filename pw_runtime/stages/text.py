@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def clean_text(text: str) -> str:
-    """Mend encoding damage, resolve HTML entities twice, fold white space.
+    """Repair encoding damage, resolve HTML entities twice, collapse white space.
 
     Source: the "whitespace" cleaning of wan/modules/tokenizers.py.
     """
@@ -35,8 +35,8 @@ def tokenize(
 ) -> Tensor:
     """Token ids of a cleaned text, end token included.
 
-    A text longer than `text_len` tokens is cut as the official code cuts it. `notice` is told how
-    much was lost, and which words the tokenizer does not know.
+    A text longer than `text_len` tokens is truncated as by the official code. `notice` is called
+    with how much was lost, and with the words that the tokenizer does not know.
 
     Returns:
         [E] int64, E <= text_len.
@@ -45,33 +45,33 @@ def tokenize(
     # verbose: transformers would warn about the length; the notice below says it better.
     encoding = tokenizer(cleaned, verbose=False)
     whole = encoding.input_ids
-    unknown = [i for i, one in enumerate(whole) if one == tokenizer.unk_token_id]
+    unknown = [i for i, token in enumerate(whole) if token == tokenizer.unk_token_id]
     if unknown:
         spans = [encoding.token_to_chars(i) for i in unknown]
         words = dict.fromkeys(cleaned[span.start : span.end] for span in spans)
-        notice(f"unknown to this model, so it cannot draw them: {', '.join(words)}")
+        notice(f"words not in this model's vocabulary: {', '.join(words)}")
     ids = tokenizer(cleaned, truncation=True, max_length=text_len).input_ids
     if len(whole) > len(ids):
         notice(
-            f"text cut from {len(whole)} to {len(ids)} tokens, the limit of the model: "
+            f"text truncated from {len(whole)} to {len(ids)} tokens, the limit of the model: "
             f"{text[:60]}..."
         )
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def encode_text(
-    text: str, net: TextNetwork, text_len: int, notice: Callable[[str], None]
+    net: TextNetwork, text: str, text_len: int, notice: Callable[[str], None]
 ) -> Tensor:
     """Encode a prompt or a negative prompt.
 
     Args:
-        text: as the user wrote it.
         net: tokenizer and encoder.
+        text: as the user wrote it.
         text_len: most tokens that the transformers take.
-        notice: told when the text is cut, or has unknown words.
+        notice: called with a message when the text is truncated or has unknown words.
 
     Returns:
-        [E, text_dim] in the encoder's dtype, E <= text_len: a row for each real token.
+        [E, text_dim] in the encoder's dtype, E <= text_len: one row for each real token.
     """
     ids = tokenize(text, net.tokenizer, text_len, notice)
     return encode_tokens(net.encoder, ids.to(net.encoder.device))

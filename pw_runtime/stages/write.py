@@ -52,7 +52,7 @@ def write_video(
     frames: int,
     fps: int,
     codec: Codec,
-    growing: Path | None = None,
+    partial_video: Path | None = None,
 ) -> int:
     """Encode `frames` frames of `width` x `height` pixels into `path`; return its size in bytes.
 
@@ -62,18 +62,20 @@ def write_video(
     `chunks` produces the next one; at most three chunks are alive, including the one in production.
     `path` appears only when it is complete. Equal frames give equal files (docs/numerics.md).
 
-    `growing`, for the mp4 codecs only, gets the same packets as a fragmented mp4, which any player
-    can open in the meantime. It is removed once `path` exists and stays if writing fails.
+    `partial_video`, for the mp4 codecs, gets the same packets as a fragmented mp4, which any player
+    can open in the meantime. It is removed once `path` is complete, and stays when writing fails.
 
     Raises WriteFailed when the disk or the encoder fails, ValueError when the chunks are not the
     announced frames, BadRequest for a codec that is not available or cannot be fragmented. Errors
     of `chunks` are passed on.
     """
-    check_codec(codec, fragmented=growing is not None)
+    check_codec(codec, fragmented=partial_video is not None)
     clip = _Format(width=width, height=height, frames=frames, fps=fps)
     with atomic_file(path) as partial:
         try:
-            overlap(chunks, lambda ready: _encode(ready, partial, RECIPES[codec], clip, growing))
+            overlap(
+                chunks, lambda ready: _encode(ready, partial, RECIPES[codec], clip, partial_video)
+            )
             written = _packets(partial)
         except av.FFmpegError as error:
             raise write_failed(path, error) from error
@@ -85,8 +87,8 @@ def write_video(
                 do="run the same command again, with another codec if it happens again",
             )
         size = partial.stat().st_size
-    if growing is not None:
-        growing.unlink(missing_ok=True)
+    if partial_video is not None:
+        partial_video.unlink(missing_ok=True)
     return size
 
 
@@ -95,7 +97,7 @@ def _encode(
     path: Path,
     recipe: Recipe,
     clip: _Format,
-    growing: Path | None = None,
+    partial_video: Path | None = None,
 ) -> None:
     mp4 = recipe.suffix == ".mp4"
     container = av.open(
@@ -108,8 +110,8 @@ def _encode(
     copy: FragmentedMp4 | None = None
     try:
         stream = _open_stream(container, recipe, clip)
-        if growing is not None:
-            copy = FragmentedMp4(growing, stream, recipe.tag)
+        if partial_video is not None:
+            copy = FragmentedMp4(partial_video, stream, recipe.tag)
         for frame in _video_frames(chunks, clip, recipe.pix_fmt):
             with span("encode"):
                 _mux(stream.encode(frame), container, copy)

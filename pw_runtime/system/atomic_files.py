@@ -45,7 +45,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             raise
         raise write_failed(path, error) from error
     finally:
-        # Gone after a success; whatever else is wrong with it has been said by then.
+        # Gone after a success; any other error has been raised by then.
         with suppress(OSError):
             partial.unlink()
 
@@ -116,23 +116,23 @@ def _as_write_failed(path: Path) -> Iterator[None]:
 
 
 def partial_name(path: Path) -> Path:
-    """The name under which this process makes `path`."""
+    """Return the temporary name under which this process writes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def stale_partials(path: Path) -> list[Path]:
-    """What killed processes left of `path`."""
+    """List the temporary files of `path` that killed processes left."""
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.partial")
-    found = []
+    stale = []
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         match = pattern.fullmatch(entry.name)
         if match and not _alive(int(match[1])):
-            found.append(entry)
-    return found
+            stale.append(entry)
+    return stale
 
 
 def _alive(pid: int) -> bool:
-    # This process has made nothing yet; in containers a killed one often had the same number.
+    # This process has written nothing yet; in containers a killed one often had the same number.
     if pid == os.getpid():
         return False
     try:
@@ -167,7 +167,7 @@ def write_tensors(
 
 
 def write_failed(path: Path, error: Exception) -> WriteFailed:
-    """Say that `path` could not be written, why, and what to do about it."""
+    """Return the error that `path` could not be written, with the reason and what to do."""
     number = getattr(error, "errno", None)
     if number is None and (named := re.search(r"os error (\d+)", str(error))):
         number = int(named[1])  # safetensors has no other way to say it
@@ -181,7 +181,7 @@ def write_failed(path: Path, error: Exception) -> WriteFailed:
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
         remedy = "choose a place you may write to"
     else:
-        remedy = "mend the cause and run the same command again"
+        remedy = "fix the cause and run the same command again"
     return WriteFailed(f"cannot write {path}", got=reason, do=remedy)
 
 

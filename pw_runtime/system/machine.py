@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine has. Only the standard library is needed to import and to run this, so that
-it can tell what else is missing."""
+"""Facts about this machine, gathered with the standard library alone: anything may be missing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Items made in this thread, used up in another one."""
+"""Producer and consumer in two threads: items are made in this one, used up in the other."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Final, Generic, TypeVar
 
 Item = TypeVar("Item")
 
-QUEUED: Final = 2  # items made or in the making that the other thread has not taken yet
+QUEUED: Final = 2  # items made or being made that the other thread has not taken yet
 
 
 class _Stopped(BaseException):
-    """The maker of the items failed: the other thread unwinds, and nobody hears of this."""
+    """The producer failed: unwinds the consumer's thread, and is not reported."""
 
 
-class _Belt(Generic[Item]):
-    """What the two threads share."""
+class _Handoff(Generic[Item]):
+    """State shared by the two threads."""
 
     def __init__(self) -> None:
         self.waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()  # None: no more
         self.room = threading.Semaphore(0)  # how many items may be made
-        self.stop = threading.Event()  # the maker failed
-        self.over = threading.Event()  # the work ended, well or not
+        self.stop = threading.Event()  # the producer failed
+        self.over = threading.Event()  # the work ended, successfully or not
         self.failure: BaseException | None = None
 
-    def taken(self) -> Iterator[Item]:
-        """The items as the working thread gets them; none is made before it asks for one."""
+    def items(self) -> Iterator[Item]:
+        """Yield the items to the working thread; none is made before it asks for one."""
         self.room.release(QUEUED)
         while True:
             item = self.waiting.get()
@@ -39,12 +39,12 @@ class _Belt(Generic[Item]):
                 return
             self.room.release()
             yield item
-            del item  # while the next one is waited for, this one must be free
+            del item  # while waiting for the next item, this one must be free
 
     def run(self, work: Callable[[Iterator[Item]], None]) -> None:
-        """The working thread."""
+        """Run the working thread."""
         try:
-            work(self.taken())
+            work(self.items())
         except _Stopped:
             pass
         except BaseException as error:
@@ -55,38 +55,38 @@ class _Belt(Generic[Item]):
 
 
 def overlap(items: Iterable[Item], work: Callable[[Iterator[Item]], None]) -> None:
-    """Run `work(items)` in a thread of its own, while this one makes the next items.
+    """Run `work(items)` in another thread, while this one makes the next items.
 
-    At most three items are alive: the one that `work` holds and `QUEUED` more, the one in the
-    making among them. The first one is made when `work` asks for it. Whatever `work` raises is
-    raised here before another item is made. When making one fails, Ctrl-C included, `work` is
-    unwound from the place where it waits for the next. No thread is left either way.
+    At most three items are alive: the one that `work` holds and `QUEUED` more, including the one
+    being made. The first one is made when `work` asks for it. Whatever `work` raises is raised here
+    before another item is made. When making one fails, also by Ctrl-C, `work` is unwound from
+    where it waits for the next. No thread is left either way.
     """
-    belt: _Belt[Item] = _Belt()
-    inherited = copy_context()  # with the trace that records
-    thread = threading.Thread(target=inherited.run, args=(belt.run, work), name="pw-overlap")
+    handoff: _Handoff[Item] = _Handoff()
+    inherited = copy_context()  # includes the trace that records
+    thread = threading.Thread(target=inherited.run, args=(handoff.run, work), name="pw-overlap")
     iterator = iter(items)
     thread.start()
     try:
         while True:
-            belt.room.acquire()
-            if belt.over.is_set():
+            handoff.room.acquire()
+            if handoff.over.is_set():
                 break
             try:
                 item = next(iterator)
             except StopIteration:
                 break
-            belt.waiting.put(item)
+            handoff.waiting.put(item)
             del item
-        belt.waiting.put(None)
+        handoff.waiting.put(None)
         thread.join()
     except BaseException:
-        belt.stop.set()
-        belt.waiting.put(None)
+        handoff.stop.set()
+        handoff.waiting.put(None)
         thread.join()
         raise
-    if belt.failure is not None:
-        failure, belt.failure = belt.failure, None
+    if handoff.failure is not None:
+        failure, handoff.failure = handoff.failure, None
         try:
             raise failure
         finally:

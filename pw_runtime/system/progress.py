@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user sees while a run goes on: bars on a terminal, plain lines elsewhere."""
+"""Progress of a run: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ LINE_INTERVAL = 10.0  # seconds between plain lines of one stage
 
 
 class Advance(Protocol):
-    """Tells a progress display that steps are done."""
+    """Advances a progress display."""
 
     def __call__(self, done: float = 1) -> None:
         """Count `done` more steps."""
 
 
 class Reporter:
-    """Says on stderr what is happening; says nothing but warnings when quiet."""
+    """Prints progress on stderr; only warnings when quiet."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._console = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """One line of information."""
+        """Print a line, unless quiet."""
         if not self._quiet:
             self._console.print(text)
 
     def warn(self, text: str) -> None:
-        """A line that is shown even when quiet."""
+        """Print a line even when quiet."""
         self._console.print(text)
 
     def finished(self, path: Path) -> None:
-        """A clip is complete: its path on stdout, for scripts, also when quiet."""
+        """Print the path of a complete clip on stdout, for scripts, also when quiet."""
         print(path, flush=True)
 
     @contextmanager
     def steps(self, label: str, total: int) -> Iterator[Advance]:
-        """Show the progress of one stage: yields the function to call after each step."""
+        """Show the progress of one stage; yield the function to call after each step."""
         if self._quiet:
             yield lambda done=1: None
         elif self._console.is_terminal:
@@ -97,5 +97,5 @@ def count_frames(chunks: Iterable[FrameChunk], advance: Advance) -> Iterator[Fra
     for chunk in chunks:
         frames = len(chunk.frames)
         yield chunk
-        del chunk  # while the next one is made, this one must be free
+        del chunk  # while the next chunk is made, this one must be free
         advance(frames)

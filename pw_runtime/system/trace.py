@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the seconds of a run went: sums by stage for receipts, every span by itself for a trace.
+"""Timing of a run: sums by stage for receipts, single spans for a trace.
 
-`span` and `observe` are written where something happens and do nothing until a `Trace` records.
+`span` and `observe` mark where something happens; they do nothing until a `Trace` records.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Something that took time. Start and end are seconds of one clock, `time.perf_counter`."""
+    """A timed block. Start and end are seconds of `time.perf_counter`."""
 
     name: str
     start: float
     end: float
-    depth: int  # how many other spans of its thread it lies in
+    depth: int  # number of enclosing spans in its thread
     thread: str
 
 
@@ -39,11 +39,12 @@ class Span:
 class Trace:
     """The spans of a run, in the order in which they ended.
 
-    In the thread that made it a span waits for the device at both ends, and is an NVTX range.
+    In the thread that made the trace, a span waits for the device at both ends and is an NVTX
+    range.
 
     Attributes:
-        device: that the run computes on.
-        on_tensor: told the name and the tensor of every `observe`.
+        device: the device that the run computes on.
+        on_tensor: called with the name and the tensor of every `observe`.
     """
 
     device: torch.device
@@ -80,17 +81,17 @@ class Trace:
             self.spans.append(Span(name=name, start=start, end=end, depth=depth, thread=thread))
 
     def write(self, path: Path) -> None:
-        """Write the spans as Chrome's trace events, which Perfetto reads. Raises WriteFailed."""
-        first = min((one.start for one in self.spans), default=0.0)
-        threads = sorted({one.thread for one in self.spans})
+        """Write the spans as Chrome trace events, for Perfetto. Raises WriteFailed."""
+        first = min((span.start for span in self.spans), default=0.0)
+        threads = sorted({span.thread for span in self.spans})
         events: list[dict[str, object]] = [
             {"ph": "M", "name": "thread_name", "pid": 0, "tid": i, "args": {"name": name}}
             for i, name in enumerate(threads)
         ]
-        for one in sorted(self.spans, key=lambda span: (span.start, span.depth)):
-            microseconds = {"ts": (one.start - first) * 1e6, "dur": (one.end - one.start) * 1e6}
-            place = {"pid": 0, "tid": threads.index(one.thread)}
-            events.append({"ph": "X", "name": one.name, **place, **microseconds})
+        for span in sorted(self.spans, key=lambda span: (span.start, span.depth)):
+            microseconds = {"ts": (span.start - first) * 1e6, "dur": (span.end - span.start) * 1e6}
+            lane = {"pid": 0, "tid": threads.index(span.thread)}
+            events.append({"ph": "X", "name": span.name, **lane, **microseconds})
         content = {"traceEvents": events, "displayTimeUnit": "ms"}
         path.parent.mkdir(parents=True, exist_ok=True)  # a failure here would hide the run's own
         write_text(path, json.dumps(content, indent=1) + "\n")
@@ -101,29 +102,29 @@ _depth: ContextVar[int] = ContextVar("depth", default=0)
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """A block that the trace in progress records by this name."""
+    """Time a block under this name, if a trace records."""
     trace = _recording.get()
     return nullcontext() if trace is None else trace.span(name)
 
 
 def observe(name: str, x: Tensor) -> None:
-    """Show a tensor to whoever looks on; it must not be changed or kept without a copy."""
+    """Pass a tensor to the trace's observer, which must not modify it, nor keep it uncloned."""
     trace = _recording.get()
     if trace is not None and trace.on_tensor is not None:
         trace.on_tensor(name, x)
 
 
 def now(device: torch.device | None) -> float:
-    """Seconds, when the device, if it is a GPU, has done all it was given."""
+    """Return the time in seconds, after all work queued on a GPU is done."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Stopwatch:
-    """Adds up wall-clock seconds by stage; waits for the device before reading the clock.
+    """Sums wall-clock seconds by stage; waits for the device before reading the clock.
 
-    A stage inside another one is not counted to the outer one. Every stage is a span as well.
+    The time of an inner stage does not count towards the outer one. Every stage is also a span.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -133,7 +134,7 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str, what: str = "") -> Iterator[None]:
-        """Count the time spent inside the block, also when it fails; `what` is told to spans."""
+        """Count the time inside the block, also when it fails; `what` extends the span's name."""
         before, self._inside = self._inside, 0.0
         start = now(self._device)
         try:
@@ -145,7 +146,7 @@ class Stopwatch:
             self._inside = before + total
 
     def time_items(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Count the time spent making items, not the time spent with them."""
+        """Count the time spent making items, not the time spent using them."""
         iterator = iter(items)
         while True:
             with self.stage(name):
@@ -154,4 +155,4 @@ class Stopwatch:
                 except StopIteration:
                     return
             yield item
-            del item  # while the next one is made, this one must be free
+            del item  # while the next item is made, this one must be free

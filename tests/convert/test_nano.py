@@ -23,8 +23,8 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import eager_engines
 from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import segments_of
-from pw_runtime.stages.decode import decode
-from pw_runtime.stages.draft import draft
+from pw_runtime.stages.decode import decode_frames
+from pw_runtime.stages.draft import denoise_draft
 from pw_runtime.types import CHUNK, Compat, StageConfig, TextContext, TilingConfig
 from tests.convert.layouts import SHARDS, T5, VAE, quietly
 from tests.networks import TINY_VAE
@@ -117,8 +117,8 @@ def test_clips_are_coloured_smooth_and_moving(bundle: Bundle) -> None:
         net = load_dit(bundle, "draft", "fp32", device)
         segments = segments_of(net.config, "fp32", CHUNK)
         on_engines = SegmentedDiT(net, segments, eager_engines(segments))
-        latent = draft(text, noise, plan, Compat(), on_engines, lambda part: None)
-    chunks = decode(latent, TilingConfig(), Compat(), load_decoder(bundle, device))
+        latent = denoise_draft(on_engines, text, noise, plan, Compat(), lambda part: None)
+    chunks = decode_frames(load_decoder(bundle, device), latent, TilingConfig(), Compat())
     video = torch.cat([chunk.frames for chunk in chunks]).float()  # [F, height, width, 3]
     assert video.shape == (9, 128, 192, 3)
     assert video.std(dim=(1, 2)).mean() > 10

@@ -137,7 +137,7 @@ def drop(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (nan, "holds NaN or infinity"),
+        (nan, "contains NaN or infinity"),
         (crop, "[48, 2, 6, 11]"),
         (halve, "torch.float16"),
         (drop, "ends before the highres stage"),
@@ -153,7 +153,18 @@ def test_latents_of_which_no_clip_can_be_made(decode, latents, tmp_path, change,
 
 
 def later_format(origin: dict) -> None:
-    origin["format"] = 2
+    origin["format"] = 3
+
+
+def test_latents_of_format_1_are_finished_too(decode, latents, tmp_path) -> None:
+    """Format 2 added `fallbacks`, and nothing else."""
+
+    def earlier(origin: dict) -> None:
+        origin["format"] = 1
+        del origin["fallbacks"]
+
+    rewrite(latents, change_origin=earlier)
+    assert decode().code == 0
 
 
 def other_vae(origin: dict) -> None:
@@ -175,7 +186,7 @@ def on_a_gpu(origin: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (later_format, "format 2"),
+        (later_format, "format 3"),
         (other_vae, "made for another VAE"),
         (path_as_id, "cannot name a file"),
         (odd_frames, "wanted 4n+1"),
@@ -216,7 +227,7 @@ def test_files_that_are_no_latents_files(decode, latents, tmp_path) -> None:
         assert f"cannot read the latents file {file}" in ended.err
     ended = decode(foreign)
     assert ended.code == 2
-    assert "does not say how its clip is finished" in ended.err
+    assert "does not describe its clip" in ended.err
     assert decode(tmp_path).code == 2
 
 
@@ -242,15 +253,15 @@ def test_a_file_that_fails_does_not_take_the_others_with_it(
     rewrite(other, change_origin=lambda origin: origin["prompt"].update(id="1"))
     decode_clip = pipeline.decode_clip
 
-    def fails(run, clip, vae):
+    def fails(vae, run, clip, step):
         if clip.prompt.id == "0":
             raise MemoryError
-        return decode_clip(run, clip, vae)
+        return decode_clip(vae, run, clip, step)
 
     monkeypatch.setattr(pipeline, "decode_clip", fails)
     ended = decode(latents, other)
     assert ended.code == 3
-    assert "memory ran out" in ended.err
+    assert "out of memory" in ended.err
     assert f"the latents of 0 are kept in {latents}" in ended.err
     assert ended.out.split() == [str(tmp_path / "out" / "1.mp4")]
 

@@ -19,10 +19,10 @@ from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution import engine_lookup
-from pw_runtime.execution.decoder_lookup import choose_decoder, decoder_segments
-from pw_runtime.execution.engine_lookup import COMPILERS, key_of
+from pw_runtime.execution.decoder_lookup import decoder_segments, select_decoder_engines
+from pw_runtime.execution.engine_lookup import COMPILERS, EngineSet, key_of
 from pw_runtime.presets import find_preset
-from pw_runtime.types import EnginePolicy, Prompt, Request
+from pw_runtime.types import EnginePolicy, Prompt, Request, RunOptions
 from tests.e2e.pw import Ended, Pw
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_frames_by_engines_are_the_decoders(
 ) -> None:
     without = generate("without")
     assert "the decoder runs without engines (" in without.err
-    assert "--preset FILE.toml` makes them" in without.err
+    assert "to build them: `pw build" in without.err
     assert receipt(tmp_path / "without")["backend"] == "eager"
     built()
     on = generate("on")
@@ -97,7 +97,7 @@ def test_a_draft_and_policy_eager_take_none(
 ) -> None:
     built()
     ended = generate("draft", "--draft-only")
-    assert "its engines are of the high-res picture, and a draft is decoded" in ended.err
+    assert "its engines fit the high-res picture, and a draft is decoded" in ended.err
     assert receipt(tmp_path / "draft")["backend"] == "eager"
     ended = generate("eager", "--policy", "eager", "--draft-only")
     assert "the decoder" not in ended.err
@@ -107,16 +107,23 @@ def test_a_draft_and_policy_eager_take_none(
 def request_for(preset: Path, policy: EnginePolicy) -> Request:
     prompt = Prompt(id="0", text="a cat", position=1)
     return Request(
-        prompts=(prompt,), preset=find_preset(str(preset)), out=preset.parent, policy=policy
+        prompts=(prompt,),
+        preset=find_preset(str(preset)),
+        out=preset.parent,
+        options=RunOptions(policy=policy),
     )
+
+
+def select(request: Request, bundle: Bundle, say: Callable[[str], None]) -> EngineSet:
+    return select_decoder_engines(bundle, request.preset, request.options, say)
 
 
 def test_policy_engines_does_without_those_of_the_decoder_and_says_so(
     bundle_dir: Path, preset: Path
 ) -> None:
     said: list[str] = []
-    picked = choose_decoder(request_for(preset, "engines"), open_bundle(bundle_dir), said.append)
-    assert picked.choice.backend == "eager"
+    picked = select(request_for(preset, "engines"), open_bundle(bundle_dir), said.append)
+    assert picked.backend == "eager"
     (line,) = said
     assert line.startswith("the decoder runs without engines (")
     assert "pw build --model" in line
@@ -128,7 +135,7 @@ def test_an_engine_that_cannot_be_opened_is_an_error(
 ) -> None:
     built("bad")
     with pytest.raises(BadRequest, match=r"(?s)cannot be opened.*is no engine"):
-        choose_decoder(request_for(preset, policy), open_bundle(bundle_dir), lambda line: None)
+        select(request_for(preset, policy), open_bundle(bundle_dir), lambda line: None)
 
 
 def test_other_sizes_are_other_engines(
@@ -136,13 +143,13 @@ def test_other_sizes_are_other_engines(
 ) -> None:
     built()
     request, bundle = request_for(preset, "auto"), open_bundle(bundle_dir)
-    assert choose_decoder(request, bundle, lambda line: None).choice.backend == "aoti"
+    assert select(request, bundle, lambda line: None).backend == "aoti"
     assert request.preset.highres is not None
     lower = replace(request.preset.highres, height=64)
     other = replace(request, preset=replace(request.preset, highres=lower))
-    picked = choose_decoder(other, bundle, lambda line: None)
-    assert picked.choice.backend == "eager"
-    assert "aoti: none is built" in picked.choice.reason
+    picked = select(other, bundle, lambda line: None)
+    assert picked.backend == "eager"
+    assert "aoti: none is built" in picked.reason
 
 
 def test_baked_segments_are_found_without_their_weights(bundle_dir: Path, preset: Path) -> None:
@@ -162,5 +169,5 @@ def test_build_names_what_the_preset_adds(pw: Pw, bundle_dir: Path, preset: Path
     ended = pw("build", "--model", bundle_dir, "--preset", preset, "--dry-run")
     assert ended.code == 0, ended.err
     assert "0 built, 13 to build" in ended.err
-    assert "those of the decoder are for 192x96 alone" in ended.err
+    assert "the decoder's engines are for 192x96 only" in ended.err
     assert "vae_fine_next-aoti-" in ended.err

@@ -18,7 +18,7 @@ from pw_runtime.checkpoint.loader import check_networks, load_text_network
 from pw_runtime.errors import BadRequest, BadWeights, WriteFailed
 from pw_runtime.job.preflight import check_request
 from pw_runtime.presets import PRESETS
-from pw_runtime.types import Latent, Request
+from pw_runtime.types import Latent, Request, RunOptions
 from tests.e2e.pw import Pw, latent_shapes
 
 
@@ -73,7 +73,7 @@ def test_neither_or_both_kinds_of_prompts(generate, tmp_path) -> None:
     assert generate().code == 2
     ended = generate("--prompt", "cat", "--prompts", tmp_path / "p.txt")
     assert ended.code == 2
-    assert "--prompts FILE or --prompt TEXT" in ended.err
+    assert "--prompts FILE and --prompt TEXT" in ended.err
 
 
 def test_unknown_preset_names_the_known_ones(generate) -> None:
@@ -217,19 +217,19 @@ def test_memory_that_runs_out_is_one_clear_error(generate, monkeypatch, error) -
     def run_out(*arguments):
         raise error
 
-    monkeypatch.setattr(pipeline, "highres", run_out)
+    monkeypatch.setattr(pipeline, "denoise_highres", run_out)
     ended = generate("--prompt", "a cat")
     assert ended.code == 3
-    assert "memory ran out" in ended.err
+    assert "out of memory" in ended.err
     assert "do this" in ended.err
     assert "Traceback" not in ended.err
 
 
 def test_latents_that_are_not_finite_become_no_clip(generate, tmp_path, monkeypatch) -> None:
-    def nan(text, noise, *arguments):
+    def nan(net, text, noise, *arguments):
         return Latent(x=noise * float("nan"))
 
-    monkeypatch.setattr(pipeline, "draft", nan)
+    monkeypatch.setattr(pipeline, "denoise_draft", nan)
     ended = generate("--prompt", "a cat")
     assert ended.code == 3
     assert "NaN or infinity" in ended.err
@@ -269,7 +269,7 @@ def test_empty_path_is_refused(generate) -> None:
 def test_ctrl_c_keeps_finished_clips_and_leaves_no_partial_one(
     generate, tmp_path, monkeypatch
 ) -> None:
-    decode = pipeline.decode
+    decode = pipeline.decode_frames
     calls = []
 
     def interrupted(*arguments):
@@ -280,7 +280,7 @@ def test_ctrl_c_keeps_finished_clips_and_leaves_no_partial_one(
             raise KeyboardInterrupt
         yield from chunks
 
-    monkeypatch.setattr(pipeline, "decode", interrupted)
+    monkeypatch.setattr(pipeline, "decode_frames", interrupted)
     ended = generate("--prompt", "a cat", "--prompt", "a dog")
     assert ended.code == 130
     assert "interrupted" in ended.err
@@ -300,9 +300,11 @@ def test_what_the_triton_kernels_cannot_take_is_refused_before_anything_is_compu
     with pytest.raises(BadRequest, match="heads of the draft network"):
         check_networks(bundle, ["draft"], "triton")
     request = Request(
-        prompts=(), preset=PRESETS["draft"], out=Path(), kernels="triton",
-        device=torch.device("cuda"), precision="fp32",
-    )  # fmt: skip
+        prompts=(),
+        preset=PRESETS["draft"],
+        out=Path(),
+        options=RunOptions(kernels="triton", device="cuda", precision="fp32"),
+    )
     with pytest.raises(BadRequest, match="computes in bf16"):
         check_request(request)
 

@@ -123,7 +123,7 @@ def test_text_that_is_too_long_is_cut_and_said_once(
         "--out", tmp_path / "out", "--negative", "bad", "--draft-only", "--quiet",
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    assert ended.err.count("text cut from") == 1
+    assert ended.err.count("text truncated from") == 1
     receipt = json.loads((tmp_path / "out" / "0.json").read_text())
     assert len(receipt["notices"]) == 1
 

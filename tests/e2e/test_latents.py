@@ -24,6 +24,7 @@ import torch
 from pw_runtime import pipeline
 from pw_runtime.errors import WriteFailed
 from pw_runtime.job import clip as clip_module
+from pw_runtime.job import run as run_module
 from pw_runtime.stages import write
 from tests.e2e.pw import Ended, Pw
 
@@ -55,8 +56,8 @@ def frames(path: Path) -> np.ndarray:
 
 def told_command(err: str) -> list[str]:
     """The command that the message tells, without `pw`."""
-    (line,) = [one for one in err.splitlines() if "this finishes the clip: " in one]
-    return shlex.split(line.partition("clip: ")[2])[1:]
+    (line,) = [one for one in err.splitlines() if "to finish this clip, run: " in one]
+    return shlex.split(line.partition("run: ")[2])[1:]
 
 
 def names(folder: Path) -> list[str]:
@@ -93,13 +94,13 @@ def broken_encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextmanager
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    decode = pipeline.decode
+    decode_frames = pipeline.decode_frames
 
     def run_out(*arguments):
-        yield next(decode(*arguments))
+        yield next(decode_frames(*arguments))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pipeline, "decode", run_out)
+    monkeypatch.setattr(pipeline, "decode_frames", run_out)
     yield
 
 
@@ -108,7 +109,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         (full_disk, "File too large"),
         (broken_encoder, "Generic error in an external library"),
-        (no_memory, "memory ran out"),
+        (no_memory, "out of memory"),
     ],
 )
 def test_a_fault_after_the_denoise_costs_one_command(
@@ -134,11 +135,11 @@ KILLED = """
 import os, signal, sys
 from pw_runtime import pipeline
 from pw_runtime.cli import main as cli
-decode = pipeline.decode
+decode_frames = pipeline.decode_frames
 def killed(*arguments):
-    yield next(decode(*arguments))
+    yield next(decode_frames(*arguments))
     os.kill(os.getpid(), signal.SIGKILL)
-pipeline.decode = killed
+pipeline.decode_frames = killed
 cli.main()
 """
 
@@ -176,16 +177,16 @@ def test_memory_that_runs_out_in_a_denoise_keeps_what_there_was(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, stage, run_out)
+        patch.setattr(pipeline, f"denoise_{stage}", run_out)
         ended = generate()
     assert ended.code == 3
-    assert "memory ran out" in ended.err
+    assert "out of memory" in ended.err
     assert "Traceback" not in ended.err
     file = tmp_path / "out" / LATENTS
     if stage == "draft":
         assert names(tmp_path / "out") == []
         return
-    assert f"what was computed for it is kept in {file}" in ended.err
+    assert f"its results so far are kept in {file}" in ended.err
     refused = pw("decode", file, "--model", bundle_dir)
     assert refused.code == 2
     assert "ends before the highres stage" in refused.err
@@ -196,52 +197,47 @@ def test_a_decoder_that_does_not_fit_leaves_all_latents(generate, tmp_path, monk
     def run_out(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pipeline, "load_decoder", run_out)
+    monkeypatch.setattr(run_module, "load_decoder", run_out)
     ended = generate("--prompt", "a dog")
     assert ended.code == 3
-    assert "memory ran out" in ended.err
+    assert "out of memory" in ended.err
     assert "Traceback" not in ended.err
-    assert ended.err.count("this finishes the clip") == 2
+    assert ended.err.count("to finish this clip, run") == 2
     assert names(tmp_path / "out") == [LATENTS, "1.latents.safetensors"]
 
 
-def test_a_clip_fails_alone_and_can_be_painted_and_decoded_again(
+def test_a_clip_whose_decode_fails_is_as_before_and_can_be_decoded_again(
     generate, whole, tmp_path, monkeypatch
 ) -> None:
     """What a retry needs: after an exception the clip is as it was."""
     failed = []
 
     def twice(function):
-        def run(run, clip, *rest):
+        def run(vae, run, clip, *rest):
             if clip.prompt.id == "0":
-                kept = (clip.strips, clip.video, clip.latents, clip.highres)
-                with monkeypatch.context() as patch, no_memory(patch):
-                    patch.setattr(pipeline, "highres", broken)
-                    with pytest.raises(torch.OutOfMemoryError):
-                        function(run, clip, *rest)
-                assert (clip.strips, clip.video, clip.latents, clip.highres) == kept
+                kept = (clip.filmstrips, clip.video, clip.latents, clip.highres)
+                oom = pytest.raises(torch.OutOfMemoryError)
+                with monkeypatch.context() as patch, no_memory(patch), oom:
+                    function(vae, run, clip, *rest)
+                assert (clip.filmstrips, clip.video, clip.latents, clip.highres) == kept
                 failed.append(function.__name__)
-            return function(run, clip, *rest)
+            return function(vae, run, clip, *rest)
 
         return run
 
-    def broken(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    for name in ("paint_clip", "decode_clip"):
-        monkeypatch.setattr(pipeline, name, twice(getattr(pipeline, name)))
+    monkeypatch.setattr(pipeline, "decode_clip", twice(pipeline.decode_clip))
     ended = generate("--prompt", "a dog", "--contact-sheet")
     assert ended.code == 0, ended.err
-    assert failed == ["paint_clip", "decode_clip"]
+    assert failed == ["decode_clip"]
     assert (frames(tmp_path / "out" / "0.mkv") == whole).all()
 
 
 def test_before_the_decode_latents_are_on_the_disk_and_networks_are_gone(
     generate, tmp_path, monkeypatch
 ) -> None:
-    load_transformer, load_decoder = pipeline.load_transformer, pipeline.load_decoder
+    load_transformer, load_decoder = run_module.load_transformer, run_module.load_decoder
     nets, seen, decoded = [], [], []
-    highres, decode = pipeline.highres, pipeline.decode
+    denoise_highres, decode_frames = pipeline.denoise_highres, pipeline.decode_frames
 
     def loaded(*arguments):
         net = load_transformer(*arguments)
@@ -255,19 +251,19 @@ def test_before_the_decode_latents_are_on_the_disk_and_networks_are_gone(
         return load_decoder(*arguments)
 
     def painted(*arguments):
-        latent = highres(*arguments)
+        latent = denoise_highres(*arguments)
         decoded.append(latent.x.clone())
         seen.append(weakref.ref(latent.x))
         return latent
 
-    def compared(latent, *rest):
+    def compared(vae, latent, *rest):
         assert torch.equal(latent.x, decoded.pop(0))
-        return decode(latent, *rest)
+        return decode_frames(vae, latent, *rest)
 
-    monkeypatch.setattr(pipeline, "load_transformer", loaded)
-    monkeypatch.setattr(pipeline, "load_decoder", looked)
-    monkeypatch.setattr(pipeline, "highres", painted)
-    monkeypatch.setattr(pipeline, "decode", compared)
+    monkeypatch.setattr(run_module, "load_transformer", loaded)
+    monkeypatch.setattr(run_module, "load_decoder", looked)
+    monkeypatch.setattr(pipeline, "denoise_highres", painted)
+    monkeypatch.setattr(pipeline, "decode_frames", compared)
     ended = generate("--prompt", "a dog")
     assert ended.code == 0, ended.err
     assert decoded == []
@@ -304,7 +300,7 @@ def test_a_clip_that_grows_is_told_and_kept_when_the_run_fails(
     write_video = pipeline.write_video
 
     def broken(chunks, path, **arguments):
-        assert arguments["growing"] == growing
+        assert arguments["partial_video"] == growing
         growing.write_bytes(b"half a clip")
         raise WriteFailed(f"cannot write {path}")
 
@@ -312,12 +308,12 @@ def test_a_clip_that_grows_is_told_and_kept_when_the_run_fails(
         patch.setattr(pipeline, "write_video", broken)
         ended = generate("--codec", "h264", "--fragmented")
     assert ended.code == 3
-    assert f"what was encoded of it can be watched: {growing}" in ended.err
+    assert f"partial video: {growing}" in ended.err
     assert "--fragmented" in told_command(ended.err)
     assert pipeline.write_video is write_video
     ended = generate("--codec", "h264", "--fragmented")
     assert ended.code == 2  # or the latents of the first run would be lost
-    assert "holds a clip that an earlier run has not finished" in ended.err
+    assert "holds a clip that an earlier run did not finish" in ended.err
     assert f"pw decode {tmp_path / 'out' / LATENTS}" in ended.err
     (tmp_path / "out" / LATENTS).unlink()
     ended = generate("--codec", "h264", "--fragmented")
@@ -339,7 +335,7 @@ def test_fragments_are_refused_before_anything_is_computed(
         "--prompts", prompts, "--fragmented",
     )  # fmt: skip
     assert ended.code == 2
-    assert "under the name of the clip a.partial" in ended.err
+    assert "has the name of the clip a.partial" in ended.err
 
 
 def test_latents_that_another_run_has_replaced_are_not_decoded(
@@ -347,14 +343,14 @@ def test_latents_that_another_run_has_replaced_are_not_decoded(
 ) -> None:
     """Seen: two runs into one folder, and the receipt of one beside the picture of the other."""
     assert generate("--out", tmp_path / "other", "--seed", 5, "--save-latents").code == 0
-    load_decoder = pipeline.load_decoder
+    load_decoder = run_module.load_decoder
 
     def replaced(*arguments):
         (tmp_path / "other" / LATENTS).replace(tmp_path / "out" / LATENTS)
         return load_decoder(*arguments)
 
-    monkeypatch.setattr(pipeline, "load_decoder", replaced)
+    monkeypatch.setattr(run_module, "load_decoder", replaced)
     ended = generate()
     assert ended.code == 3
-    assert "is not that of this clip any more" in ended.err
+    assert "no longer belongs to this clip" in ended.err
     assert not (tmp_path / "out" / "0.mkv").exists()

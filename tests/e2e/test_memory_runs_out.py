@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 from pw_engines import EngineError
 from pw_runtime import pipeline
+from pw_runtime.execution import transformer
 from pw_runtime.execution.weight_streaming import StreamedWeights
-from pw_runtime.planning import loaded, oom_fallback
+from pw_runtime.job import run as run_module
+from pw_runtime.planning import oom_fallback
 from pw_runtime.types import TilingConfig
 from tests.e2e.pw import Ended, Pw, write_preset
 
@@ -60,18 +62,21 @@ def test_it_goes_on_with_the_same_result(
     generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
 ) -> None:
     assert generate("--out", tmp_path / "whole").code == 0
-    monkeypatch.setattr(pipeline, stage, fails(1, getattr(pipeline, stage)))
+    name = {"draft": "denoise_draft", "highres": "denoise_highres", "decode": "decode_frames"}[
+        stage
+    ]
+    monkeypatch.setattr(pipeline, name, fails(1, getattr(pipeline, name)))
     ended = generate()
     assert ended.code == 0
-    assert f"{stage}: memory ran out (CUDA out of memory. Tried to allocate 1 GiB)" in ended.err
+    assert f"{stage}: out of memory (CUDA out of memory. Tried to allocate 1 GiB)" in ended.err
     for clip in "01":
         name = f"{clip}.latents.safetensors"
         wanted, got = load_file(tmp_path / "whole" / name), load_file(tmp_path / "out" / name)
         assert all(torch.equal(wanted[key], got[key]) for key in wanted)
         receipt = json.loads((tmp_path / "out" / f"{clip}.json").read_text())
-        assert any("it goes on with" in one for one in receipt["plan"]["decisions"])
+        assert any("retrying with" in one for one in receipt["plan"]["decisions"])
     told = [
-        sum("memory ran out" in one for one in json.loads(path.read_text())["notices"])
+        sum("out of memory" in one for one in json.loads(path.read_text())["notices"])
         for path in sorted((tmp_path / "out").glob("?.json"))
     ]
     assert told == [1, 0]  # the second clip began in the smaller way
@@ -80,31 +85,31 @@ def test_it_goes_on_with_the_same_result(
 def test_a_network_that_does_not_fit_is_loaded_in_the_smaller_way(
     generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaded, "load_dit", fails(1, loaded.load_dit))
+    monkeypatch.setattr(transformer, "load_dit", fails(1, transformer.load_dit))
     ended = generate()
     assert ended.code == 0
-    assert "draft: memory ran out" in ended.err
+    assert "draft: out of memory" in ended.err
     # Not with as many weights, which would not fit either.
-    assert "it goes on with weights streamed from the bundle's files" in ended.err
+    assert "retrying with weights streamed from the bundle's files" in ended.err
 
 
 def test_where_no_way_is_left_that_prompt_alone_ends(
     generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    work = pipeline.highres
+    work = pipeline.denoise_highres
 
-    def first_clip_never_fits(text: Any, *arguments: Any) -> Any:
+    def first_clip_never_fits(net: Any, text: Any, *arguments: Any) -> Any:
         if not seen or text is seen[0]:
             seen[:] = [text]
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return work(text, *arguments)
+        return work(net, text, *arguments)
 
     seen: list[Any] = []
-    monkeypatch.setattr(pipeline, "highres", first_clip_never_fits)
+    monkeypatch.setattr(pipeline, "denoise_highres", first_clip_never_fits)
     ended = generate()
     assert ended.code == 3
-    assert "it goes on with" in ended.err  # every smaller way was tried before
-    assert "prompt 0 failed: memory ran out" in ended.err
+    assert "retrying with" in ended.err  # every smaller way was tried before
+    assert "prompt 0 failed: out of memory" in ended.err
     assert not (tmp_path / "out" / "0.mkv").exists()
     assert (tmp_path / "out" / "1.mkv").exists()
 
@@ -122,18 +127,22 @@ def test_a_draft_is_decoded_as_it_was_planned(
     generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Seen: the plan was made for the preset's strips, and the draft decoded in one piece."""
-    cuts: list[TilingConfig] = []
-    work = pipeline.decode
+    tilings: list[TilingConfig] = []
+    work = pipeline.decode_frames
 
-    def noted(latent: Any, cut: TilingConfig, *arguments: Any) -> Any:
-        cuts.append(cut)
-        if len(cuts) == 1:
+    def noted(vae: Any, latent: Any, tiling: TilingConfig, *arguments: Any) -> Any:
+        tilings.append(tiling)
+        if len(tilings) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return work(latent, cut, *arguments)
+        return work(vae, latent, tiling, *arguments)
 
-    monkeypatch.setattr(pipeline, "decode", noted)
+    monkeypatch.setattr(pipeline, "decode_frames", noted)
     assert generate("--draft-only").code == 0
-    assert [cut.strips for cut in cuts] == [2, 4, 4]  # the second clip begins in the smaller way
+    assert [tiling.strips for tiling in tilings] == [
+        2,
+        4,
+        4,
+    ]  # the second clip begins in the smaller way
 
 
 def test_streamed_weights_make_the_same_clip(
@@ -150,7 +159,7 @@ def test_streamed_weights_make_the_same_clip(
     def third(ways: Any, budget: Any) -> Any:  # the first way with weights that come from the files
         return next(way for way in ways if getattr(way.choice, "weights", "mapped") == "mapped")
 
-    monkeypatch.setattr(loaded, "StreamedWeights", Noted)
+    monkeypatch.setattr(transformer, "StreamedWeights", Noted)
     monkeypatch.setattr("pw_runtime.planning.planner._first", third)
     ended = generate()
     assert ended.code == 0
@@ -164,10 +173,10 @@ def test_streamed_weights_make_the_same_clip(
 def test_a_budget_is_heeded_or_refused_before_anything_is_loaded(
     generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_text_network", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(run_module, "load_text_network", lambda *arguments: pytest.fail("loaded"))
     ended = generate("--host-memory", "64MiB")
     assert ended.code == 2
-    assert "cannot run" in ended.err
+    assert "not enough memory" in ended.err
     assert "do this: free memory" in ended.err
 
 
@@ -180,7 +189,7 @@ def test_other_errors_are_not_tried_again(
         calls.append(None)
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(pipeline, "highres", broken)
+    monkeypatch.setattr(pipeline, "denoise_highres", broken)
     assert generate().code == 3
     assert len(calls) == 2  # once a prompt
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pw_runtime import pipeline
 from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.job import run as run_module
 from pw_runtime.pipeline import generate
 from pw_runtime.presets import read_preset
 from pw_runtime.system.progress import Reporter
@@ -104,7 +104,7 @@ def test_networks_are_let_go_without_the_collector(
     """No cycle holds them: between stages the collector, which takes long, is not called."""
     nets: list[weakref.ref[object]] = []
     alive: list[int] = []
-    load = pipeline.load_transformer
+    load = run_module.load_transformer
 
     def loading(*arguments: object) -> object:
         alive.append(sum(one() is not None for one in nets))
@@ -112,7 +112,7 @@ def test_networks_are_let_go_without_the_collector(
         nets.append(weakref.ref(net))
         return net
 
-    monkeypatch.setattr(pipeline, "load_transformer", loading)
+    monkeypatch.setattr(run_module, "load_transformer", loading)
     gc.disable()
     try:
         generate(

@@ -120,12 +120,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # one build for all workers
-    store, wanted = EngineStore(base / "aoti"), key(platform=aoti.aoti_platform(CPU))
-    with store.locked(wanted):
-        if store.find(wanted).state == "missing":
-            with store.publishing(wanted, aoti.FILE) as building:
+    store, expected = EngineStore(base / "aoti"), key(platform=aoti.aoti_platform(CPU))
+    with store.locked(expected):
+        if store.find(expected).state == "missing":
+            with store.publishing(expected, aoti.FILE) as building:
                 aoti.build(spec(), Mix(), building, CPU)
-    path = store.find(wanted).path
+    path = store.find(expected).path
     assert path is not None
     return path
 
@@ -136,8 +136,8 @@ def test_a_package_serves_every_size(tokens: int, package: Path) -> None:
     engine = aoti.load(spec(), package, CPU)
     inputs, outputs = tensors(tokens)
     engine.run(inputs, outputs)
-    for got, wanted in zip(outputs, Mix()(*inputs), strict=True):
-        assert max_abs(got, wanted) < 1e-6
+    for got, expected in zip(outputs, Mix()(*inputs), strict=True):
+        assert max_abs(got, expected) < 1e-6
     require_parity("mix", check_parity(engine, Mix(), CPU))
 
 
@@ -147,14 +147,14 @@ def test_a_package_is_given_only_what_it_can_take(package: Path) -> None:
     inputs, outputs = tensors(4)
     untouched = [x.clone() for x in outputs]
     for wrong, message in (
-        ([inputs[0].double(), inputs[1]], "x: wanted fp32, got torch.float64"),
+        ([inputs[0].double(), inputs[1]], "x: expected fp32, got torch.float64"),
         ([torch.zeros(LIMIT + 1, 8), inputs[1]], "tokens from 2 to 40, got 41"),
-        ([inputs[0], inputs[1][:7]], "weight: wanted 8 of 8"),
-        ([inputs[0], inputs[1].T], "mix, tensor weight: wanted contiguous"),
+        ([inputs[0], inputs[1][:7]], "weight: expected 8 of 8"),
+        ([inputs[0], inputs[1].T], "mix, tensor weight: expected contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.run(wrong, outputs)
-    with pytest.raises(ValueError, match=r"y: wanted shape \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"y: expected shape \(4, 8\)"):
         engine.run(inputs, [torch.zeros(3, 8), outputs[1]])
     for x, before in zip(outputs, untouched, strict=True):
         assert torch.equal(x, before) or torch.isnan(x).all()

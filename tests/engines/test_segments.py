@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import pw_kernels
 from pw_engines.eager import EagerEngine
 from pw_engines.engine import random_inputs
+from pw_runtime import models
 from pw_runtime.execution import transformer_segments
 from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import FIRST_BLOCK, segments_of
@@ -87,10 +89,10 @@ def velocities(net: SegmentedDiT, lengths: Sequence[int]) -> list[Tensor]:
     latent, steps, more = normal(*LATENT), [torch.tensor([700.0])], []
     if net.net.config.has_dt:
         steps.append(torch.tensor([100.0]))
-        more.append(net.steering(net.draft_features(normal(48, 2, 3, 4)), *steps))
+        more.append(net.control_inputs(net.control_features(normal(48, 2, 3, 4)), *steps))
     with torch.inference_mode():
         texts = texts_of(net, lengths)
-        return net.velocities(latent, texts, net.modulation(*steps), net.positions(latent), *more)
+        return net.velocities(latent, texts, net.modulation(*steps), net.layout(latent), *more)
 
 
 def texts_of(
@@ -120,7 +122,8 @@ def test_equals_the_whole_network(config: DitConfig, precision: Precision, limit
 def test_sharing_the_first_attention_changes_no_bit(precision: Precision) -> None:
     net = network(HIGHRES, precision)
     shared, apart = (
-        velocities(segmented(net, precision, 9, share=share), [7, 3, 5]) for share in (True, False)
+        velocities(segmented(net, precision, 9, share_attention=share), [7, 3, 5])
+        for share in (True, False)
     )
     assert all(torch.equal(*pair) for pair in zip(shared, apart, strict=True))
 
@@ -136,7 +139,7 @@ def test_heads_a_few_at_a_time_change_no_bit(monkeypatch: pytest.MonkeyPatch) ->
 def test_parts_smaller_than_the_engines_take_equal_smaller_engines() -> None:
     net = network(HIGHRES, "fp32")
     smaller = velocities(segmented(net, "fp32", 9), [7])
-    parts = velocities(segmented(net, "fp32", 24, part=9), [7])
+    parts = velocities(segmented(net, "fp32", 24, chunk=9), [7])
     assert torch.equal(parts[0], smaller[0])
 
 
@@ -146,7 +149,7 @@ def test_every_block_of_every_pass_is_told() -> None:
     with torch.inference_mode():
         latent, steps = normal(*LATENT), torch.tensor([700.0])
         texts = texts_of(net, [7, 3])
-        at = net.positions(latent)
+        at = net.layout(latent)
         net.velocities(latent, texts, net.modulation(steps), at, on_block=lambda: told.append(1))
     assert len(told) == 2 * DRAFT.num_layers
 
@@ -207,7 +210,7 @@ def test_an_engine_of_another_segment_is_refused() -> None:
     made = segments_of(DRAFT, "fp32", 64)
     engines = {name: EagerEngine(one.spec, one.module) for name, one in made.items()}
     other = segments_of(DRAFT, "fp32", 32)["embed"]
-    with pytest.raises(ValueError, match="the engine for embed is of another segment"):
+    with pytest.raises(ValueError, match="the engine for embed was made for another segment"):
         SegmentedDiT(net, made, engines | {"embed": EagerEngine(other.spec, other.module)})
 
 
@@ -227,20 +230,24 @@ def test_no_part_is_left_with_one_token(limit: int) -> None:
 
 
 def files_run(run: Callable[[], object]) -> set[str]:
-    """Names of our own files whose code `run` executes."""
-    seen: set[str] = set()
+    """Names of files of pw_kernels and of the models whose code `run` executes."""
+    roots = [Path(package.__file__).parent for package in (pw_kernels, models)]
+    files: set[str] = set()
 
-    def notice(frame: FrameType, event: str, argument: object) -> None:
-        path = Path(frame.f_code.co_filename)
-        if path.parent.name in ("pw_kernels", "models"):
-            seen.add(path.stem)
+    def record(frame: FrameType, event: str, argument: object) -> None:
+        files.add(frame.f_code.co_filename)
 
-    sys.setprofile(notice)
+    sys.setprofile(record)
     try:
         run()
     finally:
         sys.setprofile(None)
-    return seen
+    return {
+        path.relative_to(root).with_suffix("").as_posix()
+        for path in map(Path, files)
+        for root in roots
+        if path.is_relative_to(root)
+    }
 
 
 def test_digest_covers_every_file_that_a_segment_runs() -> None:
@@ -253,4 +260,4 @@ def test_digest_covers_every_file_that_a_segment_runs() -> None:
         ran = files_run(run)
     # What decides which implementation runs is not part of the arithmetic.
     assert ran - {"op"} <= {*transformer_segments._KERNELS, *transformer_segments._MODELS}
-    assert {"attention", "blocks", "adapter", "qk_norm_rope"} <= ran
+    assert {"attention/__init__", "blocks", "adapter", "qk_norm_rope"} <= ran

@@ -54,7 +54,7 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (
         lambda folder: (folder / NAME).write_bytes(DATA[:-1]),
-        "engine.bin has 1199 bytes, wanted 1200",
+        "engine.bin has 1199 bytes, expected 1200",
     ),
     "changed": (
         lambda folder: (folder / NAME).write_bytes(b"M" + DATA[1:]),
@@ -74,9 +74,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "its manifest cannot be read (",
     ),
     "manifest empty": (lambda folder: (folder / MANIFEST).write_text(""), "cannot be read ("),
-    "format": (edit(lambda it: it.update(format=0)), "format 0, wanted 1"),
+    "format": (edit(lambda it: it.update(format=0)), "format 0, expected 1"),
     "incomplete": (edit(lambda it: it.pop("sha256")), "its manifest is incomplete"),
-    "key": (edit(lambda it: it["key"].update(backend="eager")), "holds another key"),
+    "key": (edit(lambda it: it["key"].update(backend="eager")), "has another key"),
     "key no object": (edit(lambda it: it.update(key=7)), "its manifest cannot be read ("),
     "file elsewhere": (
         edit(lambda it: it.update(file="../engine")),
@@ -97,7 +97,7 @@ def test_a_damaged_engine_is_not_found_but_rebuilt(name: str, store: EngineStore
     assert str(folder) in found.reason
     assert reason in found.reason
     (entry,) = store.entries(verify=True)
-    assert (entry.damage != "") == (name != "key")  # which key is wanted, only find() knows
+    assert (entry.damage != "") == (name != "key")  # which key is expected, only find() knows
     put(store)
     assert store.find(key()).state == "fresh"
     assert {path.name for path in folder.iterdir()} == {NAME, MANIFEST}
@@ -126,7 +126,7 @@ def test_removed_engines_are_gone(store: EngineStore) -> None:
     folder = put(store)
     store.remove(folder.name)
     assert store.find(key()).state == "missing"
-    with pytest.raises(StoreError, match="is no engine of"):
+    with pytest.raises(StoreError, match="is not an engine of"):
         store.remove(folder.name)
 
 
@@ -139,7 +139,7 @@ def test_only_engines_are_removed(store: EngineStore) -> None:
     (store.root / "linked").symlink_to(other)
     (store.root / "file").write_text("")
     for name in ("", ".", "..", ".locks", "../other", str(other), "file"):
-        with pytest.raises(StoreError, match="is no engine of"):
+        with pytest.raises(StoreError, match="is not an engine of"):
             store.remove(name)
     with pytest.raises(StoreError, match="cannot remove"):
         store.remove("linked")
@@ -209,7 +209,7 @@ def test_a_root_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = EngineStore(tmp_path / "file" / "engines")
     for use in (store.locked(key()), store.publishing(key(), NAME)):
-        with pytest.raises(StoreError, match=r"cannot make the engine store .*PW_CACHE"), use:
+        with pytest.raises(StoreError, match=r"cannot create the engine store .*PW_CACHE"), use:
             pass
 
 

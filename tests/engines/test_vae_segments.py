@@ -30,7 +30,7 @@ from pw_runtime.models import VaeDecoder
 from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.models.vae_blocks import CausalConv3d
 from pw_runtime.presets import PRESETS
-from pw_runtime.stages.decode import decode
+from pw_runtime.stages.decode import decode_frames
 from pw_runtime.types import VAE_STRIDE, Compat, Latent, TilingConfig, VaeConfig
 from tests.networks import TINY_VAE
 
@@ -79,9 +79,9 @@ def clip(vae: VaeDecoder | SegmentedVae, latent: Tensor) -> list[Tensor]:
 def test_a_decode_on_engines_equals_that_of_the_decoder(nano, plan) -> None:
     latent = Latent(x=random_latent(3))
     vae = on_eager_engines(nano, segments_of_decode(NANO_VAE, plan, ROWS, COLUMNS))
-    wanted = decode(latent, plan, Compat(), nano)
-    got = decode(latent, plan, Compat(), vae)
-    for one, other in zip(got, wanted, strict=True):
+    expected = decode_frames(nano, latent, plan, Compat())
+    got = decode_frames(vae, latent, plan, Compat())
+    for one, other in zip(got, expected, strict=True):
         assert one.start == other.start
         assert torch.equal(one.frames, other.frames)
 
@@ -116,7 +116,7 @@ def test_memory_is_that_of_every_convolution_over_time() -> None:
     """The decoder's modules say which; what doubles frames has none before the second frame."""
     segments = segments_of_vae(NANO_VAE, ROWS, COLUMNS)
     net = VaeDecoder(NANO_VAE)
-    wanted = {
+    expected = {
         name
         for name, module in net.named_modules()
         if isinstance(module, CausalConv3d) and module.kernel_size[0] > 1
@@ -135,7 +135,7 @@ def test_memory_is_that_of_every_convolution_over_time() -> None:
         ]
         assert not given & set(out)
         given |= set(out)
-    assert given == wanted
+    assert given == expected
 
 
 def test_weights_are_handed_over_without_a_copy(nano) -> None:
@@ -167,7 +167,7 @@ def test_baked_segments_have_their_weights(nano) -> None:
 def test_sizes_and_engines_that_do_not_fit_are_refused(nano) -> None:
     segments = segments_of_vae(NANO_VAE, ROWS, COLUMNS)
     vae = on_eager_engines(nano, segments)
-    with pytest.raises(ValueError, match=r"vae_coarse_first: wanted x of shape .*got \(1, 2, 8"):
+    with pytest.raises(ValueError, match=r"vae_coarse_first: expected x of shape .*got \(1, 2, 8"):
         vae.coarse(random_latent(1, columns=8), CausalCache())
     others = segments_of_vae(NANO_VAE, ROWS, COLUMNS + 1)
     engines = {name: EagerEngine(one.spec, one.module) for name, one in others.items()}
@@ -221,8 +221,8 @@ def test_compiled_segments_decode_as_the_decoder_does(tmp_path: Path) -> None:
     reason = aoti.unavailable(CPU)
     if reason is not None:
         pytest.skip(reason)
-    config = replace(  # every kind of layer, few of each: compilers take their time
-        TINY_VAE, decoder_dims=(8, 8, 8, 8), decoder_blocks=1, temporal_downsample=(True, True)
+    config = replace(  # every kind of layer, as few as possible: compilers take their time
+        TINY_VAE, decoder_dims=(8, 8, 8), decoder_blocks=1, temporal_downsample=(True,)
     )
     net, latent = decoder(config), random_latent(3, columns=3)
     segments = segments_of_vae(config, ROWS, 3)

@@ -176,8 +176,8 @@ def test_what_tensorrt_cannot_take_is_refused() -> None:
         made.graph.doc_string = " " * LARGEST
 
     for change, message in (
-        (other_operator, r"\(Mod\): no operator of the table"),
-        (other_opset, "opset 25, wanted 9 to 24"),
+        (other_operator, r"\(Mod\): operator not in the table"),
+        (other_opset, "opset 25, expected 9 to 24"),
         (full, "bytes, expected at most"),
     ):
         with pytest.raises(EngineError, match=message):

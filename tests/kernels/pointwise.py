@@ -63,9 +63,9 @@ def results(called: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Ten
     return (*returned, *(a for a in own if isinstance(a, Tensor)))
 
 
-def same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
+def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     """Whether both are equal to the last bit."""
-    return all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+    return all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
 def cases(tokens: int, dim: int, heads: int) -> dict[str, Case]:

@@ -19,7 +19,7 @@ from pw_export.nano.train_highres import (
 )
 from pw_export.nano.trainable import velocities
 from pw_runtime.models import WanDiT
-from pw_runtime.stages.condition import condition
+from pw_runtime.stages.condition import resize_draft
 from pw_runtime.types import Latent, StageConfig
 from tests.closeness import max_abs
 
@@ -29,7 +29,7 @@ def test_drafts_are_resized_as_the_runtime_does() -> None:
     plan = StageConfig(width=512, height=256, steps=4, shift=5.5, guidance=1.0)
     resized = on_token_grid(drafts, (plan.width, plan.height))
     for draft, seen in zip(drafts, resized, strict=True):
-        assert torch.equal(seen, condition(Latent(x=draft), plan).x)
+        assert torch.equal(seen, resize_draft(Latent(x=draft), plan).x)
 
 
 def test_most_drafts_show_the_shape_of_the_caption() -> None:

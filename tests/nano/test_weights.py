@@ -99,4 +99,4 @@ def test_words_that_no_caption_has_are_told(bundle: Bundle) -> None:
     notices: list[str] = []
     tokenize("A red dragon rises at night, dragon!", tokenizer, 32, notices.append)
     tokenize(OFFICIAL_NEGATIVE, tokenizer, 32, notices.append)
-    assert notices == ["unknown to this model, so it cannot draw them: dragon"]
+    assert notices == ["words not in this model's vocabulary: dragon"]

@@ -19,9 +19,9 @@ from pw_runtime.execution.weight_streaming import StreamedWeights
 from pw_runtime.models import WanDiT
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.sampling.noise import latent_shape
-from pw_runtime.stages.condition import condition
-from pw_runtime.stages.draft import draft
-from pw_runtime.stages.highres import highres
+from pw_runtime.stages.condition import resize_draft
+from pw_runtime.stages.draft import denoise_draft
+from pw_runtime.stages.highres import denoise_highres
 from pw_runtime.types import (
     Compat,
     DitConfig,
@@ -69,12 +69,14 @@ def stage_peak(
         net.load_state_dict(stored, assign=True)
         del stored
         ledger.restart()
-        segments = segments_of(config, precision, plan.part)
+        segments = segments_of(config, precision, plan.chunk)
         weights = None
         if plan.weights != "resident":
             weights = StreamedWeights(net, segments, precision, CPU)
         engines = eager_engines(segments)
-        on_engines = SegmentedDiT(net, segments, engines, weights, share=plan.share)
+        on_engines = SegmentedDiT(
+            net, segments, engines, weights, share_attention=plan.share_attention
+        )
         _run(on_engines, config, replace(stage, steps=3), video)
         if weights is not None:
             weights.close()
@@ -90,7 +92,8 @@ def _run(net: SegmentedDiT, config: DitConfig, stage: StageConfig, video: VideoC
     text = TextContext(cond=context, uncond=context)
     noise = torch.zeros(latent_shape(stage, video))
     if not config.adapter_dim:
-        draft(text, noise, stage, Compat(), net, lambda part: None)
+        denoise_draft(net, text, noise, stage, Compat(), lambda part: None)
         return
     low = Latent(x=torch.zeros(latent_shape(LOW, video)))
-    highres(text, condition(low, stage), noise, stage, Compat(), net, lambda part: None)
+    conditioning = resize_draft(low, stage)
+    denoise_highres(net, text, conditioning, noise, stage, Compat(), lambda part: None)

@@ -47,20 +47,22 @@ def predicted(
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("stage", [TWO_K, FOUR_K], ids=["2k", "4k"])
 def test_high_res_of_full_width(stage: StageConfig, share: bool) -> None:
-    plan = TransformerPlan(share=share)
+    plan = TransformerPlan(share_attention=share)
     peak = stage_peak(HIGHRES_5B, stage, CLIP, "bf16", plan)
     assert predicted(HIGHRES_5B, stage, CLIP, "bf16", plan) == pytest.approx(peak, rel=WITHIN)
 
 
 @pytest.mark.parametrize("part", [8192, 1024])
 def test_draft_of_full_width(part: int) -> None:
-    plan = TransformerPlan(part=part)
+    plan = TransformerPlan(chunk=part)
     peak = stage_peak(DRAFT_5B, DRAFT, CLIP, "bf16", plan)
     assert predicted(DRAFT_5B, DRAFT, CLIP, "bf16", plan) == pytest.approx(peak, rel=WITHIN)
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["really run", "fake"])
-@pytest.mark.parametrize("plan", [TransformerPlan(), TransformerPlan(share=False, part=256)])
+@pytest.mark.parametrize(
+    "plan", [TransformerPlan(), TransformerPlan(share_attention=False, chunk=256)]
+)
 def test_a_small_network(plan: TransformerPlan, fake: bool) -> None:
     precision: Precision = "bf16" if fake else "fp32"  # bf16 takes minutes on a CPU
     peak = stage_peak(SMALL, *SMALL_CLIP, precision, plan, fake=fake)

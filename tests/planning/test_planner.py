@@ -10,12 +10,13 @@ import pytest
 
 from pw_export.wan22_configs import NETWORKS
 from pw_runtime.errors import BadRequest
-from pw_runtime.planning.planner import GIB, candidates, decode_candidates, fits, make_plan
+from pw_runtime.planning.candidates import candidates, decode_candidates
+from pw_runtime.planning.planner import GIB, fits, make_plan
 from pw_runtime.planning.report import plan_report, seconds_by_stage
 from pw_runtime.planning.time_estimate import KNOWN
 from pw_runtime.planning.workload import Workload, workload
 from pw_runtime.presets import PRESETS
-from pw_runtime.types import Budget, DecodePlan, Precision, RunPlan, TilingConfig
+from pw_runtime.types import Budget, DecodePlan, Precision, RunOptions, RunPlan, TilingConfig
 
 
 def work_for(
@@ -24,15 +25,8 @@ def work_for(
     found = PRESETS[preset]
     if decode is not None:
         found = replace(found, decode=decode)
-    work = workload(
-        NETWORKS,
-        found,
-        draft_only=False,
-        precision="bf16",
-        vae_precision=vae_precision,
-        codec="h264",
-        chunk=8192,
-    )
+    options = RunOptions(precision="bf16", vae_precision=vae_precision)
+    work = workload(NETWORKS, found, options)
     return replace(work, process=GIB)
 
 
@@ -47,23 +41,23 @@ def plan_for(preset: str, gpu: float, host: float = 64) -> RunPlan:
 )
 def test_the_promised_budgets_are_met(preset: str, gpu: int, weights: str) -> None:
     plan = plan_for(preset, gpu)
-    assert plan.networks["highres"].weights == weights
+    assert plan.transformers["highres"].weights == weights
     assert all(fits(memory, plan.budget) for memory in plan.stages)
 
 
 def test_a_large_gpu_takes_the_fastest_way_of_every_stage() -> None:
     plan = plan_for("4k", 141, 128)
     assert plan.text == "device"
-    assert {one.weights for one in plan.networks.values()} == {"resident"}
-    assert all(one.share for one in plan.networks.values())
-    assert plan.decode == DecodePlan(cut=PRESETS["4k"].decode)
+    assert {one.weights for one in plan.transformers.values()} == {"resident"}
+    assert all(one.share_attention for one in plan.transformers.values())
+    assert plan.decode == DecodePlan(tiling=PRESETS["4k"].decode)
     assert all(" would take " not in decision for decision in plan.decisions)
 
 
 def test_less_memory_goes_down_one_ladder_after_the_other() -> None:
     """Sharing is given up before weights leave the GPU: it saves less than they take."""
-    ways = [plan_for("2k", gpu).networks["highres"] for gpu in (17, 16, 12)]
-    assert [(one.weights, one.share) for one in ways] == [
+    plans = [plan_for("2k", gpu).transformers["highres"] for gpu in (17, 16, 12)]
+    assert [(plan.weights, plan.share_attention) for plan in plans] == [
         ("resident", True),
         ("resident", False),
         ("streamed", True),
@@ -73,16 +67,17 @@ def test_less_memory_goes_down_one_ladder_after_the_other() -> None:
 def test_files_that_hold_the_precision_are_not_copied_to_host_memory() -> None:
     work = replace(work_for(), stored={"draft": "bf16", "highres": "bf16"})
     plan = make_plan(candidates(work, gpu=True), Budget(host=64 * GIB, device=16 * GIB))
-    assert plan.networks["highres"].weights == "mapped"
+    assert plan.transformers["highres"].weights == "mapped"
     assert "streamed from the bundle's files" in plan.decisions[2]
 
 
 def test_engines_of_one_size_keep_their_part_and_leave_the_decoder_itself_as_a_way() -> None:
     work = replace(work_for(), padded=True, decoder_engines=True)
     found = candidates(work, gpu=True)
-    assert {way.choice.part for way in found["highres"]} == {8192}
+    assert {way.choice.chunk for way in found["highres"]} == {8192}
     assert [way.choice.engines for way in found["decode"]][:2] == [True, False]
-    assert found["decode"][0].choice.cut == found["decode"][1].choice.cut == PRESETS["4k"].decode
+    tilings = [candidate.choice.tiling for candidate in found["decode"][:2]]
+    assert tilings == [PRESETS["4k"].decode] * 2
 
 
 @pytest.mark.parametrize(
@@ -93,20 +88,20 @@ def test_a_cpu_decodes_high_pictures_in_bands(height: int, gpu: bool, strips: in
     work = work_for("nano")
     last = replace(work.stages["highres"], height=height)
     work = replace(work, stages={**work.stages, "highres": last})
-    assert decode_candidates(work, gpu=gpu)[0].choice.cut.strips == strips
+    assert decode_candidates(work, gpu=gpu)[0].choice.tiling.strips == strips
 
 
 def test_blended_strips_are_never_recut() -> None:
     official = TilingConfig(tiling="official", strips=4)
     found = candidates(work_for(decode=official), gpu=True)
-    assert [way.choice.cut for way in found["decode"]] == [official]
+    assert [way.choice.tiling for way in found["decode"]] == [official]
 
 
 def test_what_cannot_work_is_refused_with_a_budget_that_does() -> None:
     with pytest.raises(BadRequest) as refused:
         plan_for("4k", 8)
     text = str(refused.value)
-    assert "the highres and the decode stage cannot run" in text
+    assert "not enough memory for the highres and decode stages" in text
     assert "8.0 GiB of GPU memory" in text
     wanted = text.splitlines()[2]
     gpu, host = (float(number) for number in re.findall(r"([\d.]+) GiB", wanted))
@@ -140,7 +135,9 @@ def test_arithmetic_is_that_of_the_specification() -> None:
     rates = replace(KNOWN["H200"], matmul=1e15, attention=1e15, conv=1e15, copy=1e15)
     for preset, wanted in (("2k", 44.66), ("4k", 200.9)):
         work, plan = work_for(preset), plan_for(preset, 141, 128)
-        alone = {name: replace(one, share=False) for name, one in plan.networks.items()}
-        seconds = seconds_by_stage(work, replace(plan, networks=alone), rates)
+        alone = {
+            name: replace(one, share_attention=False) for name, one in plan.transformers.items()
+        }
+        seconds = seconds_by_stage(work, replace(plan, transformers=alone), rates)
         assert seconds["highres"] == pytest.approx(wanted, rel=1e-3)
         assert seconds["draft"] == pytest.approx(3.52, rel=1e-2)

@@ -62,8 +62,8 @@ def test_exact_bands_equal_the_undivided_decode_in_fp64(decoder, rows, bands) ->
 @pytest.mark.parametrize("bands", [2, 5])
 def test_frames_in_bands_are_those_of_the_undivided_decode(decoder, bands, pixel_format) -> None:
     latent = Latent(x=tall_latent(29))
-    whole = stage.decode(latent, TilingConfig(), Compat(), decoder, pixel_format)
-    cut = stage.decode(latent, TilingConfig(strips=bands), Compat(), decoder, pixel_format)
+    whole = stage.decode_frames(decoder, latent, TilingConfig(), Compat(), pixel_format)
+    cut = stage.decode_frames(decoder, latent, TilingConfig(strips=bands), Compat(), pixel_format)
     for one, other in zip(cut, whole, strict=True):
         assert one.start == other.start
         difference = one.frames.int() - other.frames.int()
@@ -152,7 +152,7 @@ def test_chunks_come_in_order_and_cover_the_clip(decoder) -> None:
     pictures: dict[PixelFormat, tuple[int, ...]] = {"rgb24": (32, 64, 3), "yuv420p": (48, 64)}
     for pixel_format, picture in pictures.items():
         plan = TilingConfig(strips=2)
-        chunks = list(stage.decode(latent, plan, Compat(), decoder, pixel_format))
+        chunks = list(stage.decode_frames(decoder, latent, plan, Compat(), pixel_format))
         assert {c.pixel_format for c in chunks} == {pixel_format}
         assert [(c.start, tuple(c.frames.shape)) for c in chunks] == [
             (0, (1, *picture)),
@@ -163,7 +163,9 @@ def test_chunks_come_in_order_and_cover_the_clip(decoder) -> None:
 
 def test_truncated_bytes_are_rgb(decoder) -> None:
     compat = Compat(truncating_uint8=True)
-    chunks = stage.decode(Latent(x=random_latent(4)), TilingConfig(), compat, decoder, "yuv420p")
+    chunks = stage.decode_frames(
+        decoder, Latent(x=random_latent(4)), TilingConfig(), compat, "yuv420p"
+    )
     with pytest.raises(ValueError, match="rgb24, got yuv420p"):
         next(chunks)
 
@@ -173,7 +175,7 @@ def test_decode_computes_a_chunk_only_when_it_is_asked_for(decoder) -> None:
     calls: list[CausalCache] = []
     hook = decoder.decoder.head.register_forward_hook(lambda m, args, out: calls.append(args[1]))
     try:
-        chunks = stage.decode(Latent(x=random_latent(4)), TilingConfig(), Compat(), decoder)
+        chunks = stage.decode_frames(decoder, Latent(x=random_latent(4)), TilingConfig(), Compat())
         next(chunks)
         assert len(calls) == 1
     finally:

@@ -14,7 +14,7 @@ from pw_runtime.models import VaeDecoder
 from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.models.vae_blocks import Upsample
 from pw_runtime.planning.decode_memory import FINE_CACHES, decode_memory
-from pw_runtime.stages.decode import decode
+from pw_runtime.stages.decode import decode_frames
 from pw_runtime.types import Compat, Latent, MemoryItem, Place, TilingConfig, VaeConfig
 
 
@@ -26,7 +26,7 @@ def accounted(config: VaeConfig, rows: int, columns: int, plan: TilingConfig) ->
         ledger.enter([*net.parameters(), *taps], "weights")
         ledger.enter([latent], "latent")
         ledger.restart()  # taps are made of more than they are
-        for chunk in decode(Latent(x=latent), plan, Compat(), net, "yuv420p"):
+        for chunk in decode_frames(net, Latent(x=latent), plan, Compat(), "yuv420p"):
             del chunk
     return ledger.peak["cpu"]
 

@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from pw_kernels._triton import attention_portable
 
+# Triton 3.9 removed the old name and keeps a stub that raises when compiled: no test for it helps.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 LN2 = attention_portable.LN2
 ROWS = gl.constexpr(64)  # queries of a consumer
 CONSUMERS = gl.constexpr(2)
@@ -57,7 +59,7 @@ def fetch(ring, n, rows, row, column):
     slot = n % slots
     mbarrier.wait(empty.index(slot), (n // slots & 1) ^ 1)
     mbarrier.expect(full.index(slot), rows.block_type.nbytes)
-    tma.async_copy_global_to_shared(rows, [row, column], full.index(slot), tiles.index(slot))
+    load_tile(rows, [row, column], full.index(slot), tiles.index(slot))
 
 
 @gluon.jit

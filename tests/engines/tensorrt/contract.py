@@ -22,8 +22,8 @@ def bound_to_manifest(cls: type, entries: dict[str, Any], seen: set[str]) -> dic
         full = f"{cls.__name__}.{name}"
         what = entries.get(full)
         if isinstance(member, property):
-            wanted = "read-write" if member.fset else "read-only"
-            assert what in (wanted, "read-write"), f"{full} is {what} in the bindings"
+            expected = "read-write" if member.fset else "read-only"
+            assert what in (expected, "read-write"), f"{full} is {what} in the bindings"
             members[name] = _recorded(member, full, seen)
         elif callable(member) and full in entries:
             members[name] = _checked(member, full, what, seen)
@@ -55,7 +55,7 @@ def _checked(
         seen.add(full)
         reasons = [_mismatch(signature, arguments, named) for signature in signatures]
         if all(reasons):
-            raise TypeError(f"{full}: {'; '.join(map(str, reasons))}; wanted {signatures}")
+            raise TypeError(f"{full}: {'; '.join(map(str, reasons))}; expected {signatures}")
         return function(self, *arguments, **named)
 
     return call
@@ -63,14 +63,14 @@ def _checked(
 
 def _mismatch(signature: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> str | None:
     """Why the arguments do not fit; None if they do."""
-    wanted = parameters(signature)
-    if len(arguments) > len(wanted):
+    expected = parameters(signature)
+    if len(arguments) > len(expected):
         return f"{len(arguments)} arguments"
-    given = dict(zip(wanted, arguments, strict=False))
-    if wrong := (given.keys() & named.keys()) | (named.keys() - wanted.keys()):
+    given = dict(zip(expected, arguments, strict=False))
+    if wrong := (given.keys() & named.keys()) | (named.keys() - expected.keys()):
         return f"argument {', '.join(sorted(wrong))}"
     given |= named
-    for name, (kind, required) in wanted.items():
+    for name, (kind, required) in expected.items():
         if name not in given:
             if required:
                 return f"no {name}"

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 import torch
 
 from pw_engines.tensorrt import torch_tensorrt
-from pw_engines.tensorrt.torch_tensorrt_build import TorchRequest, settings
+from pw_engines.tensorrt.request import Request
+from pw_engines.tensorrt.torch_tensorrt_build import settings
 from pw_runtime.execution.transformer_segments import Segment, segments_of
 from tests.engines.tensorrt.bindings import load
 from tests.engines.test_segments import HIGHRES
@@ -48,7 +49,7 @@ def without_converter(front: Any, segment: Segment) -> list[str]:
     from torch_tensorrt.dynamo._settings import CompilationSettings
     from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
 
-    request = TorchRequest(spec=segment.spec, program=Path(), plan=Path("plan"), device=None)
+    request = Request(spec=segment.spec, model=Path(), plan=Path("plan"), device=None)
     asked = settings(front, request)
     assert len(compiler.prepare_inputs(asked.pop("arg_inputs"))) == len(segment.spec.inputs)
     asked.pop("device")  # of the GPU that is not there

@@ -97,5 +97,5 @@ def data(
         aligned(torch.full(t.sized(sizes), float("nan"), dtype=DTYPES[t.dtype], device=device))
         for t in one.outputs
     ]
-    (wanted,) = function(*(x.float() for x in inputs))
-    return inputs, outputs, wanted
+    (expected,) = function(*(x.float() for x in inputs))
+    return inputs, outputs, expected

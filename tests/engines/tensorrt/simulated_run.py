@@ -93,8 +93,8 @@ class IExecutionContext(Simulated):
         self._memory: tuple[int, int] | None = None
 
     def set_input_shape(self, name: str, shape: Any) -> bool:
-        wanted = self._engine._shapes.get(name, self._engine._io[name]._shape)
-        if tuple(shape) != tuple(wanted):
+        expected = self._engine._shapes.get(name, self._engine._io[name]._shape)
+        if tuple(shape) != tuple(expected):
             self._say(f"{name}: static dimension mismatch")
             return False
         (value,) = [one for one in self._engine._model.graph.input if one.name == name]

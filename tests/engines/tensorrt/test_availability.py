@@ -43,9 +43,9 @@ def test_other_versions_are_refused(
     version: str, trt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trt, "__version__", version)
-    reason = f"TensorRT {version} is installed, wanted >=10.8,<12: pip install"
+    reason = f"TensorRT {version} is installed, expected >=10.8,<12: pip install"
     assert str(tensorrt.unavailable(GPU)).startswith(reason)
-    with pytest.raises(EngineError, match=r"wanted >=10\.8,<12"):
+    with pytest.raises(EngineError, match=r"expected >=10\.8,<12"):
         bindings()
 
 

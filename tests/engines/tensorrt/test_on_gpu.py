@@ -57,8 +57,8 @@ def test_calls_may_follow_each_other_without_waiting(built: Built) -> None:
     calls = [(engine, *data(engine.spec, "cuda", seed)) for seed in range(8) for engine in engines]
     for engine, inputs, outputs, _ in calls:
         engine.run(inputs, outputs)
-    for _, _, outputs, wanted in calls:
-        assert relative_l2(outputs[0], wanted) < 2e-2
+    for _, _, outputs, expected in calls:
+        assert relative_l2(outputs[0], expected) < 2e-2
 
 
 def test_a_captured_graph_gives_the_same_bits(built: Built) -> None:

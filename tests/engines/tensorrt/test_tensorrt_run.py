@@ -16,8 +16,9 @@ from pw_engines import tensorrt
 from pw_engines.engine import EngineError, check_parity
 from pw_engines.spec import DType, EngineKey, EngineSpec, TensorSpec
 from pw_engines.store import EngineStore
-from pw_engines.tensorrt.build import Request, build_plan
 from pw_engines.tensorrt.engine import TensorrtEngine, lane
+from pw_engines.tensorrt.onnx_build import build_plan
+from pw_engines.tensorrt.request import Request
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.names import manifest, used
 from tests.engines.tensorrt.segments import HIDDEN, TOKENS, WIDTH, aligned, data, onnx_of, spec
@@ -36,7 +37,7 @@ def plan_of(tmp_path: Path) -> Callable[[EngineSpec], Path]:
     def build(one: EngineSpec) -> Path:
         model, path = tmp_path / "model.onnx", tmp_path / tensorrt.FILE
         model.write_bytes(onnx_of(one))
-        build_plan(Request(spec=one, onnx=model, plan=path, device=None))
+        build_plan(Request(spec=one, model=model, plan=path, device=None))
         return path
 
     return build
@@ -60,9 +61,9 @@ def test_a_plan_computes_what_its_segment_does(
     one = spec(dtype)
     engine = tensorrt.load(one, plan_of(one), CPU)
     for seed in range(2):  # other addresses
-        inputs, outputs, wanted = data(one, seed=seed)
+        inputs, outputs, expected = data(one, seed=seed)
         engine.run(inputs, outputs)
-        assert relative_l2(outputs[0], wanted) < tolerance
+        assert relative_l2(outputs[0], expected) < tolerance
     assert trt.seen <= used().keys()  # the walk through the source overlooks nothing
 
 
@@ -81,14 +82,14 @@ def test_from_build_process_through_store_to_result(trt: Any, tmp_path: Path) ->
     assert {file.name for file in found.path.parent.iterdir()} == {tensorrt.FILE, "manifest.json"}
     assert {file.name for file in tmp_path.iterdir()} == {"store", "timing.cache"}
 
-    inputs, outputs, wanted = data(one)
+    inputs, outputs, expected = data(one)
     tensorrt.load(one, found.path, CPU).run(inputs, outputs)
-    assert relative_l2(outputs[0], wanted) < 1e-2
+    assert relative_l2(outputs[0], expected) < 1e-2
 
     first, note, last = said
     assert first.startswith("building up with TensorRT: 1 min, 4 GiB of memory")
     assert first.endswith("(estimate)")
-    assert "started anew" in note
+    assert "starting a new one" in note
     assert last.startswith("built up in ")
     assert "peak memory" in last
 
@@ -123,17 +124,17 @@ def wrong(engine: TensorrtEngine, index: int, x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("index", "x", "message"),
     [
-        (0, torch.zeros(TOKENS, WIDTH), "up, tensor x: wanted bf16, got torch.float32"),
-        (1, torch.zeros(HIDDEN, 31, dtype=torch.bfloat16), "tensor weight: wanted 32 of 32"),
+        (0, torch.zeros(TOKENS, WIDTH), "up, tensor x: expected bf16, got torch.float32"),
+        (1, torch.zeros(HIDDEN, 31, dtype=torch.bfloat16), "tensor weight: expected 32 of 32"),
         (0, torch.zeros(23, WIDTH, dtype=torch.bfloat16), "tokens padded to 24, got 23"),
         (0, torch.zeros(25, WIDTH, dtype=torch.bfloat16), "tokens from 2 to 24, got 25"),
-        (3, torch.zeros(23, HIDDEN, dtype=torch.bfloat16), r"y: wanted shape \(24, 64\), got"),
-        (1, torch.zeros(WIDTH, HIDDEN, dtype=torch.bfloat16).T, "weight: wanted contiguous"),
-        (2, torch.zeros(HIDDEN, dtype=torch.bfloat16, device="meta"), "bias: wanted it on cpu"),
+        (3, torch.zeros(23, HIDDEN, dtype=torch.bfloat16), r"y: expected shape \(24, 64\), got"),
+        (1, torch.zeros(WIDTH, HIDDEN, dtype=torch.bfloat16).T, "weight: expected contiguous"),
+        (2, torch.zeros(HIDDEN, dtype=torch.bfloat16, device="meta"), "bias: expected it on cpu"),
         (
             2,
             aligned(torch.zeros(HIDDEN + 1, dtype=torch.bfloat16))[1:],
-            "bias: wanted an address of a multiple of 256 bytes, got 2 more; pass a tensor",
+            "bias: expected an address that is a multiple of 256, got 2 more; pass a whole tensor",
         ),
     ],
 )
@@ -145,10 +146,10 @@ def test_tensors_that_the_plan_cannot_take_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("expected", "message"),
     [
-        (spec("fp32"), "x: wanted fp32, got bf16"),
-        (spec(width=WIDTH * 2), r"x: wanted shape \(24, 64\), got \(-1, 32\)"),
+        (spec("fp32"), "x: expected fp32, got bf16"),
+        (spec(width=WIDTH * 2), r"x: expected shape \(24, 64\), got \(-1, 32\)"),
         (
             replace(spec(), inputs=(*spec().inputs[:2], TensorSpec(name="b", dtype="bf16",
                     shape=(HIDDEN,)))),
@@ -156,16 +157,16 @@ def test_tensors_that_the_plan_cannot_take_are_refused(
         ),
         (
             replace(spec(), inputs=spec().inputs[:2], outputs=(*spec().outputs, spec().inputs[2])),
-            "bias: wanted an output, got an input",
+            "bias: expected an output, got an input",
         ),
     ],
 )  # fmt: skip
 def test_a_plan_of_another_spec_is_refused(
-    wanted: EngineSpec, message: str, trt: Any, plan_of: Callable[[EngineSpec], Path]
+    expected: EngineSpec, message: str, trt: Any, plan_of: Callable[[EngineSpec], Path]
 ) -> None:
     path = plan_of(spec())
     with pytest.raises(EngineError, match=message):
-        tensorrt.load(wanted, path, CPU)
+        tensorrt.load(expected, path, CPU)
 
 
 def test_a_plan_of_other_limits_is_refused(trt: Any, plan_of: Callable[[EngineSpec], Path]) -> None:
@@ -227,7 +228,7 @@ def test_engines_share_one_scratch_buffer_that_grows(
     trt: Any, plan_of: Callable[[EngineSpec], Path]
 ) -> None:
     small = tensorrt.load(spec(), plan_of(spec()), CPU)
-    inputs, outputs, wanted = data(small.spec)
+    inputs, outputs, expected = data(small.spec)
     small.run(inputs, outputs)
     first = lane(CPU).scratch
     lane(CPU).reserve(first[1] * 100)
@@ -238,13 +239,13 @@ def test_engines_share_one_scratch_buffer_that_grows(
     outputs[0].fill_(float("nan"))
     small.run(inputs, outputs)
     assert small._context._memory == second
-    assert relative_l2(outputs[0], wanted) < 1e-2
+    assert relative_l2(outputs[0], expected) < 1e-2
 
 
 def test_the_first_run_is_not_captured(engine: TensorrtEngine, cuda: Cuda) -> None:
     inputs, outputs, _ = data(engine.spec)
     cuda.capturing = True
-    with pytest.raises(EngineError, match="run it once before"):
+    with pytest.raises(EngineError, match="run it once first"):
         engine.run(inputs, outputs)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pw_engines.tensorrt.torch_tensorrt import FITTING
+from pw_engines.tensorrt.torch_tensorrt import TENSORRT_OF
 from pw_runtime.execution.transformer_segments import segments_of
 from tests.engines.tensorrt import coverage
 from tests.engines.tensorrt.torch_tensorrt_api import known, parameters, version_of
@@ -32,7 +32,7 @@ def wheels() -> list[Path]:
 
 
 def test_parameters_are_known_for_every_version_that_fits() -> None:
-    assert [version.rpartition(".")[0] for version in known()] == list(FITTING)
+    assert [version.rpartition(".")[0] for version in known()] == list(TENSORRT_OF)
 
 
 def test_parameters_are_what_the_wheels_say() -> None:

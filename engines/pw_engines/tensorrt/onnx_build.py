@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build a TensorRT plan from an ONNX model; `process` starts this program.
+
+python -m pw_engines.tensorrt.onnx_build REQUEST.json
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pw_engines.engine import EngineError
+from pw_engines.spec import EngineSpec
+from pw_engines.tensorrt.library import (
+    WORKSPACE,
+    Messages,
+    TensorInfo,
+    bindings,
+    check_tensors,
+    dtype_names,
+    version,
+)
+from pw_engines.tensorrt.request import REFUSED, Request
+
+
+def build_plan(request: Request) -> list[str]:
+    """Build and write a plan; return notes for the user. Raises EngineError quoting TensorRT."""
+    trt = bindings()
+    messages = Messages(trt)
+    name = request.spec.segment
+    try:
+        builder = trt.Builder(messages.logger)
+    except TypeError as error:  # raised by the package where there is no builder
+        raise messages.error(f"TensorRT {trt.__version__} cannot start on this device") from error
+    network = messages.need(builder.create_network(_network_flags(trt)), "no network")
+    _parse(trt, network, request, messages)
+    check_tensors(request.spec, _tensors(trt, network), "the ONNX model")
+
+    config = messages.need(builder.create_builder_config(), "no builder configuration")
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: fp32 would not be fp32
+    config.max_aux_streams = 0  # everything on the caller's stream, as a CUDA graph needs it
+    _set_profile(builder, network, config, request.spec, messages)
+    notes = _use_timing_cache(config, request.timing_cache, messages)
+
+    plan = messages.need(
+        builder.build_serialized_network(network, config),
+        f"TensorRT {trt.__version__} cannot build {name}",
+    )
+    with request.plan.open("wb") as file:
+        file.write(plan)
+    if request.timing_cache is not None:
+        _save_timing_cache(config, request.timing_cache, messages)
+    return notes
+
+
+def _network_flags(trt: Any) -> int:
+    """Request the types of the ONNX model: a flag before TensorRT 11, the only way since."""
+    if version(trt) >= (11, 0):
+        return 0
+    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def _parse(trt: Any, network: Any, request: Request, messages: Messages) -> None:
+    parser = trt.OnnxParser(network, messages.logger)
+    if parser.parse(request.model.read_bytes()):
+        return
+    reasons = []
+    for index in range(parser.num_errors):
+        parser_error = parser.get_error(index)
+        node = f"{parser_error.node_name()} ({parser_error.node_operator()})"
+        reasons.append(f"node {node}: {parser_error.desc()}")
+    failure = f"TensorRT {trt.__version__} cannot read the ONNX model of {request.spec.segment}"
+    raise messages.error("\n  ".join([failure, *reasons]))
+
+
+def _tensors(trt: Any, network: Any) -> Iterator[TensorInfo]:
+    names = dtype_names(trt)
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    for is_input, tensors in ((True, inputs), (False, outputs)):
+        for tensor in tensors:
+            yield TensorInfo(
+                name=tensor.name,
+                is_input=is_input,
+                dtype=names.get(tensor.dtype, str(tensor.dtype)),
+                shape=tuple(tensor.shape),
+            )
+
+
+def _set_profile(
+    builder: Any, network: Any, config: Any, spec: EngineSpec, messages: Messages
+) -> None:
+    """Fix the named dimensions of the ONNX model at the limits of the spec: callers pad."""
+    shapes = {x.name: x.sized(dict(spec.limits)) for x in spec.inputs}
+    profile = messages.need(builder.create_optimization_profile(), "no optimization profile")
+    has_dynamic_shapes = False
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if -1 in tuple(tensor.shape):
+            shape = shapes[tensor.name]
+            profile.set_shape(tensor.name, shape, shape, shape)
+            has_dynamic_shapes = True
+    if has_dynamic_shapes and config.add_optimization_profile(profile) < 0:
+        raise messages.error(f"TensorRT does not take the sizes of {spec.segment}: {shapes}")
+
+
+def _use_timing_cache(config: Any, path: Path | None, messages: Messages) -> list[str]:
+    """Give the builder the timings of earlier builds; a cache that it rejects is replaced."""
+    if path is None:
+        return []
+    notes = []
+    if path.exists():
+        cache = config.create_timing_cache(path.read_bytes())
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return []
+        notes.append(f"timing cache {path} is for another device or version: starting a new one")
+    failure = "TensorRT cannot create a timing cache"
+    cache = messages.need(config.create_timing_cache(b""), failure)
+    messages.need(config.set_timing_cache(cache, ignore_mismatch=False), failure)
+    return notes
+
+
+def _save_timing_cache(config: Any, path: Path, messages: Messages) -> None:
+    failure = "TensorRT cannot serialise its timing cache"
+    cache = messages.need(config.get_timing_cache(), failure)
+    data = messages.need(cache.serialize(), failure)
+    partial = path.with_name(f".{path.name}-{os.getpid()}")  # other builds may write too
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """Build what the request file, the first argument, describes; print notes."""
+    request = Request.from_json(Path(sys.argv[1]).read_text())
+    if request.device is not None:
+        torch.cuda.set_device(request.device)
+    try:
+        notes = build_plan(request)
+    except (EngineError, OSError) as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    for note in notes:
+        print(note)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

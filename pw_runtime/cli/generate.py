@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw generate`: one clip per prompt."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from pw_runtime.cli.options import (
+    CODECS,
+    FILE,
+    FOLDER,
+    chunk_option,
+    device_option,
+    exit_code,
+    fragmented_option,
+    gpu_memory_option,
+    host_memory_option,
+    precision_option,
+    trace_option,
+    traced,
+    vae_precision_option,
+)
+from pw_runtime.errors import BadRequest
+from pw_runtime.types import (
+    OFFICIAL_NEGATIVE,
+    AttentionKernel,
+    EnginePolicy,
+    Kernels,
+    Request,
+    RunOptions,
+)
+
+if TYPE_CHECKING:
+    from pw_runtime.checkpoint.bundle import Bundle
+    from pw_runtime.system.progress import Reporter
+
+
+@click.command()
+@click.option("--model", type=FOLDER, help="Bundle made by `pw convert`.")
+@click.option(
+    "--prompts", "--prompt_file", "prompt_file", type=FILE, help="Prompt file, .txt or .jsonl."
+)
+@click.option("--prompt", "prompt_texts", multiple=True, help="A prompt; may be repeated.")
+@click.option(
+    "--preset",
+    "--resolution",
+    required=True,
+    help="draft, 2k, 4k, 4k-5step, nano, nano-hd, or a preset file (.toml).",
+)
+@click.option("--out", "--video_dir", type=FOLDER, required=True, help="Output folder.")
+@click.option(
+    "--seed",
+    "--base_seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Base seed; negative: a random one.",
+)
+@click.option("--negative", help="Negative prompt. [default: the official one]")
+@click.option("--noise", type=FILE, help="Safetensors file with draft_noise and highres_noise.")
+@click.option(
+    "--codec",
+    type=CODECS,
+    default="h264",
+    show_default=True,
+    help="ffv1 is lossless RGB in .mkv.",
+)
+@fragmented_option
+@click.option("--save-latents", is_flag=True, help="Keep <id>.latents.safetensors at the end.")
+@click.option("--draft-only", is_flag=True, help="Stop after the draft; the clip shows it.")
+@click.option("--contact-sheet", is_flag=True, help="Also write contact_sheet.png.")
+@precision_option
+@vae_precision_option
+@gpu_memory_option
+@host_memory_option
+@device_option
+@click.option(
+    "--kernels",
+    type=click.Choice(get_args(Kernels)),
+    default="reference",
+    show_default=True,
+    help="Implementation of the operations; triton: CUDA only, see docs/kernels.md.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(get_args(AttentionKernel)),
+    help="Implementation of attention alone; all but reference need CUDA and bf16. "
+    "[default: as --kernels]",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(get_args(EnginePolicy)),
+    default="auto",
+    show_default=True,
+    help="auto: use engines made by `pw build` if there are any; engines: require them for the "
+    "transformers; eager: use none.",
+)
+@chunk_option
+@trace_option
+@click.option("--quiet", is_flag=True, help="Print only warnings, errors and finished clips.")
+@click.option(
+    "--ckpt_dir", type=FOLDER, help="Official flag: checkpoint folder, converted on first use."
+)
+@click.option("--lr_ckpt", type=FILE, help="Official flag: draft checkpoint, with --ckpt_dir.")
+@click.option("--hr_ckpt", type=FILE, help="Official flag: high-res checkpoint, with --ckpt_dir.")
+def generate(**options: Any) -> int:
+    """Make one clip per prompt: <id>.mp4 and its receipt <id>.json."""
+    from pw_runtime.pipeline import generate
+    from pw_runtime.system.progress import Reporter
+
+    reporter = Reporter(quiet=options["quiet"])
+    request = read_request(options)
+    bundle = open_model(options, reporter)
+    run = partial(generate, request, bundle, reporter)
+    return traced(partial(exit_code, run, reporter), options["trace"], request.device)
+
+
+def read_request(options: dict[str, Any]) -> Request:
+    """Turn the options of `pw generate` into a Request. Raises BadRequest."""
+    from pw_runtime.job.preflight import default_precision, pick_device
+    from pw_runtime.presets import find_preset
+    from pw_runtime.prompts import make_prompts, read_prompts
+    from pw_runtime.sampling.noise import resolve_base_seed
+
+    texts: tuple[str, ...] = options["prompt_texts"]
+    if (options["prompt_file"] is None) == (not texts):
+        raise BadRequest(
+            "prompts are missing, or given twice",
+            do="give exactly one of --prompts FILE and --prompt TEXT",
+        )
+    if any(not text.strip() for text in texts):
+        raise BadRequest("--prompt is empty", do="describe what the clip should show")
+    prompts = (
+        make_prompts([(str(i), text.strip()) for i, text in enumerate(texts)])
+        if texts
+        else read_prompts(options["prompt_file"])
+    )
+    device = pick_device(options["device"])
+    precision = default_precision(options["precision"], device)
+    resolved = options | {"device": str(device), "precision": precision}
+    return Request(
+        prompts=prompts,
+        preset=find_preset(options["preset"]),
+        out=options["out"],
+        negative=OFFICIAL_NEGATIVE if options["negative"] is None else options["negative"],
+        seed=resolve_base_seed(options["seed"]),
+        noise=options["noise"],
+        options=RunOptions(**{field.name: resolved[field.name] for field in fields(RunOptions)}),
+        fragmented=options["fragmented"],
+        contact_sheet=options["contact_sheet"],
+        gpu_memory=options["gpu_memory"],
+        host_memory=options["host_memory"],
+    )
+
+
+def open_model(options: dict[str, Any], reporter: Reporter) -> Bundle:
+    """Open the bundle of --model, or the one converted for the official flags.
+
+    Raises BadRequest, BadWeights.
+    """
+    from pw_export.bundle_cache import cached_bundle
+    from pw_runtime.checkpoint.bundle import open_bundle
+
+    model, checkpoint = options["model"], options["ckpt_dir"]
+    draft, highres = options["lr_ckpt"], options["hr_ckpt"]
+    if (model is None) == (checkpoint is None):
+        raise BadRequest(
+            "the model is missing, or given twice",
+            do="give exactly one of --model BUNDLE and --ckpt_dir CHECKPOINT",
+        )
+    if model is None:
+        model = cached_bundle(wan=checkpoint, draft=draft, highres=highres, say=reporter.say)
+    elif draft or highres:
+        raise BadRequest(
+            "--lr_ckpt and --hr_ckpt need --ckpt_dir; --model already contains its weights",
+            do="leave --lr_ckpt and --hr_ckpt out, or give --ckpt_dir instead of --model",
+        )
+    return open_bundle(model)

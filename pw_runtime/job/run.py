@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run: the state its stages share, and what surrounds each clip in each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from pw_runtime.checkpoint.bundle import Bundle
+from pw_runtime.checkpoint.loader import load_decoder, load_text_network
+from pw_runtime.errors import WriteFailed
+from pw_runtime.execution.decoder_lookup import on_engines
+from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.execution.protocols import Decoder
+from pw_runtime.execution.transformer import SegmentedDiT, load_transformer
+from pw_runtime.job.clip import Clip, save_latents, write_clip_receipt
+from pw_runtime.job.contact_sheet import write_contact_sheet
+from pw_runtime.job.failures import isolate_failure
+from pw_runtime.models import VaeDecoder
+from pw_runtime.models.text_encoder import TextNetwork
+from pw_runtime.planning.oom_fallback import LazyNetwork, OomFallback
+from pw_runtime.system.progress import Reporter
+from pw_runtime.system.step import Step
+from pw_runtime.system.trace import Stopwatch, span
+from pw_runtime.types import (
+    Latent,
+    Network,
+    Notice,
+    NoticeKind,
+    Outcome,
+    Request,
+    RunPlan,
+    StageName,
+    TextContext,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """State shared by all stages of one run."""
+
+    request: Request
+    bundle: Bundle
+    clips: tuple[Clip, ...]
+    reporter: Reporter
+    engines: Mapping[Network, EngineSet]
+    fallback: OomFallback
+    loading: Stopwatch
+
+    def text_network(self) -> LazyNetwork[TextNetwork]:
+        """Return the tokenizer and the text encoder, on the planned device."""
+
+        def load(plan: RunPlan) -> TextNetwork:
+            device = self.request.device if plan.text == "device" else torch.device("cpu")
+            return load_text_network(self.bundle, self.request.options.precision, device)
+
+        return LazyNetwork("text", load, self.fallback, self.loading, label="text encoder")
+
+    def transformer(self, stage: StageName) -> LazyNetwork[SegmentedDiT]:
+        """Return a stage's transformer, its weights as planned, on the selected engines."""
+
+        def load(plan: RunPlan) -> SegmentedDiT:
+            engines, options = self.engines[stage], self.request.options
+            return load_transformer(self.bundle, stage, engines, plan.transformers[stage], options)
+
+        return LazyNetwork(
+            stage, load, self.fallback, self.loading, label=stage, close=SegmentedDiT.close
+        )
+
+    def decoder(self) -> LazyNetwork[VaeDecoder]:
+        """Return the VAE decoder."""
+
+        def load(plan: RunPlan) -> VaeDecoder:
+            options = self.request.options
+            return load_decoder(self.bundle, self.request.device, options.vae_precision)
+
+        return LazyNetwork("decode", load, self.fallback, self.loading, label="vae")
+
+    def decoder_on(self, vae: VaeDecoder) -> Decoder:
+        """Return the decoder on engines, where the current plan has it run on them."""
+        return on_engines(vae, self.engines["vae"]) if self.fallback.plan.decode.engines else vae
+
+    def clips_with_text(self) -> Iterator[tuple[Clip, TextContext]]:
+        """Yield the clips whose text is encoded."""
+        for clip in self.clips:
+            if clip.text is not None:
+                yield clip, clip.text
+
+    def clips_with_draft(self) -> Iterator[tuple[Clip, TextContext, Latent]]:
+        """Yield the clips whose draft is finished."""
+        for clip, text in self.clips_with_text():
+            if clip.draft is not None:
+                yield clip, text, clip.draft
+
+    def unfinished(self) -> Iterator[Clip]:
+        """Yield the clips that have not failed and have no video yet."""
+        for clip in self.clips:
+            if clip.error is None and clip.video is None:
+                yield clip
+
+    @contextmanager
+    def step(
+        self, clip: Clip, stage: str, total: int | None = None, *, timed: bool = True
+    ) -> Iterator[Step]:
+        """Isolate one clip's way through a stage: its failure, progress, time and notices.
+
+        Args:
+            clip: the clip.
+            stage: name of the stage.
+            total: units of progress; None shows none.
+            timed: count the whole step's time under the stage's name.
+        """
+        with isolate_failure(clip, self.reporter):
+            yield Step(
+                label=f"{stage} {clip.prompt.id}",
+                reporter=self.reporter,
+                total=total,
+                stopwatch=clip.stopwatch,
+                timed_as=stage if timed else None,
+                add_notice=partial(self.add_notice, (clip,)),
+            )
+        if clip.error is not None:
+            clip.release_tensors()
+
+    def shared_step(self, label: str) -> Step:
+        """Return a step that concerns all clips; its time counts as loading."""
+        return Step(
+            label=label,
+            reporter=self.reporter,
+            stopwatch=self.loading,
+            timed_as="load",
+            add_notice=lambda kind, text: self.add_notice(self.clips, kind, f"{label}: {text}"),
+        )
+
+    def add_notice(self, clips: Iterable[Clip], kind: NoticeKind, text: str) -> None:
+        """Tell the user something once, and record it in the receipts of `clips`."""
+        clips = tuple(clips)
+        for clip in clips:
+            clip.notices.append(Notice(kind=kind, text=text))
+        prefix = f"prompt {clips[0].prompt.id}: " if len(clips) == 1 else ""
+        self.reporter.warn(prefix + text)
+
+    def spill_latents(self, clip: Clip) -> None:
+        """Move the clip's tensors to the disk, where they wait for the decode."""
+        try:
+            with clip.stopwatch.stage("latents"):
+                save_latents(clip)
+        except WriteFailed as error:  # a clip without a latents file is better than none
+            text = f"its latents stay in memory until they are decoded: {error}"
+            self.add_notice((clip,), "disk", text)
+        else:
+            clip.release_tensors()
+
+    def finish(self, clip: Clip, video_bytes: int) -> None:
+        """Write the receipt of a finished video, and remove latents that nobody asked to keep."""
+        self.fallback.record_peak("decode")
+        with span("receipt"):
+            write_clip_receipt(clip, self.loading.seconds["load"], video_bytes, self.fallback)
+        clip.video = clip.target
+        self.reporter.finished(clip.video)
+        if clip.latents is not None and not clip.request.options.save_latents:
+            try:
+                clip.latents.unlink(missing_ok=True)
+            except OSError as error:
+                self.reporter.warn(f"could not remove {clip.latents}: {error}")
+        clip.release_tensors()
+
+    def write_contact_sheet(self) -> None:
+        """Write the contact sheet of the finished clips, if asked for. Raises WriteFailed."""
+        rows = [clip.sheet_row() for clip in self.clips if clip.video is not None]
+        if self.request.contact_sheet and rows:
+            with span("contact sheet"):
+                write_contact_sheet(rows, self.request.out / "contact_sheet.png")
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Return the result for every prompt, in order."""
+        return tuple(clip.outcome() for clip in self.clips)

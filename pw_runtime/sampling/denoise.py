@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noise -> latent: the denoising loop of both stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from pw_runtime.execution.protocols import ControlInputs, Transformer
+from pw_runtime.sampling.schedule import make_schedule, time_input
+from pw_runtime.sampling.solver import sample
+from pw_runtime.types import Compat, Conditioning, Latent, StageConfig, TextContext
+
+
+def denoise(
+    net: Transformer,
+    text: TextContext,
+    noise: Tensor,
+    config: StageConfig,
+    compat: Compat,
+    on_step: Callable[[float], None],
+    conditioning: Conditioning | None = None,
+) -> Latent:
+    """Denoise with classifier-free guidance.
+
+    Args:
+        net: the transformer.
+        text: context of the prompt and of its negative.
+        noise: [C, T, H, W] fp32 on the network's device.
+        config: sampler settings.
+        compat: official quirks.
+        on_step: called after each block, with the fraction of a step that it is.
+        conditioning: resized draft latent, for a shortcut network, which is also given the size
+            of every step (dt).
+
+    Returns:
+        [C, T, H, W] fp32 latent.
+    """
+    schedule = make_schedule(config.solver, config.steps, config.shift)
+    texts = [net.text_keys_values(text.cond), net.text_keys_values(text.uncond)]
+    layout = net.layout(noise)
+    features = None if conditioning is None else net.control_features(conditioning.x)
+    block_fraction = 1 / sum(map(len, texts))  # of a step
+
+    def velocities(x: Tensor, step: int) -> list[Tensor]:
+        rounded, control = compat.bf16_timesteps, None
+        t = time_input(schedule.timesteps[step], x.device, rounded=rounded)
+        dt = None
+        if features is not None:
+            dt = time_input(schedule.step_sizes[step], x.device, rounded=rounded)
+            control = _control(net, features, schedule.timesteps[step], schedule.step_sizes[step])
+        modulation = net.modulation(t, dt)
+        return net.velocities(
+            x, texts, modulation, layout, control, lambda: on_step(block_fraction)
+        )
+
+    x = sample(
+        velocities,
+        noise,
+        schedule.sigmas,
+        config.solver,
+        config.guidance,
+        bf16_einsum=compat.bf16_einsum,
+    )
+    return Latent(x=x)
+
+
+def _control(net: Transformer, features: Tensor, t: int, dt: int) -> ControlInputs:
+    """Collect the control of a step. The official adapter runs before t and dt are rounded."""
+    device = features.device
+    return net.control_inputs(features, time_input(t, device), time_input(dt, device))

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One clip in one stage of a run: its progress, its time, and its notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from pw_runtime.system.progress import Advance, Reporter
+from pw_runtime.system.trace import Stopwatch
+from pw_runtime.types import NoticeKind
+
+
+def _no_progress(done: float = 1) -> None:
+    """Count nothing: the step shows no progress of its own."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """Reporting of one clip's computation in a stage, which may be attempted several times.
+
+    Attributes:
+        label: of the progress bar.
+        reporter: shows it.
+        total: sampler steps or frames; None: no bar.
+        stopwatch: counts the seconds of every attempt.
+        timed_as: name of these seconds; None: the computation times its own parts.
+        add_notice: tells the user something, and records it in the clip's receipt.
+    """
+
+    label: str
+    reporter: Reporter
+    stopwatch: Stopwatch
+    add_notice: Callable[[NoticeKind, str], None]
+    total: int | None = None
+    timed_as: str | None = None
+    _advance: Advance = field(default=_no_progress)
+
+    def advance(self, done: float = 1) -> None:
+        """Count `done` more units of `total`, in the attempt in progress."""
+        self._advance(done)
+
+    def notice_text(self, text: str) -> None:
+        """Tell the user something about a prompt's text."""
+        self.add_notice("text", text)
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Show progress from zero and count the time, while the block runs."""
+        with ExitStack() as stack:
+            if self.total is not None:
+                self._advance = stack.enter_context(self.reporter.steps(self.label, self.total))
+            if self.timed_as is not None:
+                stack.enter_context(self.stopwatch.stage(self.timed_as))
+            yield
