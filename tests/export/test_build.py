@@ -185,7 +185,7 @@ def test_engines_of_other_sources_are_of_no_use(
     other = entry.key | {"platform": [["cpu", "another"]]}
     assert "another machine" in str(unusable(replace(entry, key=other)))
     unknown = entry.key | {"options": [["frontend", "another"]]}
-    assert unusable(replace(entry, key=unknown)) == "its key is not one of this version"
+    assert unusable(replace(entry, key=unknown)) == "its key is of another version"
     spec = entry.key["spec"] | {"sources": "0"}
     assert unusable(replace(entry, key=entry.key | {"spec": spec})) is not None
 
