@@ -144,7 +144,9 @@ def convert(
 )
 @click.option(
     "--attention",
-    type=click.Choice(["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]),
+    type=click.Choice(
+        ["reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"]
+    ),
     help="Attention alone; all but reference: CUDA and bf16 only. [default: as --kernels]",
 )
 @click.option(
