@@ -52,10 +52,10 @@ class Dims(tuple[int, ...]):
 
 class ITensor(Simulated):
     def __init__(self, value: Any) -> None:
-        kind = value.type.tensor_type
+        tensor_type = value.type.tensor_type
         self._name = value.name
-        self._kind = KINDS[kind.elem_type]
-        self._shape = Dims(dim.dim_value or -1 for dim in kind.shape.dim)
+        self._kind = KINDS[tensor_type.elem_type]
+        self._shape = Dims(dim.dim_value or -1 for dim in tensor_type.shape.dim)
 
     @property
     def name(self) -> str:

@@ -68,9 +68,9 @@ def test_platform_is_what_a_plan_depends_on(
     monkeypatch.setattr(tensorrt, "_DRIVER", tmp_path / "version")
     assert "driver" not in dict(tensorrt.tensorrt_platform(GPU))
     (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
-    found = dict(tensorrt.tensorrt_platform(GPU))
-    assert found["driver"] == "580.65.06"
-    assert found["tensorrt"] == trt.__version__
-    assert found["gpu"] == "Simulated H200"
-    assert found["capability"] == "9.0"
-    assert found.keys() == {"capability", "driver", "gpu", "machine", "recipe", "tensorrt", "torch"}
+    facts = dict(tensorrt.tensorrt_platform(GPU))
+    assert facts["driver"] == "580.65.06"
+    assert facts["tensorrt"] == trt.__version__
+    assert facts["gpu"] == "Simulated H200"
+    assert facts["capability"] == "9.0"
+    assert facts.keys() == {"capability", "driver", "gpu", "machine", "recipe", "tensorrt", "torch"}

@@ -122,7 +122,7 @@ def test_timing_cache_is_made_used_and_started_anew(
     assert "is for another device or version: starting a new one" in note
     assert known() == ""
     assert cache.read_text() == "11.4.0.106"
-    assert {one.name for one in tmp_path.iterdir()} == {"model.onnx", "plan", "timing.cache"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "plan", "timing.cache"}
 
 
 @pytest.mark.parametrize(
