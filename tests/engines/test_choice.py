@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines a network runs on, by policy and by what the store has."""
+"""Engines are selected by policy and by what the store has."""
 
 from __future__ import annotations
 

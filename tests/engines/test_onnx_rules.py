@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TensorRT's parser takes passes; what it does not is told, with the node and the reason."""
+"""Models that TensorRT's parser takes pass; others are refused with node and reason."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ EAGER = ("spatial_adapter.backbone",)
 
 
 class WholeChunks(EagerEngine):
-    """As TensorRT's engines: every call has as many tokens as the limit."""
+    """An engine like TensorRT's: every call has as many tokens as the limit."""
 
     padded = True
 
@@ -72,7 +72,7 @@ LATENT = (48, 2, 6, 8)  # 2x3x4 tokens
 
 
 def whole_velocities(net: WanDiT, lengths: Sequence[int]) -> list[Tensor]:
-    """Of one pass per text, by the network itself."""
+    """Run the network itself, one pass per text."""
     latent, steps, more = normal(*LATENT), [torch.tensor([700.0])], []
     if net.config.has_dt:
         steps.append(torch.tensor([100.0]))

@@ -118,7 +118,7 @@ def test_upsample2x_conv_is_exact(shape: tuple[int, ...], order: Callable[..., T
 
 
 def test_upsample2x_conv_keeps_channels_last() -> None:
-    """As a convolution does, where either the picture or the weights have them last."""
+    """A convolution does too, where either the picture or the weights have them last."""
     x, weight = values(2, 8, 3, 5), values(8, 8, 3, 3)
     for a, b in ((last(x), last(weight)), (x, last(weight)), (last(x), weight)):
         got = upsample2x_conv(a, phase_taps(b), None)

@@ -92,7 +92,7 @@ def parameters(signature: str) -> dict[str, tuple[str, bool]]:
 
 
 def accepts(annotation: str, value: Any) -> bool:
-    """Whether pybind11 would convert a value to a type of the bindings."""
+    """Return True if pybind11 would convert a value to a type of the bindings."""
     annotation = annotation.rpartition(".")[2]
     if annotation in ("int", "SupportsInt"):
         return isinstance(value, int)

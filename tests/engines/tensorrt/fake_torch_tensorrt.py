@@ -42,7 +42,7 @@ def plan_of(names: dict[str, str], *, width: int | None = None) -> bytes:
 
 
 def convert(program: Any, **keywords: Any) -> Any:
-    """As the real one, or as it fails."""
+    """Convert as the real function, or fail as it does."""
     fault = os.environ.get(FAULT, "")
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)

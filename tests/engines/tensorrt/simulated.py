@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both halves of the simulator stand on: faults on request, plans, tensors, the logger."""
+"""The base of both halves of the simulator: faults on request, plans, tensors, the logger."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fault() -> str:
 
 
 def read_plan(plan: bytes | memoryview) -> dict[str, Any]:
-    """What a plan holds; ValueError if it is not whole."""
+    """Read the content of a plan. Raises ValueError if it is not whole."""
     data = bytes(plan)
     if not data.startswith(MAGIC):
         raise ValueError("no plan")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where TensorRT cannot be used, the reason and the remedy are told."""
+"""Where TensorRT cannot be used, the reason and the remedy are reported."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the function of torch-tensorrt that we call takes, by version, read from its wheels.
+"""Parameters of the function of torch-tensorrt that we call, by version, read from its wheels.
 
     python tests/engines/tensorrt/torch_tensorrt_api.py FOLDER...     writes the JSON beside this
 
