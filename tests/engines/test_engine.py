@@ -181,7 +181,7 @@ def test_a_segment_that_cannot_be_compiled_is_an_error(tmp_path: Path) -> None:
         aoti.build(spec(), Branching(), tmp_path / aoti.FILE, CPU)
 
 
-def test_a_machine_without_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aoti.shutil, "which", lambda name: None)
     assert "install g++" in str(aoti.unavailable(CPU))
 

@@ -142,7 +142,7 @@ def test_parts_smaller_than_the_engines_take_equal_smaller_engines() -> None:
     assert torch.equal(parts[0], smaller[0])
 
 
-def test_every_block_of_every_pass_is_told() -> None:
+def test_every_block_of_every_pass_is_reported() -> None:
     net = segmented(network(DRAFT, "fp32"), "fp32", 24)
     calls: list[int] = []
     with torch.inference_mode():

@@ -148,7 +148,7 @@ def test_only_engines_are_removed(store: EngineStore) -> None:
     assert store.find(key()).state == "fresh"
 
 
-def test_an_engine_that_cannot_be_removed_is_told(
+def test_an_engine_that_cannot_be_removed_is_reported(
     store: EngineStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = put(store)
@@ -205,7 +205,7 @@ def test_a_build_that_made_no_file_is_an_error(store: EngineStore) -> None:
     assert store.find(key()).state == "missing"
 
 
-def test_a_root_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = EngineStore(tmp_path / "file" / "engines")
     for use in (store.locked(key()), store.publishing(key(), NAME)):
@@ -213,7 +213,7 @@ def test_a_root_that_cannot_be_made_is_told(tmp_path: Path) -> None:
             pass
 
 
-def test_a_root_that_cannot_be_written_is_told(
+def test_a_root_that_cannot_be_written_is_reported(
     store: EngineStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As root one may write anywhere: the refusal is the system's, made up."""

@@ -24,7 +24,7 @@ def test_other_devices_are_refused() -> None:
     assert reason == "TensorRT runs on NVIDIA GPUs, got the device cpu: use --device cuda"
 
 
-def test_a_machine_without_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no usable NVIDIA GPU: install a driver" in str(tensorrt.unavailable(GPU))
 

@@ -155,7 +155,7 @@ def test_what_is_no_plan_of_the_segment_is_refused(
     assert not request_of.plan.exists()
 
 
-def test_a_package_that_cannot_be_imported_is_told(
+def test_a_package_that_cannot_be_imported_is_reported(
     front: pytest.MonkeyPatch, request_of: Request
 ) -> None:
     front.setitem(sys.modules, "torch_tensorrt", None)
@@ -248,7 +248,7 @@ def missing(name: str) -> str:
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_told_with_what_would(
+def test_what_does_not_fit_is_reported_with_what_would(
     pytorch: str,
     version: Callable[[str], str],
     library: str,
