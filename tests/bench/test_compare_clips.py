@@ -15,7 +15,7 @@ from pw_runtime.pipeline import generate
 from pw_runtime.presets import find_preset
 from pw_runtime.prompts import make_prompts
 from pw_runtime.system.progress import Reporter
-from pw_runtime.types import Request, RunOptions
+from pw_runtime.types import Precision, Request, RunOptions
 from tests.e2e.pw import Pw, write_preset
 
 
@@ -35,12 +35,13 @@ def runs(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         out=folder / "a",
         options=RunOptions(codec="ffv1", save_latents=True),
     )
-    changes = {"a": {}, "b": {}, "bf16": {"precision": "bf16"}}
-    for name, change in changes.items():
-        run = replace(request, out=folder / name, **change)
+    precisions: dict[str, Precision] = {"a": "fp32", "b": "fp32", "bf16": "bf16"}
+    for name, precision in precisions.items():
+        options = replace(request.options, precision=precision)
+        run = replace(request, out=folder / name, options=options)
         (outcome,) = generate(run, open_bundle(bundle_dir), Reporter(quiet=True))
         assert outcome.error is None
-    return {name: folder / name for name in changes}
+    return {name: folder / name for name in precisions}
 
 
 def test_two_runs_of_one_command_do_not_differ_by_a_byte(pw: Pw, runs: dict[str, Path]) -> None:
