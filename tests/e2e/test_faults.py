@@ -297,7 +297,7 @@ def test_what_the_triton_kernels_cannot_take_is_refused_before_anything_is_compu
 ) -> None:
     """The test model has 32-wide heads; the rest of the check needs no GPU either."""
     bundle = open_bundle(bundle_dir)
-    with pytest.raises(BadRequest, match="heads of the draft network"):
+    with pytest.raises(BadRequest, match="does not support the draft network"):
         check_networks(bundle, ["draft"], "triton")
     request = Request(
         prompts=(),

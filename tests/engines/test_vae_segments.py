@@ -175,7 +175,7 @@ def test_sizes_and_engines_that_do_not_fit_are_refused(nano) -> None:
         vae.coarse(random_latent(1, columns=8), CausalCache())
     others = segments_of_vae(NANO_VAE, ROWS, COLUMNS + 1)
     engines = {name: EagerEngine(segment.spec, segment.module) for name, segment in others.items()}
-    with pytest.raises(ValueError, match="vae_coarse_first is of another segment"):
+    with pytest.raises(ValueError, match="vae_coarse_first was made for another segment"):
         SegmentedVae(nano, segments, engines)
 
 

@@ -208,9 +208,9 @@ def test_recording_launches_nothing_and_does_not_nest() -> None:
     [
         (
             ("--arch", "75"),
-            "--arch expects numbers among [80, 89, 90, 100, 103, 110, 120, 121], got [75]",
+            "--arch: expected numbers among [80, 89, 90, 100, 103, 110, 120, 121], got [75]",
         ),
-        (("--arch", "89", "--kernel", "nothing"), "the networks launch no kernel nothing"),
+        (("--arch", "89", "--kernel", "nothing"), "the networks launch no kernel named nothing"),
     ],
 )
 def test_compiling_refuses_what_it_does_not_know(

@@ -72,7 +72,7 @@ def facts_of(receipt: Mapping[str, Any], operations: Mapping[str, str]) -> ClipF
     """Read the facts in a clip's receipt. Notices that are not fallbacks do not count."""
     stages = (receipt.get("plan") or {}).get("stages", {})
     return ClipFacts(
-        fallbacks=tuple(receipt["fallbacks"]),
+        fallbacks=tuple(receipt.get("fallbacks", [])),
         engines={
             network: " ".join((engine["backend"], engine.get("digest", "")[:16])).strip()
             for network, engine in receipt.get("engines", {}).items()
