@@ -15,7 +15,7 @@ from pw_kernels.ahead_of_time import Compiled, compile_variant
 from pw_kernels.attention import run_kernel
 from pw_kernels.launcher import recording
 from pw_kernels.library import ARCHS
-from tests.kernels.compiling import Report, resources
+from tests.kernels.compiling import Report, architectures, resources
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [(128, "bf16", False), (64, "fp16", True)]  # width, dtype, bias
@@ -61,5 +61,5 @@ def gluon_report(width: int, dtype: str) -> Report:
 
 
 if __name__ == "__main__":
-    reports = [report(arch, *case) for arch in GPUS for case in CASES]
+    reports = [report(arch, *case) for arch in architectures() for case in CASES]
     print(json.dumps(reports + [gluon_report(*case) for case in GLUON_CASES]))

@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import re
 
-from pw_kernels.ahead_of_time import SHARED_LIMITS, compile_variant
+from pw_kernels.ahead_of_time import compile_variant
 from pw_kernels.launcher import recording
 from pw_kernels.variant import Variant
-from tests.kernels.compiling import Report, resources
+from tests.kernels.compiling import Report, architectures, resources
 from tests.kernels.pointwise import LEAST, meta_case
 
 
@@ -35,4 +35,5 @@ def report(name: str, variant: Variant, arch: int) -> Report:
 
 if __name__ == "__main__":
     variants = {name: launched(name) for name in LEAST}
-    print(json.dumps([report(n, v, arch) for n, v in variants.items() for arch in SHARED_LIMITS]))
+    archs = architectures()
+    print(json.dumps([report(n, v, arch) for n, v in variants.items() for arch in archs]))

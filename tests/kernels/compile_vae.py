@@ -8,11 +8,11 @@ import re
 from typing import Any
 
 from pw_kernels._triton import channel_norm, dup_up, pack_frames, pack_yuv
-from pw_kernels.ahead_of_time import SHARED_LIMITS, compile_kernel
+from pw_kernels.ahead_of_time import compile_kernel
 from pw_kernels.channel_norm import tile_positions
 from pw_kernels.pack_frames import BLOCK
 from pw_kernels.pack_yuv import BLOCK as BLOCKS
-from tests.kernels.compiling import Report, resources
+from tests.kernels.compiling import Report, architectures, resources
 
 # kernel, types of its arguments, its constants, warps
 Compilation = tuple[Any, dict[str, str], dict[str, object], int]
@@ -101,7 +101,7 @@ if __name__ == "__main__":
     jobs = [
         (name, arch)
         for name in KERNELS
-        for arch in SHARED_LIMITS
+        for arch in architectures()
         if arch not in SIBLINGS or name in LARGEST
     ]
     print(json.dumps([report(name, arch) for name, arch in jobs]))

@@ -10,13 +10,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pw_kernels.ahead_of_time import Compiled
+from pw_kernels.ahead_of_time import SHARED_LIMITS, Compiled, assembler
 
 ROOT = Path(__file__).parents[2]
 Report = dict[str, Any]
@@ -24,6 +24,16 @@ Report = dict[str, Any]
 # Since Triton 3.8 ptxas spills a few registers of some kernels on sm_80 and sm_89, to keep one more
 # block on a multiprocessor: at most 32 bytes of a thread, seen with 3.8.0 and 3.9.0.
 SPILLS = 32
+
+
+def architectures() -> list[int]:
+    """Return what the installed Triton can compile for: 3.6 has no assembler for 110."""
+    supported = []
+    for arch in SHARED_LIMITS:
+        with suppress(RuntimeError):
+            assembler(arch)
+            supported.append(arch)
+    return supported
 
 
 def compiling(*command: str | Path) -> str:

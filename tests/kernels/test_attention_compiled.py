@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from pw_kernels.ahead_of_time import SHARED_LIMITS
-from tests.kernels.compiling import Report, assert_resources, reports_of
+from tests.kernels.compiling import Report, architectures, assert_resources, reports_of
 
 # By the first two digits of the architecture; everything else has the instructions of Ampere.
 TENSOR_CORES = {9: "wgmma.mma_async.", 10: "tcgen05.mma.", 11: "tcgen05.mma."}
@@ -25,7 +24,7 @@ def uses(report: Report, instruction: str) -> bool:
 
 @pytest.mark.slow
 def test_tensor_cores_are_used_and_nothing_spills(reports: list[Report]) -> None:
-    assert {report["arch"] for report in reports} == set(SHARED_LIMITS)
+    assert {report["arch"] for report in reports} == set(architectures())
     for report in reports:
         assert_resources(report)
         assert uses(report, TENSOR_CORES.get(report["arch"] // 10, AMPERE)), report
