@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixelWizard's .pt files: which member is taken, how its names are cleaned."""
+"""PixelWizard's .pt files: the member that is used, and the cleaning of its names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.oracle.checkpoint import Checkpoint
 
 @pytest.fixture
 def plain(checkpoint: Checkpoint) -> State:
-    """A draft network under clean names."""
+    """Load a draft network with clean names."""
     return official_state(checkpoint.base)["draft"]
 
 
