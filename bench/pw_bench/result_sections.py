@@ -180,7 +180,7 @@ class Likeness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """What the clips of the built-in model show.
+    """Adherence and detail of the built-in model's clips.
 
     Attributes:
         preset: sizes and sampler settings.

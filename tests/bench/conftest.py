@@ -12,5 +12,5 @@ from tests.bench.programs import write_checkpoint
 
 @pytest.fixture(scope="session")
 def official_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random checkpoint in the official layout, its bundle beside it."""
+    """Write a small random checkpoint in the official layout, its bundle beside it."""
     return write_checkpoint(tmp_path_factory.mktemp("official"))

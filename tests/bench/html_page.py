@@ -42,7 +42,7 @@ class Page(HTMLParser):
         return ["".join(text).strip() for name, _, text in self.elements if name == tag]
 
     def of_class(self, css_class: str) -> list[str]:
-        """Text of the elements of a class and, for a picture's parts, of their titles."""
+        """Return the text of elements of a class and, for a picture's parts, of their titles."""
         classes = [(attributes.get("class") or "").split() for _, attributes, _ in self.elements]
         indices = [i for i, names in enumerate(classes) if css_class in names]
         is_title = [tag == "title" for tag, _, _ in self.elements]

@@ -65,7 +65,7 @@ class TracedClip:
 
 
 def make_job(checkpoint: Path, folder: Path, preset: Preset, codec: Codec = "h264") -> Job:
-    """A job on a checkpoint in the official layout; its noise is written to `folder`."""
+    """Return a job on a checkpoint in the official layout; its noise is written to `folder`."""
     generator = torch.Generator().manual_seed(7)
     noise = {
         f"{stage}_noise": torch.randn(latent_shape(config, preset.video), generator=generator)
@@ -86,7 +86,7 @@ def make_job(checkpoint: Path, folder: Path, preset: Preset, codec: Codec = "h26
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """A small random checkpoint in one folder, and its bundle beside it."""
+    """Write a small random checkpoint in one folder, and its bundle beside it."""
     files = write_official_checkpoint(folder)
     (files.base / "pixelwizard").mkdir()
     highres = files.highres.rename(files.base / "pixelwizard" / "highres.pt")
@@ -106,14 +106,14 @@ def run_traced(program: Program, job: Job, video: Path) -> TracedClip:
 
 
 def read_video(path: Path) -> Tensor:
-    """Frames [F, H, W, 3] in levels of 255."""
+    """Read frames [F, H, W, 3] in levels of 255."""
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return torch.from_numpy(np.stack(frames)).int()
 
 
 def runtime_latents(job: Job, out: Path) -> dict[str, Tensor]:
-    """The latents of the runtime's own clip, by stage."""
+    """Return the latents of the runtime's own clip, by stage."""
     request = Request(
         prompts=make_prompts([("0", job.prompt)]),
         preset=job.preset,

@@ -49,7 +49,7 @@ CEILINGS = Ceilings(gemm=CEILING, attention=CEILING, convolution=CEILING, copy=C
 
 
 def result(*figures: Figure, **fields: Any) -> Result:
-    """A result with these figures and nothing else."""
+    """Return a result with these figures and nothing else."""
     plain = Result(
         kind="e2e",
         when="2026-01-02T03:04:05Z",

@@ -26,7 +26,7 @@ def pw(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Pw
 
 @pytest.fixture(scope="module")
 def runs(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of clips: two runs of one command, and one in bf16."""
+    """Make folders of clips: two runs of one command, and one in bf16."""
     folder = tmp_path_factory.mktemp("runs")
     preset = write_preset(folder / "small.toml")
     request = Request(

@@ -109,7 +109,7 @@ def test_clips_that_the_pipeline_cannot_make_are_refused_before_loading(
 
 
 def load_shallow_pipeline(job: Job) -> LoadedPipeline:
-    """The pipeline with one block where there are several alike: tracing takes seconds a block."""
+    """Load the pipeline and keep one of several equal blocks: tracing takes seconds a block."""
     loaded = load_pipeline(job)
     loaded.pipeline.transformer.blocks = loaded.pipeline.transformer.blocks[:1]
     for block in loaded.pipeline.vae.decoder.up_blocks:

@@ -103,7 +103,7 @@ def test_missing_folder_is_refused_before_anything_runs(tmp_path: Path) -> None:
 def arguments(
     official_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
-    """Options of a small run. The ceilings, which have tests of their own, are not measured."""
+    """Return options of a small run; ceilings, which have tests of their own, are not measured."""
     for name in (module, stages_module):
         monkeypatch.setattr(name, "measure_ceilings", lambda device, protocol: CEILINGS)
     preset = write_preset(tmp_path / "small.toml")

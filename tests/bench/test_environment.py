@@ -21,7 +21,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with a commit, around a folder that this package was installed into."""
+    """Make a checkout with a commit, around a folder that this package is installed into."""
     (tmp_path / "file").write_text("a")
     installed = tmp_path / "site-packages" / "pw_bench"
     installed.mkdir(parents=True)

@@ -31,7 +31,7 @@ def run(folder: Path, minutes: float = 60.0, *, full: bool = False) -> dict[str,
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The arguments of every `pw bench` that is run; each writes its file."""
+    """Return the arguments of every `pw bench` that is run; each writes its file."""
     calls: list[list[str]] = []
 
     def run(command: list[str], check: bool) -> SimpleNamespace:

@@ -28,7 +28,7 @@ SIZES = {
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result]:
-    """Runs a verb of `pw bench`, its samples in this process."""
+    """Run a verb of `pw bench`, its samples in this process."""
 
     def go(verb: str) -> Result:
         pytest.importorskip("diffusers")
@@ -51,7 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Resu
 
 
 def tensors_of(result: Result) -> dict[str, float]:
-    """Counted bytes by contender, and one sample of everything."""
+    """Return counted bytes by contender, and check for one sample of everything."""
     assert all(len(figure.samples) == 1 for figure in result.figures)
     figures = {figure.name: figure.median for figure in result.figures}
     assert len(figures) == 4 * len(result.sides)

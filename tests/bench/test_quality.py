@@ -43,7 +43,7 @@ def small() -> Preset:
 
 @pytest.fixture(scope="module")
 def folder(bundle_dir: Path, small: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the command writes, for one caption and one scene."""
+    """Run the command for one caption and one scene; return the folder of its files."""
     folder = tmp_path_factory.mktemp("quality")
     arguments = ["quality", "--model", str(bundle_dir), *["--captions", "1", "--clips", "1"]]
     for option, name in (("--out", "r.json"), ("--plot", "bars.svg"), ("--sheet", "sheet.png")):

@@ -147,7 +147,7 @@ COMMITTED = sorted(Path(__file__).parents[2].joinpath("bench", "results").glob("
 
 @pytest.mark.parametrize("file", COMMITTED, ids=[file.stem for file in COMMITTED])
 def test_committed_results_are_read_and_reported(file: Path, tmp_path: Path) -> None:
-    """Those of format 1, and those converted from the formats before it."""
+    """Read files of format 1, and files converted from the formats before it."""
     committed = read_result(file)
     write_html([committed], tmp_path / "r.html")
     assert committed.identity.commit in (tmp_path / "r.html").read_text(encoding="utf-8")

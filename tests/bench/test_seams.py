@@ -27,7 +27,7 @@ def test_step_on_a_border_is_detected_and_a_slope_is_not() -> None:
 
 @pytest.fixture(scope="module")
 def smooth() -> VaeDecoder:
-    """The built-in decoder: its frames are smooth, so that a step shows."""
+    """Return the built-in decoder, whose frames are so smooth that a step shows."""
     net = VaeDecoder(NANO_VAE).requires_grad_(False)
     weights = random_weights._vae(NANO_VAE, torch.Generator().manual_seed(2))
     net.load_state_dict({name: weights[name] for name in net.state_dict()})
@@ -54,7 +54,7 @@ def test_exact_bands_have_the_index_of_the_undivided_frame(smooth) -> None:
 
 
 def test_official_strips_have_a_seam_that_their_blend_spreads(smooth) -> None:
-    """A step where they do not overlap; with the ramp no step, but other colours around it."""
+    """Without overlap there is a step; with the ramp none, but other colours around it."""
     z, borders = latent_frame(6, 24), [128, 256]
     whole = undivided(smooth, z)
     index = seam_index(whole, borders, -1)

@@ -42,7 +42,7 @@ def same(program: str, label: Any) -> Equivalence:
 
 @pytest.fixture
 def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Measurements]:
-    """`compare_programs`, its processes replaced by a function of seconds."""
+    """Return `compare_programs` with its processes replaced by a function of seconds."""
 
     def run(seconds: Seconds, label: Any = "rounding", rounds: int = 3) -> Measurements:
         started: list[str] = []

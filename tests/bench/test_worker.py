@@ -23,7 +23,7 @@ from tests.bench.programs import NO_JOB
 
 
 class StagedProgram:
-    """Like our runtime it resets the peak at every stage, and states the highest one."""
+    """Resets the peak at every stage and states the highest one, as our runtime does."""
 
     def clip(self, job: Job, video: Path) -> ClipFacts:
         with span("decode"):

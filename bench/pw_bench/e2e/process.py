@@ -28,7 +28,7 @@ class ProgramFailed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessRun:
-    """What one process of a program produced; the first clip is the cold one."""
+    """Clips and facts of one process of a program; the first clip is the cold one."""
 
     clips: tuple[Clip, ...]
     fallbacks: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ def run_process(task: Task, environment: Mapping[str, str], nvml: Nvml | None) -
 
 
 def read_records(task: Task, out: str, sampler: MemorySampler, started: float) -> ProcessRun:
-    """Turn what a worker wrote on stdout into its clips; `started` is when its process was."""
+    """Parse the stdout of a worker whose process was started at `started`."""
     records = [_RECORD.validate_json(line) for line in out.splitlines()]
     first = records[0]
     return ProcessRun(

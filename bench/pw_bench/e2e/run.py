@@ -23,7 +23,7 @@ import torch
 from pw_bench.choices import ENGINES, OURS, ProgramName, SyntheticSize
 from pw_bench.e2e.job import Job
 from pw_bench.e2e.programs import CONTENDERS, describe, why_unavailable
-from pw_bench.e2e.session import Session, compare_programs
+from pw_bench.e2e.session import Measurements, Session, compare_programs
 from pw_bench.e2e.weights import Weights, make_job, pick_weights, scope_of
 from pw_bench.measure.environment import envelope, identify
 from pw_bench.measure.nvml import Nvml, skipped_without_gpu
@@ -92,17 +92,28 @@ def measure_e2e(
             reporter=reporter,
         )
         measured = compare_programs(session)
-    identity = replace(
-        identity,
-        weights={weights.name: weights.digest},
-        threads=measured.threads,
-        engines=measured.engines,
-        operations=measured.operations,
-    )
+    identity = replace(identity, weights={weights.name: weights.digest})
+    result = envelope("e2e", scope_of(job, weights), identity, ceilings, nvml)
+    result = replace(result, sides={program: describe(program) for program in programs})
+    return _filled(result, measured, figures, skipped)
+
+
+def _filled(
+    result: Result,
+    measured: Measurements,
+    figures: tuple[Figure, ...],
+    skipped: list[Skipped],
+) -> Result:
+    """Add what was measured, after figures and skipped parts from before the session."""
     return replace(
-        envelope("e2e", scope_of(job, weights), identity, ceilings, nvml),
+        result,
+        identity=replace(
+            result.identity,
+            threads=measured.threads,
+            engines=measured.engines,
+            operations=measured.operations,
+        ),
         figures=(*figures, *measured.figures),
-        sides={program: describe(program) for program in programs},
         clips=measured.clips,
         equivalence=measured.equivalence,
         ratios=measured.ratios,

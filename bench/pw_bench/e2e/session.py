@@ -60,7 +60,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """Everything that a comparison of programs gives."""
+    """Results of a comparison of programs."""
 
     figures: tuple[Figure, ...]
     clips: tuple[Clip, ...]

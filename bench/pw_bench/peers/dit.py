@@ -49,7 +49,7 @@ TEXT_ROWS = 512  # max_sequence_length of WanPipeline
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DitWork:
-    """What is computed: the network, the clip in pixels and frames, and how.
+    """Sizes of the network, of the clip in pixels and frames, and of the computation.
 
     Raises BadRequest for sizes that the network cannot have.
     """

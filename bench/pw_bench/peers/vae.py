@@ -39,7 +39,7 @@ CONFIG = replace(NANO_VAE, latent_mean=(0.0,) * 48, latent_std=(1.0,) * 48)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeWork:
-    """What is decoded: a clip in pixels and frames; strips are ours."""
+    """Sizes of the clip in pixels and frames; `strips` is the number of bands in ours."""
 
     width: int
     height: int

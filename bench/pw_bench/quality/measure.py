@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clip shows, by plain measurement: colour, shape and direction of its salient object.
+"""Colour, shape and direction of the salient object in a clip, by plain measurement.
 
 The shapes have strong colours and the landscapes do not, so that saturation finds the shape.
 Nothing here is learned. Also PSNR, SSIM and sharpness of frames. All videos are [3, F, height,

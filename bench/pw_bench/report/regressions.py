@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether one result is slower or larger than an earlier one, given the spread of both.
+"""Comparison of a result with an earlier one, given the spread of both.
 
 A figure has changed where two conditions hold. Its samples are ordered as they would be by chance
 less than once in a hundred times (Mann-Whitney's rank test, which assumes nothing about the noise;
@@ -18,7 +18,7 @@ from typing import Final, Literal
 from pw_bench.results import Figure, Result
 from pw_runtime.errors import BadRequest
 
-MIN_CHANGE: Final = 0.02  # a smaller one is none
+MIN_CHANGE: Final = 0.02  # a smaller one counts as none
 SPREAD_SHARE: Final = 0.5  # of the spreads, that a change must exceed
 CHANCE: Final = 0.01
 MIN_SAMPLES: Final = 5  # with fewer, that chance cannot be reached
