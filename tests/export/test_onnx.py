@@ -115,7 +115,7 @@ def test_sizes_may_vary(name: str) -> None:
         assert distance(run_widened(model, inputs), in_fp32(name, inputs)) < FP32
 
 
-def test_the_same_code_gives_the_same_bytes_and_says_nothing(
+def test_the_same_code_gives_the_same_bytes_without_output(
     capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     segment, first = segments("bf16")["block_out"], exported("bf16", "block_out")

@@ -94,7 +94,7 @@ def test_the_tokenizer_of_the_bundle_knows_the_words_of_the_grammar(bundle: Bund
     assert tokenizer.vocab_size == len(vocabulary()) + 3
 
 
-def test_words_that_no_caption_has_are_told(bundle: Bundle) -> None:
+def test_words_that_no_caption_has_are_reported(bundle: Bundle) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
     notices: list[str] = []
     tokenize("A red dragon rises at night, dragon!", tokenizer, 32, notices.append)

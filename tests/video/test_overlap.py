@@ -28,7 +28,7 @@ def test_items_arrive_in_order_and_all() -> None:
     assert got == list(range(100))
 
 
-def test_the_next_item_is_made_while_the_first_is_in_work() -> None:
+def test_the_next_item_is_produced_while_the_first_is_consumed() -> None:
     """Each thread waits for the other in turn: a single thread would never finish."""
     second_made, first_taken = threading.Event(), threading.Event()
 
@@ -76,7 +76,7 @@ def test_at_most_three_items_are_alive() -> None:
     assert len(alive) == 0
 
 
-def test_nothing_is_made_before_it_is_asked_for() -> None:
+def test_nothing_is_produced_before_it_is_requested() -> None:
     def items() -> Iterator[int]:
         raise AssertionError("an item was asked for")
         yield

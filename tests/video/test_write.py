@@ -265,7 +265,7 @@ def test_planes_give_the_picture_that_libswscale_gives_of_bytes(
     assert tags == (1, 1, 1, 1)
 
 
-def test_planes_where_bytes_are_wanted_are_refused(tmp_path: Path) -> None:
+def test_planes_instead_of_bytes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a chunk is yuv420p, expected rgb24 or bgr0"):
         save(tmp_path / "a.mkv", "ffv1", [planes_chunk(0, FRAMES)])
 
@@ -278,7 +278,7 @@ def test_frames_are_decoded_to_what_the_encoder_takes(truncating: bool) -> None:
         assert pixel_format_for(codec, compat) == ("rgb24" if codec == "ffv1" else expected)
 
 
-def test_missing_encoder_is_said_before_anything_is_computed(
+def test_missing_encoder_is_reported_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unknown(name: str, mode: str) -> None:
@@ -308,7 +308,7 @@ def test_a_file_that_lost_frames_is_not_delivered(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_folder_fails_before_a_frame_is_asked_for(tmp_path: Path) -> None:
+def test_missing_folder_fails_before_a_frame_is_requested(tmp_path: Path) -> None:
     with pytest.raises(WriteFailed, match="No such file or directory"):
         save(tmp_path / "none" / "a.mp4", "h264", never())
 
