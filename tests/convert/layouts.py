@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints in the other layouts, made of a small official one, and what a bundle should hold."""
+"""Checkpoints in other layouts, derived from a small official one; the expected bundles."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ State = dict[str, Tensor]
 
 
 def quietly(out: Path, **sources: Any) -> Bundle:
-    """`convert` that says nothing."""
+    """Convert without output."""
     return convert(out=out, say=lambda line: None, **sources)
 
 
 def official_state(base: Path) -> dict[str, State]:
-    """All tensors of an official checkpoint, the text encoder under transformers names."""
+    """Load all tensors of an official checkpoint, the text encoder with transformers' names."""
     text = torch.load(base / T5, weights_only=True)
     return {
         "draft": {n: t for shard in SHARDS for n, t in load_file(base / shard).items()},
@@ -43,7 +43,7 @@ def official_state(base: Path) -> dict[str, State]:
 
 
 def pixelwizard_state(path: Path) -> State:
-    """The tensors of a PixelWizard file under the names a bundle gives them."""
+    """Load the tensors of a PixelWizard file with the names of a bundle."""
     generator = torch.load(path, weights_only=True)["generator"]
     state = {}
     for name, tensor in generator.items():
@@ -54,7 +54,7 @@ def pixelwizard_state(path: Path) -> State:
 
 
 def holds(bundle: Bundle, network: Any, state: State) -> bool:
-    """Whether a network of the bundle has exactly these tensors: names, dtypes and bits."""
+    """Return whether a network of the bundle has exactly these tensors: names, dtypes and bits."""
     tensors = load_tensors(bundle, network)
     return tensors.keys() == state.keys() and all(
         tensors[name].dtype == state[name].dtype and torch.equal(tensors[name], state[name])
@@ -63,10 +63,10 @@ def holds(bundle: Bundle, network: Any, state: State) -> bool:
 
 
 def write_diffusers(folder: Path, base: Path) -> Path:
-    """The same checkpoint in the diffusers layout: renamed tensors, their config files."""
+    """Write the checkpoint in the diffusers layout: renamed tensors, config files."""
     state = official_state(base)
-    stated = json.loads((base / "config.json").read_text())
-    heads = stated["num_heads"]
+    config_json = json.loads((base / "config.json").read_text())
+    heads = config_json["num_heads"]
     dit = {str(keymaps.dit_to_diffusers(name)): t for name, t in state["draft"].items()}
     vae = {str(keymaps.vae_to_diffusers(name)): t for name, t in state["vae"].items()}
     text = state["text_encoder"]
@@ -79,11 +79,11 @@ def write_diffusers(folder: Path, base: Path) -> Path:
     write_json(folder / "transformer" / INDEX, {"metadata": {}, "weight_map": weight_map})
     config = {
         "num_attention_heads": heads,
-        "attention_head_dim": stated["dim"] // heads,
-        "in_channels": stated["in_dim"],
-        "out_channels": stated["out_dim"],
+        "attention_head_dim": config_json["dim"] // heads,
+        "in_channels": config_json["in_dim"],
+        "out_channels": config_json["out_dim"],
         "text_dim": text["shared.weight"].shape[1],
-        **{name: stated[name] for name in ("ffn_dim", "freq_dim", "num_layers", "eps")},
+        **{name: config_json[name] for name in ("ffn_dim", "freq_dim", "num_layers", "eps")},
     }
     write_json(folder / "transformer" / "config.json", config)
     write_network(folder / "vae", "diffusion_pytorch_model", vae, vae_config_json(vae))
@@ -104,7 +104,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    """Set fields of a JSON file; None removes one."""
+    """Set fields of a JSON file; None removes a field."""
     content = json.loads(path.read_text()) | changes
     write_json(path, {name: value for name, value in content.items() if value is not None})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bundle is read strictly: every damage gives an error that names the file and the remedy."""
+"""A bundle is read strictly: any damage gives an error that names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DRAFT = "draft/model-00001-of-00001.safetensors"
 
 @pytest.fixture
 def broken(bundle_dir: Path, tmp_path: Path) -> Path:
-    """A bundle to be damaged."""
+    """Copy a bundle, to damage it."""
     return shutil.copytree(bundle_dir, tmp_path / "bundle")
 
 
@@ -124,13 +124,13 @@ def test_shard_without_a_digest_is_refused(broken: Path) -> None:
 
 def test_one_changed_bit_is_found_with_both_digests(broken: Path) -> None:
     bundle = open_bundle(broken)
-    wanted = bundle.files[DRAFT].sha256
+    expected = bundle.files[DRAFT].sha256
     content = bytearray((broken / DRAFT).read_bytes())
     content[-1] ^= 1
     (broken / DRAFT).write_bytes(content)
     with pytest.raises(BadWeights, match=r"was altered or damaged[\s\S]*do this") as caught:
         verify(bundle)
-    for part in (DRAFT, sha256_of(broken / DRAFT), wanted):
+    for part in (DRAFT, sha256_of(broken / DRAFT), expected):
         assert part in str(caught.value)
 
 

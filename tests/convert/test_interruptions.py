@@ -139,7 +139,7 @@ def test_unwritable_parent_is_a_write_failure(checkpoint: Checkpoint, tmp_path: 
         quietly(tmp_path / "file" / "bundle", wan=checkpoint.base)
 
 
-def test_missing_parents_are_made(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_missing_parents_are_created(checkpoint: Checkpoint, tmp_path: Path) -> None:
     quietly(tmp_path / "a" / "b" / "bundle", wan=checkpoint.base)
     bundle = open_bundle(tmp_path / "a" / "b" / "bundle")
     verify(bundle)

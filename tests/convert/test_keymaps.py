@@ -44,7 +44,7 @@ def rows(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def full_size(network: Network) -> Shapes:
-    """The published tensors of a network under the bundle's names."""
+    """Read the shapes of a published network, with the bundle's names."""
     if network == "vae":
         return {official: shape for official, (_, shape) in rows("vae").items()}
     if network == "text_encoder":
@@ -104,13 +104,13 @@ def test_published_shapes_give_the_full_size_model_with_nothing_left_over(
 ) -> None:
     shapes = full_size(network)
     refs = {n: Ref(shape=s, dtype="bfloat16", read=torch.Tensor) for n, s in shapes.items()}
-    found: Config
+    derived: Config
     if network == "vae":
-        found = vae_config(Path("vae.pth"), refs, {})
+        derived = vae_config(Path("vae.pth"), refs, {})
     elif network == "text_encoder":
-        found = text_encoder_config(Path("t5.pth"), refs, {})
+        derived = text_encoder_config(Path("t5.pth"), refs, {})
     else:
-        found = dit_config(network, refs, Path("config.json"), {"num_heads": 24})
-    assert found == config
-    assert expected_shapes(network, found) == shapes
+        derived = dit_config(network, refs, Path("config.json"), {"num_heads": 24})
+    assert derived == config
+    assert expected_shapes(network, derived) == shapes
     assert sum(map(prod, shapes.values())) == parameters

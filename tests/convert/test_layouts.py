@@ -61,11 +61,11 @@ def test_draft_checkpoint_replaces_the_base_whose_shards_may_be_absent(
 
 def test_diffusers_layout_gives_the_same_files(checkpoint: Checkpoint, tmp_path: Path) -> None:
     theirs = write_diffusers(tmp_path / "theirs", checkpoint.base)
-    one = quietly(tmp_path / "one", wan=checkpoint.base)
+    first = quietly(tmp_path / "one", wan=checkpoint.base)
     two = quietly(tmp_path / "two", wan=theirs)
-    assert two.files == one.files
-    assert two.networks.vae == one.networks.vae
-    assert two.networks.text_encoder == one.networks.text_encoder
+    assert two.files == first.files
+    assert two.networks.vae == first.networks.vae
+    assert two.networks.text_encoder == first.networks.text_encoder
     assert two.manifest.source["layout"] == "diffusers"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixelWizard's .pt files: which member is taken, how its names are cleaned."""
+"""PixelWizard's .pt files: the member that is used, and the cleaning of its names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.oracle.checkpoint import Checkpoint
 
 @pytest.fixture
 def plain(checkpoint: Checkpoint) -> State:
-    """A draft network under clean names."""
+    """Load a draft network with clean names."""
     return official_state(checkpoint.base)["draft"]
 
 
@@ -61,7 +61,7 @@ def test_leading_model_is_cut_only_where_all_names_have_it(
     assert "do this" in str(caught.value)
 
 
-def test_generator_is_preferred_and_ema_is_taken_on_request(
+def test_generator_is_preferred_and_ema_is_used_on_request(
     plain: State, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     both = saved(tmp_path / "d.pt", {"generator": plain, "generator_ema": doubled(plain)})
@@ -73,7 +73,7 @@ def test_generator_is_preferred_and_ema_is_taken_on_request(
     assert second.manifest.source["draft"] == f"{tmp_path.name}/d.pt:generator_ema"
 
 
-def test_ema_stands_in_for_a_missing_generator_and_that_is_said(
+def test_ema_stands_in_for_a_missing_generator_and_is_reported(
     plain: State, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     draft = saved(tmp_path / "d.pt", {"generator_ema": plain})
@@ -83,7 +83,7 @@ def test_ema_stands_in_for_a_missing_generator_and_that_is_said(
     assert "d.pt: no generator, using generator_ema" in lines
 
 
-def test_bare_state_dict_is_taken_as_it_is(
+def test_bare_state_dict_is_used_unchanged(
     plain: State, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     draft = saved(tmp_path / "d.pt", plain)

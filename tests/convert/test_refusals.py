@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint that is damaged, incomplete or contradictory gives an error that names the culprit.
+"""A checkpoint that is damaged, incomplete or contradictory gives an error that names the cause.
 
 After every refusal nothing stands beside or under the name of the bundle.
 """
@@ -40,18 +40,18 @@ class RunsCode:
 
 @pytest.fixture
 def wan(checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    """An official checkpoint to be damaged."""
+    """Copy an official checkpoint, to damage it."""
     return shutil.copytree(checkpoint.base, tmp_path / "wan")
 
 
 @pytest.fixture
 def theirs(checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    """The same in the diffusers layout."""
+    """Write it in the diffusers layout."""
     return write_diffusers(tmp_path / "theirs", checkpoint.base)
 
 
 def expect_refusal(wan: Path, *parts: str, **sources: object) -> None:
-    """Converting raises BadWeights whose message holds all `parts` and a remedy."""
+    """Check that converting raises BadWeights with all `parts` and a remedy in its message."""
     out = wan.parent / "bundle"
     with pytest.raises(BadWeights) as caught:
         quietly(out, wan=wan, **sources)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX models run on the CPU, in two ways that have nothing to do with PyTorch."""
+"""Two ways to run ONNX models on the CPU without PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def run_widened(model: bytes, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """By ONNX Runtime, bf16 made fp32: it has no products in bf16. Results are fp32 then."""
+    """Run by ONNX Runtime with fp32 instead of bf16, for which it has no products."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(widened(model), options, ["CPUExecutionProvider"])
@@ -26,7 +26,7 @@ def run_widened(model: bytes, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def run_reference(model: bytes, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """By the reference evaluator, which rounds to bf16 after every operator."""
+    """Run by the reference evaluator, which rounds to bf16 after every operator."""
     results = ReferenceEvaluator(onnx.load_model_from_string(model)).run(
         None, _named(model, inputs)
     )
@@ -34,12 +34,12 @@ def run_reference(model: bytes, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def widened(model: bytes) -> bytes:
-    """The model with fp32 in place of bf16."""
-    made = onnx.load_model_from_string(model)
-    graph = made.graph
-    for one in (*graph.input, *graph.output, *graph.value_info):
-        if one.type.tensor_type.elem_type == TensorProto.BFLOAT16:
-            one.type.tensor_type.elem_type = TensorProto.FLOAT
+    """Replace bf16 by fp32 in a model."""
+    result = onnx.load_model_from_string(model)
+    graph = result.graph
+    for port in (*graph.input, *graph.output, *graph.value_info):
+        if port.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            port.type.tensor_type.elem_type = TensorProto.FLOAT
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16:
             wide = numpy_helper.to_array(tensor).astype(np.float32)
@@ -48,11 +48,11 @@ def widened(model: bytes) -> bytes:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.i == TensorProto.BFLOAT16:
                 attribute.i = TensorProto.FLOAT
-    return made.SerializeToString()
+    return result.SerializeToString()
 
 
 def _named(model: bytes, inputs: Sequence[Tensor]) -> dict[str, Any]:
-    names = [one.name for one in onnx.load_model_from_string(model).graph.input]
+    names = [port.name for port in onnx.load_model_from_string(model).graph.input]
     return {name: _array(x) for name, x in zip(names, inputs, strict=True)}
 
 

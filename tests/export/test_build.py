@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines built, checked and published; with a quick compiler, and once with the real one."""
+"""Engines are built, checked and stored, with a quick compiler and once with the real one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def store(tmp_path: Path) -> EngineStore:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A compiler that writes the name of the segment, and opens it as the segment itself."""
+    """Use a compiler that writes the segment's name, and loads the segment itself."""
 
     def make(spec: EngineSpec, segment: nn.Module, path: Path, device: torch.device) -> None:
         MODULES[spec.segment] = segment
@@ -61,7 +61,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def jobs(store: EngineStore, chunk: int = 64) -> tuple[list[Job], list[Job]]:
-    sources = [TransformerSource(one, "fp32", chunk) for one in (DRAFT, HIGHRES)]
+    sources = [TransformerSource(config, "fp32", chunk) for config in (DRAFT, HIGHRES)]
     return jobs_for(sources, "aoti", CPU, store)
 
 
@@ -78,7 +78,7 @@ def test_every_engine_is_built_once_for_both_networks(
     for job in missing:
         built = build(job)
         assert built.error is None
-        assert all(one.good for one in built.parity)
+        assert all(parity.good for parity in built.parity)
     missing, fresh = jobs(store)
     assert missing == []
     assert len(fresh) == 9
@@ -129,15 +129,15 @@ def test_what_was_just_built_is_not_built_again(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("backend", "message"),
     [("tensorrt", "TensorRT runs on NVIDIA GPUs"), ("auto", "(?s)TensorRT.*no C.. compiler")],
 )
 def test_a_backend_that_cannot_build_here_says_why(
-    wanted: str, message: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pw_engines.aoti.shutil.which", lambda name: None)
     with pytest.raises(BadRequest, match=message):
-        pick_compiler(wanted, None, CPU)
+        pick_compiler(backend, None, CPU)
 
 
 def test_a_front_end_asks_for_tensorrt() -> None:

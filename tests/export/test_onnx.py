@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ONNX models of the segments compute what the segments do, without PyTorch."""
+"""The ONNX models of the segments compute the same as the segments, without PyTorch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FP32, BF16 = 1e-6, 1e-2  # relative L2; measured: at most 3e-7 and 6e-3
 
 @cache
 def segments(precision: Precision) -> dict[str, Segment]:
-    """Every segment of the two networks: they differ in the modulation and in the adapter."""
+    """List every segment of the two networks, which differ in modulation and adapter."""
     draft = segments_of(TINY_DRAFT, precision, TOKENS)
     return segments_of(TINY_HIGHRES, precision, TOKENS) | {"draft": draft["modulation"]}
 
@@ -54,15 +54,15 @@ def inputs_of(spec: EngineSpec, **sizes: int) -> list[Tensor]:
 
 
 def in_fp32(name: str, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A segment of the network that rounds nothing."""
+    """Run the segment of the fp32 network, which rounds nothing."""
     segment = segments("fp32")[name.removesuffix("_first")]  # of bf16 networks alone
     wide = (x.float() if x.is_floating_point() else x for x in inputs)
     results: tuple[Tensor, ...] = segment.module(*wide)
     return results
 
 
-def distance(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    return max(relative_l2(a, b) for a, b in zip(got, wanted, strict=True))
+def distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(relative_l2(a, b) for a, b in zip(got, expected, strict=True))
 
 
 EVERY = [(precision, name) for precision in ("fp32", "bf16") for name in segments(precision)]
@@ -90,7 +90,7 @@ def test_a_model_has_products_of_its_inputs_and_no_weights(precision: Precision,
     products = [node for node in graph.node if node.op_type == "Gemm"]
     assert {node.input[1] for node in products} == matrices
     assert len(products) == len(matrices)
-    sizes = [numpy_helper.to_array(one).nbytes for one in graph.initializer]
+    sizes = [numpy_helper.to_array(constant).nbytes for constant in graph.initializer]
     assert max(sizes, default=0) <= 4096
 
 
@@ -115,7 +115,7 @@ def test_sizes_may_vary(name: str) -> None:
         assert distance(run_widened(model, inputs), in_fp32(name, inputs)) < FP32
 
 
-def test_the_same_code_gives_the_same_bytes_and_says_nothing(
+def test_the_same_code_gives_the_same_bytes_without_output(
     capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     segment, first = segments("bf16")["block_out"], exported("bf16", "block_out")
@@ -131,49 +131,49 @@ def test_the_same_code_gives_the_same_bytes_and_says_nothing(
 
 def test_two_networks_share_what_is_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def few(*arguments: Any) -> dict[str, Segment]:
-        found = segments_of(*arguments)
-        return {name: found[name] for name in ("embed", "modulation")}
+        everything = segments_of(*arguments)
+        return {name: everything[name] for name in ("embed", "modulation")}
 
     monkeypatch.setattr(onnx_export, "segments_of", few)
     networks = {"draft": TINY_DRAFT, "highres": TINY_HIGHRES}
-    said: list[str] = []
+    lines: list[str] = []
     out = tmp_path / "models"
-    export_onnx(networks, "bf16", TOKENS, out, said.append)
+    export_onnx(networks, "bf16", TOKENS, out, lines.append)
     names = ["draft/embed", "draft/modulation", "highres/modulation"]
-    assert [line.split(":")[0] for line in said] == names
+    assert [line.split(":")[0] for line in lines] == names
     index = json.loads((out / "index.json").read_text())
     assert index["opset"] == 20
     files = [f"{network}/{name}.onnx" for network in networks for name in ("embed", "modulation")]
-    assert [one["file"] for one in index["models"]] == files
-    for one in index["models"]:
-        assert hashlib.sha256((out / one["file"]).read_bytes()).hexdigest() == one["sha256"]
+    assert [entry["file"] for entry in index["models"]] == files
+    for entry in index["models"]:
+        assert hashlib.sha256((out / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
     spec = few(TINY_HIGHRES, "bf16", TOKENS)["modulation"].spec
-    stated = {key: index["models"][-1][key] for key in asdict(spec)}
-    assert stated == json.loads(json.dumps(asdict(spec)))
+    described = {key: index["models"][-1][key] for key in asdict(spec)}
+    assert described == json.loads(json.dumps(asdict(spec)))
     with pytest.raises(BadRequest, match="exists already"):
-        export_onnx(networks, "bf16", TOKENS, out, said.append)
-    assert len(said) == 3
+        export_onnx(networks, "bf16", TOKENS, out, lines.append)
+    assert len(lines) == 3
 
 
 def changed(model: bytes, change: Any) -> bytes:
-    made = onnx.load_model_from_string(model)
-    change(made)
-    return made.SerializeToString()
+    edited = onnx.load_model_from_string(model)
+    change(edited)
+    return edited.SerializeToString()
 
 
 def test_what_tensorrt_cannot_take_is_refused() -> None:
     model, spec = exported("fp32", "head"), segments("fp32")["head"].spec
 
-    def other_operator(made: Any) -> None:
-        node = next(node for node in made.graph.node if node.op_type == "Mul")
+    def other_operator(edited: Any) -> None:
+        node = next(node for node in edited.graph.node if node.op_type == "Mul")
         node.op_type = "Mod"
         node.attribute.append(onnx.helper.make_attribute("fmod", 1))
 
-    def other_opset(made: Any) -> None:
-        made.opset_import[0].version = 25
+    def other_opset(edited: Any) -> None:
+        edited.opset_import[0].version = 25
 
-    def full(made: Any) -> None:
-        made.graph.doc_string = " " * LARGEST
+    def full(edited: Any) -> None:
+        edited.graph.doc_string = " " * LARGEST
 
     for change, message in (
         (other_operator, r"\(Mod\): operator not in the table"),
@@ -197,16 +197,16 @@ def test_a_model_of_another_segment_is_refused() -> None:
     assert "input x: expected BFLOAT16, got FLOAT" in str(caught.value)
     assert "input x: expected ('tokens', 8) or (48, 8), got (48, 128)" in str(caught.value)
 
-    def renamed(made: Any) -> None:
-        made.graph.output[0].name = "other"
-        made.graph.node[-1].output[0] = "other"
+    def renamed(edited: Any) -> None:
+        edited.graph.output[0].name = "other"
+        edited.graph.node[-1].output[0] = "other"
 
     with pytest.raises(EngineError, match="outputs: expected out, got other"):
         check_onnx(changed(model, renamed), spec)
 
 
 class Unknown(nn.Module):
-    """What ONNX has no operator for."""
+    """An operation that ONNX lacks."""
 
     def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor]:
         return (torch.igamma(x, x),)
@@ -228,7 +228,7 @@ def test_from_segment_to_engine(name: str, trt: Any, tmp_path: Path) -> None:
     tensorrt.build(spec, exported("bf16", name), path, CPU, say=lambda line: None)
     engine = tensorrt.load(spec, path, CPU)
     inputs = [aligned(x) for x in inputs_of(spec)]
-    wanted = segment.module(*inputs)
-    outputs = [aligned(torch.full_like(x, float("nan"))) for x in wanted]
+    expected = segment.module(*inputs)
+    outputs = [aligned(torch.full_like(x, float("nan"))) for x in expected]
     engine.run(inputs, outputs)
-    assert distance(outputs, wanted) < BF16
+    assert distance(outputs, expected) < BF16

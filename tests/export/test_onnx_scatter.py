@@ -60,8 +60,8 @@ def test_all_kinds_of_writes() -> None:
     inputs = [torch.randn(3, 4), torch.randn(3, 4)]
     model = exported(Filled(), inputs)
     check_importable(model)
-    for got, wanted in zip(run_reference(model, inputs), Filled()(*inputs), strict=True):
-        assert torch.equal(got, wanted)
+    for got, expected in zip(run_reference(model, inputs), Filled()(*inputs), strict=True):
+        assert torch.equal(got, expected)
 
 
 class Buffer(nn.Module):

@@ -24,7 +24,7 @@ diffusers = pytest.importorskip("diffusers")
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Weights that keep activations near 1 and leave no parameter without effect."""
+    """Draw weights that keep activations near 1 and give every parameter an effect."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -61,10 +61,10 @@ def test_transformer_equals_diffusers_with_full_size_heads() -> None:
     t = torch.tensor([642.0])
     v = ours(latent, ours.text_keys_values(text), ours.modulation(t), ours.positions(latent))
     padded = torch.cat((text, torch.zeros(5, 40)))[None]
-    wanted = theirs(latent[None], t, padded, return_dict=False)[0][0]
+    expected = theirs(latent[None], t, padded, return_dict=False)[0][0]
     # diffusers computes its sinusoids in fp32: 1.6e-5 on the golden network.
-    assert max_abs(v, wanted) <= 5e-5
-    assert relative_l2(v, wanted) <= 1e-5
+    assert max_abs(v, expected) <= 5e-5
+    assert relative_l2(v, expected) <= 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +110,13 @@ def test_vae_decode_equals_diffusers(their_vae) -> None:
     coarse, fine = CausalCache(), CausalCache()
     blocks = [decoder.fine(decoder.coarse(x, coarse), fine) for x in z.split(1, dim=1)]
     frames = [unpatchify_pixels(x[None])[0] for x in blocks]
-    wanted = their_vae.decode(z[None], return_dict=False)[0][0]
-    assert max_abs(torch.cat(frames, dim=1).clamp(-1, 1), wanted) <= 1e-5
+    expected = their_vae.decode(z[None], return_dict=False)[0][0]
+    assert max_abs(torch.cat(frames, dim=1).clamp(-1, 1), expected) <= 1e-5
 
 
 def test_vae_encode_equals_diffusers(their_vae) -> None:
     encoder, weights = VaeEncoder(CONFIG).requires_grad_(False), our_weights(their_vae)
     encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
     video = torch.rand(3, 9, 32, 48, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    wanted = their_vae.encode(video[None], return_dict=False)[0].mode()[0]
-    assert max_abs(encoder(video), wanted) <= 1e-5
+    expected = their_vae.encode(video[None], return_dict=False)[0].mode()[0]
+    assert max_abs(encoder(video), expected) <= 1e-5

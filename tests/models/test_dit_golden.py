@@ -71,7 +71,7 @@ def sinusoids(t: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def control_of(net: WanDiT, inputs: dict[str, Tensor]) -> Tensor:
-    """[S, D] of the one controlled block."""
+    """Compute the control of the only controlled block, [S, D]."""
     features = net.draft_features(inputs["lr_latents"][0])
     steps = sinusoids(inputs["t_uniform"], inputs["dt_uniform"])
     (control,) = net.control(features, *steps)
@@ -152,7 +152,7 @@ def test_every_highres_block_equals_official(load, inputs, outputs) -> None:
 
 
 def test_dropping_dt_or_the_draft_is_seen(load, inputs, outputs) -> None:
-    """The sensitivity guard: a network that ignored either could not pass the tests above."""
+    """Guard the tests above: a network that ignores either cannot pass them."""
     net = load(TINY_HIGHRES, "fp32")
     other_dt = highres(net, inputs, inputs["ctx_a"], dt_uniform=torch.tensor([56.0]))
     no_draft = highres(
@@ -176,7 +176,7 @@ def test_bf16_highres_network_is_as_close_as_official_bf16(load, inputs, outputs
 
 
 def test_text_of_full_length_needs_no_pad_row(load, inputs) -> None:
-    """Text that fills text_len has no pad key, so its bias is 0 and its rows are its own."""
+    """A text that fills text_len has no pad key: its bias is 0."""
     net = load(TINY_DRAFT, "fp32")
     full = torch.randn(
         TINY_DRAFT.text_len, TINY_DRAFT.text_dim, generator=torch.Generator().manual_seed(1)
@@ -189,7 +189,7 @@ def test_text_of_full_length_needs_no_pad_row(load, inputs) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_pad", [1, 2, 3, 100, 212, 412, 511])
 def test_pad_biases_weigh_as_much_as_the_rows_they_stand_for(dtype, num_pad) -> None:
-    """ln(412) rounded to bf16 alone would weigh 0.6 % too much."""
+    """A single bias of ln(412) rounded to bf16 would weigh 0.6 % too much."""
     biases = torch.tensor(pad_biases(num_pad, dtype), dtype=dtype).double()
     assert abs(biases.exp().sum().item() / num_pad - 1) <= 1e-4
     assert len(biases) <= 3

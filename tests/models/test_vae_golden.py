@@ -30,7 +30,7 @@ def decoder(weights: dict[str, Tensor]) -> VaeDecoder:
 
 
 def decode(decoder: VaeDecoder, z: Tensor) -> list[Tensor]:
-    """Frames of each latent frame, not clamped."""
+    """Decode to the frames of each latent frame, not clamped."""
     coarse, fine = CausalCache(), CausalCache()
     chunks = [decoder.fine(decoder.coarse(frame, coarse), fine) for frame in z.split(1, dim=1)]
     return [unpatchify_pixels(blocks[None])[0] for blocks in chunks]
@@ -59,5 +59,5 @@ def test_encode_equals_official(weights, frames) -> None:
     encoder = VaeEncoder(TINY_VAE).requires_grad_(False)
     encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
     latent = encoder(golden.load("vae_tiny_inputs")["video"][0, :, :frames])
-    wanted = golden.load("vae_tiny_outputs")[f"encode_{frames}"][0]
-    assert max_abs(latent, wanted) <= TOLERANCE
+    expected = golden.load("vae_tiny_outputs")[f"encode_{frames}"][0]
+    assert max_abs(latent, expected) <= TOLERANCE

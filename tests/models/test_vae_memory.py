@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decoder holds and makes: no joined or padded copies, nothing past 32 bits at 4K."""
+"""Memory of the decoder: no concatenated or padded copies, nothing beyond 32 bits at 4K."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.mkldnn_convol
 
 
 class Calls(TorchDispatchMode):
-    """Counts operations, keeps what causal convolutions were given, and the largest's elements."""
+    """Counts operations; records inputs of causal convolutions and the largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class Calls(TorchDispatchMode):
 
 
 def full_size() -> VaeDecoder:
-    """The published decoder without its weights."""
+    """Build the published decoder without weights."""
     with torch.device("meta"):
         return VaeDecoder(wan22_configs.VAE).requires_grad_(False)
 
 
 def decoded(net: VaeDecoder, latent: Tensor) -> tuple[CausalCache, CausalCache, Calls]:
-    """The caches after all latent frames, and what the last one called."""
+    """Decode; return the caches, and the calls for the last latent frame."""
     coarse, fine = CausalCache(), CausalCache()
     for frame in latent.split(1, dim=1):
         with Calls() as calls:
@@ -63,7 +63,7 @@ def decoded(net: VaeDecoder, latent: Tensor) -> tuple[CausalCache, CausalCache, 
     return coarse, fine, calls
 
 
-def test_a_later_chunk_joins_and_pads_nothing() -> None:
+def test_a_later_chunk_concatenates_and_pads_nothing() -> None:
     net = VaeDecoder(TINY_VAE).requires_grad_(False)
     _, _, calls = decoded(net, torch.randn(48, 3, 2, 3))
     assert calls.names["convolution"] > 30
@@ -98,17 +98,17 @@ def test_the_full_size_decoder_stays_within_32_bits(rows: int, columns: int) -> 
 
 
 def test_a_block_holds_its_input_and_two_of_its_own_tensors() -> None:
-    """When its second convolution runs, the result of the first has gone."""
+    """When the second convolution runs, the result of the first is freed."""
     block = ResidualBlock(8, 8).requires_grad_(False)
-    made: list[weakref.ref[Tensor]] = []
+    results: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if func in CONVOLUTIONS:
-                alive.append(sum(ref() is not None for ref in made))
-                made.append(weakref.ref(out))
+                alive.append(sum(ref() is not None for ref in results))
+                results.append(weakref.ref(out))
             return out
 
     with Watch():
@@ -118,15 +118,15 @@ def test_a_block_holds_its_input_and_two_of_its_own_tensors() -> None:
 
 def test_frames_are_interleaved_as_stacking_would() -> None:
     x = torch.randn(1, 8, 3, 2, 5)
-    wanted = torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
+    expected = torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
     for order in (torch.contiguous_format, torch.channels_last_3d):
         got = interleave_frames(x.contiguous(memory_format=order))
-        assert torch.equal(got, wanted)
+        assert torch.equal(got, expected)
         assert got.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_taps_follow_the_weight() -> None:
-    """They are made of it once, and again where it was loaded anew or changed its dtype."""
+    """They are computed once, and again after the weight is loaded or changes its dtype."""
     up = Upsample(4, temporal=False).requires_grad_(False)
     x = torch.randn(1, 4, 2, 3, 5)
 
@@ -134,8 +134,8 @@ def test_taps_follow_the_weight() -> None:
         weight, bias = up.resample["1"].weight, up.resample["1"].bias
         assert isinstance(weight, Tensor)
         doubled = F.interpolate(x[0].transpose(0, 1), scale_factor=2.0).to(weight.dtype)
-        wanted = F.conv2d(doubled, weight, bias, padding=1).transpose(0, 1)[None]
-        return max_abs(up(x.to(weight.dtype), CausalCache()), wanted)
+        expected = F.conv2d(doubled, weight, bias, padding=1).transpose(0, 1)[None]
+        return max_abs(up(x.to(weight.dtype), CausalCache()), expected)
 
     assert error() < 1e-5
     taps = up.taps

@@ -33,9 +33,9 @@ def test_drafts_are_resized_as_the_runtime_does() -> None:
 
 
 def test_most_drafts_show_the_shape_of_the_caption() -> None:
-    shown = [draw_scene(number) for number in range(300)]
-    own = torch.tensor([SHAPES.index(scene.shape) for scene in shown])
-    same = (draft_shapes(shown, torch.Generator().manual_seed(0)) == own).float().mean()
+    scenes = [draw_scene(number) for number in range(300)]
+    own = torch.tensor([SHAPES.index(scene.shape) for scene in scenes])
+    same = (draft_shapes(scenes, torch.Generator().manual_seed(0)) == own).float().mean()
     assert 0.7 < same < 0.9  # 0.3 drawn anew, a third of them the same again
 
 
@@ -69,7 +69,7 @@ def test_a_jump_is_the_mean_of_two_plain_steps(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_network_that_is_right_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one clip and without noise of its own, the straight way there is the true velocity."""
+    """For one clip and fixed noise, the straight line is the true velocity."""
     clean = torch.randn(1, 2, 1, 2, 2).expand(16, -1, -1, -1, -1)
 
     def straight(

@@ -18,13 +18,13 @@ from pw_runtime.types import OFFICIAL_NEGATIVE
 
 def held_out_scenes(count: int) -> list[Scene]:
     scenes = (draw_scene(number) for number in range(10**6, 2 * 10**6))
-    found = (scene for scene in scenes if scene.held_out)
-    return [next(found) for _ in range(count)]
+    held_out = (scene for scene in scenes if scene.held_out)
+    return [next(held_out) for _ in range(count)]
 
 
 def test_a_number_gives_the_same_clip_every_time() -> None:
-    one, two = (render(draw_scene(5), 64, 32, 5) for _ in range(2))
-    assert torch.equal(one, two)
+    first, second = (render(draw_scene(5), 64, 32, 5) for _ in range(2))
+    assert torch.equal(first, second)
     assert draw_scene(5) != draw_scene(6)
 
 
@@ -43,11 +43,11 @@ def test_a_larger_picture_shows_the_same_with_sharper_edges() -> None:
 
 
 def test_no_training_scene_has_a_held_out_combination() -> None:
-    def said(scene: Scene) -> tuple[str, ...]:
+    def attributes(scene: Scene) -> tuple[str, ...]:
         return scene.colour, scene.shape, scene.motion, scene.background
 
-    kept = {said(scene) for scene in held_out_scenes(64)}
-    assert not kept & {said(scene) for scene in training_scenes(500)}
+    kept = {attributes(scene) for scene in held_out_scenes(64)}
+    assert not kept & {attributes(scene) for scene in training_scenes(500)}
 
 
 @pytest.mark.parametrize("size", [(128, 64), (256, 128)])

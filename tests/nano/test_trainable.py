@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained is what the runtime runs: the same numbers from the same weights."""
+"""Training and the runtime compute the same numbers from the same weights."""
 
 from __future__ import annotations
 

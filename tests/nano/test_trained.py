@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that come with the package: small, those of the card, and they draw what is said."""
+"""The weights in the package are small, match their card, and draw what a caption says."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
 
 def test_card_has_the_digests_of_the_files() -> None:
     card = (TRAINED / "README.md").read_text(encoding="utf-8")
-    stated = dict(re.findall(r"^\| `(\w+)\.safetensors` .*`([0-9a-f]{64})`", card, re.MULTILINE))
+    listed = dict(re.findall(r"^\| `(\w+)\.safetensors` .*`([0-9a-f]{64})`", card, re.MULTILINE))
     files = {name: TRAINED / f"{name}.safetensors" for name in FILES}
-    assert stated == {name: sha256_of(file) for name, file in files.items()}
+    assert listed == {name: sha256_of(file) for name, file in files.items()}
     assert sum(file.stat().st_size for file in files.values()) <= 24e6
 
 

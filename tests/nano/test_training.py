@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop learns, writes what it did, and goes on where it was stopped."""
+"""The training loop learns, logs, and continues where it was stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECIPE = Recipe(steps=60, matrix_lr=0.2, other_lr=0.05, warmup=5, ema=0.9)
 
 
 class Line(nn.Module):
-    """One matrix that Muon learns and one bias that AdamW learns."""
+    """A matrix trained by Muon and a bias trained by AdamW."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training leaves becomes files, the files a checkpoint, and the checkpoint a bundle."""
+"""From the states of trainings to files, to a checkpoint, to a bundle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.convert.layouts import quietly
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """States as the training programs leave them before their first step."""
+    """Write states as the training programs do before their first step."""
     folder = tmp_path_factory.mktemp("work")
     both, generator = TextToLatent(DIT, TEXT_ENCODER), torch.Generator().manual_seed(0)
     trained: dict[str, nn.Module] = {"draft": both, "decoder": VaeDecoder(VAE)}
@@ -94,7 +94,7 @@ def test_the_tokenizer_of_the_bundle_knows_the_words_of_the_grammar(bundle: Bund
     assert tokenizer.vocab_size == len(vocabulary()) + 3
 
 
-def test_words_that_no_caption_has_are_told(bundle: Bundle) -> None:
+def test_words_that_no_caption_has_are_reported(bundle: Bundle) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
     notices: list[str] = []
     tokenize("A red dragon rises at night, dragon!", tokenizer, 32, notices.append)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the second reading of the official recipe (pw_bench.official) is tested with."""
+"""Tests of the second implementation of the official recipe (pw_bench.official), and their data."""

@@ -44,7 +44,7 @@ WORDS = ("a", "the", "of", "in", "on", "and", "red", "blue", "fox", "sea", "snow
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the written files lie: the official directory and the two PixelWizard files."""
+    """Paths of the official directory and of the two PixelWizard files."""
 
     base: Path
     highres: Path
@@ -60,7 +60,7 @@ def _conv(name: str, out: int, inner: int, *kernel: int) -> Shapes:
 
 
 def dit_shapes() -> Shapes:
-    """The base DiT under its official names."""
+    """Return the shapes of the base DiT, with official names."""
     d, ffn, freq = CONFIG["dim"], CONFIG["ffn_dim"], CONFIG["freq_dim"]
     shapes = _conv("patch_embedding", d, CONFIG["in_dim"], 1, 2, 2)
     shapes |= _linear("text_embedding.0", d, TEXT_DIM) | _linear("text_embedding.2", d, d)
@@ -81,7 +81,7 @@ def dit_shapes() -> Shapes:
 
 
 def highres_shapes() -> Shapes:
-    """What PixelWizard adds: dt embedding and spatial adapter."""
+    """Return the shapes that PixelWizard adds: dt embedding and spatial adapter."""
     d, freq = CONFIG["dim"], CONFIG["freq_dim"]
     shapes = _linear("dt_embedding.0", d, freq) | _linear("dt_embedding.2", d, d)
     backbone = "spatial_adapter.backbone"
@@ -97,7 +97,7 @@ def highres_shapes() -> Shapes:
 
 
 def text_shapes(vocabulary: int) -> Shapes:
-    """The UMT5 encoder under its official names."""
+    """Return the shapes of the UMT5 encoder, with official names."""
     d, inner = TEXT_DIM, TEXT_ATTENTION
     shapes: Shapes = {"token_embedding.weight": (vocabulary, d)}
     for index in range(TEXT_LAYERS):
@@ -128,7 +128,7 @@ def _middle(name: str, width: int) -> Shapes:
 
 
 def _vae_half(half: str, widths: list[int], blocks: int, temporal: list[bool]) -> Shapes:
-    """Encoder or decoder; widths has one entry more than stages, temporal one entry less."""
+    """Return the shapes of encoder or decoder, for as many stages as `widths` has steps."""
     up = half == "decoder"
     sampler = "upsamples" if up else "downsamples"
     first, last = (LATENT, 12) if up else (12, 2 * LATENT)
@@ -148,7 +148,7 @@ def _vae_half(half: str, widths: list[int], blocks: int, temporal: list[bool]) -
 
 
 def vae_shapes() -> Shapes:
-    """The Wan2.2 VAE under its official names."""
+    """Return the shapes of the Wan2.2 VAE, with official names."""
     encoder = [ENCODER_DIM * m for m in (1, 1, 2, 4, 4)]
     decoder = [DECODER_DIM * m for m in (4, 4, 4, 2, 1)]
     shapes = _vae_half("encoder", encoder, 2, [False, True, True])
@@ -179,7 +179,7 @@ def random_state(
 
 
 def write_tokenizer(directory: Path) -> int:
-    """Unigram over characters, a few words and raw bytes; ids: pad 0, end 1, unknown 2."""
+    """Write a unigram model of characters, a few words and bytes; pad 0, end 1, unknown 2."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -3.0)]
     pieces += [(f"▁{word}", -4.0) for word in WORDS]
     pieces += [(character, -6.0) for character in CHARACTERS]
@@ -198,7 +198,7 @@ def write_tokenizer(directory: Path) -> int:
 
 
 def write_dit(directory: Path, state: dict[str, Tensor]) -> None:
-    """config.json and two shards with their index; the blocks are split in mid-block."""
+    """Write config.json and two shards with their index, divided inside a block."""
     (directory / "config.json").write_text(json.dumps(CONFIG, indent=2))
     keys = sorted(state)
     weight_map: dict[str, str] = {}
@@ -213,7 +213,7 @@ def write_dit(directory: Path, state: dict[str, Tensor]) -> None:
 
 
 def wrapped(key: str) -> str:
-    """A key as a wrapped training run would have saved it: "model." and a few wrapper infixes."""
+    """Rename a key as a wrapped training run saves it: "model." and a few wrapper infixes."""
     parts = key.split(".")
     if parts[0] == "blocks":
         infix = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")[

@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
 def load(name: str) -> dict[str, Tensor]:
-    """All tensors of one golden set, whose file may be split into `<name>-<i>-of-<n>` parts."""
+    """Load all tensors of a golden set, which may be split into files `<name>-<i>-of-<n>`."""
     paths = sorted(
         [*GOLDEN.glob(f"{name}.safetensors"), *GOLDEN.glob(f"{name}-?-of-?.safetensors")]
     )
@@ -22,5 +22,5 @@ def load(name: str) -> dict[str, Tensor]:
 
 
 def load_json(name: str) -> Any:
-    """The description of one golden set."""
+    """Load the description of a golden set."""
     return json.loads((GOLDEN / f"{name}.json").read_text())

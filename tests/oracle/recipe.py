@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The official two-stage recipe in fp32 on the CPU, with everything that it makes on its way."""
+"""The official two-stage recipe in fp32 on the CPU, with all intermediate results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_official(
     strips: int,
     overlap: int,
 ) -> dict[str, Tensor]:
-    """Text, draft, resize, high-res, tiled decode.
+    """Run text encoder, draft, resize, high-res and tiled decode.
 
     Returns text_context [n, text_dim], negative_context, draft_latent and highres_latent
     [C, T, h, w], video [3, F, H, W] fp32 in [-1, 1] and frames [F, H, W, 3] uint8.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle reproduces the golden tensors, at the tolerances of the numerics plan."""
+"""The oracle reproduces the golden tensors, within the tolerances of docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _one_thread_no_grad() -> Iterator[None]:
 
 
 def max_abs(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference from a golden tensor, which may have a batch dimension more."""
+    """Return the largest difference from a golden tensor, which may have a batch dimension."""
     return closeness.max_abs(actual, expected.view(actual.shape))
 
 
@@ -190,7 +190,7 @@ def test_tiled_decode() -> None:
 
 
 def toy_velocity(x: Tensor, t: int, dt: int) -> Tensor:
-    """The velocity field of the golden trajectories; it ignores dt."""
+    """Compute the velocity field of the golden trajectories, which ignores dt."""
     wave = 0.5 * torch.sin(x + 4 * t / 1000)
     return 0.7 * x - 0.9 * torch.tanh(1.3 * x) + wave - 0.2 * t / 1000
 
@@ -244,7 +244,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Checkpoint:
     return checkpoint.write_official_checkpoint(directory, seed=3, with_draft=True)
 
 
-def run_small(made: checkpoint.Checkpoint, **changes: Any) -> dict[str, Tensor]:
+def run_small(paths: checkpoint.Checkpoint, **changes: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     arguments: dict[str, Any] = {
         "draft": DRAFT,
@@ -257,15 +257,15 @@ def run_small(made: checkpoint.Checkpoint, **changes: Any) -> dict[str, Tensor]:
     }
     prompt = changes.pop("prompt", "a red fox in the snow")
     return recipe.run_official(
-        made.base, made.highres, prompt, "blurry, static", **(arguments | changes)
+        paths.base, paths.highres, prompt, "blurry, static", **(arguments | changes)
     )
 
 
 def test_checkpoint_is_deterministic(small: checkpoint.Checkpoint, tmp_path: Path) -> None:
     again = checkpoint.write_official_checkpoint(tmp_path, seed=3)
-    one, two = (files.load_pixelwizard(made.highres) for made in (small, again))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    first, second = (files.load_pixelwizard(paths.highres) for paths in (small, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_recipe(small: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder half of the official Wan2.2 VAE, streamed as `pw_bench.official.vae`."""
+"""The encoder of the official Wan2.2 VAE, streamed like `pw_bench.official.vae`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pw_bench.official.vae import State, Stream, latent_scale
 
 
 def avg_down(x: Tensor, out: int, ft: int, fs: int) -> Tensor:
-    """Parameterless downsampling: means over groups of (channel, frame, row, column)."""
+    """Downsample without parameters: means over groups of (channel, frame, row, column)."""
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
     _, channels, t, h, w = x.shape
     x = x.view(1, channels, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
@@ -19,7 +19,7 @@ def avg_down(x: Tensor, out: int, ft: int, fs: int) -> Tensor:
 
 
 def pixel_patchify(video: Tensor) -> Tensor:
-    """[1, 3, T, 2H, 2W] to [1, 12, T, H, W]; channel, then column offset, then row offset."""
+    """Fold [1, 3, T, 2H, 2W] to [1, 12, T, H, W]: channel, column offset, row offset."""
     b, c, t, h, w = video.shape
     x = video.view(b, c, t, h // 2, 2, w // 2, 2).permute(0, 1, 6, 4, 2, 3, 5)
     return x.reshape(b, 4 * c, t, h // 2, w // 2)
@@ -42,7 +42,7 @@ class Encoder(Stream):
         return F.conv3d(joined, weight, bias, stride=(2, 1, 1))
 
     def down_stage(self, name: str, x: Tensor) -> Tensor:
-        """Residual blocks and, but for the last stage, a downsampler; plus an AvgDown shortcut."""
+        """Run residual blocks, a downsampler except in the last stage, and an AvgDown shortcut."""
         y, ft, fs = x, 1, 1
         for index in self.children(name):
             child = f"{name}.{index}"
@@ -55,7 +55,7 @@ class Encoder(Stream):
         return y + avg_down(x, y.shape[1], ft, fs)
 
     def encode_chunk(self, x: Tensor) -> Tensor:
-        """1 or 4 patchified frames [1, 12, T, H, W] to one latent frame [1, 96, 1, H/8, W/8]."""
+        """Encode 1 or 4 folded frames [1, 12, T, H, W] to a latent frame [1, 96, 1, H/8, W/8]."""
         x = self.causal_conv("encoder.conv1", x)
         for stage in self.children("encoder.downsamples"):
             x = self.down_stage(f"encoder.downsamples.{stage}.downsamples", x)
@@ -63,7 +63,7 @@ class Encoder(Stream):
 
 
 def encode(state: State, video: Tensor) -> Tensor:
-    """Video [3, 1 + 4n, H, W] to the latent [48, 1 + n, H/16, W/16]."""
+    """Encode a video [3, 1 + 4n, H, W] to a latent [48, 1 + n, H/16, W/16]."""
     stream = Encoder(state)
     x = pixel_patchify(video[None])
     sizes = [1] + [4] * ((x.shape[2] - 1) // 4)

@@ -18,7 +18,7 @@ RUNS: dict[str, Any] = golden.load_json("samplers")["runs"]
 
 
 def toy_velocity(x: Tensor, t: int) -> Tensor:
-    """The velocity field that the golden trajectories were made with."""
+    """Compute the velocity field of the golden trajectories."""
     wave = 0.5 * torch.sin(x + 4 * t / 1000)
     return 0.7 * x - 0.9 * torch.tanh(1.3 * x) + wave - 0.2 * t / 1000
 
@@ -64,10 +64,10 @@ def test_bf16_einsum_switch_reproduces_the_autocast_quirk(name) -> None:
     A difference of one fp32 ulp flips it with a chance of 2^-16. Here it is up to 6 ulp in each of
     50 steps: half a value in a hundred.
     """
-    wanted = golden.load("samplers")[f"{name}_bf16einsum_final"]
-    error = (trajectory(RUNS[name], bf16_einsum=True)[-1] - wanted).abs()
+    expected = golden.load("samplers")[f"{name}_bf16einsum_final"]
+    error = (trajectory(RUNS[name], bf16_einsum=True)[-1] - expected).abs()
     assert (error > 1e-5).float().mean() <= 1e-2
-    plain = (trajectory(RUNS[name])[-1] - wanted).abs()
+    plain = (trajectory(RUNS[name])[-1] - expected).abs()
     assert error.mean() <= plain.mean() / 20
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files appear whole or not at all."""
+"""Files appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_folder_that_is_a_file_fails_as_write_failed(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "a.txt", "x")
 
 
-def test_final_name_taken_by_a_folder_fails_and_cleans_up(tmp_path: Path) -> None:
+def test_final_name_of_a_folder_fails_and_cleans_up(tmp_path: Path) -> None:
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(WriteFailed, match="Is a directory"):
         write_text(tmp_path / "a.txt", "x")

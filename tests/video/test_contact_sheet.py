@@ -133,7 +133,7 @@ def test_long_caption_is_cut_to_two_lines(tmp_path: Path) -> None:
     assert one_line.height < two_lines.height
 
 
-def test_caption_without_a_font_is_said_in_words(
+def test_caption_without_a_font_is_described_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pillow's font has no Chinese; empty boxes would pass for a caption."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that fills up at any moment of the writing leaves no half clip."""
+"""A disk that fills up at any moment leaves no partial clip."""
 
 from __future__ import annotations
 

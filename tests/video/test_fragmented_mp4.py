@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A video that can be watched while it is made, and the same final file with it as without."""
+"""A video that can be watched while it is encoded, without changing the final file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def save(
 
 
 def pictures(path: Path) -> dict[int, torch.Tensor]:
-    """By index: where a file is cut off, frames may miss that are shown before its last ones."""
+    """Decode frames by index: a truncated file may lack frames that precede its last ones."""
     with av.open(path) as container:
         return {
             round(frame.time * 24): torch.from_numpy(frame.to_ndarray())
@@ -53,7 +53,7 @@ def pictures(path: Path) -> dict[int, torch.Tensor]:
 def test_a_copy_from_the_middle_plays_and_shows_the_frames_of_the_end(
     codec: Codec, tmp_path: Path
 ) -> None:
-    """When the last chunk is asked for, all but the last three are with the encoder, which keeps
+    """When the last chunk is requested, all but the last three are in the encoder, which keeps
     less than half of the clip back."""
     path, copy = tmp_path / "a.mp4", tmp_path / "copy.mp4"
 
@@ -77,8 +77,8 @@ def test_the_final_file_is_the_same_byte_for_byte_and_alone(codec: Codec, tmp_pa
     save(tmp_path / "with" / "a.mp4", chunks(), codec)
     save(tmp_path / "without" / "a.mp4", chunks(), codec, growing=False)
     assert [p.name for p in (tmp_path / "with").iterdir()] == ["a.mp4"]
-    made = [(tmp_path / name / "a.mp4").read_bytes() for name in ("with", "without")]
-    assert made[0] == made[1]
+    files = [(tmp_path / name / "a.mp4").read_bytes() for name in ("with", "without")]
+    assert files[0] == files[1]
 
 
 def test_what_grew_stays_when_the_decode_fails(tmp_path: Path) -> None:
@@ -114,8 +114,7 @@ def test_ffv1_cannot_grow(tmp_path: Path) -> None:
 def test_an_encoder_that_breaks_stops_the_decode_and_leaves_no_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error is raised in the encoder's thread, and met in this one before three more chunks
-    are made."""
+    """The error of the encoder's thread reaches this one before three more chunks are produced."""
     seen, asked = [], []
 
     def broken(packets: object, container: OutputContainer, copy: object) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two threads, one making what the other uses up: order, room, and how either one's end is met."""
+"""A producer and a consumer thread: order, queue length, and the end of either."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_items_arrive_in_order_and_all() -> None:
     assert got == list(range(100))
 
 
-def test_the_next_item_is_made_while_the_first_is_in_work() -> None:
-    """Each thread waits for the other in turn: one alone would never come to the end."""
+def test_the_next_item_is_produced_while_the_first_is_consumed() -> None:
+    """Each thread waits for the other in turn: a single thread would never finish."""
     second_made, first_taken = threading.Event(), threading.Event()
 
     def items() -> Iterator[int]:
@@ -58,7 +58,7 @@ def test_at_most_three_items_are_alive() -> None:
     def items() -> Iterator[Thing]:
         for count in range(12):
             if count == QUEUED:
-                may_go_on.release()  # as many as can be made while the first is in work
+                may_go_on.release()  # as many as can be produced while the first is in work
             thing = Thing()
             alive.add(thing)
             most.append(len(alive))
@@ -76,7 +76,7 @@ def test_at_most_three_items_are_alive() -> None:
     assert len(alive) == 0
 
 
-def test_nothing_is_made_before_it_is_asked_for() -> None:
+def test_nothing_is_produced_before_it_is_requested() -> None:
     def items() -> Iterator[int]:
         raise AssertionError("an item was asked for")
         yield
@@ -89,12 +89,12 @@ def test_nothing_is_made_before_it_is_asked_for() -> None:
 
 
 def test_an_error_of_the_work_stops_the_making() -> None:
-    made = []
+    produced = []
     error = ValueError("encoder")
 
     def items() -> Iterator[int]:
         for i in range(1000):
-            made.append(i)
+            produced.append(i)
             yield i
 
     def work(taken: Iterator[int]) -> None:
@@ -104,7 +104,7 @@ def test_an_error_of_the_work_stops_the_making() -> None:
     with pytest.raises(ValueError, match="encoder") as caught:
         overlap(items(), work)
     assert caught.value is error
-    assert len(made) <= QUEUED + 1
+    assert len(produced) <= QUEUED + 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("decode")])
@@ -130,7 +130,7 @@ def test_an_error_of_the_making_unwinds_the_work(error: BaseException) -> None:
 
 
 def test_what_failed_holds_no_memory() -> None:
-    """Seen: an error and the frame it came from held each other, and with them a whole decode."""
+    """Seen: an error and its stack frame kept each other alive, and with them a whole decode."""
 
     class Held:
         pass

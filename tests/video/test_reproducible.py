@@ -36,7 +36,7 @@ write_video([chunk], Path(sys.argv[1]), width=448, height=128, frames=24, fps=24
 
 
 def test_h264_does_not_depend_on_what_the_heap_held(tmp_path: Path) -> None:
-    """Seen: x264's AVX-512 code gave several files, picked by what freed memory had held."""
+    """Seen: x264's AVX-512 code gave several files, depending on the content of freed memory."""
     fills = ("0", "85", "170")  # glibc writes this byte into memory that is allocated or freed
     children = [
         subprocess.Popen(
@@ -72,7 +72,7 @@ def test_avx512_is_kept_from_x264_and_from_no_other(monkeypatch: pytest.MonkeyPa
 def test_x264_knows_the_names_of_the_features_and_writes_the_same_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """libav only warns of a name that x264 does not know, and PyAV hides warnings."""
+    """libav only warns of a name that x264 does not know, and PyAV drops warnings."""
     monkeypatch.setattr(codecs, "cpu_features", lambda: frozenset())
     save(tmp_path / "auto", "h264", chunked(clip()))
     monkeypatch.setattr(codecs, "cpu_features", lambda: frozenset({"avx512f"}))

@@ -29,7 +29,7 @@ CODECS: tuple[Codec, ...] = get_args(Codec)
 
 
 def clip(frames: int = FRAMES) -> torch.Tensor:
-    """Smooth colour waves that move: [frames, HEIGHT, WIDTH, 3] uint8."""
+    """Draw smooth moving colour waves, [frames, HEIGHT, WIDTH, 3] uint8."""
     t = torch.arange(frames).view(-1, 1, 1, 1)
     y = torch.arange(HEIGHT).view(1, -1, 1, 1)
     x = torch.arange(WIDTH).view(1, 1, -1, 1)
@@ -43,7 +43,7 @@ def rgb_chunk(start: int, frames: torch.Tensor) -> FrameChunk:
 
 
 def planes(rgb: torch.Tensor) -> torch.Tensor:
-    """[F, height, width, 3] uint8 -> [F, height * 3/2, width]."""
+    """Convert [F, height, width, 3] uint8 to planes, [F, height * 3/2, width]."""
     video = rgb.permute(3, 0, 1, 2).float() / 127.5 - 1
     return pack_yuv(oracle.pixel_patchify(video[None])[0], "yuv420p")
 
@@ -91,7 +91,7 @@ def test_clip_reads_back_with_its_size_speed_and_tags(
     size = save(path, codec, chunked(clip()))
     assert size == path.stat().st_size
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert capfd.readouterr() == ("", ""), "an encoder speaks on the user's terminal"
+    assert capfd.readouterr() == ("", ""), "an encoder writes to the user's terminal"
 
     with av.open(path) as container:
         (stream,) = container.streams.video
@@ -213,7 +213,7 @@ def test_wrong_tensors_are_refused(rgb: torch.Tensor, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pixel_format", get_args(PixelFormat))
 def test_three_chunks_are_alive_at_most(pixel_format: PixelFormat, tmp_path: Path) -> None:
-    """One with the encoder and two more, the one in the making among them."""
+    """One in the encoder and two more, including the one in production."""
     alive: list[int] = []
     memories: list[weakref.ref[np.ndarray]] = []
     source = clip(45) if pixel_format == "rgb24" else planes(clip(45))
@@ -242,7 +242,7 @@ def planes_chunk(start: int, frames: int) -> FrameChunk:
 def test_planes_go_to_the_encoder_without_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their memory is the frame's, and libswscale is not called."""
+    """The frame uses their memory, and libswscale is not called."""
     monkeypatch.setattr(write, "VideoReformatter", lambda: None)
     chunk = planes_chunk(0, FRAMES)
     given = write._video_frame(None, chunk.frames[0].numpy(), "yuv420p", "yuv420p")  # type: ignore[arg-type]
@@ -265,7 +265,7 @@ def test_planes_give_the_picture_that_libswscale_gives_of_bytes(
     assert tags == (1, 1, 1, 1)
 
 
-def test_planes_where_bytes_are_wanted_are_refused(tmp_path: Path) -> None:
+def test_planes_instead_of_bytes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a chunk is yuv420p, expected rgb24 or bgr0"):
         save(tmp_path / "a.mkv", "ffv1", [planes_chunk(0, FRAMES)])
 
@@ -273,12 +273,12 @@ def test_planes_where_bytes_are_wanted_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("truncating", [False, True])
 def test_frames_are_decoded_to_what_the_encoder_takes(truncating: bool) -> None:
     compat = Compat(truncating_uint8=truncating)
-    wanted = "rgb24" if truncating else "yuv420p"
+    expected = "rgb24" if truncating else "yuv420p"
     for codec in CODECS:
-        assert pixel_format_for(codec, compat) == ("rgb24" if codec == "ffv1" else wanted)
+        assert pixel_format_for(codec, compat) == ("rgb24" if codec == "ffv1" else expected)
 
 
-def test_missing_encoder_is_said_before_anything_is_computed(
+def test_missing_encoder_is_reported_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unknown(name: str, mode: str) -> None:
@@ -308,7 +308,7 @@ def test_a_file_that_lost_frames_is_not_delivered(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_folder_fails_before_a_frame_is_asked_for(tmp_path: Path) -> None:
+def test_missing_folder_fails_before_a_frame_is_requested(tmp_path: Path) -> None:
     with pytest.raises(WriteFailed, match="No such file or directory"):
         save(tmp_path / "none" / "a.mp4", "h264", never())
 
