@@ -28,7 +28,9 @@ PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
 Place = Literal["device", "host"]
 Kernels = Literal["reference", "triton"]
 EnginePolicy = Literal["auto", "engines", "eager"]
-AttentionKernel = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
+AttentionKernel = Literal[
+    "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
+]
 
 Residency = Literal["resident", "streamed", "mapped"]
 # "staging" are weights on their way to where the stage computes.

@@ -42,7 +42,7 @@ _ABI_VERSION = 8  # byte of an ELF header
 
 @dataclass(frozen=True, slots=True)
 class Toolchain:
-    """What assembled the machine code of an architecture; it determines which drivers load it."""
+    """The tools behind the machine code of an architecture, which determine its drivers."""
 
     cuda: str  # release of ptxas, "13.4"
     ptx: str  # version of the PTX it was given, "9.4"

@@ -150,6 +150,5 @@ def _jit(variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Argume
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Allocate memory for descriptors that a kernel makes; `alignment` is below the allocator's
-    512."""
+    """Allocate memory for descriptors made by a kernel; PyTorch aligns to 512, which is enough."""
     return torch.empty(size, dtype=torch.int8, device="cuda")

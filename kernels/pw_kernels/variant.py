@@ -52,8 +52,7 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """Name of this variant, the same in the process that compiles it and in one that looks it
-        up."""
+        """Name of this variant, equal in the process that compiles it and where it is looked up."""
         types = ",".join(type_name for _, type_name in self.types)
         constants = ",".join(f"{name}={value}" for name, value in self.constants)
         return f"{self.kernel}({types})[{constants}]w{self.num_warps}s{self.num_stages}"

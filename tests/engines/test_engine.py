@@ -30,10 +30,10 @@ CPU = torch.device("cpu")
 
 
 def test_the_segment_itself_is_exact() -> None:
-    found = check_parity(EagerEngine(spec(), Mix()), Mix(), CPU)
-    assert [one.output for one in found] == ["y", "mean"]
-    assert all(one.error == 0 and one.good for one in found)
-    require_parity("mix", found)
+    parities = check_parity(EagerEngine(spec(), Mix()), Mix(), CPU)
+    assert [parity.output for parity in parities] == ["y", "mean"]
+    assert all(parity.error == 0 and parity.good for parity in parities)
+    require_parity("mix", parities)
 
 
 @pytest.mark.parametrize(("padded", "tokens"), [(False, LIMIT * 2 // 5), (True, LIMIT)])
@@ -49,12 +49,12 @@ def test_padded_engines_are_checked_at_their_limits(padded: bool, tokens: int) -
 
 
 def test_nan_is_not_good() -> None:
-    found = check_parity(FaultyEngine(spec(), Mix(), fault="nan"), Mix(), CPU)
-    assert [one.good for one in found] == [False, True]
+    parities = check_parity(FaultyEngine(spec(), Mix(), fault="nan"), Mix(), CPU)
+    assert [parity.good for parity in parities] == [False, True]
     with pytest.raises(
         EngineError, match=r"not compute what its segment does .*: y nan > 1\.0e-05"
     ):
-        require_parity("mix", found)
+        require_parity("mix", parities)
 
 
 def test_an_output_left_alone_is_not_good() -> None:
@@ -62,17 +62,17 @@ def test_an_output_left_alone_is_not_good() -> None:
         def run(self, inputs: object, outputs: object) -> None:
             pass
 
-    assert not any(one.good for one in check_parity(Lazy(spec(), Mix()), Mix(), CPU))
+    assert not any(parity.good for parity in check_parity(Lazy(spec(), Mix()), Mix(), CPU))
 
 
 def test_an_engine_of_other_arithmetic_is_not_good() -> None:
     def nearly(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(y * (1 + 1e-4) for y in Mix()(x, weight))
 
-    found = check_parity(EagerEngine(spec(), nearly), Mix(), CPU)
-    assert [one.good for one in found] == [False, False]
+    parities = check_parity(EagerEngine(spec(), nearly), Mix(), CPU)
+    assert [parity.good for parity in parities] == [False, False]
     with pytest.raises(EngineError, match="run with --policy eager"):
-        require_parity("mix", found)
+        require_parity("mix", parities)
 
 
 def test_tolerance_is_that_of_the_coarsest_tensor() -> None:
@@ -81,8 +81,8 @@ def test_tolerance_is_that_of_the_coarsest_tensor() -> None:
     def segment(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return Mix()(x, weight.float())
 
-    found = check_parity(EagerEngine(spec(inputs=inputs), segment), segment, CPU)
-    assert {one.tolerance for one in found} == {TOLERANCES["bf16"]}
+    parities = check_parity(EagerEngine(spec(inputs=inputs), segment), segment, CPU)
+    assert {parity.tolerance for parity in parities} == {TOLERANCES["bf16"]}
 
 
 @pytest.mark.parametrize("error", [float("nan"), float("inf"), 1.1e-5])
@@ -146,14 +146,14 @@ def test_a_package_is_given_only_what_it_can_take(package: Path) -> None:
     engine = AotiEngine(spec(), package, CPU)
     inputs, outputs = tensors(4)
     untouched = [x.clone() for x in outputs]
-    for wrong, message in (
+    for refused, message in (
         ([inputs[0].double(), inputs[1]], "x: expected fp32, got torch.float64"),
         ([torch.zeros(LIMIT + 1, 8), inputs[1]], "tokens from 2 to 40, got 41"),
         ([inputs[0], inputs[1][:7]], "weight: expected 8 of 8"),
         ([inputs[0], inputs[1].T], "mix, tensor weight: expected contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
-            engine.run(wrong, outputs)
+            engine.run(refused, outputs)
     with pytest.raises(ValueError, match=r"y: expected shape \(4, 8\)"):
         engine.run(inputs, [torch.zeros(3, 8), outputs[1]])
     for x, before in zip(outputs, untouched, strict=True):
@@ -181,12 +181,12 @@ def test_a_segment_that_cannot_be_compiled_is_an_error(tmp_path: Path) -> None:
         aoti.build(spec(), Branching(), tmp_path / aoti.FILE, CPU)
 
 
-def test_a_machine_without_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aoti.shutil, "which", lambda name: None)
     assert "install g++" in str(aoti.unavailable(CPU))
 
 
 def test_platform_of_a_package_is_this_machine() -> None:
-    found = dict(aoti.aoti_platform(CPU))
-    assert found["torch"] == torch.__version__
-    assert found.keys() == {"torch", "machine", "processor", "recipe"}
+    facts = dict(aoti.aoti_platform(CPU))
+    assert facts["torch"] == torch.__version__
+    assert facts.keys() == {"torch", "machine", "processor", "recipe"}

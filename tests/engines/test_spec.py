@@ -112,7 +112,7 @@ def test_every_field_of_spec_and_key_is_tried() -> None:
     assert set(type(key()).__dataclass_fields__) == {"spec", "backend", "platform", "options"}
 
 
-def test_digest_tells_where_texts_end() -> None:
+def test_digest_lists_where_texts_end() -> None:
     assert digest_of([b"ab", b"c"]) != digest_of([b"a", b"bc"])
     assert digest_of([b"ab"]) != digest_of([b"ab", b""])
     assert digest_of(iter([b"a"])) == digest_of([b"a"])

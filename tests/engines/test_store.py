@@ -32,10 +32,10 @@ def test_nothing_is_made_before_the_first_build(store: EngineStore) -> None:
 
 def test_what_was_published_is_found(store: EngineStore) -> None:
     put(store)
-    found = store.find(key())
-    assert found.state == "fresh"
-    assert found.path is not None
-    assert found.path.read_bytes() == DATA
+    lookup = store.find(key())
+    assert lookup.state == "fresh"
+    assert lookup.path is not None
+    assert lookup.path.read_bytes() == DATA
     assert store.find(key(backend="tensorrt")).state == "missing"
     assert store.remove_leftovers() == []
 
@@ -91,11 +91,11 @@ def test_a_damaged_engine_is_not_found_but_rebuilt(name: str, store: EngineStore
     damage, reason = DAMAGES[name]
     folder = put(store)
     damage(folder)
-    found = store.find(key())
-    assert found.state == "damaged"
-    assert found.path is None
-    assert str(folder) in found.reason
-    assert reason in found.reason
+    lookup = store.find(key())
+    assert lookup.state == "damaged"
+    assert lookup.path is None
+    assert str(folder) in lookup.reason
+    assert reason in lookup.reason
     (entry,) = store.entries(verify=True)
     assert (entry.damage != "") == (name != "key")  # which key is expected, only find() knows
     put(store)
@@ -118,7 +118,7 @@ def test_entries_tell_what_is_there(store: EngineStore) -> None:
 
 def test_entries_read_the_files_only_when_asked(store: EngineStore) -> None:
     (put(store) / NAME).write_bytes(b"other")
-    assert [one.damage for one in store.entries(verify=False)] == [""]
+    assert [entry.damage for entry in store.entries(verify=False)] == [""]
     assert "has 5 bytes" in store.entries(verify=True)[0].damage
 
 
@@ -148,7 +148,7 @@ def test_only_engines_are_removed(store: EngineStore) -> None:
     assert store.find(key()).state == "fresh"
 
 
-def test_an_engine_that_cannot_be_removed_is_told(
+def test_an_engine_that_cannot_be_removed_is_reported(
     store: EngineStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = put(store)
@@ -205,7 +205,7 @@ def test_a_build_that_made_no_file_is_an_error(store: EngineStore) -> None:
     assert store.find(key()).state == "missing"
 
 
-def test_a_root_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = EngineStore(tmp_path / "file" / "engines")
     for use in (store.locked(key()), store.publishing(key(), NAME)):
@@ -213,7 +213,7 @@ def test_a_root_that_cannot_be_made_is_told(tmp_path: Path) -> None:
             pass
 
 
-def test_a_root_that_cannot_be_written_is_told(
+def test_a_root_that_cannot_be_written_is_reported(
     store: EngineStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As root one may write anywhere: the refusal is the system's, made up."""

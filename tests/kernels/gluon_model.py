@@ -159,7 +159,7 @@ class Pointer:
         return Pointer(self.flat, self.offset + more)
 
     def load(self, mask: Tensor, other: float) -> Tensor:
-        """What is there, `other` where not `mask`."""
+        """Return the values, and `other` where not `mask`."""
         values = torch.full(self.offset.shape, other, dtype=self.flat.dtype)
         values[mask] = self.flat[self.offset[mask]]
         return values
@@ -187,7 +187,7 @@ class Rows:
 
 
 def _names(machine: Machine, program: int, programs: int) -> dict[str, Any]:
-    """What the kernel's functions call, as modelled."""
+    """Return models of what the kernel's functions call."""
 
     def fetch(rows: Rows, origin: list[int], full: Barrier, slot: Slot) -> None:
         machine.pause()

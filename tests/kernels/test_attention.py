@@ -56,7 +56,7 @@ def inputs(queries: int, keys: int, width: int, dtype: torch.dtype) -> list[Tens
 def check_kernel(
     tiling: Tiling, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
 ) -> None:
-    """As accurate as SDPA in the same precision; the log-sum-exp to fp32 precision."""
+    """Check the result to be as accurate as SDPA, and the log-sum-exp to fp32 precision."""
     oracle = reference(q.double(), k.double(), v.double(), None if bias is None else bias.double())
     expected, expected_lse = reference_with_lse(q, k, v, bias)
     out, lse = run(tiling, q, k, v, bias)

@@ -135,7 +135,7 @@ def test_a_second_call_changes_nothing() -> None:
 
 
 def run(code: str) -> str:
-    """What a fresh process, without TRITON_INTERPRET, prints."""
+    """Run code in a new process without TRITON_INTERPRET; return what it prints."""
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(filter(None, sys.path))}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

@@ -117,7 +117,7 @@ def test_other_sources_make_it_stale(built: Library, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As in a new process, which has not looked for a library yet."""
+    """Forget the library that was found, as in a new process."""
     for cached in (library.library, library._find):
         cached.cache_clear()
         monkeypatch.setattr(library, cached.__name__, cached)

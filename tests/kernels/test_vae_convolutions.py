@@ -37,14 +37,14 @@ class Sizes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolved = self.made = 0
+        self.largest_convolved = self.largest_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default:
-            self.convolved = max(self.convolved, args[0].numel(), out.numel())
+            self.largest_convolved = max(self.largest_convolved, args[0].numel(), out.numel())
         if isinstance(out, Tensor):
-            self.made = max(self.made, out.numel() * out.element_size())
+            self.largest_bytes = max(self.largest_bytes, out.numel() * out.element_size())
         return out
 
 
@@ -78,7 +78,7 @@ def test_causal_conv3d_in_slices_is_the_same(
     monkeypatch.setattr(module, "LARGEST", largest)
     with Sizes() as sizes:
         got = causal_conv3d(x, weight, bias)
-    assert sizes.convolved <= largest
+    assert sizes.largest_convolved <= largest
     assert max_abs(got, expected) <= 1e-13
     channels_last = order is last
     assert got.is_contiguous() != channels_last
@@ -94,7 +94,7 @@ def test_convolutions_at_4k_stay_within_32_bits(name: str) -> None:
     with Sizes() as sizes:
         got = causal_conv3d(x, weight, None)
     assert got.shape == (1, c_out, frames - kernel[0] + 1, rows, columns)
-    assert sizes.convolved <= LARGEST
+    assert sizes.largest_convolved <= LARGEST
 
 
 def test_slices_are_as_large_as_they_may_be() -> None:
@@ -118,7 +118,7 @@ def test_upsample2x_conv_is_exact(shape: tuple[int, ...], order: Callable[..., T
 
 
 def test_upsample2x_conv_keeps_channels_last() -> None:
-    """As a convolution does, where either the picture or the weights have them last."""
+    """A convolution does too, where either the picture or the weights have them last."""
     x, weight = values(2, 8, 3, 5), values(8, 8, 3, 3)
     for a, b in ((last(x), last(weight)), (x, last(weight)), (last(x), weight)):
         got = upsample2x_conv(a, phase_taps(b), None)
@@ -151,8 +151,8 @@ def test_chunked_attention_at_4k_is_bounded() -> None:
     with Sizes() as sizes:
         out = chunked_attention(q, k, v)
     assert out.shape == (32160, 1024)
-    assert sizes.made <= SCORE_BYTES
-    assert sizes.made > SCORE_BYTES * 0.99
+    assert sizes.largest_bytes <= SCORE_BYTES
+    assert sizes.largest_bytes > SCORE_BYTES * 0.99
 
 
 def test_costs() -> None:

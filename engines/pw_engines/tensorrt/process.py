@@ -27,7 +27,7 @@ GIB: Final = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What a build will take: guesses from the sizes of the tensors, nothing is measured."""
+    """Estimated resources of a build, guessed from the sizes of the tensors."""
 
     seconds: float
     host_bytes: float

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a build process is given, and how it reports: shared by both sides (`process`)."""
+"""The request to a build process and its exit code, shared with its caller (`process`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REFUSED: Final = 3  # exit code: standard error is the message of an EngineError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to build from what."""
+    """A plan to build: its spec, the model to build it from, and where to write it."""
 
     spec: EngineSpec
     model: Path  # an ONNX model, or a program written by torch.export.save at the spec's limits

@@ -67,14 +67,14 @@ def _mismatch(signature: str, arguments: tuple[Any, ...], named: dict[str, Any])
     if len(arguments) > len(expected):
         return f"{len(arguments)} arguments"
     given = dict(zip(expected, arguments, strict=False))
-    if wrong := (given.keys() & named.keys()) | (named.keys() - expected.keys()):
-        return f"argument {', '.join(sorted(wrong))}"
+    if unexpected := (given.keys() & named.keys()) | (named.keys() - expected.keys()):
+        return f"argument {', '.join(sorted(unexpected))}"
     given |= named
-    for name, (kind, required) in expected.items():
+    for name, (annotation, required) in expected.items():
         if name not in given:
             if required:
                 return f"no {name}"
-        elif not accepts(kind, given[name]):
+        elif not accepts(annotation, given[name]):
             return f"{name} is {type(given[name]).__name__}"
     return None
 
@@ -82,24 +82,24 @@ def _mismatch(signature: str, arguments: tuple[Any, ...], named: dict[str, Any])
 def parameters(signature: str) -> dict[str, tuple[str, bool]]:
     """Name -> (type, whether it must be given) of "f(self: A, b: int = 0) -> C"."""
     inner = signature[signature.index("(") + 1 : signature.rindex(") ->")]
-    found = {}
+    parameters_of = {}
     for part in re.split(r", (?=\w+: )", inner):
         name, _, rest = part.partition(": ")
-        kind, default, _ = rest.partition(" = ")
-        found[name] = (kind, not default)
-    found.pop("self")
-    return found
+        annotation, default, _ = rest.partition(" = ")
+        parameters_of[name] = (annotation, not default)
+    parameters_of.pop("self")
+    return parameters_of
 
 
-def accepts(kind: str, value: Any) -> bool:
-    """Whether pybind11 would convert a value to a type of the bindings."""
-    kind = kind.rpartition(".")[2]
-    if kind in ("int", "SupportsInt"):
+def accepts(annotation: str, value: Any) -> bool:
+    """Return True if pybind11 would convert a value to a type of the bindings."""
+    annotation = annotation.rpartition(".")[2]
+    if annotation in ("int", "SupportsInt"):
         return isinstance(value, int)
-    if kind in ("buffer", "Buffer"):
+    if annotation in ("buffer", "Buffer"):
         return isinstance(value, bytes | memoryview)
-    if kind in ("bool", "str", "tuple", "list"):
-        return type(value).__name__ == kind
-    if kind == "Dims" and isinstance(value, tuple | list):
+    if annotation in ("bool", "str", "tuple", "list"):
+        return type(value).__name__ == annotation
+    if annotation == "Dims" and isinstance(value, tuple | list):
         return True
-    return any(one.__name__ == kind for one in type(value).__mro__)
+    return any(base.__name__ == annotation for base in type(value).__mro__)

@@ -38,7 +38,7 @@ UNNAMED = ("ILogger.log", "IHostMemory", "Dims.__len__", "Dims.__getitem__")
 
 def used(sources: Iterable[Path] = SOURCES) -> dict[str, list[str]]:
     """Where each name is used: "IBuilderConfig.set_flag" -> ["onnx_build.py:112"]."""
-    found: dict[str, list[str]] = {name: [] for name in UNNAMED}
+    uses: dict[str, list[str]] = {name: [] for name in UNNAMED}
     for path in sources:
         tree = ast.parse(path.read_text())
         inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -49,8 +49,8 @@ def used(sources: Iterable[Path] = SOURCES) -> dict[str, list[str]]:
                 if name is not None:
                     is_class = id(node) in called and "." not in name
                     place = f"{path.name}:{node.lineno}"
-                    found.setdefault(name + ".__init__" * is_class, []).append(place)
-    return dict(sorted(found.items()))
+                    uses.setdefault(name + ".__init__" * is_class, []).append(place)
+    return dict(sorted(uses.items()))
 
 
 def _resolve(node: ast.Attribute) -> str | None:

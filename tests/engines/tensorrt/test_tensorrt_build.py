@@ -73,7 +73,7 @@ def test_parser_errors_name_the_node(
     assert "error: ModelImporter: parsing failed" in str(caught.value)
 
 
-def test_a_failed_build_says_what_tensorrt_said(
+def test_a_failed_build_quotes_tensorrt(
     trt: Any, request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FAULT, "no plan")
@@ -92,7 +92,7 @@ def test_a_model_of_another_segment_is_refused_before_the_build(
     assert "x: expected bf16, got fp32" in str(caught.value)
 
 
-def test_a_machine_without_a_gpu_is_told(trt: Any, request_of: Callable[..., Request]) -> None:
+def test_a_machine_without_a_gpu_is_reported(trt: Any, request_of: Callable[..., Request]) -> None:
     def refuse(logger: Any) -> None:
         logger.log(trt.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
         raise TypeError("pybind11::init(): factory function returned nullptr")
@@ -122,7 +122,7 @@ def test_timing_cache_is_made_used_and_started_anew(
     assert "is for another device or version: starting a new one" in note
     assert known() == ""
     assert cache.read_text() == "11.4.0.106"
-    assert {one.name for one in tmp_path.iterdir()} == {"model.onnx", "plan", "timing.cache"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "plan", "timing.cache"}
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,10 @@ Open = Callable[..., TensorrtEngine]
 def plan_of(tmp_path: Path) -> Callable[[EngineSpec], Path]:
     """Builds a plan in this process."""
 
-    def build(one: EngineSpec) -> Path:
+    def build(engine_spec: EngineSpec) -> Path:
         model, path = tmp_path / "model.onnx", tmp_path / tensorrt.FILE
-        model.write_bytes(onnx_of(one))
-        build_plan(Request(spec=one, model=model, plan=path, device=None))
+        model.write_bytes(onnx_of(engine_spec))
+        build_plan(Request(spec=engine_spec, model=model, plan=path, device=None))
         return path
 
     return build
@@ -58,35 +58,37 @@ def test_a_plan_computes_what_its_segment_does(
     plan_of: Callable[[EngineSpec], Path],
 ) -> None:
     trt = simulate(version)
-    one = spec(dtype)
-    engine = tensorrt.load(one, plan_of(one), CPU)
+    engine_spec = spec(dtype)
+    engine = tensorrt.load(engine_spec, plan_of(engine_spec), CPU)
     for seed in range(2):  # other addresses
-        inputs, outputs, expected = data(one, seed=seed)
+        inputs, outputs, expected = data(engine_spec, seed=seed)
         engine.run(inputs, outputs)
         assert relative_l2(outputs[0], expected) < tolerance
     assert trt.seen <= used().keys()  # the walk through the source overlooks nothing
 
 
 def test_from_build_process_through_store_to_result(trt: Any, tmp_path: Path) -> None:
-    one = spec()
-    said: list[str] = []
+    engine_spec = spec()
+    lines: list[str] = []
     cache = tmp_path / "timing.cache"
     cache.write_text("of another device")
     store = EngineStore(tmp_path / "store")
-    key = EngineKey(spec=one, backend="tensorrt", platform=tensorrt.tensorrt_platform(CPU))
+    key = EngineKey(spec=engine_spec, backend="tensorrt", platform=tensorrt.tensorrt_platform(CPU))
     with store.locked(key), store.publishing(key, tensorrt.FILE) as path:
-        tensorrt.build(one, onnx_of(one), path, CPU, timing_cache=cache, say=said.append)
-    found = store.find(key)
-    assert found.state == "fresh"
-    assert found.path is not None
-    assert {file.name for file in found.path.parent.iterdir()} == {tensorrt.FILE, "manifest.json"}
+        tensorrt.build(
+            engine_spec, onnx_of(engine_spec), path, CPU, timing_cache=cache, say=lines.append
+        )
+    lookup = store.find(key)
+    assert lookup.state == "fresh"
+    assert lookup.path is not None
+    assert {file.name for file in lookup.path.parent.iterdir()} == {tensorrt.FILE, "manifest.json"}
     assert {file.name for file in tmp_path.iterdir()} == {"store", "timing.cache"}
 
-    inputs, outputs, expected = data(one)
-    tensorrt.load(one, found.path, CPU).run(inputs, outputs)
+    inputs, outputs, expected = data(engine_spec)
+    tensorrt.load(engine_spec, lookup.path, CPU).run(inputs, outputs)
     assert relative_l2(outputs[0], expected) < 1e-2
 
-    first, note, last = said
+    first, note, last = lines
     assert first.startswith("building up with TensorRT: 1 min, 4 GiB of memory")
     assert first.endswith("(estimate)")
     assert "starting a new one" in note
@@ -102,19 +104,19 @@ class OnOwnMemory:
         self._engine = engine
 
     def run(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        made = [aligned(x) for x in outputs]
-        self._engine.run([aligned(x) for x in inputs], made)
-        for target, x in zip(outputs, made, strict=True):
+        results = [aligned(x) for x in outputs]
+        self._engine.run([aligned(x) for x in inputs], results)
+        for target, x in zip(outputs, results, strict=True):
             target.copy_(x)
 
 
 def test_self_check_finds_it_good(engine: TensorrtEngine) -> None:
-    (found,) = check_parity(OnOwnMemory(engine), segment, CPU)
-    assert found.good
-    assert found.error > 0
+    (parity,) = check_parity(OnOwnMemory(engine), segment, CPU)
+    assert parity.good
+    assert parity.error > 0
 
 
-def wrong(engine: TensorrtEngine, index: int, x: Tensor) -> None:
+def run_with(engine: TensorrtEngine, index: int, x: Tensor) -> None:
     inputs, outputs, _ = data(engine.spec)
     tensors = [*inputs, *outputs]
     tensors[index] = x
@@ -142,7 +144,7 @@ def test_tensors_that_the_plan_cannot_take_are_refused(
     index: int, x: Tensor, message: str, engine: TensorrtEngine
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        wrong(engine, index, x)
+        run_with(engine, index, x)
 
 
 @pytest.mark.parametrize(
@@ -219,9 +221,9 @@ def test_a_context_without_addresses_or_scratch_runs_nothing(engine: TensorrtEng
     """What the simulator would say if run() forgot them."""
     shared = lane(CPU)
     assert engine._context.execute_async_v3(shared.stream.cuda_stream) is False
-    said = str(shared.messages.error(""))
-    assert "no address of x" in said
-    assert "bytes of scratch memory needed, got None" in said
+    messages = str(shared.messages.error(""))
+    assert "no address of x" in messages
+    assert "bytes of scratch memory needed, got None" in messages
 
 
 def test_engines_share_one_scratch_buffer_that_grows(
@@ -258,5 +260,5 @@ def test_a_captured_graph_keeps_its_scratch(engine: TensorrtEngine, cuda: Cuda) 
     engine.run(inputs, outputs)
     cuda.capturing = False
     lane(CPU).reserve(captured.numel() * 2)
-    assert [one is captured for one in lane(CPU)._captured] == [True]
+    assert [buffer is captured for buffer in lane(CPU)._captured] == [True]
     assert lane(CPU)._scratch is not captured

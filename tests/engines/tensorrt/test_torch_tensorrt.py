@@ -53,8 +53,8 @@ def request_of(tmp_path: Path) -> Request:
     return Request(spec=spec(), model=tmp_path / "program.pt2", plan=tmp_path / "plan", device=None)
 
 
-def build(path: Path, said: Callable[[str], None] = lambda line: None) -> None:
-    torch_tensorrt.build(spec(), Up(), path, CPU, say=said)
+def build(path: Path, say: Callable[[str], None] = lambda line: None) -> None:
+    torch_tensorrt.build(spec(), Up(), path, CPU, say=say)
 
 
 def test_a_request_survives_its_file(request_of: Request) -> None:
@@ -65,8 +65,8 @@ def test_a_program_is_of_the_limits_and_leaves_its_examples_behind(
     request_of: Request,
 ) -> None:
     program = torch.export.load(request_of.model)
-    places = program.graph.find_nodes(op="placeholder")
-    assert [tuple(one.meta["val"].shape) for one in places] == [
+    placeholders = program.graph.find_nodes(op="placeholder")
+    assert [tuple(node.meta["val"].shape) for node in placeholders] == [
         (TOKENS, WIDTH), (HIDDEN, WIDTH), (HIDDEN,),
     ]  # fmt: skip
     assert program.example_inputs is None
@@ -76,15 +76,17 @@ def test_a_program_is_of_the_limits_and_leaves_its_examples_behind(
 def test_every_setting_exists_and_asks_for_a_whole_and_exact_plan(
     version: str, request_of: Request
 ) -> None:
-    asked = settings(make(version), request_of)
-    assert asked.keys() <= set(known()[version])
-    assert asked["require_full_compilation"] is True
-    assert asked["disable_tf32"] is True
-    assert asked["attn_bias_is_causal"] is False
-    assert asked["arg_inputs"][0] == ((TOKENS, WIDTH), torch.bfloat16)
-    assert Path(asked["timing_cache_path"]).parent == request_of.plan.parent
+    keywords = settings(make(version), request_of)
+    assert keywords.keys() <= set(known()[version])
+    assert keywords["require_full_compilation"] is True
+    assert keywords["disable_tf32"] is True
+    assert keywords["attn_bias_is_causal"] is False
+    assert keywords["arg_inputs"][0] == ((TOKENS, WIDTH), torch.bfloat16)
+    assert Path(keywords["timing_cache_path"]).parent == request_of.plan.parent
     # weak typing is the default of old versions; the newest takes the word and does not know it
-    assert asked.get("use_explicit_typing") is (True if version in ("2.11.0", "2.12.0") else None)
+    assert keywords.get("use_explicit_typing") is (
+        True if version in ("2.11.0", "2.12.0") else None
+    )
 
 
 def test_a_setting_that_a_version_lacks_is_an_error(request_of: Request) -> None:
@@ -99,11 +101,11 @@ def test_a_setting_that_a_version_lacks_is_an_error(request_of: Request) -> None
 
 
 def test_from_build_process_to_result(front: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     front.setenv(RECORD, str(tmp_path / "record.json"))
     path = tmp_path / tensorrt.FILE
-    build(path, said.append)
-    assert {one.name for one in tmp_path.iterdir()} == {tensorrt.FILE, "record.json"}
+    build(path, lines.append)
+    assert {file.name for file in tmp_path.iterdir()} == {tensorrt.FILE, "record.json"}
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["placeholders"] == list(THEIRS.values())[:3]
     assert record["device"] == "cuda:0"
@@ -111,7 +113,7 @@ def test_from_build_process_to_result(front: pytest.MonkeyPatch, tmp_path: Path)
     inputs, outputs, expected = data(spec())
     engine.run(inputs, outputs)
     assert relative_l2(outputs[0], expected) < 1e-2
-    assert [line.split(":")[0].split(" in ")[0] for line in said] == [
+    assert [line.split(":")[0].split(" in ")[0] for line in lines] == [
         "building up with TensorRT", "built up",
     ]  # fmt: skip
 
@@ -153,7 +155,7 @@ def test_what_is_no_plan_of_the_segment_is_refused(
     assert not request_of.plan.exists()
 
 
-def test_a_package_that_cannot_be_imported_is_told(
+def test_a_package_that_cannot_be_imported_is_reported(
     front: pytest.MonkeyPatch, request_of: Request
 ) -> None:
     front.setitem(sys.modules, "torch_tensorrt", None)
@@ -246,7 +248,7 @@ def missing(name: str) -> str:
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_told_with_what_would(
+def test_what_does_not_fit_is_reported_with_what_would(
     pytorch: str,
     version: Callable[[str], str],
     library: str,
