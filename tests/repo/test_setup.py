@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,6 +66,19 @@ def version(entry: str) -> str:
     return specifier.version
 
 
+def closure(name: str, extras: set[str]) -> set[str]:
+    """Return the installed distribution `name` and all that it requires here."""
+    todo, done = [(name, "")] + [(name, extra) for extra in extras], set[tuple[str, str]]()
+    while todo:
+        name, extra = todo.pop()
+        done.add((name, extra))
+        for requirement in map(Requirement, distribution(name).requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                child = canonicalize_name(requirement.name)
+                todo += {(child, item) for item in {"", *requirement.extras}} - done
+    return {name for name, _ in done}
+
+
 def script(root: Path, name: str) -> ModuleType:
     """Import one of the programs beside the lock files."""
     spec = importlib.util.spec_from_file_location(name, root / "requirements" / f"{name}.py")
@@ -93,6 +107,27 @@ def test_lock_holds_every_dependency_in_its_range(
         if pinned.get(canonicalize_name(requirement.name), "") not in requirement.specifier
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_lock_holds_what_the_dependencies_require_and_no_more(
+    lock: str, root: Path, project: dict[str, Any]
+) -> None:
+    """A package that nothing requires any more stayed in the lock: psutil."""
+    newest = script(root, "newest")
+    locked = newest.locked_versions((root / "requirements" / lock).read_text(encoding="utf-8"))
+    installed = newest.installed_versions()
+    if any(installed.get(name) != version for name, version in locked.items()):
+        pytest.skip("needs the locked versions, as `make` installs them")
+    extras = {"dev"} if lock == "dev.txt" else set()
+    required = closure("pixelwizard-runtime", extras)
+    for requirement in map(Requirement, project["build-system"]["requires"]):
+        required |= closure(requirement.name, set())
+    unlocked = re.compile(r"pixelwizard-runtime|torch$|nvidia-|cuda-")
+    required = {name for name in required if not unlocked.match(name)}
+    if lock == "runtime.txt":
+        required.discard("triton")  # comes with torch's CUDA build
+    assert locked.keys() == required
 
 
 @pytest.mark.parametrize("lock", LOCKS)
