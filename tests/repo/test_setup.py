@@ -66,16 +66,26 @@ def version(entry: str) -> str:
     return specifier.version
 
 
-def closure(name: str, extras: set[str]) -> set[str]:
-    """Return the installed distribution `name` and all that it requires here."""
-    todo, done = [(name, "")] + [(name, extra) for extra in extras], set[tuple[str, str]]()
+def declared_in(project: dict[str, Any], lock: str) -> list[str]:
+    """Return the requirements that pyproject.toml states for what a lock file sets up."""
+    declared = project["project"]["dependencies"] + project["build-system"]["requires"]
+    dev = project["project"]["optional-dependencies"]["dev"]
+    return declared + dev if lock == "dev.txt" else declared
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """Return the names of all distributions that these need, as they are installed here."""
+    todo, done = [(item, "") for item in requirements], set[tuple[str, str]]()
     while todo:
-        name, extra = todo.pop()
-        done.add((name, extra))
-        for requirement in map(Requirement, distribution(name).requires or ()):
-            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                child = canonicalize_name(requirement.name)
-                todo += {(child, item) for item in {"", *requirement.extras}} - done
+        item, extra_of = todo.pop()
+        requirement = Requirement(item)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra_of}):
+            continue
+        for extra in {"", *requirement.extras}:
+            node = (canonicalize_name(requirement.name), extra)
+            if node not in done:
+                done.add(node)
+                todo += [(line, extra) for line in distribution(node[0]).requires or ()]
     return {name for name, _ in done}
 
 
@@ -93,9 +103,6 @@ def script(root: Path, name: str) -> ModuleType:
 def test_lock_holds_every_dependency_in_its_range(
     lock: str, root: Path, project: dict[str, Any], makefile: str
 ) -> None:
-    declared = project["project"]["dependencies"] + project["build-system"]["requires"]
-    if lock == "dev.txt":
-        declared += project["project"]["optional-dependencies"]["dev"]
     (torch,) = re.findall(r"^TORCH \?= torch==([\d.]+)$", makefile, re.MULTILINE)
     pinned = {"torch": torch} | {
         name: version(entry)
@@ -103,7 +110,7 @@ def test_lock_holds_every_dependency_in_its_range(
     }
     wrong = [
         f"{requirement}: {pinned.get(canonicalize_name(requirement.name))}"
-        for requirement in map(Requirement, declared)
+        for requirement in map(Requirement, declared_in(project, lock))
         if pinned.get(canonicalize_name(requirement.name), "") not in requirement.specifier
     ]
     assert wrong == []
@@ -119,12 +126,8 @@ def test_lock_holds_what_the_dependencies_require_and_no_more(
     installed = newest.installed_versions()
     if any(installed.get(name) != version for name, version in locked.items()):
         pytest.skip("needs the locked versions, as `make` installs them")
-    extras = {"dev"} if lock == "dev.txt" else set()
-    required = closure("pixelwizard-runtime", extras)
-    for requirement in map(Requirement, project["build-system"]["requires"]):
-        required |= closure(requirement.name, set())
-    unlocked = re.compile(r"pixelwizard-runtime|torch$|nvidia-|cuda-")
-    required = {name for name in required if not unlocked.match(name)}
+    unlocked = re.compile(r"torch$|nvidia-|cuda-")
+    required = {name for name in closure(declared_in(project, lock)) if not unlocked.match(name)}
     if lock == "runtime.txt":
         required.discard("triton")  # comes with torch's CUDA build
     assert locked.keys() == required
