@@ -15,7 +15,7 @@ from pw_runtime.pipeline import generate
 from pw_runtime.presets import find_preset
 from pw_runtime.prompts import make_prompts
 from pw_runtime.system.progress import Reporter
-from pw_runtime.types import Request
+from pw_runtime.types import Request, RunOptions
 from tests.e2e.pw import Pw, write_preset
 
 
@@ -33,8 +33,7 @@ def runs(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         prompts=make_prompts([("0", "a cat")]),
         preset=find_preset(str(preset)),
         out=folder / "a",
-        codec="ffv1",
-        save_latents=True,
+        options=RunOptions(codec="ffv1", save_latents=True),
     )
     changes = {"a": {}, "b": {}, "bf16": {"precision": "bf16"}}
     for name, change in changes.items():
