@@ -52,7 +52,7 @@ def main() -> None:
     """Print a table of the differences and their number."""
     locked = locked_versions("\n".join([LOCK.read_text(encoding="utf-8"), *sys.argv[1:]]))
     rows = changes(locked, installed_versions())
-    for name, old, new in [("package", "locked", "newest"), *rows]:
+    for name, old, new in [("package", "locked", "newest"), *rows] if rows else ():
         print(f"{name:28} {old:20} {new}")
     print(f"packages that differ from the lock: {len(rows)}")
 

@@ -108,7 +108,7 @@ class EngineSet:
 
     @property
     def padded(self) -> bool:
-        """Whether engines take whole chunks only."""
+        """True if an engine takes only whole chunks."""
         return any(engine.padded for engine in self.engines.values())
 
     def to_dict(self) -> dict[str, str]:

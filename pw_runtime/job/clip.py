@@ -102,12 +102,12 @@ class Clip:
 
     @property
     def target(self) -> Path:
-        """Where the finished video goes."""
+        """Path of the finished video."""
         return self.path(suffix(self.request.options.codec))
 
     @property
     def partial_video(self) -> Path | None:
-        """Where the video can be watched until it is finished, if that was asked for."""
+        """Path of the video that is playable while encoding, if one was requested."""
         return partial_path(self.target) if self.request.fragmented else None
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ PACKAGES = (
     "export/pw_export",
     "bench/pw_bench",
 )
+OPENERS = {"Of", "As", "That", "What", "Which", "Whether", "Where", "Whoever", "How", "To"}
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 SOURCE_NAMES = {"Makefile", "CMakeLists.txt", "run"}
 SOURCE_SUFFIXES = {".py", ".sh", ".cu", ".cuh", ".cpp", ".h"}
@@ -42,6 +44,19 @@ def test_every_path_in_the_structure_exists(root: Path) -> None:
     parents = [root / package / ".." for package in PACKAGES]
     gone = [path for path in paths if not any((parent / path).exists() for parent in parents)]
     assert gone == []
+
+
+def test_docstrings_open_with_a_verb_or_a_noun(root: Path, files: list[Path]) -> None:
+    fragments = []
+    for file in files:
+        if file.suffix != ".py" or not any(file.is_relative_to(package) for package in PACKAGES):
+            continue
+        for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                words = (ast.get_docstring(node) or "").split()
+                if words and words[0].strip(",.:") in OPENERS:
+                    fragments.append(f"{file}: {' '.join(words[:8])}")
+    assert fragments == []
 
 
 def test_every_relative_link_resolves(root: Path, files: list[Path]) -> None:

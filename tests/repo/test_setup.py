@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,6 +66,29 @@ def version(entry: str) -> str:
     return specifier.version
 
 
+def declared_in(project: dict[str, Any], lock: str) -> list[str]:
+    """Return the requirements that pyproject.toml states for what a lock file sets up."""
+    declared = project["project"]["dependencies"] + project["build-system"]["requires"]
+    dev = project["project"]["optional-dependencies"]["dev"]
+    return declared + dev if lock == "dev.txt" else declared
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """Return the names of all distributions that these need, as they are installed here."""
+    todo, done = [(item, "") for item in requirements], set[tuple[str, str]]()
+    while todo:
+        item, extra_of = todo.pop()
+        requirement = Requirement(item)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra_of}):
+            continue
+        for extra in {"", *requirement.extras}:
+            node = (canonicalize_name(requirement.name), extra)
+            if node not in done:
+                done.add(node)
+                todo += [(line, extra) for line in distribution(node[0]).requires or ()]
+    return {name for name, _ in done}
+
+
 def script(root: Path, name: str) -> ModuleType:
     """Import one of the programs beside the lock files."""
     spec = importlib.util.spec_from_file_location(name, root / "requirements" / f"{name}.py")
@@ -79,9 +103,6 @@ def script(root: Path, name: str) -> ModuleType:
 def test_lock_holds_every_dependency_in_its_range(
     lock: str, root: Path, project: dict[str, Any], makefile: str
 ) -> None:
-    declared = project["project"]["dependencies"] + project["build-system"]["requires"]
-    if lock == "dev.txt":
-        declared += project["project"]["optional-dependencies"]["dev"]
     (torch,) = re.findall(r"^TORCH \?= torch==([\d.]+)$", makefile, re.MULTILINE)
     pinned = {"torch": torch} | {
         name: version(entry)
@@ -89,10 +110,27 @@ def test_lock_holds_every_dependency_in_its_range(
     }
     wrong = [
         f"{requirement}: {pinned.get(canonicalize_name(requirement.name))}"
-        for requirement in map(Requirement, declared)
+        for requirement in map(Requirement, declared_in(project, lock))
         if pinned.get(canonicalize_name(requirement.name), "") not in requirement.specifier
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_lock_holds_what_the_dependencies_require_and_no_more(
+    lock: str, root: Path, project: dict[str, Any]
+) -> None:
+    """A package that nothing requires any more stayed in the lock: psutil."""
+    newest = script(root, "newest")
+    locked = newest.locked_versions((root / "requirements" / lock).read_text(encoding="utf-8"))
+    installed = newest.installed_versions()
+    if any(installed.get(name) != version for name, version in locked.items()):
+        pytest.skip("needs the locked versions, as `make` installs them")
+    unlocked = re.compile(r"torch$|nvidia-|cuda-")
+    required = {name for name in closure(declared_in(project, lock)) if not unlocked.match(name)}
+    if lock == "runtime.txt":
+        required.discard("triton")  # comes with torch's CUDA build
+    assert locked.keys() == required
 
 
 @pytest.mark.parametrize("lock", LOCKS)
