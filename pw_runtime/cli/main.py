@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -115,6 +117,7 @@ def main() -> None:
     # OpenMP reads this when torch loads. By default waiting threads spin, and on a machine that has
     # anything else to do, the decode then takes two to five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _interrupt_on(signal.SIGTERM, signal.SIGHUP)
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -123,12 +126,36 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: finished clips were kept, partial files removed", err=True)
         code = INTERRUPTED
+    except Terminated as ended:
+        name = signal.Signals(ended.number).name
+        click.echo(f"ended by {name}: finished clips were kept, partial files removed", err=True)
+        code = 128 + ended.number
     except Exception as error:
         if not _is_expected(error):
             raise
         click.echo(f"error: {error}", err=True)
         code = BAD_INPUT
     sys.exit(code if isinstance(code, int) else DONE)
+
+
+class Terminated(BaseException):
+    """A signal asks the process to end; it unwinds as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+def _interrupt_on(*signals: signal.Signals) -> None:
+    """Raise Terminated in the main thread on these signals, unless they are ignored (nohup)."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the unwinding
+        raise Terminated(number)
+
+    for number in signals:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def _is_expected(error: Exception) -> bool:
