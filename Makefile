@@ -1,22 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-#   make demo    small clips of the built-in model, on any CPU
-#   make test    everything that must pass before a change goes in
-#   make clean   remove what the two made
+#   make demo         small clips of the built-in model, on any CPU
+#   make test         everything that must pass before a change goes in
 #
-# Both need Python 3.11 or newer and, the first time, the network.
+#   make fix          ruff's fixes, then its format
+#   make check        lint, format, import contracts, types
+#   make quick        the tests that matter most, in under a minute
+#   make test-latest  the tests on the newest versions that pyproject.toml allows
+#   make lock         renew requirements/*.txt
+#   make wheel        dist/*.whl
+#   make clean        remove what the others made, requirements/*.txt excepted
+#
+# Each sets up what it needs with Python 3.11 or newer and, the first time, the network.
 
 PYTHON ?= python3
 
-# why: pyproject.toml allows several versions and pip would take the newest; this one is tested.
-# Another build can be named: make test TORCH='torch==2.13.0 --index-url ...'
+# why not locked by hash: the index has a CUDA build, many machines take another one.
+# That other build can be named: make test TORCH='torch==2.13.0 --index-url ...'
 TORCH ?= torch==2.13.0
+# What make test-latest installs, within the range of pyproject.toml.
+TORCH_LATEST ?= torch
+UV := uv==0.13.9
 
 VENV := .venv
 BIN := $(VENV)/bin
+LATEST := .venv-latest
 DEMO := build/demo
 
-.PHONY: demo test clean
+# why one thread: libgomp's threads spin while they wait, and two test processes with two threads
+# each on two cores then take ten times as long.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+QUICK := tests/machine tests/models tests/planning tests/sampling tests/stages tests/video
+
+# why the lock first: it holds torch's own dependencies, so that torch adds only its build's.
+# why no isolation: an isolated build would take the newest build back end, not the locked one.
+define install
+$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $(1)
+$(BIN)/python -m pip install --quiet $(TORCH)
+$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+$(BIN)/python -m pip check
+touch $@
+endef
+
+.PHONY: demo test fix check quick test-latest lock wheel clean FORCE
 .NOTPARALLEL:
 
 demo: $(VENV)/runtime.stamp $(DEMO)/nano/bundle.json
@@ -26,17 +52,40 @@ demo: $(VENV)/runtime.stamp $(DEMO)/nano/bundle.json
 	@echo "clips and contact sheet:"
 	@ls outputs/demo/*.mp4 outputs/demo/*.png
 
-# why one thread: libgomp's threads spin while they wait, and two test processes with two threads
-# each on two cores then take ten times as long.
-test: $(VENV)/dev.stamp
+test: check
+	$(PYTEST)
+
+fix: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(BIN)/mypy
+
+quick: $(VENV)/dev.stamp
+	$(PYTEST) -m "not slow" $(QUICK)
+
+test-latest: BIN = $(LATEST)/bin
+test-latest:
+	$(PYTHON) -m venv --clear $(LATEST)
+	$(BIN)/python -m pip install --quiet $(TORCH_LATEST) --editable '.[dev]'
+	$(BIN)/python requirements/newest.py $(TORCH)
+	$(PYTEST)
+
+lock:
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/python -m pip install --quiet $(UV)
+	build/lock/bin/python requirements/lock.py $(TORCH)
+
+wheel: $(VENV)/dev.stamp
+	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist outputs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(LATEST) build dist outputs/demo
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(DEMO)/nano/bundle.json: $(DEMO)/checkpoint/pixelwizard/highres.pt
@@ -47,20 +96,21 @@ $(DEMO)/checkpoint/pixelwizard/highres.pt: $(wildcard export/pw_export/nano/trai
 	rm -rf $(DEMO)
 	$(BIN)/python -m pw_export.nano --out $(DEMO)/checkpoint
 
-$(VENV)/torch.stamp:
+$(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "PixelWizard Runtime needs Python 3.11 or newer"; \
 		echo "  got: $(PYTHON), which is $$($(PYTHON) --version 2>&1)"; \
 		echo "  do this: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	touch $@
 
-$(VENV)/runtime.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(BIN)/python -m pip install --quiet -e .
-	touch $@
+# Changes only when another TORCH is asked for.
+$(VENV)/torch.txt: $(VENV)/pyvenv.cfg FORCE
+	@echo '$(TORCH)' | cmp --silent - $@ || echo '$(TORCH)' > $@
 
-$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	touch $@ $(VENV)/runtime.stamp
+$(VENV)/runtime.stamp: $(VENV)/torch.txt requirements/runtime.txt pyproject.toml
+	$(call install,requirements/runtime.txt)
+
+$(VENV)/dev.stamp: $(VENV)/torch.txt requirements/dev.txt pyproject.toml
+	$(call install,requirements/dev.txt)
+	touch $(VENV)/runtime.stamp

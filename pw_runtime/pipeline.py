@@ -133,7 +133,7 @@ def decode_clip(vae: VaeDecoder, run: Run, clip: Clip, step: Step) -> int:
             frames=preset.video.frames,
             fps=preset.video.fps,
             codec=codec,
-            growing=clip.partial_video,
+            partial_video=clip.partial_video,
         )
     clip.filmstrips = tuple(thumbnails.filmstrips)
     return video_bytes

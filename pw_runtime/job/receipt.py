@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pw_kernels.launcher import tally
 from pw_runtime.system.atomic_files import write_text
 
@@ -64,11 +66,12 @@ def kernel_launches() -> dict[str, dict[str, int]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what took part in a run."""
+    """Return the versions of what took part in a run."""
     found = {"python": platform.python_version()}
     for package in VERSIONED:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "running from source"
+    found["torch"] = str(torch.__version__)  # with its build, which the metadata may not name
     return found

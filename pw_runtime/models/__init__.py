@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks: mathematics only, no files, devices or settings."""
+"""The networks as mathematics: no files, no devices, no settings."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = [
 
 
 def expected_shapes(network: Network, config: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every tensor that a bundle must hold for a network.
+    """Return the name and shape of every tensor that a bundle must hold for a network.
 
-    Transformers and VAE under official names, the text encoder under transformers' names.
+    Transformers and VAE use the official names, the text encoder those of transformers.
     """
     modules: list[nn.Module]
     with torch.device("meta"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The spatial adapter: how the draft latent steers the high-res transformer."""
+"""The spatial adapter, through which the draft latent controls the high-res transformer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def conv(layer: nn.Conv3d, x: Tensor) -> Tensor:
 class SpatialAdapter(nn.Module):
     """PixelWizard's adapter (official hr_model.py), split where its inputs change.
 
-    `features` depends on the draft alone: once per clip. `controls` depends on the timestep
-    too, and takes any part of the tokens.
+    `control_features` depends on the draft alone and runs once per clip. `control` depends on the
+    timestep too, runs once per step, and works on any slice of the tokens.
     """
 
     def __init__(self, config: DitConfig) -> None:
@@ -43,12 +43,12 @@ class SpatialAdapter(nn.Module):
             {str(block): nn.Linear(dim, dim) for block in config.control_blocks}
         )
 
-    def features(self, draft: Tensor) -> Tensor:
-        """Features of the draft.
+    def control_features(self, draft: Tensor) -> Tensor:
+        """Compute the features of a draft.
 
-        The group norm takes its statistics over the whole clip, so this cannot be tiled. What
-        follows can, and is in fp32, which is why `controls` begins with the norm of each token:
-        features are kept in the dtype of the convolution, at half the size.
+        The group norm takes its statistics over the whole clip, so this part cannot be tiled. The
+        rest can. It starts with the fp32 norm of each token, so that the features can be kept in
+        the dtype of the convolution, at half the size.
 
         Args:
             draft: [C, T, H/2, W/2] fp32 draft latent, resized to the token grid.
@@ -63,23 +63,23 @@ class SpatialAdapter(nn.Module):
         x = F.silu(conv(second, x))  # [1, D, T, H/2, W/2]
         return x[0].flatten(1).T.contiguous()
 
-    def controls(self, features: Tensor, t: Tensor, dt: Tensor) -> dict[int, Tensor]:
-        """What is added to the input of each controlled block at one step.
+    def control(self, features: Tensor, t: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+        """Compute what one step adds to the input of each controlled block.
 
         Args:
-            features: [S', D], all or some of what `features` gives.
+            features: [S', D], rows of the result of `control_features`.
             t: [1, freq_dim] sinusoid of the timestep.
             dt: [1, freq_dim] sinusoid of the step size.
 
         Returns:
-            {block index: [S', D]}.
+            [S', D] for each of the config's `control_blocks`, in order.
         """
         weight, bias = self.feature_norm.weight, self.feature_norm.bias
         normed = F.layer_norm(features.float(), features.shape[-1:], weight, bias, FEATURE_EPS)
         gain = run_mlp(self.adapter_time_proj, t) + run_mlp(self.adapter_dt_proj, dt)
         scaled = normed * (1 + gain.tanh())
-        controls = {}
-        for block, layer in self.zero_layers.items():
+        control = []
+        for layer in self.zero_layers.values():
             assert isinstance(layer, nn.Linear)
-            controls[int(block)] = project(layer, scaled)
-        return controls
+            control.append(project(layer, scaled))
+        return tuple(control)

@@ -23,22 +23,22 @@ from pw_runtime.types import DitConfig
 
 @dataclass(frozen=True, slots=True)
 class TextKeysValues:
-    """Text as the cross-attention of one block sees it.
+    """Keys and values of the text for the cross-attention of one block.
 
-    The zero rows that pad the text to `text_len` all give one key and one value: the last few
-    rows stand for all of them, weighed by their biases.
+    The zero rows that pad the text to `text_len` all have the same key and value, so the last few
+    rows stand for all of them, weighted by their biases.
     """
 
-    keys: Tensor  # [E', N, K]: E text rows and as many as there are `pad_biases`
+    keys: Tensor  # [E', N, K]: the E text rows, then one row per entry of `pad_biases`
     values: Tensor  # [E', N, K]
-    bias: Tensor  # [E'] of the logits: 0, then `pad_biases`
+    bias: Tensor  # [E'], added to the logits: zeros, then `pad_biases`
 
 
 def pad_biases(num_pad: int, dtype: torch.dtype) -> tuple[float, ...]:
-    """Logit biases under which a few equal keys weigh as much as `num_pad` of them.
+    """Return logit biases that make a few equal keys weigh as much as `num_pad` of them.
 
-    ln(num_pad) in fp32. In bf16 one such number is off by up to 1.6 %, so what it leaves over
-    goes to a second key, and so on: sum(exp(bias)) = num_pad to 1e-4, from below.
+    In fp32 this is ln(num_pad). In bf16 a single bias is off by up to 1.6 %, so the remainder goes
+    to a second key, and so on: sum(exp(bias)) = num_pad to 1e-4, from below.
     """
     biases: list[float] = []
     rest = float(num_pad)
@@ -52,7 +52,7 @@ def pad_biases(num_pad: int, dtype: torch.dtype) -> tuple[float, ...]:
 
 
 class Attention(nn.Module):
-    """Four projections and the RMS norms of queries and keys, over all heads jointly."""
+    """Four projections, and RMS norms of queries and keys that span all heads."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
@@ -64,37 +64,36 @@ class Attention(nn.Module):
         self.norm_k = nn.RMSNorm(dim, eps=config.eps)
 
     def heads(self, x: Tensor) -> Tensor:
-        """[S, D] -> [S, N, K]."""
+        """Split into heads, [S, D] -> [S, N, K]."""
         return x.unflatten(-1, (self.num_heads, -1))
 
     def queries(self, x: Tensor) -> Tensor:
-        """[S, D] -> normalised queries [S, N, K]."""
+        """Compute normalised queries, [S, D] -> [S, N, K]."""
         return self.heads(rms_norm(project(self.q, x), self.norm_q.weight, self.eps))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[S, D] -> normalised keys and plain values, [S, N, K] each."""
+        """Compute normalised keys and plain values, [S, D] -> [S, N, K] each."""
         keys = rms_norm(project(self.k, x), self.norm_k.weight, self.eps)
         return self.heads(keys), self.heads(project(self.v, x))
 
     def rotated(
-        self, x: Tensor, cos: Tensor, sin: Tensor, place: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, origin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, D] -> normalised and rotated queries and keys, plain values, [S, N, K] each."""
-        gains = (self.norm_q.weight, self.norm_k.weight)
+        """Compute normalised, rotated queries and keys, and values, [S, D] -> [S, N, K] each."""
+        weights = (self.norm_q.weight, self.norm_k.weight)
         q, k = project(self.q, x), project(self.k, x)
-        qk_norm_rope(q, k, *gains, cos, sin, place, self.num_heads, self.eps)
+        qk_norm_rope(q, k, *weights, cos, sin, origin, self.num_heads, self.eps)
         return self.heads(q), self.heads(k), self.heads(project(self.v, x))
 
     def output(self, heads: Tensor) -> Tensor:
-        """[S, N, K] -> [S, D]."""
+        """Merge heads and project, [S, N, K] -> [S, D]."""
         return project(self.o, heads.flatten(1))
 
 
 class Block(nn.Module):
-    """A Wan block (official WanAttentionBlock). Parameter names are the official ones.
+    """A Wan block (official WanAttentionBlock) with the official parameter names.
 
-    The official name order is kept: `norm3`, the only norm with parameters, stands before
-    the cross-attention.
+    `norm3`, the only norm with parameters, precedes the cross-attention, as in the official code.
     """
 
     def __init__(self, config: DitConfig) -> None:
@@ -116,47 +115,48 @@ class Block(nn.Module):
         """Run the block on all tokens of a clip.
 
         Args:
-            x: [S, D] residual stream: bf16, or fp32 and then overwritten.
-            rows: [R, 6, D] fp32: shift, scale, gate of attention, then of the feed-forward,
-                this block's own table already added.
-            positions: of the tokens.
+            x: [S, D] residual stream; bf16, or fp32, which is overwritten.
+            rows: [R, 6, D] fp32 shift, scale and gate of the attention, then of the feed-forward,
+                with this block's table added.
+            positions: rotary positions of the tokens.
             text: keys and values of this block's cross-attention.
 
         Returns:
             [S, D] fp32.
         """
-        at = (positions.cos, positions.sin, positions.place)
-        y = attention(*self.before_attention(x, rows, *at))
-        # bf16 in block 0 alone; from here on the residual stream is updated in place
+        rotary = (positions.cos, positions.sin, positions.place)
+        y = attention(*self.before_attention(x, rows, *rotary))
+        # Only block 0 gets bf16. From here on the residual stream is updated in place.
         return self.after_attention(x.float(), y, rows, text.keys, text.values, text.bias)
 
     def before_attention(
-        self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, place: Tensor
+        self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, origin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What each token brings into self-attention, from any part of the tokens.
+        """Compute the inputs of self-attention for any slice of the tokens.
 
         Args:
             x: [S', D] residual stream.
             rows: [R, 6, D] fp32, R dividing S'.
-            cos, sin, place: of these tokens, as in `pw_kernels.qk_norm_rope`.
+            cos, sin, origin: rotary tables and the position of the first token, as in
+                `pw_kernels.qk_norm_rope`.
 
         Returns:
             Queries, keys and values, [S', N, K] each.
         """
         shift, scale = rows[:, 0], rows[:, 1]
         h = norm_modulate(x, shift, scale, self.eps, self.self_attn.q.weight.dtype)
-        return self.self_attn.rotated(h, cos, sin, place)
+        return self.self_attn.rotated(h, cos, sin, origin)
 
     def after_attention(
         self, x: Tensor, y: Tensor, rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor
     ) -> Tensor:
-        """What each token makes of the result of self-attention, for any part of the tokens.
+        """Run the rest of the block after self-attention, for any slice of the tokens.
 
         Args:
             x: [S', D] fp32 residual stream, overwritten.
             y: [S', N, K] result of self-attention.
             rows: [R, 6, D] fp32, R dividing S'.
-            keys, values, bias: of the text, as in `TextKeysValues`.
+            keys, values, bias: the fields of `TextKeysValues`.
 
         Returns:
             [S', D] fp32.
@@ -168,5 +168,5 @@ class Block(nn.Module):
         h = self.cross_attn.queries(h)
         y = self.cross_attn.output(attention(h, keys, values, bias))
         h = gate_residual_norm(x, y, None, scale2, shift2, self.eps, dtype, modulated=True)
-        del y  # beside the hidden layer it would add to the peak
+        del y  # keep it out of the memory peak of the feed-forward
         return gate_residual(x, run_mlp(self.ffn, h), gate2)

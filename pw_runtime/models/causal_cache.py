@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the VAE remembers: frames from chunk to chunk, rows from band to band.
+"""State that the VAE carries along: frames from chunk to chunk, rows from band to band.
 
-A picture passes through the decoder's fine part in bands of rows, from the top. A 3x3 convolution
-cannot make the last row of a band before it has seen the first of the next one. It does not make
-it: it keeps its last two rows for the next band, whose result then begins one row higher. Nothing
-is computed twice and nothing is left out, so that the bands put together are what the whole
-picture would have given.
+A frame passes through the decoder's fine part in bands of rows, top to bottom. A 3x3 convolution
+cannot compute the last row of a band before it has the first row of the next one. It skips that
+row and keeps its last two input rows for the next band, whose output then starts one row higher.
+Nothing is computed twice and nothing is missing: the bands together equal the undivided frame.
 """
 
 from __future__ import annotations
@@ -21,61 +20,67 @@ Add = Callable[[Tensor, Tensor], object]
 
 @dataclass(slots=True)
 class Seam:
-    """Rows that the band above has left, by the module that needs them; of one chunk of frames."""
+    """Rows of one chunk that the band above kept, by the module that needs them."""
 
     rows: dict[nn.Module, Tensor] = field(default_factory=dict)
-    bottom: bool = False  # the band that passes is the last one: nothing is left to wait for
+    bottom: bool = False  # the current band is the last one and keeps nothing
 
-    def leave(self, owner: nn.Module, x: Tensor, rows: int) -> None:
-        """Keep the last rows of x, [..., H, W], for the band below, if there is one."""
+    def keep(self, owner: nn.Module, x: Tensor, rows: int) -> None:
+        """Keep the last `rows` rows of x, [..., H, W], for the band below, if there is one."""
         if self.bottom:
             self.rows.pop(owner, None)
         else:
             self.rows[owner] = x[..., x.shape[-2] - rows :, :].clone()
 
     def join(self, owner: nn.Module, x: Tensor) -> tuple[Tensor, int, int]:
-        """[..., H, W] -> rows of the band above and x; how many at its top and bottom are extra.
+        """Put the rows kept from the band above on top of x, for a 3-row convolution.
 
-        For what looks one row up and down: the rows that stand there for their neighbours only.
+        Args:
+            owner: the module that convolves.
+            x: [..., H, W].
+
+        Returns:
+            [..., H', W], and how many of its rows at the top and at the bottom are only neighbours
+            of rows to compute.
         """
         above = self.rows.get(owner)
         joined = x if above is None else torch.cat((above, x), dim=-2)
-        self.leave(owner, joined, 2)
+        self.keep(owner, joined, 2)
         return joined, 0 if above is None else 1, 0 if self.bottom else 1
 
     def add(self, owner: nn.Module, h: Tensor, x: Tensor, add: Add, grow: int = 1) -> None:
-        """Add x to h, which lags behind it: first what the band above has left, then x.
+        """Add a shortcut x to h, which lags behind it: first the rows kept from above, then x.
 
         Args:
-            owner: the module whose shortcut x is.
+            owner: the module that the shortcut bypasses.
             h: [1, C', T', H', W'], overwritten.
             x: [1, C, T, H, W].
-            add: adds rows of x to as many rows of h, in place.
-            grow: rows of h that one row of x becomes.
+            add: adds rows of x to the corresponding rows of h, in place.
+            grow: rows of h per row of x.
         """
-        done, left = 0, []
+        done, kept = 0, []
         above = self.rows.pop(owner, None)
-        for part in (x,) if above is None else (above, x):
-            count = min(part.shape[3], h.shape[3] // grow - done)
+        for rows in (x,) if above is None else (above, x):
+            count = min(rows.shape[3], h.shape[3] // grow - done)
             if count:
-                add(h[:, :, :, done * grow : (done + count) * grow], part[:, :, :, :count])
-            if count < part.shape[3]:
-                left.append(part[:, :, :, count:])
+                add(h[:, :, :, done * grow : (done + count) * grow], rows[:, :, :, :count])
+            if count < rows.shape[3]:
+                kept.append(rows[:, :, :, count:])
             done += count
-        if left:
-            self.rows[owner] = torch.cat(left, dim=3)
+        if kept:
+            self.rows[owner] = torch.cat(kept, dim=3)
 
 
 @dataclass(slots=True)
 class CausalCache:
-    """Past input frames of every causal convolution, filled as chunks go through.
+    """Past input frames of every causal convolution, updated by each chunk.
 
     Attributes:
         past: [1, C, 2, H, W] by convolution.
-        first: no chunk has gone through yet.
-        on_host: the frames lie in host memory, pinned where the decoder is on a GPU. They are
-            copied from there to where a convolution reads them, and back.
-        seam: of the chunk that goes through in bands; None where it goes as a whole.
+        first: no chunk has passed yet.
+        on_host: keep the frames in host memory, pinned if the decoder is on a GPU; they are copied
+            into the buffer that a convolution reads, and back.
+        seam: rows of a chunk that is decoded in bands; None if it is not divided.
     """
 
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
@@ -84,12 +89,12 @@ class CausalCache:
     seam: Seam | None = None
 
     def keep(self, conv: nn.Module, frames: Tensor) -> None:
-        """Remember frames, [1, C, 2, H, W], in memory of their own."""
-        held = self.past.get(conv)
-        if held is not None:
-            held.copy_(frames, non_blocking=True)
+        """Copy frames, [1, C, 2, H, W], into the cache's own memory."""
+        past = self.past.get(conv)
+        if past is not None:
+            past.copy_(frames, non_blocking=True)
         elif self.on_host and frames.device.type != "cpu":
-            held = torch.empty_like(frames, device="cpu", pin_memory=frames.is_cuda)
-            self.past[conv] = held.copy_(frames, non_blocking=True)
+            past = torch.empty_like(frames, device="cpu", pin_memory=frames.is_cuda)
+            self.past[conv] = past.copy_(frames, non_blocking=True)
         else:
             self.past[conv] = frames.clone()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Wan2.2-TI2V-5B transformer, as the draft network and as PixelWizard's high-res network.
 
-What costs something and does not change inside the sampling loop is a method of its own, so that
-the caller computes it once: text keys and values per prompt, modulation rows per step, positions
-and adapter features per clip. Source: wan/modules/model.py and hr_model.py; docs/numerics.md has
-the dtypes.
+Everything costly that stays constant in part of the sampling loop has a method of its own, so that
+the caller computes it once: text keys and values per prompt, positions and adapter features per
+clip, modulation rows and the adapter's control per step. Source: wan/modules/model.py and
+hr_model.py; docs/numerics.md lists the dtypes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from pw_runtime.types import PATCH, DitConfig
 
 @dataclass(frozen=True, slots=True)
 class Modulation:
-    """Scale, shift and gate rows of one step, block tables included."""
+    """Shift, scale and gate rows of one step, with the tables of the blocks added."""
 
     blocks: Tensor  # [layers, R, 6, D] fp32
     head: Tensor  # [R, 2, D] fp32
 
 
 class Head(nn.Module):
-    """Final norm, modulation and projection to latent patches, all fp32."""
+    """Final norm, modulation and projection to latent patches, all in fp32."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class WanDiT(nn.Module):
             self.spatial_adapter = SpatialAdapter(config)
 
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
-        """Keys and values of every block's cross-attention for one prompt.
+        """Compute the keys and values of every block's cross-attention for one prompt.
 
         Args:
             context: [E, text_dim] text-encoder output, 0 < E <= text_len.
@@ -90,9 +90,13 @@ class WanDiT(nn.Module):
         )
 
     def padded_text(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """[E, text_dim] -> [E', text_dim] with a few zero rows for all padding, [E'] logit biases.
+        """Pad a text with the few zero rows that stand for all padding.
 
-        Both in the dtype of the network's weights.
+        Args:
+            context: [E, text_dim].
+
+        Returns:
+            [E', text_dim] and the logit biases [E'], both in the dtype of the network's weights.
         """
         dtype = self.patch_embedding.weight.dtype
         biases = pad_biases(self.config.text_len - context.shape[0], dtype)
@@ -102,21 +106,22 @@ class WanDiT(nn.Module):
         return F.pad(context.to(dtype), (0, 0, 0, len(biases))), bias
 
     def embed_text(self, context: Tensor) -> Tensor:
-        """[E', text_dim] -> [E', D]."""
+        """Project text rows, [E', text_dim] -> [E', D]."""
         return run_mlp(self.text_embedding, context)
 
     def modulation(self, t: Tensor, dt: Tensor | None = None) -> Modulation:
-        """All rows of one step: one for text-to-video, one per latent frame where t differs.
+        """Compute all rows of one step.
 
         Args:
-            t: [R] timestep, in thousandths.
-            dt: [R] step size, wanted by the high-res network and by no other.
+            t: [R] timestep, in thousandths; R is 1 for text-to-video, or the number of latent
+                frames where each has its own.
+            dt: [R] step size in thousandths, for the high-res network only.
 
         Returns:
-            Rows with every block's own table added.
+            Rows with the table of every block added.
 
         Raises:
-            ValueError: dt is there and not wanted, or the other way round.
+            ValueError: dt is given to a network without dt, or missing for one with it.
         """
         if (dt is not None) != self.config.has_dt:
             raise ValueError(f"has_dt is {self.config.has_dt} but dt is {dt}")
@@ -125,7 +130,7 @@ class WanDiT(nn.Module):
         return self.block_rows(*self.time_rows(*steps))
 
     def time_rows(self, t: Tensor, dt: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[R, freq_dim] sinusoids of timestep and step size -> [R, 6, D] and [R, D], fp32."""
+        """Embed [R, freq_dim] sinusoids of timestep and step size: [R, 6, D] and [R, D], fp32."""
         e = run_mlp(self.time_embedding, t)  # [R, D]
         if dt is not None:
             e = e + run_mlp(self.dt_embedding, dt)
@@ -134,12 +139,12 @@ class WanDiT(nn.Module):
         return project(projection, activation(e)).unflatten(1, (6, -1)), e
 
     def block_rows(self, rows: Tensor, e: Tensor) -> Modulation:
-        """Add the table of every block, and the head's, to what `time_rows` gives."""
+        """Add the tables of every block and of the head to the results of `time_rows`."""
         tables = torch.stack([block.modulation for block in self._blocks()])  # [layers, 1, 6, D]
         return Modulation(blocks=tables + rows, head=self.head.modulation + e[:, None])
 
     def positions(self, latent: Tensor) -> Positions:
-        """Rotary positions of the tokens of latents of this one's shape, on its device.
+        """Compute the rotary positions for latents of this shape, on this latent's device.
 
         Args:
             latent: [C, T, H, W], H and W even.
@@ -149,28 +154,12 @@ class WanDiT(nn.Module):
         return Positions(grid, *tables, torch.tensor([0, *grid[1:]], device=latent.device))
 
     def draft_features(self, draft: Tensor) -> Tensor:
-        """Adapter features of a clip: [C, T, H/2, W/2] resized draft latent -> [S, D]."""
-        return self.spatial_adapter.features(draft)
-
-    def controls(self, features: Tensor, t: Tensor, dt: Tensor) -> dict[int, Tensor]:
-        """Adapter controls of one step: {block: [S, D]}, from `draft_features`, t [1], dt [1]."""
-        freq_dim = self.config.freq_dim
-        return self.spatial_adapter.controls(
-            features, sinusoid(t, freq_dim), sinusoid(dt, freq_dim)
-        )
+        """Compute a clip's control features: [C, T, H/2, W/2] resized draft latent -> [S, D]."""
+        return self.spatial_adapter.control_features(draft)
 
     def control(self, features: Tensor, t: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
-        """The adapter's controls of one step in the order of its blocks, for part of the tokens.
-
-        Args:
-            features: [S', D] of `draft_features`.
-            t: [1, freq_dim] sinusoid of the timestep.
-            dt: [1, freq_dim] sinusoid of the step size.
-
-        Returns:
-            [S', D] each.
-        """
-        return (*self.spatial_adapter.controls(features, t, dt).values(),)
+        """Compute the control of one step; see `SpatialAdapter.control`."""
+        return self.spatial_adapter.control(features, t, dt)
 
     def forward(
         self,
@@ -178,7 +167,7 @@ class WanDiT(nn.Module):
         text: tuple[TextKeysValues, ...],
         modulation: Modulation,
         positions: Positions,
-        controls: dict[int, Tensor] | None = None,
+        control: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         """Predict the velocity of a noisy latent.
 
@@ -187,29 +176,33 @@ class WanDiT(nn.Module):
             text: from `text_keys_values`.
             modulation: from `modulation`; R is 1 or T.
             positions: from `positions`, of a latent of this shape.
-            controls: from `controls`, for the high-res network.
+            control: from `control`, for the high-res network only.
 
         Returns:
             [C, T, H, W] fp32.
 
         Raises:
-            ValueError: controls are there and not wanted, or the other way round; positions are
-                of another grid.
+            ValueError: the control is missing for the high-res network or given to the draft
+                network; the positions are those of another token grid.
         """
-        if (controls is not None) != bool(self.config.adapter_dim):
-            raise ValueError("the high-res network needs controls, the draft network none")
+        if (control is not None) != bool(self.config.adapter_dim):
+            raise ValueError("the high-res network needs a control, the draft network takes none")
+        blocks = self.config.control_blocks
+        added = {} if control is None else dict(zip(blocks, control, strict=True))
         grid = _token_grid(latent)
         if positions.grid != grid:
-            raise ValueError(f"the latent has the token grid {grid}, positions {positions.grid}")
+            raise ValueError(
+                f"the latent has the token grid {grid}, the positions {positions.grid}"
+            )
         x = self.embed(patchify(latent))  # [S, D]
         for index, block in enumerate(self.blocks):
-            if controls is not None and index in controls:
-                x = x + controls[index]
+            if index in added:
+                x = x + added[index]
             x = block(x, modulation.blocks[index], positions, text[index])
         return unpatchify(self.head(x, modulation.head), grid).float()
 
     def embed(self, patches: Tensor) -> Tensor:
-        """[S, 4C] patches -> [S, D]: a kernel equal to its stride is a matrix product."""
+        """Embed [S, 4C] patches -> [S, D]; kernel equals stride, so it is a matrix product."""
         weight = self.patch_embedding.weight
         return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
@@ -218,6 +211,6 @@ class WanDiT(nn.Module):
 
 
 def _token_grid(latent: Tensor) -> tuple[int, int, int]:
-    """[C, T, H, W] -> (T, H/2, W/2)."""
+    """Return the token grid (T, H/2, W/2) of a latent [C, T, H, W]."""
     _, t, h, w = latent.shape
     return t, h // PATCH, w // PATCH

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways into and out of token space: patches, timesteps, rotary positions."""
+"""Latents to tokens and back; embeddings of timesteps and positions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def patchify(latent: Tensor) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Put tokens back on the latent grid; here the channel runs fastest, unlike `patchify`.
+    """Put tokens back on the latent grid; channels run fastest here, unlike in `patchify`.
 
     Args:
         tokens: [S, 4C], features (row, column, channel).
@@ -48,7 +48,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 def sinusoid(position: Tensor, dim: int) -> Tensor:
-    """[cos | sin] of position * 10000^(-j / (dim/2)), computed in fp64.
+    """Compute [cos | sin] of position * 10000^(-j / (dim/2)), in fp64.
 
     Args:
         position: [R] timesteps or step sizes, in thousandths.
@@ -68,21 +68,21 @@ class Positions:
     """The token grid of a clip and the rotations along its axes."""
 
     grid: tuple[int, int, int]  # tokens as (T, H/2, W/2)
-    cos: Tensor  # [L, K/2] fp32, of `rope_tables`
+    cos: Tensor  # [L, K/2] fp32, from `rope_tables`
     sin: Tensor  # [L, K/2] fp32
-    place: Tensor  # [3] int64: of the first token, H/2, W/2
+    place: Tensor  # [3] int64: index of the first token, H/2, W/2
 
 
 def rope_tables(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rotation of every channel pair at every position along the axis that it turns with.
+    """Compute the rotation of every channel pair at every position along its axis.
 
-    Of c = K/2 pairs, c - 2 (c // 3) turn with time and c // 3 with each of rows and columns;
-    inside an axis of n pairs, pair j turns by position * 10000^(-j/n).
+    Of c = K/2 pairs, c - 2 (c // 3) belong to time and c // 3 each to rows and columns; pair j of
+    the n pairs of an axis is rotated by position * 10000^(-j/n).
 
     Args:
         length: L, number of positions.
         head_dim: K.
-        device: where the tables are made.
+        device: device of the tables.
 
     Returns:
         (cos, sin), each [L, K/2] fp32, computed in fp64.
@@ -97,7 +97,7 @@ def rope_tables(length: int, head_dim: int, device: torch.device) -> tuple[Tenso
 
 
 def mlp(d_in: int, d_out: int, activation: nn.Module) -> nn.Sequential:
-    """Linear, activation, linear: the form of every small embedding network of the model."""
+    """Build linear, activation, linear, the form of all small embedding networks here."""
     return nn.Sequential(nn.Linear(d_in, d_out), activation, nn.Linear(d_out, d_out))
 
 

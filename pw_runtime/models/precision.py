@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights are rounded to bf16, and in which dtype each is then kept."""
+"""Rounding of weights to bf16, and the dtype in which each is kept."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pw_runtime.types import Precision
 
-# The adapter is made after the official code rounds the model, so only its products (cast to
-# bf16 on the way in) are bf16; its two norms keep unrounded fp32 weights.
+# The official code creates the adapter after it has rounded the model. So only its matrix products
+# and convolutions are bf16 (autocast), and its two norms keep unrounded fp32 weights.
 ADAPTER = re.compile(r"^spatial_adapter\.")
 ADAPTER_NORM = re.compile(r"^spatial_adapter\.(backbone\.1|feature_norm)\.")
 
@@ -22,7 +22,7 @@ FP32_ISLANDS = re.compile(
 
 
 def store_dit_weight(name: str, weight: Tensor, precision: Precision) -> Tensor:
-    """Bring one transformer weight to the form in which the network computes with it.
+    """Convert one transformer weight to the dtype that the network stores it in.
 
     Args:
         name: official parameter name.

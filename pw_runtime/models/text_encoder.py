@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The UMT5 text encoder: transformers' own class, sized by our config."""
+"""The UMT5 text encoder: the class from transformers, built from our config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TextNetwork:
 
 
 def build_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
-    """An UMT5EncoderModel on the meta device (no weights yet), in evaluation mode."""
+    """Build an UMT5EncoderModel on the meta device, without weights, in evaluation mode."""
     from transformers import UMT5Config, UMT5EncoderModel  # seconds to import
 
     umt5 = UMT5Config(
@@ -48,11 +48,11 @@ def build_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
 
 
 def encode_tokens(encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
-    """Encode one text without padding (equal to the official padded run, cut to length).
+    """Encode one text without padding; equals the official padded run cut to length.
 
     Args:
-        encoder: loaded encoder.
-        ids: [E] token ids, end token included.
+        encoder: encoder with its weights.
+        ids: [E] token ids, including the end token.
 
     Returns:
         [E, text_dim] in the encoder's dtype.

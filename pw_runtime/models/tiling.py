@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the decode is cut, and how the official strips are blended: integers and ramps only."""
+"""Geometry of a decode in tiles: where it is cut, and the ramps of the official blend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pw_runtime.types import VAE_STRIDE, VaeConfig
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Columns of a latent: the strip owns [start, stop) and is computed from [first, last)."""
+    """Latent columns of a tile: it owns [start, stop) and is computed from [first, last)."""
 
     start: int
     stop: int
@@ -26,8 +26,8 @@ class Strip:
 def make_strips(width: int, strips: int, overlap: int) -> tuple[Strip, ...]:
     """Cut `width` latent columns as the official decode does.
 
-    Every strip owns width // strips columns, the last one also the remainder, and sees
-    `overlap` columns more on each inner side. Source: decode.py of PixelWizard.
+    Every strip owns width // strips columns, the last one also the remainder, and is computed with
+    `overlap` more columns on each inner side. Source: decode.py of PixelWizard.
 
     Args:
         width: latent columns.
@@ -43,7 +43,7 @@ def make_strips(width: int, strips: int, overlap: int) -> tuple[Strip, ...]:
 
 
 def exact_halo(config: VaeConfig) -> int:
-    """Latent columns that the purely convolutional part of the decoder looks sideways.
+    """Return the latent columns that the decoder's purely convolutional part reaches sideways.
 
     Every 3-wide convolution reaches one column of its own grid; the grid doubles with each
     stage. 6 for the full-size decoder (5.75 rounded up).
@@ -59,16 +59,15 @@ def exact_halo(config: VaeConfig) -> int:
 
 
 def make_bands(rows: int, bands: int, config: VaeConfig) -> tuple[slice, ...]:
-    """Latent rows that each band of an exact decode is given, from the top.
+    """Divide the latent rows into the input bands of an exact decode, top to bottom.
 
-    What a band makes lags behind what it is given, so the first one gets as many rows more: the
-    results then have rows / bands rows each. Where fewer rows are left than that, the bands at
-    the bottom are one.
+    The output of a band lags behind its input, so the first band gets that many rows more; every
+    output then has rows / bands rows. If too few rows are left for that, the last bands are merged.
 
     Args:
-        rows: latent rows of the picture.
+        rows: latent rows of the frame.
         bands: number of bands, at least 1.
-        config: of the decoder.
+        config: config of the decoder.
     """
     lag = math.ceil(band_lag(config))
     ends = [min(rows, math.ceil(rows * band / bands) + lag) for band in range(1, bands)]
@@ -77,10 +76,10 @@ def make_bands(rows: int, bands: int, config: VaeConfig) -> tuple[slice, ...]:
 
 
 def band_lag(config: VaeConfig) -> float:
-    """Latent rows that the result of a band lags behind what the decoder's fine part was given.
+    """Return the latent rows by which the output of the fine part lags behind its input.
 
-    One row of its own grid for every 3x3 convolution, and for every upsampling one of the grid
-    before it. 6.125 for the full-size decoder.
+    Every 3x3 convolution adds one row of its own grid, every upsampling one row of the grid before
+    it. 6.125 for the full-size decoder.
     """
     last = len(config.decoder_dims) - 2
     stages = sum((2 * config.decoder_blocks + 1) / 2**stage for stage in range(1, last))
@@ -88,14 +87,14 @@ def band_lag(config: VaeConfig) -> float:
 
 
 def blend_ramp(strip: Strip, width: int, overlap: int) -> Tensor:
-    """Weight of each pixel column of a strip in the official blend.
+    """Return the weight of each pixel column of a strip in the official blend.
 
-    1, but for a cosine ramp that starts at 0 over the outermost 16 * overlap pixel columns of
-    each inner side; the result is sum(weight * strip) / sum(weight).
+    The weight is 1 except for a cosine ramp from 0 over the outermost 16 * overlap pixel columns
+    of each inner side; the blend is sum(weight * strip) / sum(weight).
 
     Args:
         strip: from `make_strips`.
-        width: latent columns of the whole picture.
+        width: latent columns of the whole frame.
         overlap: latent columns.
 
     Returns:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Wan2.2 VAE in streaming form: one latent frame in, its pixel frames out.
 
-Source: wan/modules/vae2_2.py. Everything is fp32, as there, but for a decoder that
-was loaded in bf16: its products are bf16 then, its norms and softmax stay fp32.
+Source: wan/modules/vae2_2.py. Everything is fp32, as there, except in a decoder loaded in bf16,
+whose products are bf16 while norms and softmax stay fp32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Middle(nn.ModuleList):
         )
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """[1, C, T, H, W] -> the same."""
+        """Run all three, [1, C, T, H, W] -> the same shape."""
         for layer in self:
             x = layer(x, cache)
         return x
@@ -49,7 +49,7 @@ class HeadLayers(nn.ModuleDict):
         super().__init__({"0": ChannelNorm(c_in), "2": CausalConv3d(c_in, c_out, 3)})
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """[1, C, T, H, W] -> [1, C', T, H, W]."""
+        """Run all three, [1, C, T, H, W] -> [1, C', T, H, W]."""
         conv = self["2"]
         assert isinstance(conv, CausalConv3d)
         return conv.convolve(conv.normed(x, self["0"], cache), cache)
@@ -88,11 +88,11 @@ class VaeDecoder(nn.Module):
         self.decoder = DecoderLayers(config)
 
     def coarse(self, frame: Tensor, cache: CausalCache) -> Tensor:
-        """First part, on the full width of one latent frame.
+        """Run the first part on one whole latent frame.
 
         Args:
             frame: [C, 1, H, W] normalised latent.
-            cache: this part's cache.
+            cache: cache of this part.
 
         Returns:
             [1, C', t, 2H, 2W], t = 1 for the first frame of a clip and 2 after it.
@@ -101,15 +101,15 @@ class VaeDecoder(nn.Module):
         return self.coarse_layers(x.to(self.conv2.weight.dtype), cache)
 
     def denormalised(self, frame: Tensor) -> Tensor:
-        """[C, 1, H, W] normalised latent -> [1, C, 1, H, W] as the layers take it."""
+        """Undo the normalisation of a latent, [C, 1, H, W] -> [1, C, 1, H, W]."""
         mean = frame.new_tensor(self.config.latent_mean).view(-1, 1, 1, 1)
         std = frame.new_tensor(self.config.latent_std).view(-1, 1, 1, 1)
-        # Divided by 1/std, as the official code does: z * std rounds differently.
+        # Divide by 1/std as the official code does: z * std rounds differently.
         x = (frame / (1 / std) + mean)[None]
         return x.contiguous(memory_format=torch.channels_last_3d)
 
     def coarse_layers(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """All of `coarse` that has weights: [1, C, 1, H, W] -> [1, C', t, 2H, 2W]."""
+        """Run the layers of `coarse`, [1, C, 1, H, W] -> [1, C', t, 2H, 2W]."""
         x = self.conv2(x, cache)
         x = self.decoder.middle(self.decoder.conv1(x, cache), cache)
         x = self.decoder.upsamples[0](x, cache)
@@ -117,23 +117,23 @@ class VaeDecoder(nn.Module):
         return x
 
     def fine(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """Second part, on the whole picture or on any part of it.
+        """Run the second part on a whole frame or on any tile of it.
 
         Args:
             x: [1, C', t, rows, columns] from `coarse`.
-            cache: this part's cache. Where it has a seam, x is the next band of rows: those of
-                the result lag behind it, by `band_lag` rows of pixel blocks at most.
+            cache: cache of this part. If it has a seam, x is the next band of rows, and the rows
+                of the result lag behind it by at most `band_lag` latent rows.
 
         Returns:
-            [12, F, 4 rows, 4 columns] fp32 colours of 2x2 pixel blocks (`unpatchify_pixels`
-            spreads them), not clamped; F = 1 for the first frame, then 4.
+            [12, F, 4 rows, 4 columns] fp32 colours of 2x2 pixel blocks (see
+            `unpatchify_pixels`), not clamped; F = 1 for the first frame, then 4.
         """
         *stages, last = self.decoder.upsamples[1:]
         for stage in stages:
             x = stage(x, cache)
         assert isinstance(last, UpStage)
         assert not last.up
-        for block in last.upsamples:  # one by one, so that the stage's input is not held
+        for block in last.upsamples:  # not last(x, cache), which would keep its input alive
             x = block(x, cache)
         x = self.decoder.head(x, cache)
         cache.first = False
@@ -160,7 +160,7 @@ class EncoderLayers(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Pixel frames to latent frames (not part of text-to-video; kept to test and to train)."""
+    """Pixel frames to latent frames; used for tests and training, not for text-to-video."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class VaeEncoder(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
 
     def forward(self, video: Tensor) -> Tensor:
-        """Encode a clip: its first frame alone, then four frames at a time.
+        """Encode a clip, its first frame alone and then four frames at a time.
 
         Args:
             video: [3, F, height, width] in [-1, 1], F = 4n+1, sizes multiples of 16.
@@ -194,7 +194,7 @@ class VaeEncoder(nn.Module):
 
     @staticmethod
     def _patchify(video: Tensor) -> Tensor:
-        """[3, F, h, w] -> [1, 12, F, h/2, w/2], channel (colour, column, row)."""
+        """Fold 2x2 pixels into channels (colour, column, row): [1, 12, F, h/2, w/2]."""
         c, f, h, w = video.shape
         x = video.reshape(c, f, h // 2, 2, w // 2, 2).permute(0, 5, 3, 1, 2, 4)
         return x.reshape(1, c * 4, f, h // 2, w // 2)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TokenLayout of the Wan2.2 VAE. Parameter names are the official ones (vae2_2.py).
+"""Layers of the Wan2.2 VAE, with the official parameter names (vae2_2.py).
 
-A clip passes through in chunks of frames. What a chunk must know of the past lies in a
-`CausalCache` that the caller owns: one per clip and strip. Activations have their channels last in
-memory, [T, H, W, C], on every device: norms and convolutions of few channels are fastest so.
+A clip passes through in chunks of frames. The past frames that a chunk needs are kept in a
+`CausalCache`, which the caller owns: one per clip and tile. Activations are channels-last in
+memory, [T, H, W, C], on every device: the fastest layout for norms and thin convolutions.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pw_runtime.models.causal_cache import CausalCache
 
 
 class CausalConv3d(nn.Conv3d):
-    """3-D convolution padded with the past on the left of time."""
+    """3-D convolution whose left padding in time is the past frames."""
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:  # type: ignore[override]
-        """[B, C, T, H, W] -> [B, C', T, H, W]."""
+        """Convolve, [B, C, T, H, W] -> [B, C', T, H, W]."""
         if self.kernel_size[0] == 1:
             return causal_conv3d(x, self.weight, self.bias)
         buffer, frames = self.buffer(x, cache)
@@ -38,11 +38,16 @@ class CausalConv3d(nn.Conv3d):
         return self.convolve(buffer, cache)
 
     def buffer(self, x: Tensor, cache: CausalCache) -> tuple[Tensor, Tensor]:
-        """Memory that `convolve` reads, and the view of it where frames like x are to be written.
+        """Allocate the input of `convolve` and fill everything except the frames.
+
+        Args:
+            x: [B, C, T, H, W], of which only shape, dtype and device are used.
+            cache: cache of this part.
 
         Returns:
-            [B, C, kt-1+T, H, W]: the past, then the frames. In bands it has besides the rows
-            that the band above has left, or zeros above the picture, and zeros below it.
+            [B, C, kt-1+T, H, W], the past and then the frames, and the view of it in which to
+            write the frames. For a band, more rows: on top those kept from the band above, or
+            zeros above the frame, and at the bottom of the frame zeros.
         """
         history, (above, below) = self.kernel_size[0] - 1, self._beside(cache)
         b, c, t, h, w = x.shape
@@ -51,8 +56,8 @@ class CausalConv3d(nn.Conv3d):
         buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
         if above:
             assert cache.seam is not None
-            left = cache.seam.rows.get(self)
-            buffer[:, :, :, :above] = 0 if left is None else left
+            kept = cache.seam.rows.get(self)
+            buffer[:, :, :, :above] = 0 if kept is None else kept
         if below:
             buffer[:, :, :, above + h :] = 0
         own = buffer[:, :, :, above : above + h]
@@ -64,49 +69,49 @@ class CausalConv3d(nn.Conv3d):
         return buffer, own[:, :, history:]
 
     def _beside(self, cache: CausalCache) -> tuple[int, int]:
-        """Rows that a buffer has above and below those of the band; none without bands."""
+        """Return how many rows a buffer has above and below those of the band; 0 without bands."""
         seam, reach = cache.seam, self.kernel_size[1] // 2
         if seam is None or reach == 0:
             return 0, 0
         return 2 * reach if self in seam.rows else reach, reach if seam.bottom else 0
 
     def normed(self, x: Tensor, norm: nn.Module, cache: CausalCache) -> Tensor:
-        """[B, C, T, H, W] -> a buffer that holds their norm and SiLU behind the past.
+        """Write norm and SiLU of x, [B, C, T, H, W], into a buffer for `convolve`.
 
-        The norm writes where the convolution reads: nothing is joined, padded or copied.
+        The norm writes where the convolution reads: nothing is concatenated, padded or copied.
         """
         buffer, frames = self.buffer(x, cache)
         norm(x, silu=True, out=frames)
         return buffer
 
     def convolve(self, buffer: Tensor, cache: CausalCache) -> Tensor:
-        """Convolve a written buffer; its last frames become the past of the next chunk.
+        """Convolve a filled buffer and keep its last frames as the past of the next chunk.
 
-        In bands, its last rows are left to the band below.
+        Keeps its last rows for the band below, if the chunk is decoded in bands.
         """
         above, below = self._beside(cache)
         last = buffer[:, :, buffer.shape[2] - self.kernel_size[0] + 1 :]
         cache.keep(self, last[:, :, :, above : buffer.shape[3] - below])
         if above:
             assert cache.seam is not None
-            cache.seam.leave(self, buffer, 2 * (self.kernel_size[1] // 2))
+            cache.seam.keep(self, buffer, 2 * (self.kernel_size[1] // 2))
         return causal_conv3d(buffer, self.weight, self.bias, rows_given=above > 0)
 
 
 class ChannelNorm(nn.Module):
-    """RMS norm over channels; `dims` is the number of dimensions after the channel."""
+    """RMS norm over channels; `dims` counts the dimensions after the channel."""
 
     def __init__(self, channels: int, *, dims: int = 3) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
 
     def forward(self, x: Tensor, *, silu: bool, out: Tensor | None = None) -> Tensor:
-        """Normalise, then apply SiLU where asked; into `out` where given."""
+        """Normalise and, if `silu`, apply SiLU; write to `out` if given."""
         return channel_norm(x, self.gamma, silu=silu, out=out)
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, conv, twice; added to the input, projected where the width changes."""
+    """Norm, SiLU, convolution, twice, plus the input, projected if the width changes."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -121,13 +126,13 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """[B, C, T, H, W] -> [B, C', T, H, W]."""
+        """Run the block, [B, C, T, H, W] -> [B, C', T, H, W]."""
         first, second = self.residual["2"], self.residual["6"]
         assert isinstance(first, CausalConv3d)
         assert isinstance(second, CausalConv3d)
         h = first.convolve(first.normed(x, self.residual["0"], cache), cache)
         buffer = second.normed(h, self.residual["3"], cache)
-        del h  # beside the buffer and the result it would be a third of the peak
+        del h  # otherwise a third of the peak, beside the buffer and the result
         h = second.convolve(buffer, cache)
         del buffer
         if self.shortcut is not None:
@@ -149,7 +154,7 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """[1, C, T, H, W] -> the same; frames do not see each other, so no cache is used."""
+        """Attend within each frame, [1, C, T, H, W] -> the same shape; the cache is unused."""
         out = torch.empty_like(x)
         for frame, result in zip(x.unbind(2), out.unbind(2), strict=True):
             result.copy_(self._frame(frame))
@@ -172,15 +177,15 @@ class Upsample(nn.Module):
         kernel = (3, 1, 1)
         self.time_conv = CausalConv3d(channels, 2 * channels, kernel) if temporal else None
         self.taps: Tensor | None
-        self.register_buffer("taps", None, persistent=False)  # made when they are first needed
+        self.register_buffer("taps", None, persistent=False)  # computed on first use
         self.register_load_state_dict_post_hook(_forget_taps)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Upsample:
-        _forget_taps(self)  # the weight moves or changes its dtype
+        _forget_taps(self)  # the weight moves or changes dtype
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """[1, C, T, H, W] -> [1, C, T or 2T, 2H, 2W]; the first chunk never doubles frames."""
+        """Upsample, [1, C, T, H, W] -> [1, C, T or 2T, 2H, 2W]; the first chunk keeps its T."""
         if self.time_conv is not None and not cache.first:
             x = interleave_frames(self.time_conv(x, cache))
         conv = self.resample["1"]
@@ -190,10 +195,10 @@ class Upsample(nn.Module):
             frames, above, below = cache.seam.join(self, frames)
         taps = self.made_taps()
         out = upsample2x_conv(frames, taps, conv.bias, above=above, below=below)
-        return out[None].transpose(1, 2)  # in this order: convolutions go by the strides
+        return out[None].transpose(1, 2)  # in this order, for the strides that convolutions need
 
     def made_taps(self) -> Tensor:
-        """[4, C, C, 2, 2] `phase_taps` of the weight, made once."""
+        """Return the `phase_taps` of the weight, [4, C, C, 2, 2], computed once."""
         if self.taps is None:
             self.taps = phase_taps(self.resample["1"].weight)  # type: ignore[arg-type]
         return self.taps
@@ -205,7 +210,7 @@ def _forget_taps(upsample: nn.Module, incompatible_keys: object = None) -> None:
 
 
 def interleave_frames(x: Tensor) -> Tensor:
-    """[1, 2C, T, H, W], channels of even frames, then of odd ones -> [1, C, 2T, H, W]."""
+    """Interleave channels of even and of odd frames, [1, 2C, T, H, W] -> [1, C, 2T, H, W]."""
     pairs = x.unflatten(1, (2, -1)).transpose(1, 2).transpose(2, 3)  # [1, C, T, 2, H, W]
     _, c, t, _, h, w = pairs.shape
     order = torch.channels_last_3d
@@ -227,7 +232,7 @@ class UpStage(nn.Module):
         self.up, self.time_factor = up, 2 if temporal else 1
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """[1, C, T, H, W] -> [1, C', T', H', W']."""
+        """Run the stage, [1, C, T, H, W] -> [1, C', T', H', W']."""
         h = x
         for layer in self.upsamples:
             h = layer(h, cache)
@@ -253,7 +258,7 @@ class Downsample(nn.Module):
         )
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """[1, C, T, H, W] -> [1, C, T or T/2, H/2, W/2]; a first frame is kept as it is."""
+        """Downsample, [1, C, T, H, W] -> [1, C, T or T/2, H/2, W/2]; the first frame keeps T."""
         frames = F.pad(x[0].transpose(0, 1), (0, 1, 0, 1))  # zero right and bottom
         x = self.resample["1"](frames)[None].transpose(1, 2)
         if self.time_conv is None:
@@ -277,7 +282,7 @@ class DownStage(nn.Module):
         self.time_factor, self.space_factor = 2 if temporal else 1, 2 if down else 1
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """[1, C, T, H, W] -> [1, C', T', H', W']."""
+        """Run the stage, [1, C, T, H, W] -> [1, C', T', H', W']."""
         h = x
         for layer in self.downsamples:
             h = layer(h, cache)
@@ -289,9 +294,9 @@ def avg_down(x: Tensor, channels: int, time_factor: int, space_factor: int) -> T
 
     Args:
         x: [B, C, T, H, W]; T is zero-padded on the left to a multiple of `time_factor`.
-        channels: C' of the result; C ft fs^2 / C' channels are averaged into one.
+        channels: C' of the result; each is the mean of C ft fs^2 / C' channels.
         time_factor: ft, frames folded into one.
-        space_factor: fs, rows folded into one and columns folded into one.
+        space_factor: fs, rows, and likewise columns, folded into one.
 
     Returns:
         [B, C', ceil(T/ft), H/fs, W/fs].

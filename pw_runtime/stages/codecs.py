@@ -11,6 +11,7 @@ from typing import Final, Literal
 import av
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.machine import cpu_features
 from pw_runtime.types import Codec, Compat, PixelFormat
 
 
@@ -44,6 +45,20 @@ RECIPES: Final[Mapping[Codec, Recipe]] = MappingProxyType(
         ),
     }
 )
+
+# libx264 (core 165) in its AVX-512 code for the macroblock tree: where the width is no multiple of
+# 128, one input has several streams, up to 11 levels apart once decoded, depending on what the heap
+# held before. The AVX2 code has one stream and takes no longer. The names replace x264's own
+# detection, so they may go only to a CPU that has all of them, as every CPU with AVX-512 does.
+X264_WITHOUT_AVX512: Final = "asm=AVX2,FMA3,BMI2,LZCNT"
+
+
+def encoder_options(recipe: Recipe) -> dict[str, str]:
+    """Return the recipe's encoder options, complete for this CPU."""
+    options = dict(recipe.options)
+    if recipe.encoder == "libx264" and "avx512f" in cpu_features():
+        options["x264-params"] = X264_WITHOUT_AVX512
+    return options
 
 
 def suffix(codec: Codec) -> Literal[".mp4", ".mkv"]:

@@ -25,7 +25,7 @@ from av.video.reformatter import (
 from av.video.stream import VideoStream
 
 from pw_runtime.errors import WriteFailed
-from pw_runtime.stages.codecs import RECIPES, Recipe, check_codec
+from pw_runtime.stages.codecs import RECIPES, Recipe, check_codec, encoder_options
 from pw_runtime.stages.fragmented_mp4 import FragmentedMp4
 from pw_runtime.system.atomic_files import atomic_file, write_failed
 from pw_runtime.system.overlap import overlap
@@ -52,7 +52,7 @@ def write_video(
     frames: int,
     fps: int,
     codec: Codec,
-    growing: Path | None = None,
+    partial_video: Path | None = None,
 ) -> int:
     """Encode `frames` frames of `width` x `height` pixels into `path`; return its bytes.
 
@@ -62,18 +62,20 @@ def write_video(
     its own while `chunks` makes the next one; at most three are alive, the one in the making among
     them. `path` appears only when it is complete.
 
-    `growing`, for the mp4 codecs, gets the same packets as a fragmented mp4, which any player can
+    `partial_video`, for the mp4 codecs, gets the same packets as a fragmented mp4, which any player can
     open in the meantime. It is gone once `path` stands, and stays when the writing fails.
 
     Raises WriteFailed when the disk or the encoder refuses, ValueError when the chunks are not
     the frames announced, BadRequest for a codec that cannot be had or cannot grow. Whatever
     `chunks` raises passes through.
     """
-    check_codec(codec, fragmented=growing is not None)
+    check_codec(codec, fragmented=partial_video is not None)
     clip = _Format(width=width, height=height, frames=frames, fps=fps)
     with atomic_file(path) as partial:
         try:
-            overlap(chunks, lambda taken: _encode(taken, partial, RECIPES[codec], clip, growing))
+            overlap(
+                chunks, lambda taken: _encode(taken, partial, RECIPES[codec], clip, partial_video)
+            )
             written = _packets(partial)
         except av.FFmpegError as error:
             raise write_failed(path, error) from error
@@ -85,8 +87,8 @@ def write_video(
                 do="run the same command again, with another codec if it happens twice",
             )
         size = partial.stat().st_size
-    if growing is not None:
-        growing.unlink(missing_ok=True)
+    if partial_video is not None:
+        partial_video.unlink(missing_ok=True)
     return size
 
 
@@ -95,20 +97,21 @@ def _encode(
     path: Path,
     recipe: Recipe,
     clip: _Format,
-    growing: Path | None = None,
+    partial_video: Path | None = None,
 ) -> None:
     mp4 = recipe.suffix == ".mp4"
     container = av.open(
         os.fspath(path),
         "w",
         format="mp4" if mp4 else "matroska",
-        options={"movflags": "+faststart"} if mp4 else {},
+        # A Matroska file has random identifiers unless it is to be bit-exact.
+        options={"movflags": "+faststart"} if mp4 else {"fflags": "+bitexact"},
     )
     copy: FragmentedMp4 | None = None
     try:
         stream = _open_stream(container, recipe, clip)
-        if growing is not None:
-            copy = FragmentedMp4(growing, stream, recipe.tag)
+        if partial_video is not None:
+            copy = FragmentedMp4(partial_video, stream, recipe.tag)
         for frame in _video_frames(chunks, clip, recipe.pix_fmt):
             with span("encode"):
                 _mux(stream.encode(frame), container, copy)
@@ -138,7 +141,7 @@ def _mux(
 
 
 def _open_stream(container: OutputContainer, recipe: Recipe, clip: _Format) -> VideoStream:
-    stream = container.add_stream(recipe.encoder, rate=clip.fps, options=dict(recipe.options))
+    stream = container.add_stream(recipe.encoder, rate=clip.fps, options=encoder_options(recipe))
     assert isinstance(stream, VideoStream)
     stream.width, stream.height = clip.width, clip.height
     stream.pix_fmt = recipe.pix_fmt

@@ -119,8 +119,8 @@ def describe() -> Machine:
 
 
 def doctor_report(machine: Machine) -> str:
-    """Say what is installed, what is missing or broken, what that disables and which command
-    brings it. The last line tells whether `pw generate` can run."""
+    """Say what is installed, what is missing, broken or outside the supported range, what that
+    disables and which command fixes it. The last line tells whether `pw generate` can run."""
     lines = [
         f"python   {machine.python}",
         f"system   {machine.os}",
@@ -132,11 +132,16 @@ def doctor_report(machine: Machine) -> str:
         "",
         f"{'state':<8} {'package':<15} {'version':<16} needed for",
     ]
-    wanted = _requirements()
+    requirements = _requirements()
     for known, package in zip(_KNOWN, machine.packages, strict=True):
-        lines += _package_lines(known, package, wanted.get(known.name, known.name))
+        lines += _package_lines(known, package, requirements.get(known.name, known.name))
     lines += ["", f"pw generate: {_verdict(machine)}"]
     return "\n".join(lines)
+
+
+def cpu_features() -> frozenset[str]:
+    """Return the CPU's features by Linux's names ("avx512f"); none where there is no /proc."""
+    return frozenset((_proc_field(Path("/proc/cpuinfo"), "flags") or "").split())
 
 
 def available_memory_bytes() -> int | None:
@@ -215,13 +220,15 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 def _package_lines(known: _Known, package: Package, requirement: str) -> Iterator[str]:
     state = "broken" if package.broken else "ok" if package.version else "missing"
     yield f"{state:<8} {known.name:<15} {package.version or '-':<16} {_GROUPS[known.group]}"
+    if package.version and _is_outside(package.version, requirement):
+        yield f"{'':9}warning   {package.version} is outside the supported range {requirement}"
     if state == "ok":
         return
     if package.broken:
         yield f"{'':9}why       {package.broken}"
     again = "--force-reinstall " if package.broken else ""
     yield f"{'':9}disables  {known.disables}"
-    yield f"{'':9}mend      pip install {again}{known.pip}'{requirement}'"
+    yield f"{'':9}fix       pip install {again}{known.pip}'{requirement}'"
 
 
 def _verdict(machine: Machine) -> str:
@@ -241,10 +248,12 @@ def _package(known: _Known) -> Package:
     except importlib.metadata.PackageNotFoundError:
         return Package(name=known.name, version=None)
     try:
-        importlib.import_module(known.module)
+        module = importlib.import_module(known.module)
     except Exception as error:  # whatever a package's import may raise is the finding
         broken = " ".join(f"{type(error).__name__}: {error}".split())
         return Package(name=known.name, version=version, broken=broken)
+    if known.name == "torch":  # names its build ("2.14.1+cu130"); a wheel from PyPI does not
+        version = str(module.__version__)
     return Package(name=known.name, version=version)
 
 
@@ -256,6 +265,25 @@ def _requirements() -> dict[str, str]:
         return {}
     plain = (line.partition(";")[0].strip() for line in lines)
     return {re.split(r"[^\w.-]", requirement)[0]: requirement for requirement in plain}
+
+
+def _is_outside(version: str, requirement: str) -> bool:
+    """Return whether a version breaks a bound of a requirement such as "torch<2.14,>=2.11".
+
+    Compares release numbers; of the operators only >= and <, which are all that we declare.
+    """
+    release = _release(version)
+    lowest = [_release(bound) for bound in re.findall(r">=([\d.]+)", requirement)]
+    excluded = [_release(bound) for bound in re.findall(r"<([\d.]+)", requirement)]
+    return any(release < bound for bound in lowest) or any(release >= bound for bound in excluded)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the release numbers of "2.14.0a0+git1234" without the zeros at the end: (2, 14)."""
+    numbers = [int(number) for number in re.split(r"[^\d.]", version)[0].split(".") if number]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def _gpus() -> tuple[Gpu, ...]:

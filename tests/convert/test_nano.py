@@ -17,7 +17,6 @@ from pw_export.nano import (
     NANO_VAE,
     write_nano_checkpoint,
 )
-from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
 from pw_runtime.checkpoint.bundle import Bundle, sha256_of, verify
 from pw_runtime.checkpoint.loader import load_decoder, load_dit
 from pw_runtime.errors import BadRequest
@@ -26,21 +25,12 @@ from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import segments_of
 from pw_runtime.stages.decode import decode_frames
 from pw_runtime.stages.draft import denoise_draft
-from pw_runtime.types import CHUNK, Compat, StageConfig, TextContext, TilingConfig, VaeConfig
+from pw_runtime.types import CHUNK, Compat, StageConfig, TextContext, TilingConfig
 from tests.convert.layouts import SHARDS, T5, VAE, quietly
+from tests.networks import TINY_VAE
 
 SMALL_DIT = replace(NANO_DIT, dim=64, ffn_dim=64, num_heads=2, num_layers=1)
 SMALL_HIGHRES = replace(SMALL_DIT, has_dt=True, adapter_dim=16, control_blocks=(0,))
-SMALL_VAE = VaeConfig(
-    z_dim=48,
-    encoder_dims=(4, 4, 8, 16, 16),
-    decoder_dims=(32, 32, 32, 16, 8),
-    encoder_blocks=2,
-    decoder_blocks=3,
-    temporal_downsample=(False, True, True),
-    latent_mean=LATENT_MEAN,
-    latent_std=LATENT_STD,
-)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +66,7 @@ def test_nano_checkpoint_converts_to_the_stated_networks(bundle: Bundle) -> None
 def test_same_seed_gives_the_same_bytes_and_another_seed_other_weights(tmp_path: Path) -> None:
     for name, seed in (("one", 3), ("two", 3), ("three", 4)):
         write_nano_checkpoint(
-            tmp_path / name, seed, dit=SMALL_DIT, highres=SMALL_HIGHRES, vae=SMALL_VAE
+            tmp_path / name, seed, dit=SMALL_DIT, highres=SMALL_HIGHRES, vae=TINY_VAE
         )
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     differing = {
@@ -89,7 +79,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_other_weights(tmp_path:
 
 def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="exists already"):
-        write_nano_checkpoint(tmp_path, dit=SMALL_DIT, highres=SMALL_HIGHRES, vae=SMALL_VAE)
+        write_nano_checkpoint(tmp_path, dit=SMALL_DIT, highres=SMALL_HIGHRES, vae=TINY_VAE)
 
 
 @pytest.mark.parametrize("text", ["a fox", " two  spaces\n", "雪の中の狐 🦊", ""])

@@ -300,7 +300,7 @@ def test_a_clip_that_grows_is_told_and_kept_when_the_run_fails(
     write_video = pipeline.write_video
 
     def broken(chunks, path, **arguments):
-        assert arguments["growing"] == growing
+        assert arguments["partial_video"] == growing
         growing.write_bytes(b"half a clip")
         raise WriteFailed(f"cannot write {path}")
 

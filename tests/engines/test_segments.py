@@ -21,6 +21,7 @@ from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import FIRST_BLOCK, segments_of
 from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
+from pw_runtime.models.embeddings import sinusoid
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.types import DitConfig, Precision
 from tests.closeness import max_abs, relative_l2
@@ -72,7 +73,8 @@ def whole_velocities(net: WanDiT, lengths: Sequence[int]) -> list[Tensor]:
     latent, steps, more = normal(*LATENT), [torch.tensor([700.0])], []
     if net.config.has_dt:
         steps.append(torch.tensor([100.0]))
-        more.append(net.controls(net.draft_features(normal(48, 2, 3, 4)), *steps))
+        sinusoids = (sinusoid(x, net.config.freq_dim) for x in steps)
+        more.append(net.control(net.draft_features(normal(48, 2, 3, 4)), *sinusoids))
     with torch.inference_mode():
         return [
             net(latent, text, net.modulation(*steps), net.positions(latent), *more)

@@ -32,7 +32,7 @@ from pw_runtime.models.vae_blocks import CausalConv3d
 from pw_runtime.presets import PRESETS
 from pw_runtime.stages.decode import decode_frames
 from pw_runtime.types import VAE_STRIDE, Compat, Latent, TilingConfig, VaeConfig
-from tests.models.test_vae_golden import config as tiny
+from tests.networks import TINY_VAE
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 2, 9
@@ -222,7 +222,7 @@ def test_compiled_segments_decode_as_the_decoder_does(tmp_path: Path) -> None:
     if reason is not None:
         pytest.skip(reason)
     config = replace(  # every kind of layer, few of each: compilers take their time
-        tiny(), decoder_dims=(8, 8, 8, 8), decoder_blocks=1, temporal_downsample=(True, True)
+        TINY_VAE, decoder_dims=(8, 8, 8, 8), decoder_blocks=1, temporal_downsample=(True, True)
     )
     net, latent = decoder(config), random_latent(3, columns=3)
     segments = segments_of_vae(config, ROWS, 3)

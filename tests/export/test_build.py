@@ -151,7 +151,7 @@ def test_front_ends_of_tensorrt(
     frontend: FrontEnd | None, compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builder.tensorrt, "unavailable", lambda device: None)
-    monkeypatch.setattr(builder.tensorrt_torch, "unavailable", lambda device: None)
+    monkeypatch.setattr(builder.torch_tensorrt, "unavailable", lambda device: None)
     assert pick_compiler("tensorrt", frontend, CPU) == compiler
 
 

@@ -19,7 +19,7 @@ from pw_export.onnx_scatter import Writes
 from pw_runtime.execution.decoder_segments import segments_of_vae
 from pw_runtime.models import VaeDecoder
 from tests.export.runners import run_reference
-from tests.models.test_vae_golden import config
+from tests.networks import TINY_VAE
 
 
 def exported(module: nn.Module, inputs: list[Tensor]) -> bytes:
@@ -86,7 +86,7 @@ def test_what_a_write_covers_is_not_joined() -> None:
 @pytest.mark.parametrize("name", ["coarse_next", "fine_first"])
 def test_the_vae_with_its_weights_is_importable_and_right(name) -> None:
     torch.manual_seed(0)
-    small = replace(config(), decoder_blocks=1)
+    small = replace(TINY_VAE, decoder_blocks=1)
     segment = segments_of_vae(small, 2, 3, baked=VaeDecoder(small).requires_grad_(False))
     made = segment[f"vae_{name}"]
     inputs = random_inputs(made.spec, {}, torch.device("cpu"), seed=0)
@@ -100,7 +100,7 @@ def test_the_vae_with_its_weights_is_importable_and_right(name) -> None:
 @pytest.mark.slow
 def test_the_decoder_is_exported_with_its_weights_as_inputs() -> None:
     """Seen: the past before a clip stood in the model as constants of 8 MB of zeros."""
-    for segment in segments_of_vae(config(), 4, 6).values():
+    for segment in segments_of_vae(TINY_VAE, 4, 6).values():
         model = export_segment(segment)
         check_onnx(model, segment.spec)
         assert len(model) < 2**17

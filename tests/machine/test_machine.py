@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from pw_runtime.job.receipt import versions
 from pw_runtime.system import machine
 from pw_runtime.system.machine import (
     Gpu,
@@ -90,9 +93,9 @@ def test_packages_that_fail_to_import_are_broken_with_the_reason() -> None:
 
 def test_describe_sees_this_machine() -> None:
     seen = describe()
-    versions = {package.name: package.version for package in seen.packages}
-    assert versions["torch"] == importlib.metadata.version("torch")
-    assert versions["pillow"] == importlib.metadata.version("pillow")
+    found = {package.name: package.version for package in seen.packages}
+    assert found["torch"] == torch.__version__
+    assert found["pillow"] == importlib.metadata.version("pillow")
     assert seen.python == ".".join(map(str, sys.version_info[:3]))
     assert seen.cores >= 1
     assert seen.memory_bytes is None or seen.memory_bytes > 2**28
@@ -134,6 +137,48 @@ def test_pip_is_asked_for_what_this_project_declares(
     assert "pip install 'torch<2.14,>=2.11'" in report
     assert "pip install 'triton>=3.6'" in report
     assert "pip install 'onnx'" in report
+
+
+def test_torch_is_named_with_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metadata of the CUDA wheel on PyPI says "2.14.1" where torch says "2.14.1+cu130"."""
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.14.1")
+    torch_package = machine._package(machine._KNOWN[0])
+    assert (torch_package.name, torch_package.version) == ("torch", "2.14.1+cu130")
+    assert versions()["torch"] == "2.14.1+cu130"
+
+
+@pytest.mark.parametrize(
+    ("version", "outside"),
+    [
+        ("2.13.0+cpu", False),
+        ("2.11.0", False),
+        ("2.10.1", True),
+        ("2.14.0", True),
+        ("2.14.0a0+git1234", True),
+        ("2.9.1+cu130", True),
+        ("3.0", True),
+    ],
+)
+def test_versions_outside_the_declared_range_are_warned_of(
+    whole: Machine, monkeypatch: pytest.MonkeyPatch, version: str, outside: bool
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["torch<2.14,>=2.11", "av>=14"])
+    torch_package, *others = (
+        replace(p, version=version if p.name == "torch" else "14.0.0") for p in whole.packages
+    )
+    report = doctor_report(replace(whole, packages=(torch_package, *others)))
+    warnings = [line.strip() for line in report.splitlines() if "outside" in line]
+    warning = f"warning   {version} is outside the supported range torch<2.14,>=2.11"
+    assert warnings == ([warning] if outside else [])
+    assert report.splitlines()[-1] == "pw generate: ready on cuda (NVIDIA H200)"
+
+
+def test_every_declared_range_is_one_that_the_doctor_understands() -> None:
+    lines = importlib.metadata.requires(machine.DISTRIBUTION)
+    assert lines
+    for requirement in (line.partition(";")[0] for line in lines):
+        assert re.fullmatch(r"[\w.-]+((>=|<)[\d.]+,?)*\s*", requirement), requirement
 
 
 def test_peak_memory_sees_a_large_block_and_forgets_it_after_reset() -> None:

@@ -6,6 +6,8 @@ The golden transformers have 64-wide heads; here heads are 128 wide, as in the f
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,9 @@ from pw_export import keymaps
 from pw_kernels import unpatchify_pixels
 from pw_runtime.models import VaeDecoder, VaeEncoder, WanDiT
 from pw_runtime.models.causal_cache import CausalCache
-from pw_runtime.types import DitConfig, VaeConfig
+from pw_runtime.types import DitConfig
 from tests.closeness import max_abs, relative_l2
+from tests.networks import TINY_VAE
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -92,13 +95,9 @@ def our_weights(vae: nn.Module) -> dict[str, Tensor]:
     }
 
 
-CONFIG = VaeConfig(
-    z_dim=48,
+CONFIG = replace(
+    TINY_VAE,
     encoder_dims=(8, 8, 16, 32, 32),
-    decoder_dims=(32, 32, 32, 16, 8),
-    encoder_blocks=2,
-    decoder_blocks=3,
-    temporal_downsample=(False, True, True),
     latent_mean=(0.0,) * 48,
     latent_std=(1.0,) * 48,
 )

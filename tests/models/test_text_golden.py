@@ -10,17 +10,13 @@ from pw_export import keymaps
 from pw_runtime.models import build_text_encoder
 from pw_runtime.models.text_encoder import TIED_KEY, encode_tokens
 from pw_runtime.stages.text import clean_text
-from pw_runtime.types import TextEncoderConfig
 from tests.closeness import max_abs, relative_l2
+from tests.networks import TINY_TEXT_ENCODER
 from tests.oracle import golden
-
-CONFIG = TextEncoderConfig(
-    vocab_size=96, dim=32, attention_dim=48, ffn_dim=56, num_heads=4, num_layers=3
-)
 
 
 def load(dtype: torch.dtype) -> torch.nn.Module:
-    encoder = build_text_encoder(CONFIG)
+    encoder = build_text_encoder(TINY_TEXT_ENCODER)
     weights = {
         keymaps.text_encoder_to_transformers(name): x.to(dtype)
         for name, x in golden.load("t5_tiny_weights").items()

@@ -13,13 +13,13 @@ from pw_runtime.models import VaeDecoder
 from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.types import Precision
 from tests.closeness import relative_l2
-from tests.models.test_vae_golden import config
+from tests.networks import TINY_VAE
 from tests.oracle import golden
 
 
 def decoded(precision: Precision, z: Tensor) -> Tensor:
     weights = golden.load("vae_tiny_weights")
-    net = VaeDecoder(config()).requires_grad_(False)
+    net = VaeDecoder(TINY_VAE).requires_grad_(False)
     stored = {n: decoder_weight(n, weights[n], precision) for n in net.state_dict()}
     net.load_state_dict({n: channels_last(x) for n, x in stored.items()}, assign=True)
     coarse, fine = CausalCache(), CausalCache()

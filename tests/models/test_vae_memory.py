@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pw_export import wan22_configs
 from pw_kernels.causal_conv3d import LARGEST
 from pw_runtime.execution.decoder_segments import from_engine, to_engine
 from pw_runtime.models import VaeDecoder
@@ -22,9 +23,8 @@ from pw_runtime.models.vae_blocks import (
     Upsample,
     interleave_frames,
 )
-from pw_runtime.types import VaeConfig
 from tests.closeness import max_abs
-from tests.models.test_vae_golden import config
+from tests.networks import TINY_VAE
 
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.mkldnn_convolution.default)
 
@@ -50,19 +50,8 @@ class Calls(TorchDispatchMode):
 
 def full_size() -> VaeDecoder:
     """The published decoder without its weights."""
-    ones = (1.0,) * 48
-    widths = VaeConfig(
-        z_dim=48,
-        encoder_dims=(160, 160, 320, 640, 640),
-        decoder_dims=(1024, 1024, 1024, 512, 256),
-        encoder_blocks=2,
-        decoder_blocks=3,
-        temporal_downsample=(False, True, True),
-        latent_mean=ones,
-        latent_std=ones,
-    )
     with torch.device("meta"):
-        return VaeDecoder(widths).requires_grad_(False)
+        return VaeDecoder(wan22_configs.VAE).requires_grad_(False)
 
 
 def decoded(net: VaeDecoder, latent: Tensor) -> tuple[CausalCache, CausalCache, Calls]:
@@ -75,14 +64,14 @@ def decoded(net: VaeDecoder, latent: Tensor) -> tuple[CausalCache, CausalCache, 
 
 
 def test_a_later_chunk_joins_and_pads_nothing() -> None:
-    net = VaeDecoder(config()).requires_grad_(False)
+    net = VaeDecoder(TINY_VAE).requires_grad_(False)
     _, _, calls = decoded(net, torch.randn(48, 3, 2, 3))
     assert calls.names["convolution"] > 30
     assert not calls.names.keys() & {"cat", "stack", "constant_pad_nd"}
 
 
 def test_every_clip_is_convolved_with_its_channels_last() -> None:
-    net = VaeDecoder(config()).requires_grad_(False)
+    net = VaeDecoder(TINY_VAE).requires_grad_(False)
     _, _, calls = decoded(net, torch.randn(48, 2, 2, 3))
     assert len(calls.convolved) > 30
     for x in calls.convolved:
@@ -90,7 +79,7 @@ def test_every_clip_is_convolved_with_its_channels_last() -> None:
 
 
 def test_the_past_is_two_frames_of_every_causal_convolution() -> None:
-    net = VaeDecoder(config()).requires_grad_(False)
+    net = VaeDecoder(TINY_VAE).requires_grad_(False)
     coarse, fine, _ = decoded(net, torch.randn(48, 3, 2, 3))
     past = coarse.past | fine.past
     causal = [m for m in net.modules() if isinstance(m, CausalConv3d) and m.kernel_size[0] > 1]

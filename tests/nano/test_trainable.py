@@ -17,6 +17,7 @@ from pw_export.nano.trainable import encode_texts, velocities
 from pw_export.nano.trainable_vae import decode_clips, encode_clips, fold_pixels, unfold_pixels
 from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
 from pw_runtime.models.causal_cache import CausalCache
+from pw_runtime.models.embeddings import sinusoid
 from pw_runtime.models.text_encoder import TIED_KEY, encode_tokens
 from pw_runtime.models.vae import VaeEncoder
 from tests.closeness import max_abs
@@ -49,12 +50,13 @@ def test_a_batch_gives_the_velocities_of_its_clips(config: object) -> None:
     batch = velocities(net, latents, t, contexts, dt, drafts)
     for i, length in enumerate(lengths):
         now, step = t[i : i + 1], None if dt is None else dt[i : i + 1]
-        controls = None
+        control = None
         if step is not None and drafts is not None:
-            controls = net.controls(net.draft_features(drafts[i]), now, step)
+            sinusoids = (sinusoid(x, config.freq_dim) for x in (now, step))
+            control = net.control(net.draft_features(drafts[i]), *sinusoids)
         text = net.text_keys_values(contexts[i, :length])
         modulation, positions = net.modulation(now, step), net.positions(latents[i])
-        alone = net(latents[i], text, modulation, positions, controls)
+        alone = net(latents[i], text, modulation, positions, control)
         assert alone.std() > 0.1
         assert max_abs(batch[i], alone) < 1e-4
 

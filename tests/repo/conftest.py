@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the repository is and what is in it."""
+"""The repository's folder and the files in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 MADE = {"build", "dist", "outputs"}
+HIDDEN = {".ci", ".github"}
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +21,9 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def files(root: Path) -> list[Path]:
     """Every file that belongs to the repository, relative to its top."""
-    found: list[Path] = []
+    result: list[Path] = []
     for folder, names, here in os.walk(root):
         made = MADE if Path(folder) == root else {"__pycache__"}
-        names[:] = [n for n in names if n not in made and (n == ".ci" or n[0] != ".")]
-        found += [(Path(folder) / name).relative_to(root) for name in here]
-    return sorted(found)
+        names[:] = [n for n in names if n not in made and (n in HIDDEN or n[0] != ".")]
+        result += [(Path(folder) / name).relative_to(root) for name in here]
+    return sorted(result)

@@ -6,74 +6,42 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-FENCE = re.compile(r"^```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-NAME = re.compile(
-    r" *((?:[\w.-]+/)+[\w.-]*|[\w.-]+\.(?:py|md|txt|toml|json)|Makefile|LICENSE)(?= |$)"
+ROOM = re.compile(r"^(?:#+|\s*[-*]) .*", re.MULTILINE)
+PACKAGES = (
+    "pw_runtime",
+    "kernels/pw_kernels",
+    "engines/pw_engines",
+    "export/pw_export",
+    "bench/pw_bench",
 )
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 SOURCE_NAMES = {"Makefile", "CMakeLists.txt", "run"}
 SOURCE_SUFFIXES = {".py", ".sh", ".cu", ".cuh", ".cpp", ".h"}
 
 
-def tree_paths(text: str) -> list[str]:
-    """Read the paths of a drawn tree: one name per line, children further to the right."""
-    paths: list[str] = []
-    above: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        found = NAME.match(re.sub(r"[│├└─|`+]|--", lambda m: " " * len(m[0]), line))
-        if found is None:
-            continue
-        while above and above[-1][0] >= found.start(1):
-            above.pop()
-        path = "/".join([*(name for _, name in above[-1:]), found.group(1).rstrip("/")])
-        above.append((found.start(1), path))
-        paths.append(path)
-    return paths
+def test_every_package_folder_is_described(root: Path, files: list[Path]) -> None:
+    """docs/structure.md has a heading or bullet for each: `pw_runtime/planning`."""
+    text = (root / "docs" / "structure.md").read_text(encoding="utf-8")
+    named = {
+        path.rstrip("/") for line in ROOM.findall(text) for path in re.findall("`(.+?)`", line)
+    }
+    rooms = {
+        file.parent.relative_to(Path(package).parent).as_posix()
+        for package in PACKAGES
+        for file in files
+        if file.name == "__init__.py" and file.is_relative_to(package)
+    }
+    assert len(rooms) > len(PACKAGES)
+    assert rooms - named == set()
 
 
-INDENTED = """\
-pw_runtime/
-  cli.py       the verbs, e.g. doctor
-               of pw
-  stages/
-    text.py
-docs/
-"""
-DRAWN = """\
-├── pw_runtime/
-│   ├── cli.py       the verbs, e.g. doctor
-│   │                of pw
-│   └── stages/
-│       └── text.py
-└── docs/
-"""
-ASCII = """\
-|-- pw_runtime/
-|   |-- cli.py       the verbs, e.g. doctor
-|   |                of pw
-|   `-- stages/
-|       `-- text.py
-`-- docs/
-"""
-
-
-@pytest.mark.parametrize("text", [INDENTED, DRAWN, ASCII], ids=["indented", "drawn", "ascii"])
-def test_tree_is_read_as_drawn(text: str) -> None:
-    stages = "pw_runtime/stages"
-    read = tree_paths(text)
-    assert read == ["pw_runtime", "pw_runtime/cli/main.py", stages, f"{stages}/text.py", "docs"]
-
-
-def test_every_file_of_the_readme_tree_exists(root: Path) -> None:
-    blocks = FENCE.findall((root / "README.md").read_text(encoding="utf-8"))
-    trees = [tree_paths(block) for block in blocks if re.search(r"^\W*pw_runtime/", block, re.M)]
-    assert trees, "README.md draws no tree of the repository"
-    for tree in trees:
-        assert len(tree) > 5
-        assert [path for path in tree if not (root / path).exists()] == []
+def test_every_path_in_the_structure_exists(root: Path) -> None:
+    text = (root / "docs" / "structure.md").read_text(encoding="utf-8")
+    paths = {path for path in re.findall(r"`([\w./-]+)`", text) if path.startswith("pw_")}
+    parents = [root / package / ".." for package in PACKAGES]
+    gone = [path for path in paths if not any((parent / path).exists() for parent in parents)]
+    assert gone == []
 
 
 def test_every_relative_link_resolves(root: Path, files: list[Path]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything stands where the documents say it stands."""
+"""Check that the fixed parts of the repository are where the documents say."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import pytest
 
 TOP = (
     ".ci/run",
+    ".github/workflows/ci.yml",
+    ".pre-commit-config.yaml",
     "CMakeLists.txt",
+    "CONTRIBUTING.md",
     "LICENSE",
     "Makefile",
     "README.md",
+    "SECURITY.md",
     "pyproject.toml",
+    "requirements/dev.txt",
+    "requirements/runtime.txt",
     "bench/pw_bench",
     "docs",
     "engines/pw_engines",

@@ -17,7 +17,7 @@ from pw_runtime.models.tiling import band_lag, exact_halo, make_bands, make_stri
 from pw_runtime.stages import decode as stage
 from pw_runtime.types import Compat, Latent, PixelFormat, TilingConfig
 from tests.closeness import max_abs
-from tests.models.test_vae_golden import config
+from tests.networks import TINY_VAE
 from tests.oracle import golden
 from tests.oracle.vae import pixel_patchify
 
@@ -25,7 +25,7 @@ from tests.oracle.vae import pixel_patchify
 @pytest.fixture(scope="module")
 def decoder() -> VaeDecoder:
     weights = golden.load("vae_tiny_weights")
-    net = VaeDecoder(config()).requires_grad_(False)
+    net = VaeDecoder(TINY_VAE).requires_grad_(False)
     net.load_state_dict({name: weights[name] for name in net.state_dict()})
     return net
 
@@ -35,7 +35,7 @@ def random_latent(width: int, frames: int = 2) -> torch.Tensor:
 
 
 def in_fp64(decoder: VaeDecoder) -> VaeDecoder:
-    net = VaeDecoder(config()).requires_grad_(False)
+    net = VaeDecoder(TINY_VAE).requires_grad_(False)
     net.load_state_dict(decoder.state_dict())
     return net.double()
 
@@ -85,14 +85,14 @@ def test_bands_compute_no_row_twice_and_keep_none_twice(decoder) -> None:
 
 
 def test_bands_have_equal_results_and_are_fewer_where_rows_run_out() -> None:
-    assert band_lag(config()) == 6.125
-    assert make_bands(90, 4, config()) == (
+    assert band_lag(TINY_VAE) == 6.125
+    assert make_bands(90, 4, TINY_VAE) == (
         slice(0, 30),
         slice(30, 52),
         slice(52, 75),
         slice(75, 90),
     )
-    assert make_bands(9, 4, config()) == (slice(0, 9),)
+    assert make_bands(9, 4, TINY_VAE) == (slice(0, 9),)
 
 
 @pytest.mark.parametrize("strips", [2, 3, 5])
@@ -115,7 +115,7 @@ def test_a_halo_one_column_short_is_seen(decoder) -> None:
 
 
 def test_reach_of_the_decoder_is_six_latent_columns() -> None:
-    assert exact_halo(config()) == 6
+    assert exact_halo(TINY_VAE) == 6
 
 
 def test_official_strips_equal_the_official_blend(decoder) -> None:

@@ -68,23 +68,24 @@ def velocities(
     place = torch.tensor([0, *grid[1:]], device=x.device)
     cos, sin = (angles_of_tokens(table, place, x.shape[1]) for table in tables)
     text = net.embed_text(contexts)
-    controls = {} if drafts is None else _controls(net, drafts, steps)
+    control = () if drafts is None else _control(net, drafts, steps)
+    added = dict(zip(net.config.control_blocks, control, strict=True))
     for index, block in enumerate(net.blocks):
         assert isinstance(block, Block)
-        if index in controls:
-            x = x + controls[index]
+        if index in added:
+            x = x + added[index]
         x = _block(block, x, modulation.blocks[index], cos, sin, text)
     out = unpatchify(net.head(x.flatten(0, 1), modulation.head), (batch * frames, *grid[1:]))
     return out.unflatten(1, (batch, frames)).transpose(0, 1)
 
 
-def _controls(net: WanDiT, drafts: Tensor, steps: list[Tensor]) -> dict[int, Tensor]:
-    """{block: [B, S, D]}; `steps` are the sinusoids of t and dt, [B, freq_dim] each."""
+def _control(net: WanDiT, drafts: Tensor, steps: list[Tensor]) -> tuple[Tensor, ...]:
+    """Compute [B, S, D] for each controlled block; `steps` are sinusoids of t and dt."""
     adapter = net.spatial_adapter
     x = F.silu(adapter.backbone["1"](adapter.backbone["0"](drafts)))
     features = F.silu(adapter.backbone["3"](x)).flatten(2).mT  # [B, S, D]
     t, dt = (step[:, None] for step in steps)
-    return adapter.controls(features, t, dt)
+    return adapter.control(features, t, dt)
 
 
 def _block(block: Block, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, text: Tensor) -> Tensor:

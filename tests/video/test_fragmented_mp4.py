@@ -36,7 +36,7 @@ def save(
 ) -> None:
     write_video(
         source, path, width=WIDTH, height=HEIGHT, frames=FRAMES, fps=24, codec=codec,
-        growing=partial_path(path) if growing else None,
+        partial_video=partial_path(path) if growing else None,
     )  # fmt: skip
 
 
