@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -117,9 +119,9 @@ def main() -> None:
     # OpenMP reads this when torch loads. By default waiting threads spin, and on a machine that has
     # anything else to do, the decode then takes two to five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _interrupt_on(signal.SIGTERM, signal.SIGHUP)
     try:
-        code = cli.main(standalone_mode=False)
+        with _ending_on(signal.SIGTERM, signal.SIGHUP):
+            code = cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = BAD_INPUT
@@ -146,16 +148,23 @@ class Terminated(BaseException):
         self.number = number
 
 
-def _interrupt_on(*signals: signal.Signals) -> None:
+@contextmanager
+def _ending_on(*signals: signal.Signals) -> Iterator[None]:
     """Raise Terminated in the main thread on these signals, unless they are ignored (nohup)."""
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the unwinding
         raise Terminated(number)
 
-    for number in signals:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+    before = {number: signal.getsignal(number) for number in signals}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
             signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_expected(error: Exception) -> bool:

@@ -62,8 +62,8 @@ def write_video(
     its own while `chunks` makes the next one; at most three are alive, the one in the making among
     them. `path` appears only when it is complete.
 
-    `partial_video`, for the mp4 codecs, gets the same packets as a fragmented mp4, which any player can
-    open in the meantime. It is gone once `path` stands, and stays when the writing fails.
+    `partial_video`, for the mp4 codecs, gets the same packets as a fragmented mp4, which any player
+    can open in the meantime. It is removed once `path` is complete, and stays when writing fails.
 
     Raises WriteFailed when the disk or the encoder refuses, ValueError when the chunks are not
     the frames announced, BadRequest for a codec that cannot be had or cannot grow. Whatever
