@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,7 @@ def test_an_earlier_contact_sheet_is_not_replaced(generate: Generate, tmp_path: 
 
 HOLD = """
 from pathlib import Path
+from types import SimpleNamespace
 from pw_runtime.system.folder_lock import locked_folder
 with locked_folder(Path(sys.argv[1])):
     print("held", flush=True)
@@ -277,7 +279,7 @@ def test_refused_latents_go_to_the_spill_folder(
 def test_a_disk_without_room_for_the_latents_is_refused_at_once(
     generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: (0, 0, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(run_module, "load_text_network", lambda *_: pytest.fail("computed"))
     ended = generate("--prompt", "a cat")
     assert ended.code == 3
