@@ -30,7 +30,8 @@ DEMO := build/demo
 # why one thread: libgomp's threads spin while they wait, and two test processes with two threads
 # each on two cores then take ten times as long.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-QUICK := tests/machine tests/models tests/planning tests/sampling tests/stages tests/video
+QUICK := tests/e2e/test_generate.py tests/machine tests/models tests/planning tests/sampling \
+	tests/stages/test_decode.py tests/video
 
 # why the lock first: it holds torch's own dependencies, so that torch adds only its build's.
 # why no isolation: an isolated build would take the newest build back end, not the locked one.

@@ -50,7 +50,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 
 def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
-    """Number (id, text) pairs from 1. Raises BadRequest for unusable or repeated ids."""
+    """Return prompts numbered from 1. Raises BadRequest for unusable or repeated ids."""
     prompts = tuple(
         Prompt(id=prompt_id, text=text, position=position)
         for position, (prompt_id, text) in enumerate(pairs, start=1)

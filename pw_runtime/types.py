@@ -29,7 +29,9 @@ Place = Literal["device", "host"]
 Kernels = Literal["reference", "triton"]
 EnginePolicy = Literal["auto", "engines", "eager"]
 Existing = Literal["refuse", "overwrite", "skip"]  # files of an earlier run
-AttentionKernel = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
+AttentionKernel = Literal[
+    "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
+]
 
 Residency = Literal["resident", "streamed", "mapped"]
 # "staging" are weights on their way to where the stage computes.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements: programs with a protocol, apart from the tests. Results lie in bench/results."""
+"""Benchmarks: programs with a protocol, separate from the tests. Results are in bench/results."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is measured on a GPU machine, by one command and in parts.
+"""All measurements of a GPU machine, by one command and in parts.
 
-    python -m pw_bench.gpu_suite --out FOLDER
+    pw bench gpu-suite --out FOLDER
 
 The published networks run with random weights, so nothing is downloaded. Each part is a results
-file in FOLDER; parts whose file is there, whole and of the same commit, are not run again, so the
-command can be repeated until all are there; until then its exit code is not 0. A part is not begun
-where the time left is less than it is expected to take.
+file in FOLDER. Parts whose file is complete and of the same commit are not run again, so the
+command can be repeated until all are there; until then its exit code is not 0. A part does not
+start where the time left is less than its expected duration.
 """
 
 from __future__ import annotations
@@ -14,25 +14,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-import torch
-
-from pw_bench.measure.commit import commit
-from pw_bench.report.console import show
+from pw_bench.measure.environment import commit
 from pw_bench.results import read_result
-from pw_runtime.cli.options import FOLDER, SOME_FAILED
 from pw_runtime.errors import BadRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One results file; seconds are guessed from the arithmetic of an H200."""
+    """One results file; seconds are an estimate from the arithmetic of an H200."""
 
     name: str
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...]  # of `pw bench`
     seconds: float
     long: bool = False  # only with --full
 
@@ -73,18 +69,21 @@ PARTS = (
 )
 
 
-def is_done(out: Path) -> bool:
-    """Whether a part is there: measured whole, and with these sources."""
-    try:
-        result = read_result(out)
-    except BadRequest:
-        return False
-    interrupted = any(one.reason == "interrupted" for one in result.skipped)
-    return not interrupted and result.identity.commit == commit().removesuffix("-dirty")
+def run_parts(
+    folder: Path, minutes: float, *, full: bool, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Run the parts whose files are missing.
 
+    Args:
+        folder: of the results files; is created.
+        minutes: time for this call.
+        full: run the long parts too.
+        say: receives the command of each part that starts.
 
-def run_parts(folder: Path, minutes: float, *, full: bool) -> dict[str, str]:
-    """Run what is missing; why each part that has no file has none, and what to do about it."""
+    Returns:
+        For each part that still has no file: why, and what to do about it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     until, missing = time.monotonic() + 60 * minutes, {}
     for part in PARTS:
         out = folder / f"{part.name}.json"
@@ -96,41 +95,19 @@ def run_parts(folder: Path, minutes: float, *, full: bool) -> dict[str, str]:
             do = "repeat the command" if enough else f"give --minutes {part.seconds / 60 + 1:.0f}"
             missing[part.name] = f"{left:.0f} s left, {part.seconds:.0f} s expected: {do}"
             continue
-        click.echo(f"== {part.name}: pw bench {' '.join(part.arguments)}")
+        say(f"== {part.name}: pw bench {' '.join(part.arguments)}")
         command = [sys.executable, "-m", "pw_runtime", "bench", *part.arguments]
         code = subprocess.run([*command, "--out", str(out)], check=False).returncode
         if code != 0 or not out.exists():
-            missing[part.name] = f"it ended with exit code {code}, and said why above"
+            missing[part.name] = f"it ended with exit code {code}, and printed why above"
     return missing
 
 
-@click.command()
-@click.option("--out", type=FOLDER, required=True, help="Folder of results files.")
-@click.option("--minutes", default=9.0, show_default=True, help="Time for this call.")
-@click.option(
-    "--full",
-    is_flag=True,
-    help="Hours: our programs in rounds at 2K, whole clips of 4K; give it --minutes.",
-)
-def main(out: Path, minutes: float, full: bool) -> None:
-    """Measure kernels, stages and whole clips of 2K and 4K; the tables come last."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("no CUDA GPU that torch can use: these sizes are for one")
-    out.mkdir(parents=True, exist_ok=True)
-    missing = run_parts(out, minutes, full=full)
-    for file in (out / f"{part.name}.json" for part in PARTS):
-        if not file.exists():
-            continue
-        click.echo(f"\n{file.name}")
-        try:
-            show(read_result(file))
-        except BadRequest as error:  # the other tables are still to be shown
-            missing[file.stem] = str(error)
-    for name, reason in missing.items():
-        click.echo(f"not there yet: {name}: {reason}")
-    if missing:
-        sys.exit(SOME_FAILED)
-
-
-if __name__ == "__main__":
-    main()
+def is_done(out: Path) -> bool:
+    """Return True where a part was measured to its end, with these sources."""
+    try:
+        result = read_result(out)
+    except BadRequest:
+        return False
+    interrupted = any(skipped.reason == "interrupted" for skipped in result.skipped)
+    return not interrupted and result.identity.commit == commit().removesuffix("-dirty")

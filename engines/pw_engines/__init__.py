@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled engines behind one protocol: what they compute, where they lie, how they run."""
+"""Compiled engines behind one protocol: specification, store, and backends that run them."""
 
 from pw_engines.engine import Engine, EngineError, Parity, check_parity, require_parity
 from pw_engines.spec import (

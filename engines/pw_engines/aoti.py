@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines compiled by AOTInductor: a package of machine code that PyTorch opens."""
+"""Engines compiled by AOTInductor into packages of machine code that PyTorch opens."""
 
 from __future__ import annotations
 
@@ -17,45 +17,46 @@ from pw_engines.engine import EngineError, Positional, random_inputs
 from pw_engines.spec import SMALLEST, Backend, EngineSpec, digest_of
 
 FILE = "engine.pt2"
-# Code that any number of threads can share, however many the building process has.
+# Code for any number of threads, however many the building process has.
 _PARALLEL = {"cpp.threads": max(2, os.cpu_count() or 1), "cpp.dynamic_threads": True}
 
 
 def aoti_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
-    """What a package depends on: it holds machine code for this processor and this PyTorch."""
-    found = {
+    """Describe what a package depends on: machine code for this processor and this PyTorch."""
+    facts = {
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "processor": _processor(),  # a package for a GPU has code for it too
+        "processor": _processor(),  # a package for a GPU has code for the CPU too
         "recipe": digest_of([Path(__file__).read_bytes()]),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        facts |= {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": str(torch.version.cuda),
         }
-    return tuple(sorted(found.items()))
+    return tuple(sorted(facts.items()))
 
 
 def _processor() -> str:
-    """Digest of what the processor can do: the code is for this one (-march=native)."""
+    """Compute a digest of the processor's features: code is compiled with -march=native."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return platform.processor()
-    able = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    return digest_of(line.encode() for line in able)
+    prefixes = ("flags", "Features", "model name")
+    features = sorted({line for line in lines if line.startswith(prefixes)})
+    return digest_of(line.encode() for line in features)
 
 
 def unavailable_to_run(device: torch.device) -> str | None:
-    """Why packages cannot be run here; None where they can, which is everywhere."""
+    """Return why packages cannot be run here: None, as they can be run everywhere."""
     return None
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why packages cannot be built here; None where they can."""
+    """Return why packages cannot be built here; None if they can."""
     if device.type == "cpu" and shutil.which("c++") is None:
         return "AOTInductor compiles C++ for a CPU and there is no C++ compiler: install g++"
     return None
@@ -64,24 +65,24 @@ def unavailable(device: torch.device) -> str | None:
 def build(spec: EngineSpec, segment: nn.Module, path: Path, device: torch.device) -> None:
     """Compile a segment into the package `path`, for every size up to the limits of the spec.
 
-    Raises EngineError with Inductor's words.
+    Raises EngineError quoting Inductor.
     """
-    # A size that is neither a limit nor a power of two, so that nothing is specialised for it.
+    # Neither a limit nor a power of two, so that nothing is specialised for this size.
     sizes = {name: max(SMALLEST, limit * 3 // 5) for name, limit in spec.limits}
     dims = {name: torch.export.Dim(name, min=SMALLEST, max=limit) for name, limit in spec.limits}
     examples = tuple(random_inputs(spec, sizes, device, seed=0))
-    varying = tuple(
-        {axis: dims[dim] for axis, dim in enumerate(one.shape) if isinstance(dim, str)}
-        for one in spec.inputs
+    dynamic_shapes = tuple(
+        {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
+        for tensor in spec.inputs
     )
     try:
         program = torch.export.export(
-            Positional(segment), examples, dynamic_shapes=(varying,), strict=False
+            Positional(segment), examples, dynamic_shapes=(dynamic_shapes,), strict=False
         )
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs=_PARALLEL
         )
-    except Exception as error:  # Inductor raises what it likes: all of it belongs to the build
+    except Exception as error:  # Inductor may raise anything
         raise EngineError(f"AOTInductor cannot compile {spec.segment}: {error}") from error
 
 
@@ -108,18 +109,21 @@ class AotiEngine:
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Compute `outputs`. Raises ValueError for tensors that the spec does not allow.
 
-        The check comes first: a package reads past the end of a tensor that is too small.
+        The check comes first: a package would read past the end of a tensor that is too small.
         """
         self.spec.check_outputs(outputs, self.spec.sizes(inputs))
         for index, x in enumerate(inputs):
             if not x.is_contiguous():
                 name = self.spec.inputs[index].name
-                raise ValueError(f"{self.spec.segment}, tensor {name}: wanted contiguous")
+                raise ValueError(
+                    f"{self.spec.segment}, tensor {name}: expected contiguous, "
+                    f"got strides {x.stride()}"
+                )
         try:
             with torch.cuda.device_of(inputs[0]):
                 results = self._model(*inputs)
         except torch.OutOfMemoryError:
-            raise  # the caller may try again with less
+            raise  # the caller may retry with less
         except RuntimeError as error:
             raise EngineError(f"{self.spec.segment} failed in AOTInductor: {error}") from error
         for target, result in zip(outputs, results, strict=True):

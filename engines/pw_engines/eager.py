@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The segment itself as an engine: the oracle of the others."""
+"""Run the segment itself as an engine: the oracle of the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pw_engines.spec import Backend, EngineSpec
 
 
 class EagerEngine:
-    """Calls the segment; nothing is compiled."""
+    """An engine that calls the segment; nothing is compiled."""
 
     backend: Backend = "eager"
     padded = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every engine can do, and the check that an engine computes what its segment does."""
+"""The engine protocol, and the check that an engine computes what its segment does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Engine(Protocol):
 
     spec: EngineSpec
     backend: Backend
-    padded: bool  # every named dimension must have its limit: the caller pads
+    padded: bool  # named dimensions must have their limits: the caller pads
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Compute `outputs` from `inputs`; none of them may overlap.
@@ -36,14 +36,14 @@ class Engine(Protocol):
 
 SegmentFunction = Callable[..., tuple[Tensor, ...]]
 
-# Largest relative L2 distance to fp32 that a result in each precision may have in the self-check;
-# measured distances are far below (docs/engines.md).
+# Largest relative L2 distance from the eager segment in the self-check, by precision; measured
+# distances are far below (docs/engines.md).
 TOLERANCES: dict[DType, float] = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 2e-2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """How far an engine is from the eager segment on random data."""
+    """Distance of an engine's output from the eager segment's on random data."""
 
     output: str
     error: float  # relative L2
@@ -51,7 +51,7 @@ class Parity:
 
     @property
     def good(self) -> bool:
-        """Whether the engine may be used; NaN is not good."""
+        """True if the engine may be used; NaN is not good."""
         return self.error <= self.tolerance
 
 
@@ -67,74 +67,73 @@ def check_parity(
         seed: of the data.
 
     Returns:
-        One entry per output. The tolerance is that of the coarsest dtype among the engine's
-        tensors.
+        One entry per output, with the tolerance of the coarsest dtype among the engine's tensors.
     """
     spec = engine.spec
     sizes = dict(spec.limits)
-    if not engine.padded:  # a size that nothing was specialised for
+    if not engine.padded:  # a size that nothing is specialised for
         sizes = {name: max(SMALLEST, limit * 2 // 5) for name, limit in sizes.items()}
     inputs = random_inputs(spec, sizes, device, seed)
     outputs = [
-        torch.full(one.sized(sizes), float("nan"), dtype=DTYPES[one.dtype], device=device)
-        for one in spec.outputs
+        torch.full(tensor.sized(sizes), float("nan"), dtype=DTYPES[tensor.dtype], device=device)
+        for tensor in spec.outputs
     ]
     engine.run(inputs, outputs)
-    wanted = segment(*inputs)
-    kinds: set[DType] = {one.dtype for one in (*spec.inputs, *spec.outputs)}
-    tolerance = max(TOLERANCES[kind] for kind in kinds if kind in TOLERANCES)
+    expected = segment(*inputs)
+    dtypes: set[DType] = {tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
+    tolerance = max(TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES)
     return [
-        Parity(output=one.name, error=relative_l2(got, want), tolerance=tolerance)
-        for one, got, want in zip(spec.outputs, outputs, wanted, strict=True)
+        Parity(output=tensor.name, error=relative_l2(*pair), tolerance=tolerance)
+        for tensor, *pair in zip(spec.outputs, outputs, expected, strict=True)
     ]
 
 
-def require_parity(name: str, found: Sequence[Parity]) -> None:
+def require_parity(name: str, parities: Sequence[Parity]) -> None:
     """Raise EngineError with the numbers where an output is outside its tolerance."""
-    bad = [one for one in found if not one.good]
+    bad = [parity for parity in parities if not parity.good]
     if bad:
-        figures = ", ".join(f"{one.output} {one.error:.1e} > {one.tolerance:.1e}" for one in bad)
+        figures = ", ".join(f"{x.output} {x.error:.1e} > {x.tolerance:.1e}" for x in bad)
         raise EngineError(
-            f"{name} does not compute what its segment does (relative L2: {figures}): it is not "
-            "used; run with --policy eager, and please report it"
+            f"{name} does not compute what its segment does (relative L2: {figures}) and is not "
+            "used: run with --policy eager, and please report it"
         )
 
 
 def random_inputs(
     spec: EngineSpec, sizes: dict[str, int], device: torch.device, seed: int
 ) -> list[Tensor]:
-    """Tensors for an engine's inputs: random, weights of 1/sqrt(fan in), the rest of unit size.
+    """Make random tensors for an engine's inputs: weights of 1/sqrt(fan-in), others of unit size.
 
-    Whole numbers are 3, 4, 5 ...: places and sizes, and none of them 0.
+    int64 inputs are 3, 4, 5, ...: positions and sizes, which must not be 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    made = []
-    for one in spec.inputs:
-        shape = one.sized(sizes)
-        if one.dtype == "int64":
-            made.append(torch.arange(3, 3 + math.prod(shape), device=device).reshape(shape))
+    inputs = []
+    for tensor in spec.inputs:
+        shape = tensor.sized(sizes)
+        if tensor.dtype == "int64":
+            inputs.append(torch.arange(3, 3 + math.prod(shape), device=device).reshape(shape))
             continue
         x = torch.randn(shape, generator=generator)
-        if len(shape) == 2 and not any(isinstance(dim, str) for dim in one.shape):
+        if len(shape) == 2 and not any(isinstance(dim, str) for dim in tensor.shape):
             x *= shape[1] ** -0.5
-        made.append(x.to(DTYPES[one.dtype]).to(device))
-    return made
+        inputs.append(x.to(DTYPES[tensor.dtype]).to(device))
+    return inputs
 
 
-def relative_l2(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted| / |wanted| in fp64."""
-    distance = (got.double() - wanted.double()).norm()
-    return (distance / wanted.double().norm().clamp_min(1e-30)).item()
+def relative_l2(got: Tensor, expected: Tensor) -> float:
+    """Compute |got - expected| / |expected| in fp64."""
+    distance = (got.double() - expected.double()).norm()
+    return (distance / expected.double().norm().clamp_min(1e-30)).item()
 
 
 class Positional(nn.Module):
-    """A segment called with its inputs in order, whatever it names them."""
+    """A segment called with positional inputs, whatever its parameters are called."""
 
     def __init__(self, segment: nn.Module) -> None:
         super().__init__()
         self.segment = segment
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of the segment."""
+        """Return the outputs of the segment."""
         results: tuple[Tensor, ...] = self.segment(*inputs)
         return results

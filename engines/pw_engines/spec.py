@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine computes, where it runs, and the key that both make."""
+"""The specification of an engine, and the key of a stored one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-SMALLEST: Final = 2  # of a named dimension: compilers take 1 for a dimension to broadcast
+SMALLEST: Final = 2  # value of a named dimension: compilers treat 1 as broadcasting
 Backend = Literal["eager", "aoti", "tensorrt"]
-FrontEnd = Literal["onnx", "torch-tensorrt"]  # what TensorRT is given a segment by
+FrontEnd = Literal["onnx", "torch-tensorrt"]  # how a segment is passed to TensorRT
 DType = Literal["fp32", "bf16", "fp16", "int64"]
 
 DTYPES: Final[Mapping[DType, torch.dtype]] = MappingProxyType(
@@ -32,7 +32,7 @@ _NAMES: Final[Mapping[torch.dtype, DType]] = MappingProxyType(
 
 
 def dtype_name(dtype: torch.dtype) -> DType:
-    """fp32 of torch.float32 and so on. Raises ValueError for a dtype that engines do not take."""
+    """Return "fp32" for torch.float32 and so on. Raises ValueError for other dtypes."""
     if dtype not in _NAMES:
         raise ValueError(f"engines take {', '.join(DTYPES)}, got {dtype}")
     return _NAMES[dtype]
@@ -40,20 +40,20 @@ def dtype_name(dtype: torch.dtype) -> DType:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """One input or output. A dimension is a number, or the name of one that varies per call."""
+    """An input or output. A dimension is a number, or the name of one that varies per call."""
 
     name: str
     dtype: DType
     shape: tuple[int | str, ...]
 
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with its named dimensions filled in."""
+        """Return the shape with its named dimensions filled in."""
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """A segment of a network over at most so many tokens.
+    """A segment of a network with limits for its named dimensions.
 
     Where weights are inputs, one engine serves every block and every checkpoint of these shapes.
     """
@@ -63,21 +63,22 @@ class EngineSpec:
     outputs: tuple[TensorSpec, ...]
     limits: tuple[tuple[str, int], ...]  # largest value of every named dimension
     sources: str  # digest of the code that defines the arithmetic
-    numbers: tuple[tuple[str, float], ...] = ()  # that are part of it and show in no shape
-    weights: str | None = None  # digest of the weights, where they are part of the engine
+    numbers: tuple[tuple[str, float], ...] = ()  # scalar parameters that no shape reveals
+    weights: str | None = None  # digest of the weights, if they are part of the engine
 
     def __post_init__(self) -> None:
-        if "/" in self.segment:  # it is part of a folder's name, and folders are replaced
-            raise ValueError(f"a segment has a name, not a path, got {self.segment!r}")
-        names = {dim for one in (*self.inputs, *self.outputs) for dim in one.shape}
+        if "/" in self.segment:  # it becomes part of a folder's name, and folders are replaced
+            raise ValueError(f"expected a segment's name, got the path {self.segment!r}")
+        names = {dim for tensor in (*self.inputs, *self.outputs) for dim in tensor.shape}
         unknown = {dim for dim in names if isinstance(dim, str)} - dict(self.limits).keys()
         if unknown:
             raise ValueError(f"{self.segment} has no limit for {', '.join(sorted(unknown))}")
 
     def sizes(self, inputs: Sequence[Tensor], *, smallest: int = SMALLEST) -> dict[str, int]:
-        """Check the inputs of a call; give the value of every named dimension, `smallest` at least.
+        """Check the inputs of a call; return the value of every named dimension.
 
-        Raises ValueError naming the tensor, what was wanted and what was got.
+        Raises ValueError naming the tensor, what was expected and what it got; also for a
+        dimension below `smallest`.
         """
         if len(inputs) != len(self.inputs):
             raise ValueError(f"{self.segment} takes {len(self.inputs)} tensors, got {len(inputs)}")
@@ -87,41 +88,41 @@ class EngineSpec:
             self._require(x.dtype == DTYPES[spec.dtype], spec, spec.dtype, x.dtype)
             self._require(x.dim() == len(spec.shape), spec, f"shape {spec.shape}", tuple(x.shape))
             for dim, size in zip(spec.shape, x.shape, strict=True):
-                wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
-                self._require(size == wanted, spec, f"{dim} of {wanted}", tuple(x.shape))
+                expected = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+                self._require(size == expected, spec, f"{dim} of {expected}", tuple(x.shape))
                 if isinstance(dim, str):
                     fits = smallest <= size <= limits[dim]
                     self._require(fits, spec, f"{dim} from {smallest} to {limits[dim]}", size)
         return sizes
 
     def check_outputs(self, outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> None:
-        """Raise ValueError where a tensor to write into has another dtype or shape."""
+        """Check the tensors to write into. Raises ValueError for another dtype or shape."""
         if len(outputs) != len(self.outputs):
             raise ValueError(
-                f"{self.segment} gives {len(self.outputs)} tensors, got {len(outputs)} to fill"
+                f"{self.segment} returns {len(self.outputs)} tensors, got {len(outputs)} to fill"
             )
         for spec, x in zip(self.outputs, outputs, strict=True):
             shape = spec.sized(sizes)
             self._require(x.dtype == DTYPES[spec.dtype], spec, spec.dtype, x.dtype)
             self._require(tuple(x.shape) == shape, spec, f"shape {shape}", tuple(x.shape))
 
-    def _require(self, condition: bool, spec: TensorSpec, wanted: object, got: object) -> None:
+    def _require(self, condition: bool, spec: TensorSpec, expected: object, got: object) -> None:
         if not condition:
-            raise ValueError(f"{self.segment}, tensor {spec.name}: wanted {wanted}, got {got}")
+            raise ValueError(f"{self.segment}, tensor {spec.name}: expected {expected}, got {got}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineKey:
-    """What must be equal for a stored engine to be the one that is wanted."""
+    """Everything that must match before a stored engine is used."""
 
     spec: EngineSpec
     backend: Backend
-    platform: tuple[tuple[str, str], ...]  # versions, device: of the backend
-    options: tuple[tuple[str, str], ...] = ()  # of the build, where they change the result
+    platform: tuple[tuple[str, str], ...]  # versions and device, as the backend needs
+    options: tuple[tuple[str, str], ...] = ()  # of the build, if they change the result
 
     @property
     def digest(self) -> str:
-        """SHA-256 over everything."""
+        """SHA-256 of all fields."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -132,7 +133,7 @@ class EngineKey:
 
 
 def digest_of(texts: Iterable[bytes]) -> str:
-    """SHA-256 over byte strings, each with its length, in order."""
+    """Compute SHA-256 over byte strings in order, each with its length."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(len(text).to_bytes(8, "little") + text)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Built engines on disk: found by key, verified, published whole or not at all.
+"""Store built engines on disk: found by key, verified, published whole or not at all.
 
     ROOT/<segment>-<backend>-<digest>/   manifest.json and the engine's file
-    ROOT/.locks/<...>                    held by whoever builds it; a dead builder holds nothing
-    ROOT/.building-*                     what a build leaves when it is killed; pruned
+    ROOT/.locks/<...>                    held while building; released when the builder exits
+    ROOT/.building-*                     a build in progress, or left by one that was killed
 
-An engine is used only if its manifest holds the very key that is asked for and its file the very
+An engine is used only if its manifest contains exactly the requested key and its file exactly the
 bytes that were published.
 """
 
@@ -36,8 +36,8 @@ class StoreError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What the store has for a key: a file to load, or why there is none."""
+class Lookup:
+    """Result of a lookup by key: a file to load, or the reason why there is none."""
 
     state: State
     path: Path | None = None
@@ -46,22 +46,22 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One folder of the store."""
+    """A folder of the store."""
 
     folder: str
     segment: str
     backend: str
     bytes: int
-    seconds: float  # that its build took
-    key: dict[str, Any]  # as JSON; empty where the manifest cannot be read
+    seconds: float  # duration of its build
+    key: dict[str, Any]  # as JSON; empty if the manifest cannot be read
     damage: str = ""
 
 
 def default_root() -> Path:
-    """$PW_CACHE/engines, else the user's cache directory."""
-    named = os.environ.get("PW_CACHE")
-    if named:
-        return Path(named) / "engines"
+    """Return $PW_CACHE/engines, or the default below the user's cache directory."""
+    cache = os.environ.get("PW_CACHE")
+    if cache:
+        return Path(cache) / "engines"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "pixelwizard" / "engines"
 
@@ -72,25 +72,25 @@ class EngineStore:
     def __init__(self, root: Path | None = None) -> None:
         self.root = default_root() if root is None else root
 
-    def find(self, key: EngineKey) -> Found:
-        """The verified file of an engine, or the reason why it has to be built."""
+    def find(self, key: EngineKey) -> Lookup:
+        """Return the verified file of an engine, or the reason why it has to be built."""
         folder = self.root / key.folder
         if not folder.is_dir():
-            return Found(state="missing", reason="not built yet")
+            return Lookup(state="missing", reason="not built yet")
         manifest, damage = _read_manifest(folder)
         if not damage and manifest["key"] != _as_json(key):
-            damage = "its manifest holds another key"
+            damage = "its manifest has another key"
         if not damage:
             damage = _verify(folder, manifest)
         if damage:
-            return Found(state="damaged", reason=f"{folder}: {damage}")
-        return Found(state="fresh", path=folder / manifest["file"])
+            return Lookup(state="damaged", reason=f"{folder}: {damage}")
+        return Lookup(state="fresh", path=folder / manifest["file"])
 
     @contextmanager
     def locked(self, key: EngineKey, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the right to build an engine; yields False if another process does (wait=False).
+        """Lock an engine for building; yields False if another process has it (wait=False).
 
-        The system lets go of the lock when its holder dies. Raises StoreError.
+        The lock is released when its holder exits, however it ends. Raises StoreError.
         """
         self.make_root()
         with _open_lock(self.root / ".locks" / key.folder) as descriptor:
@@ -103,20 +103,20 @@ class EngineStore:
 
     @contextmanager
     def publishing(self, key: EngineKey, name: str) -> Iterator[Path]:
-        """Path of a file to build; once the block ends well, the engine is in the store.
+        """Yield the path of a file to build; publish the engine when the block succeeds.
 
-        Call with the lock held. Nothing is found where the block fails or the process dies.
-        Raises StoreError where the disk refuses.
+        Call with the lock held. If the block fails or the process dies, nothing is published.
+        Raises StoreError where the disk fails.
         """
         self.make_root()
         try:
             building = Path(tempfile.mkdtemp(prefix=".building-", dir=self.root))
         except OSError as error:
             raise StoreError(
-                f"cannot build in {self.root}: {error.strerror}; name another folder with PW_CACHE"
+                f"cannot build in {self.root}: {error.strerror}; set PW_CACHE to another folder"
             ) from error
         descriptor = os.open(building, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # for `remove_leftovers`: somebody is at it
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # for `remove_leftovers`: in progress
         try:
             start = time.monotonic()
             yield building / name
@@ -126,39 +126,39 @@ class EngineStore:
             except OSError as error:
                 raise StoreError(
                     f"cannot publish {key.folder} in {self.root}: {error.strerror or error}; "
-                    "free some space or name another folder with PW_CACHE"
+                    "free some space or set PW_CACHE to another folder"
                 ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
             os.close(descriptor)
 
     def entries(self, *, verify: bool) -> list[Entry]:
-        """Everything in the store, by name; `verify` reads every file and compares its digest."""
+        """List everything in the store, by name; `verify` compares every file with its digest."""
         return [_entry(folder, verify) for folder in self._folders()]
 
     def remove(self, folder: str) -> None:
-        """Remove one engine, by the name of its entry. Raises StoreError for any other name."""
-        # A path is not a name: joined to the root it could lead anywhere, and all of it would go.
-        if folder not in {one.name for one in self._folders()}:
-            raise StoreError(f"{folder!r} is no engine of {self.root}; name one of its entries")
+        """Remove an engine, by the name of its entry. Raises StoreError for any other name."""
+        # A path, joined to the root, could lead anywhere, and all of it would be deleted.
+        if folder not in {path.name for path in self._folders()}:
+            raise StoreError(f"{folder!r} is not an engine of {self.root}; name one of its entries")
         try:
             shutil.rmtree(self.root / folder)
         except OSError as error:
             raise StoreError(f"cannot remove {self.root / folder}: {error.strerror}") from error
 
     def remove_leftovers(self) -> list[Path]:
-        """Remove the folders of builds that were killed; give their paths. Raises StoreError."""
+        """Remove the folders of killed builds; return their paths. Raises StoreError."""
         removed = []
         for path in sorted(self.root.glob(".building-*")) if self.root.is_dir() else []:
             try:
                 descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:  # its build has just ended
+            except FileNotFoundError:  # its build has just finished
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path)
                 removed.append(path)
-            except BlockingIOError:  # it is being built
+            except BlockingIOError:  # its build is running
                 continue
             except OSError as error:
                 raise StoreError(f"cannot remove {path}: {error.strerror}") from error
@@ -172,18 +172,18 @@ class EngineStore:
         return sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != ".")
 
     def make_root(self) -> None:
-        """Make the folder, where it is not there yet. Raises StoreError."""
+        """Create the folder if it does not exist. Raises StoreError."""
         try:
             (self.root / ".locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(
-                f"cannot make the engine store {self.root}: {error.strerror}; "
-                "name another folder with PW_CACHE"
+                f"cannot create the engine store {self.root}: {error.strerror}; "
+                "set PW_CACHE to another folder"
             ) from error
 
 
 def _publish(building: Path, folder: Path, key: EngineKey, name: str, seconds: float) -> None:
-    """Write the manifest, bring everything to disk, rename the folder into place."""
+    """Write the manifest, sync everything to disk, rename the folder into place."""
     path = building / name
     manifest = {
         "format": FORMAT,
@@ -194,20 +194,20 @@ def _publish(building: Path, folder: Path, key: EngineKey, name: str, seconds: f
         "key": asdict(key),
     }
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for one in (path, building / MANIFEST, building):
-        _sync(one)
-    if folder.exists():  # damaged: rename cannot replace a folder that is not empty
+    for written in (path, building / MANIFEST, building):
+        _sync(written)
+    if folder.exists():  # damaged; rename cannot replace a folder that is not empty
         shutil.rmtree(folder)
     building.rename(folder)
     _sync(folder.parent)
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    """The manifest, and what is wrong with it."""
+    """Return the manifest, and what is wrong with it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
-            return {}, f"format {manifest['format']}, wanted {FORMAT}"
+            return {}, f"format {manifest['format']}, expected {FORMAT}"
         if not {"file", "bytes", "sha256", "key", "seconds"} <= manifest.keys():
             return {}, "its manifest is incomplete"
         if not isinstance(manifest["key"]["spec"], dict):
@@ -222,12 +222,12 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _verify(folder: Path, manifest: dict[str, Any]) -> str:
-    """What is wrong with the engine's file; empty if nothing is."""
+    """Describe what is wrong with the engine's file; empty if nothing is."""
     path = folder / manifest["file"]
     try:
         size = path.stat().st_size
         if size != manifest["bytes"]:
-            return f"{path.name} has {size} bytes, wanted {manifest['bytes']}"
+            return f"{path.name} has {size} bytes, expected {manifest['bytes']}"
         if _sha256(path) != manifest["sha256"]:
             return f"{path.name} is not the file that was published (SHA-256 differs)"
     except OSError as error:
@@ -252,7 +252,7 @@ def _entry(folder: Path, verify: bool) -> Entry:
 
 
 def _as_json(key: EngineKey) -> Any:
-    """The key as it comes back from a manifest: tuples are lists there."""
+    """Return the key as read back from a manifest: with lists for tuples."""
     return json.loads(json.dumps(asdict(key)))
 
 

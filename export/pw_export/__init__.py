@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Off-line tools: published checkpoints become bundles (`convert`), the built-in model (`nano`)."""
+"""Off-line tools: bundles, engines, ONNX models, the kernel library, the built-in model."""

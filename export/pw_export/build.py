@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build the engines of a model: each segment once, checked against itself before it may be used."""
+"""Build the engines of a model: each segment once, checked against PyTorch before it is stored."""
 
 from __future__ import annotations
 
@@ -43,39 +43,39 @@ Builders = dict[CompilerName, Callable[[torch.device], str | None]]
 
 
 class Source(Protocol):
-    """Whose segments are built, as a worker process can be told."""
+    """A network whose segments are built; can be sent to a worker process."""
 
     def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
-        """By name, for the engines of a compiler.
+        """Return the segments by name for the engines of a compiler.
 
-        Weights that become part of them are loaded to `device`; without one the segments can be
-        found in the store, not built.
+        Weights that become part of them are loaded to `device`; without a device, segments can be
+        looked up in the store but not built.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TransformerSource:
-    """A transformer."""
+    """A transformer, for any checkpoint of its config."""
 
     config: DitConfig
     precision: Precision
     chunk: int
 
     def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
-        """As in `Source`; the same for all, as weights are inputs."""
+        """Return the segments; compiler and device do not matter, as weights are inputs."""
         return segments_of(self.config, self.precision, self.chunk)
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSource:
-    """A bundle's decoder, for the last picture of a preset."""
+    """The decoder of a bundle, for the final resolution of a preset."""
 
     bundle: Path
     preset: Preset
 
     def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
-        """As in `Source`. Raises BadWeights."""
+        """Return the segments; see `Source`. Raises BadWeights."""
         bundle = open_bundle(self.bundle)
         baked = (
             load_decoder(bundle, device) if compiler.bakes_weights and device is not None else None
@@ -85,7 +85,7 @@ class DecoderSource:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One engine to build, as a worker process can be told."""
+    """An engine to build; can be sent to a worker process."""
 
     source: Source
     segment: str
@@ -98,29 +98,29 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What became of a job."""
+    """Result of a job."""
 
     job: Job
-    seconds: float  # 0 where another process had just built it
+    seconds: float  # 0 if another process had just built the engine
     parity: tuple[Parity, ...] = ()
     error: str | None = None
 
 
 def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device) -> CompilerName:
-    """The way to build here: the best that there is, or the one asked for.
+    """Choose a compiler: the best that is available, or the requested one.
 
     Args:
         backend: "tensorrt", "aoti" or "auto".
-        frontend: of TensorRT, which it asks for; None: ONNX, or no TensorRT.
-        device: to build for.
+        frontend: front end of TensorRT, which it implies; None: ONNX if TensorRT is used.
+        device: device to build for.
 
-    Raises BadRequest with the reason where it cannot.
+    Raises BadRequest with the reason if the compiler is not available.
     """
     if frontend is not None and backend == "aoti":
         raise BadRequest(
-            "--frontend is TensorRT's",
+            "--frontend is an option of TensorRT",
             got=f"--frontend {frontend} with --backend aoti",
-            do="leave one of them out",
+            do="omit one of them",
         )
     if frontend is not None:
         backend = "tensorrt"
@@ -138,7 +138,7 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
     raise BadRequest(
         f"engines cannot be built by {backend} on {device}",
         got="; ".join(filter(None, reasons.values())),
-        do="mend what is said, or generate without engines",
+        do="fix the cause, or generate without engines",
     )
 
 
@@ -148,28 +148,27 @@ def jobs_for(
     device: torch.device,
     store: EngineStore,
 ) -> tuple[list[Job], list[Job]]:
-    """Engines to build, and those that the store has already; each once for all sources."""
+    """Return the engines to build and those already in the store, each once for all sources."""
     missing: dict[str, Job] = {}
-    fresh: dict[str, Job] = {}
+    stored: dict[str, Job] = {}
     for source in sources:
-        for segment, one in source.segments(COMPILERS[name], None).items():
-            key = key_of(one, name, device)
-            job = Job(source, segment, name, str(device), store.root, key)
-            found = store.find(key)
-            (missing if found.path is None else fresh)[key.digest] = job
-    return list(missing.values()), list(fresh.values())
+        for segment_name, segment in source.segments(COMPILERS[name], None).items():
+            key = key_of(segment, name, device)
+            job = Job(source, segment_name, name, str(device), store.root, key)
+            (missing if store.find(key).path is None else stored)[key.digest] = job
+    return list(missing.values()), list(stored.values())
 
 
 def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -> list[Built]:
-    """Build, each job in a process of its own: one that is killed fails alone.
+    """Build each job in a separate process, so that one that is killed fails alone.
 
-    When interrupted, what is being built is stopped and leaves nothing.
+    An interruption stops the running builds, which leave no files.
     """
     results: list[Built] = []
     pool = ThreadPoolExecutor(workers)
     try:
-        waiting = [pool.submit(_in_own_process, job) for job in jobs]
-        for future in as_completed(waiting):
+        futures = [pool.submit(_in_own_process, job) for job in jobs]
+        for future in as_completed(futures):
             results.append(future.result())
             on_built(results[-1])
     except BaseException:
@@ -186,23 +185,20 @@ def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -
 
 def _in_own_process(job: Job) -> Built:
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(1, mp_context=context) as one:
+    with ProcessPoolExecutor(1, mp_context=context) as process:
         try:
-            return one.submit(build, job).result()
+            return process.submit(build, job).result()
         except BrokenProcessPool:
-            reason = "its process was killed: was there enough memory? --jobs 1 takes less"
-        except Exception as error:  # of any library that took part
+            reason = "its process was killed, perhaps out of memory; --jobs 1 needs less"
+        except Exception as error:  # compilers may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return Built(job, 0.0, error=reason)
 
 
 def build(job: Job) -> Built:
-    """Build one engine, compare it with its segment, publish it.
-
-    An engine that does not compute what its segment does is not published.
-    """
+    """Build one engine, compare it with its segment, and store it if the results agree."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about itself
+    warnings.simplefilter("ignore", FutureWarning)  # from PyTorch, about its own code
     store, device = EngineStore(job.store), torch.device(job.device)
     compiler = COMPILERS[job.compiler]
     start = time.monotonic()
@@ -222,7 +218,7 @@ def build(job: Job) -> Built:
 
 
 def _compile(job: Job, segment: Segment, path: Path, device: torch.device) -> None:
-    """Write the engine of a segment. Raises EngineError."""
+    """Compile a segment to a file. Raises EngineError."""
 
     def say(text: str) -> None:
         if not job.quiet:
@@ -239,19 +235,19 @@ def _compile(job: Job, segment: Segment, path: Path, device: torch.device) -> No
 
 
 def unusable(entry: Entry) -> str | None:
-    """Why no run of this version on this machine takes an engine of the store; None if one may."""
+    """Return why this version cannot use a stored engine on this machine; None if it can."""
     try:
         sources, platform = entry.key["spec"]["sources"], dict(entry.key["platform"])
-        made_by = (entry.key["backend"], dict(entry.key["options"]))
-        compiler = next(c for c in COMPILERS.values() if (c.backend, dict(c.options)) == made_by)
+        built_by = (entry.key["backend"], dict(entry.key["options"]))
+        compiler = next(c for c in COMPILERS.values() if (c.backend, dict(c.options)) == built_by)
     except (KeyError, TypeError, ValueError, StopIteration):
-        return "its key is not one of this version"
+        return "its key is of another version"
     if sources not in (source_digest(), decoder_source_digest()):
-        return "made from other sources of the networks"
+        return "built from other sources of the networks"
     device = torch.device("cuda" if "gpu" in platform else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
-        return "for a GPU, and there is none"
+        return "built for a GPU, and none is available"
     reason = compiler.unavailable(device)
     if reason is None and dict(compiler.platform(device)) != platform:
-        reason = f"for another machine or other versions: {platform}"
+        reason = f"built for another machine or other versions: {platform}"
     return reason

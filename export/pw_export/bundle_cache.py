@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundles made on the way by the official command line's flags, kept for the next run."""
+"""Cache of bundles converted on the fly for the flags of the official command line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pw_runtime.checkpoint.bundle import MANIFEST
 def cached_bundle(
     *, wan: Path, draft: Path | None, highres: Path | None, say: Callable[[str], None]
 ) -> Path:
-    """The bundle of these checkpoints; converted on first use, found again afterwards.
+    """Return the bundle of these checkpoints, converting them on first use.
 
-    It lies in $PW_CACHE/bundles (default ~/.cache/pixelwizard/bundles) under a name made of
+    It is stored in $PW_CACHE/bundles (default ~/.cache/pixelwizard/bundles) under a digest of
     path, size and modification time of every source file.
 
     Raises BadRequest, BadWeights and WriteFailed as `convert` does.
@@ -25,9 +25,9 @@ def cached_bundle(
     home = Path(os.environ.get("PW_CACHE") or Path.home() / ".cache" / "pixelwizard")
     bundle = home / "bundles" / _fingerprint(wan, draft, highres)
     if (bundle / MANIFEST).exists():
-        say(f"using the bundle {bundle}, made of {wan} by an earlier run")
+        say(f"using the bundle {bundle}, converted from {wan} by an earlier run")
         return bundle
-    say(f"converting {wan} once, into {bundle}")
+    say(f"converting {wan} once, to {bundle}")
     convert(wan=wan, draft=draft, highres=highres, out=bundle, say=say)
     return bundle
 

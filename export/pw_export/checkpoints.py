@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published checkpoints as the networks of a bundle: names, shapes and configs, no data yet."""
+"""Published checkpoints as the networks of a bundle: names, shapes and configs, without data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pw_export import keymaps
 from pw_export.configs import count, dit_config, text_encoder_config, vae_config
 from pw_export.sources import Refs, read_pixelwizard, read_safetensors, read_state_dict, renamed
 from pw_export.upstream_configs import (
-    Stated,
+    ConfigFields,
     diffusers_dit,
     diffusers_vae,
     official_dit,
@@ -27,12 +27,12 @@ from pw_runtime.types import DitConfig, Network, TextEncoderConfig, VaeConfig
 
 _DIT_STEM = "diffusion_pytorch_model"
 _HIGHRES_ONLY = ("spatial_adapter.", "dt_embedding.")
-_MEANT = "check that this is the checkpoint you meant"
+_CHECK = "check that this is the checkpoint you meant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part(Generic[ConfigT]):
-    """One network: its config and its tensors under the bundle's names, in the model's order."""
+    """A network: its config, and its tensors with the bundle's names in the model's order."""
 
     config: ConfigT
     refs: Refs
@@ -40,7 +40,7 @@ class Part(Generic[ConfigT]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """All that goes into a bundle; `source` says by name what it was taken from."""
+    """Everything that goes into a bundle; `source` names the files it comes from."""
 
     draft: Part[DitConfig]
     highres: Part[DitConfig] | None
@@ -56,8 +56,8 @@ class _Base:
 
     layout: str
     config: Path
-    stated: Stated
-    dit: Callable[[], Refs]  # why: the shards may be absent when a draft checkpoint replaces them
+    fields: ConfigFields
+    dit: Callable[[], Refs]  # lazy: the shards may be missing if a draft checkpoint replaces them
     vae: Part[VaeConfig]
     text_encoder: Part[TextEncoderConfig]
     tokenizer: Path
@@ -68,25 +68,25 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Read headers and configs and check every name and shape, without reading the data.
 
-    Raises BadRequest for a path that holds no checkpoint, BadWeights for anything that is
-    missing, left over, damaged or contradictory.
+    Raises BadRequest for a path without a checkpoint, BadWeights for anything missing, left over,
+    damaged or contradictory.
     """
     base = _open_base(wan)
     source = {"layout": base.layout, "wan": wan.absolute().name}
     if draft is None:
-        low = _draft(str(wan), base.dit(), base)
+        draft_part = _draft(str(wan), base.dit(), base)
     else:
         refs, member = read_pixelwizard(draft, ema=ema, say=say)
-        low = _draft(str(draft), refs, base)
+        draft_part = _draft(str(draft), refs, base)
         source["draft"] = _named(draft, member)
-    high = None
+    highres_part = None
     if highres is not None:
         refs, member = read_pixelwizard(highres, ema=ema, say=say)
-        high = _highres(str(highres), refs, base)
+        highres_part = _highres(str(highres), refs, base)
         source["highres"] = _named(highres, member)
     return Checkpoint(
-        draft=low,
-        highres=high,
+        draft=draft_part,
+        highres=highres_part,
         vae=base.vae,
         text_encoder=base.text_encoder,
         tokenizer=_tokenizer(base.tokenizer),
@@ -95,7 +95,7 @@ def open_checkpoint(
 
 
 def _named(file: Path, member: str) -> str:
-    # why: published as lr/model.pt, 2k/model.pt and 4k/model.pt
+    # Published as lr/model.pt, 2k/model.pt and 4k/model.pt: the folder is part of the name.
     return f"{file.absolute().parent.name}/{file.name}:{member}"
 
 
@@ -103,7 +103,7 @@ def _open_base(wan: Path) -> _Base:
     if not wan.is_dir():
         raise BadRequest(
             f"there is no checkpoint folder {wan}",
-            got="a file" if wan.exists() else "nothing there",
+            got="a file" if wan.exists() else "no such folder",
             wanted="the folder of Wan2.2-TI2V-5B",
             do="check the path",
         )
@@ -112,7 +112,7 @@ def _open_base(wan: Path) -> _Base:
             f"{wan} is already a bundle",
             got=f"a folder with {MANIFEST}",
             wanted="the folder of Wan2.2-TI2V-5B",
-            do="use it as it is",
+            do="use it without converting",
         )
     if (wan / "transformer").is_dir():
         return _diffusers(wan)
@@ -122,7 +122,7 @@ def _open_base(wan: Path) -> _Base:
         f"{wan} is not a checkpoint of a known layout",
         got="neither config.json nor transformer/",
         wanted="the folder of Wan2.2-TI2V-5B as published by Wan-AI, or its diffusers form",
-        do="check the path; download the folder again, whole",
+        do="check the path, or download the whole folder again",
     )
 
 
@@ -134,7 +134,7 @@ def _official(wan: Path) -> _Base:
     return _Base(
         layout="official",
         config=wan / "config.json",
-        stated=official_dit(wan / "config.json"),
+        fields=official_dit(wan / "config.json"),
         dit=partial(read_safetensors, wan, _DIT_STEM),
         vae=_part("vae", str(vae_file), vae_config(vae_file, vae, {}), vae),
         text_encoder=_part(
@@ -149,7 +149,7 @@ def _diffusers(wan: Path) -> _Base:
     return _Base(
         layout="diffusers",
         config=transformer / "config.json",
-        stated=diffusers_dit(transformer / "config.json"),
+        fields=diffusers_dit(transformer / "config.json"),
         dit=lambda: renamed(
             transformer, read_safetensors(transformer, _DIT_STEM), keymaps.dit_from_diffusers
         ),
@@ -173,12 +173,12 @@ def _diffusers_vae(folder: Path) -> Part[VaeConfig]:
 
 def _transformers_text_encoder(folder: Path) -> Part[TextEncoderConfig]:
     refs = _untied(folder, read_safetensors(folder, "model"))
-    stated = transformers_text_encoder(folder / "config.json")
-    return _part("text_encoder", str(folder), text_encoder_config(folder, refs, stated), refs)
+    fields = transformers_text_encoder(folder / "config.json")
+    return _part("text_encoder", str(folder), text_encoder_config(folder, refs, fields), refs)
 
 
 def _untied(folder: Path, refs: Refs) -> Refs:
-    """The token table once: transformers may save it under either of its two names, or both."""
+    """Drop the second copy of the token table, which transformers saves under one name or both."""
     alias, name = keymaps.TEXT_ENCODER_ALIAS
     if alias not in refs:
         return refs
@@ -191,7 +191,7 @@ def _untied(folder: Path, refs: Refs) -> Refs:
             f"{folder} holds two different token tables",
             got=f"{alias} unlike {name}",
             wanted="one table, or two equal ones",
-            do=_MEANT,
+            do=_CHECK,
         )
     return rest
 
@@ -202,14 +202,14 @@ def _draft(what: str, refs: Refs, base: _Base) -> Part[DitConfig]:
             f"{what} is a high-res checkpoint and cannot be the draft",
             got=some_names(extra),
             wanted="a transformer without spatial adapter and dt embedding",
-            do="give it as --highres",
+            do="pass it as --highres",
         )
-    config = dit_config(what, refs, base.config, base.stated)
-    return _fitting(_part("draft", what, config, refs), what, base)
+    config = dit_config(what, refs, base.config, base.fields)
+    return _matching(_part("draft", what, config, refs), what, base)
 
 
 def _highres(what: str, refs: Refs, base: _Base) -> Part[DitConfig]:
-    config = dit_config(what, refs, base.config, base.stated)
+    config = dit_config(what, refs, base.config, base.fields)
     reached = [block for block in config.control_blocks if block < config.num_layers]
     if not (config.has_dt and config.adapter_dim and reached):
         extra = [name for name in refs if name.startswith(_HIGHRES_ONLY)]
@@ -217,32 +217,32 @@ def _highres(what: str, refs: Refs, base: _Base) -> Part[DitConfig]:
             f"{what} is not a high-res checkpoint",
             got=f"high-res tensors: {some_names(extra) or 'none'}",
             wanted="dt_embedding.*, spatial_adapter.* and a zero_layers.<i> of an existing block",
-            do="give PixelWizard's 2k or 4k checkpoint as --highres, its lr one as --draft",
+            do="pass PixelWizard's 2k or 4k checkpoint as --highres, its lr checkpoint as --draft",
         )
-    return _fitting(_part("highres", what, config, refs), what, base)
+    return _matching(_part("highres", what, config, refs), what, base)
 
 
 def _part(network: Network, what: str, config: ConfigT, refs: Refs) -> Part[ConfigT]:
-    # why: it loads transformers, which a mistyped path should not have to wait for
+    # Imports transformers, which takes seconds: a mistyped path should fail at once.
     from pw_runtime.models import expected_shapes
 
     try:
-        wanted = expected_shapes(network, config)
-    except ValueError as error:  # why: torch refuses widths that do not divide
-        raise BadWeights(f"{what} has impossible widths", got=error, do=_MEANT) from error
-    require_shapes(what, {name: ref.shape for name, ref in refs.items()}, wanted, do=_MEANT)
-    return Part(config=config, refs={name: refs[name] for name in wanted})
+        shapes = expected_shapes(network, config)
+    except ValueError as error:  # torch rejects widths that do not divide
+        raise BadWeights(f"{what} has impossible widths", got=error, do=_CHECK) from error
+    require_shapes(what, {name: ref.shape for name, ref in refs.items()}, shapes, do=_CHECK)
+    return Part(config=config, refs={name: refs[name] for name in shapes})
 
 
-def _fitting(part: Part[DitConfig], what: str, base: _Base) -> Part[DitConfig]:
+def _matching(part: Part[DitConfig], what: str, base: _Base) -> Part[DitConfig]:
     dit, z_dim = part.config, base.vae.config.z_dim
     got = (dit.in_dim, dit.out_dim, dit.text_dim)
-    wanted = (z_dim, z_dim, base.text_encoder.config.dim)
-    if got != wanted:
+    expected = (z_dim, z_dim, base.text_encoder.config.dim)
+    if got != expected:
         raise BadWeights(
-            f"{what} does not fit the VAE and the text encoder",
+            f"{what} does not match the VAE and the text encoder",
             got=f"latent channels in, latent channels out, text width: {got}",
-            wanted=str(wanted),
+            wanted=str(expected),
             do="take all networks from one family of checkpoints",
         )
     return part
@@ -252,9 +252,9 @@ def _tokenizer(folder: Path) -> tuple[Path, ...]:
     files = tuple(sorted(file for file in folder.glob("*") if file.is_file()))
     if not {"tokenizer.json", "spiece.model"} & {file.name for file in files}:
         raise BadWeights(
-            f"{folder} holds no tokenizer",
+            f"{folder} contains no tokenizer",
             got=some_names([file.name for file in files]) or "nothing",
             wanted="tokenizer.json or spiece.model",
-            do="download the checkpoint again, whole",
+            do="download the whole checkpoint again",
         )
     return files

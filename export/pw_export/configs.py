@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network configs from what a checkpoint says: its config files and its tensor shapes.
+"""Network configs, derived from a checkpoint's config files and tensor shapes.
 
-Where a config file states a number that shapes also show, both must agree.
+A number that both a config file and the shapes give must agree.
 """
 
 from __future__ import annotations
@@ -10,62 +10,70 @@ import re
 from pathlib import Path
 
 from pw_export.sources import Refs
-from pw_export.upstream_configs import Stated
+from pw_export.upstream_configs import ConfigFields
 from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 from pw_runtime.types import PATCH, Config, DitConfig, TextEncoderConfig, VaeConfig
 
 
-def dit_config(what: str, refs: Refs, file: Path, stated: Stated) -> DitConfig:
-    """The config of a transformer under official names; `stated` is what `file` says.
+def dit_config(what: str, refs: Refs, file: Path, fields: ConfigFields) -> DitConfig:
+    """Derive the config of a transformer with official tensor names.
 
-    Heads come from the file alone, as no shape shows them. Raises BadWeights.
+    Args:
+        what: subject of error messages.
+        refs: its tensors.
+        file: its config file.
+        fields: the content of `file`; the number of heads comes from it alone.
+
+    Raises BadWeights.
     """
     dim, in_dim = _shape(what, refs, "patch_embedding.weight", 5)[:2]
-    zero = [re.match(r"spatial_adapter\.zero_layers\.(\d+)\.", name) for name in refs]
+    zero_layers = [re.match(r"spatial_adapter\.zero_layers\.(\d+)\.", name) for name in refs]
     adapter = "spatial_adapter.backbone.0.weight"
     seen = {
         "dim": dim,
         "in_dim": in_dim,
         "out_dim": _shape(what, refs, "head.head.weight", 2)[0] // PATCH**2,
         "ffn_dim": _shape(what, refs, "blocks.0.ffn.0.weight", 2)[0],
-        "num_heads": stated["num_heads"],
+        "num_heads": fields["num_heads"],
         "num_layers": count(what, refs, r"blocks\.(\d+)\."),
         "text_dim": _shape(what, refs, "text_embedding.0.weight", 2)[1],
         "freq_dim": _shape(what, refs, "time_embedding.0.weight", 2)[1],
         "has_dt": "dt_embedding.0.weight" in refs,
         "adapter_dim": _shape(what, refs, adapter, 5)[0] if adapter in refs else 0,
-        "control_blocks": tuple(sorted({int(found[1]) for found in zero if found})),
+        "control_blocks": tuple(sorted({int(match[1]) for match in zero_layers if match})),
     }
     try:
-        config = DitConfig(**{**{k: stated[k] for k in ("text_len", "eps") if k in stated}, **seen})
+        config = DitConfig(**{**{k: fields[k] for k in ("text_len", "eps") if k in fields}, **seen})
     except ValueError as error:
         raise BadWeights(
-            f"{what} and {file} make no transformer",
+            f"{what} and {file} do not describe a valid transformer",
             got=error,
-            wanted="config and tensors of Wan2.2-TI2V-5B or of a model of its kind",
+            wanted="config and tensors of Wan2.2-TI2V-5B or of a model like it",
             do="take config and weights from one checkpoint",
         ) from error
-    _agree(file, stated, config)
+    _agree(file, fields, config)
     return config
 
 
-def vae_config(file: Path, refs: Refs, stated: Stated) -> VaeConfig:
-    """The config of a VAE under official names; the official layout states nothing.
+def vae_config(file: Path, refs: Refs, fields: ConfigFields) -> VaeConfig:
+    """Derive the config of a VAE with official tensor names.
 
-    Raises BadWeights, also where nothing gives the latent statistics of an unknown z_dim.
+    `fields` is empty for the official layout, which has no config file.
+
+    Raises BadWeights, also for an unknown z_dim without latent statistics.
     """
     z_dim = _shape(file, refs, "conv2.weight", 5)[0]
     known = z_dim == len(LATENT_MEAN)
-    mean = stated.get("latent_mean", LATENT_MEAN if known else ())
-    std = stated.get("latent_std", LATENT_STD if known else ())
+    mean = fields.get("latent_mean", LATENT_MEAN if known else ())
+    std = fields.get("latent_std", LATENT_STD if known else ())
     if (len(mean), len(std)) != (z_dim, z_dim):
         raise BadWeights(
-            f"the latent mean and deviation of {file} are not known",
+            f"the latent mean and standard deviation for {file} are unknown",
             got=f"{len(mean)} means and {len(std)} deviations",
             wanted=f"{z_dim} of each, one per latent channel",
-            do="convert the diffusers form of this checkpoint, whose vae/config.json states them",
+            do="convert the diffusers form of this checkpoint, whose vae/config.json lists them",
         )
     down, up = "encoder.downsamples", "decoder.upsamples"
     stages = count(file, refs, r"encoder\.downsamples\.(\d+)\.")
@@ -83,12 +91,14 @@ def vae_config(file: Path, refs: Refs, stated: Stated) -> VaeConfig:
         latent_mean=mean,
         latent_std=std,
     )
-    _agree(file, stated, config)
+    _agree(file, fields, config)
     return config
 
 
-def text_encoder_config(file: Path, refs: Refs, stated: Stated) -> TextEncoderConfig:
-    """The config of a UMT5 encoder under transformers names; the official layout states nothing.
+def text_encoder_config(file: Path, refs: Refs, fields: ConfigFields) -> TextEncoderConfig:
+    """Derive the config of a UMT5 encoder with transformers' tensor names.
+
+    `fields` is empty for the official layout, which has no config file.
 
     Raises BadWeights.
     """
@@ -103,9 +113,9 @@ def text_encoder_config(file: Path, refs: Refs, stated: Stated) -> TextEncoderCo
         num_heads=num_heads,
         num_layers=count(file, refs, r"encoder\.block\.(\d+)\."),
         num_buckets=num_buckets,
-        **{name: stated[name] for name in ("max_distance", "eps") if name in stated},
+        **{name: fields[name] for name in ("max_distance", "eps") if name in fields},
     )
-    _agree(file, stated, config)
+    _agree(file, fields, config)
     return config
 
 
@@ -118,11 +128,11 @@ def _shape(what: str | Path, refs: Refs, name: str, rank: int) -> tuple[int, ...
 
 
 def count(what: str | Path, refs: Refs, pattern: str) -> int:
-    """One more than the greatest number that a name holds where `pattern` has its group.
+    """Return one more than the largest number that the group of `pattern` matches in a name.
 
     Raises BadWeights when no name matches.
     """
-    numbers = [int(found[1]) for name in refs if (found := re.match(pattern, name))]
+    numbers = [int(match[1]) for name in refs if (match := re.match(pattern, name))]
     if not numbers:
         raise _incomplete(what, f"no tensor named like {pattern}", "at least one")
     return 1 + max(numbers)
@@ -130,10 +140,10 @@ def count(what: str | Path, refs: Refs, pattern: str) -> int:
 
 def _incomplete(what: str | Path, got: str, wanted: str) -> BadWeights:
     return BadWeights(
-        f"{what} is incomplete or of another kind",
+        f"{what} is incomplete or another kind of network",
         got=got,
         wanted=wanted,
-        do="check that this is Wan2.2-TI2V-5B or was trained from it; download it again",
+        do="check that this is Wan2.2-TI2V-5B or was trained from it, or download it again",
     )
 
 
@@ -142,11 +152,11 @@ def _dims(what: str | Path, refs: Refs, first: str, template: str, stages: int) 
     return tuple(_shape(what, refs, f"{name}.weight", 5)[0] for name in [first, *blocks])
 
 
-def _agree(file: Path, stated: Stated, config: Config) -> None:
-    if wrong := [name for name in stated if stated[name] != getattr(config, name)]:
+def _agree(file: Path, fields: ConfigFields, config: Config) -> None:
+    if wrong := [name for name in fields if fields[name] != getattr(config, name)]:
         raise BadWeights(
             f"{file} disagrees with the tensor shapes",
-            got=", ".join(f"{name} = {stated[name]}" for name in wrong),
+            got=", ".join(f"{name} = {fields[name]}" for name in wrong),
             wanted=", ".join(f"{name} = {getattr(config, name)}" for name in wrong),
             do="take config and weights from one checkpoint",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A published checkpoint becomes a bundle: nothing dropped, nothing rounded, all or nothing."""
+"""Convert a published checkpoint into a bundle: nothing dropped, nothing rounded, or no bundle."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pw_runtime.system.atomic_files import (
 )
 from pw_runtime.types import Network
 
-SHARD_BYTES = 2 * 2**30  # also the most tensor data held in memory, unless one tensor is larger
+SHARD_BYTES = 2 * 2**30  # also the most tensor data in memory, unless a single tensor is larger
 _GIB = 2**30
 
 
@@ -47,24 +47,28 @@ def convert(
     ema: bool = False,
     say: Callable[[str], None] = print,
 ) -> Bundle:
-    """Make the bundle `out` from a Wan2.2-TI2V-5B folder and PixelWizard's checkpoints.
+    """Create the bundle `out` from a Wan2.2-TI2V-5B folder and PixelWizard's checkpoints.
 
-    `wan` is in the official or in the diffusers layout. `draft` replaces its transformer,
-    whose shards are then not read; `highres` adds the second stage; `ema` takes the
-    `generator_ema` of both. Every tensor keeps its dtype and is used exactly once. All names
-    and shapes are checked before the first byte is written, and `out` appears only when it is
-    complete and on the disk. `say` receives a line of progress now and then.
+    Every tensor keeps its dtype and is used exactly once. All names and shapes are checked before
+    the first byte is written, and `out` appears only when it is complete and on disk.
 
-    Raises BadRequest (`out` exists, `wan` is no checkpoint), BadWeights (missing, unknown,
-    damaged or contradictory tensors), WriteFailed (no room, or the disk refuses).
+    Args:
+        wan: folder in the official or the diffusers layout.
+        out: folder that does not exist yet.
+        draft: checkpoint that replaces the transformer of `wan`, whose shards are then not read.
+        highres: checkpoint of the second stage.
+        ema: use the `generator_ema` of `draft` and `highres`.
+        say: called with lines of progress.
+
+    Raises BadRequest (`out` exists, `wan` is not a checkpoint), BadWeights (missing, unknown,
+    damaged or contradictory tensors), WriteFailed (disk full or failing).
     """
     require_absent(out)
     if ema and draft is None and highres is None:
         raise BadRequest(
-            "--ema has nothing to choose from",
+            "--ema needs a PixelWizard checkpoint",
             got="neither --draft nor --highres",
-            wanted="a PixelWizard checkpoint",
-            do="drop --ema, or name the checkpoint",
+            do="omit --ema, or pass the checkpoint",
         )
     checkpoint = open_checkpoint(wan, draft, highres, ema=ema, say=say)
     with atomic_folder(out, _size(checkpoint), say) as folder:
@@ -75,10 +79,10 @@ def convert(
 
 def _write(checkpoint: Checkpoint, folder: Path, say: Callable[[str], None]) -> None:
     files: dict[str, FileRecord] = {}
-    high = checkpoint.highres
+    highres = checkpoint.highres
     networks = Networks(
         draft=_write_network("draft", checkpoint.draft, folder, files, say),
-        highres=_write_network("highres", high, folder, files, say) if high else None,
+        highres=_write_network("highres", highres, folder, files, say) if highres else None,
         vae=_write_network("vae", checkpoint.vae, folder, files, say),
         text_encoder=_write_network("text_encoder", checkpoint.text_encoder, folder, files, say),
     )
@@ -132,7 +136,7 @@ def _shards(refs: Refs) -> list[Refs]:
 
 
 def _write_shard(path: Path, refs: Refs) -> None:
-    # why: save_file wants contiguous tensors that share no storage; mapped ones share the file
+    # save_file needs contiguous tensors without shared storage; mapped tensors share the file's.
     tensors = {
         name: ref.read().clone(memory_format=torch.contiguous_format) for name, ref in refs.items()
     }

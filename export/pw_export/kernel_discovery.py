@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels the published networks launch: found by running the stages on meta tensors.
+"""Find the kernels that the published networks launch, by running the stages on meta tensors.
 
-No list is kept by hand: what the runtime would launch is what gets compiled.
+There is no hand-written list: whatever the runtime would launch gets compiled.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pw_engines.eager import EagerEngine
 from pw_export.wan22_configs import DRAFT, HIGHRES, VAE
-from pw_kernels.launcher import Variant, recording
-from pw_kernels.launching import launching
+from pw_kernels.dispatch_anywhere import dispatch_anywhere
+from pw_kernels.launcher import recording
 from pw_kernels.op import Implementation, using
+from pw_kernels.variant import Variant
 from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import segments_of
@@ -39,17 +40,22 @@ from pw_runtime.types import (
 )
 
 META = torch.device("meta")
-STAGES = (PRESETS["draft"].draft, PRESETS["2k"].highres, PRESETS["4k"].highres)
-# Two blocks launch what thirty do, three steps what fifty do, three latent frames what 31 do: the
-# decode of the first differs from the others, and the last comes after two.
-LAYERS, STEPS, DECODED = 2, 3, 3
+STAGES = [
+    stage
+    for stage in (PRESETS["draft"].draft, PRESETS["2k"].highres, PRESETS["4k"].highres)
+    if stage is not None
+]
+# Two blocks launch the same kernels as thirty, three steps the same as fifty, two residual blocks
+# in each stage of the decoder the same as three, and three latent frames the same as 31: the first
+# frame decodes differently, and the second has no full past yet.
+LAYERS, STEPS, DECODER_BLOCKS, DECODED = 2, 3, 2, 3
 TEXT_TOKENS = 80
-ALL_TOKENS = 2**18  # at once: kernels do not depend on how many there are
+ALL_TOKENS = 2**18  # tokens per call; kernels do not depend on it
 CONVOLUTIONS = ("aten::convolution", "aten::conv2d", "aten::conv3d")
 
 
 def variants_for(gpu: tuple[int, int]) -> dict[str, Variant]:
-    """Variants by their keys that drafts, 2K and 4K clips take on such a GPU.
+    """Collect the kernel variants for drafts, 2K and 4K clips on a GPU, by key.
 
     Args:
         gpu: compute capability.
@@ -59,35 +65,38 @@ def variants_for(gpu: tuple[int, int]) -> dict[str, Variant]:
     vae = _decoder()
     with recording(gpu) as variants, torch.inference_mode():
         for attention in attentions:
-            with using("triton", attention=attention), launching(), _AsOnAGpu():
-                for plan in STAGES:
-                    assert plan is not None
-                    _run_stage(replace(plan, steps=STEPS), nets, vae)
+            with using("triton", attention=attention), dispatch_anywhere(), _GpuResults():
+                latents = [_run_stage(replace(stage, steps=STEPS), nets) for stage in STAGES]
+        with using("triton"), dispatch_anywhere(), _GpuResults():
+            for latent in latents:
+                _run_decoder(latent, vae)
     return variants
 
 
 def _transformer(config: DitConfig) -> SegmentedDiT:
-    """A network of the published widths in bf16, as the loader leaves it."""
+    """Build a network of the published widths in bf16, as the loader does."""
     with torch.device(META):
         net = WanDiT(replace(config, num_layers=LAYERS))
     stored = {name: store_dit_weight(name, w, "bf16") for name, w in net.state_dict().items()}
     net.load_state_dict(stored, assign=True)
     segments = segments_of(net.config, "bf16", ALL_TOKENS)
-    engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
+    engines = {
+        name: EagerEngine(segment.spec, segment.module) for name, segment in segments.items()
+    }
     return SegmentedDiT(net.requires_grad_(False), segments, engines)
 
 
 def _decoder() -> VaeDecoder:
-    """The published decoder in fp32, channels last, as the loader leaves it."""
+    """Build the published decoder in fp32, channels last, as the loader does."""
     with torch.device(META):
-        vae = VaeDecoder(VAE)
+        vae = VaeDecoder(replace(VAE, decoder_blocks=DECODER_BLOCKS))
     stored = {name: channels_last(w) for name, w in vae.state_dict().items()}
     vae.load_state_dict(stored, assign=True)
     return vae.requires_grad_(False)
 
 
-def _run_stage(plan: StageConfig, nets: dict[DitConfig, SegmentedDiT], vae: VaeDecoder) -> None:
-    """A stage of a clip, and the decode of its latent as every pixel format in every tiling."""
+def _run_stage(plan: StageConfig, nets: dict[DitConfig, SegmentedDiT]) -> Latent:
+    """Run a stage; return the first latent frames."""
     video, compat = VideoConfig(frames=121), Compat()
     context = torch.empty(TEXT_TOKENS, DRAFT.text_dim, device=META, dtype=torch.bfloat16)
     text = TextContext(cond=context, uncond=context)
@@ -101,6 +110,12 @@ def _run_stage(plan: StageConfig, nets: dict[DitConfig, SegmentedDiT], vae: VaeD
             nets[HIGHRES], text, conditioning, noise, plan, compat, lambda part: None
         )
     latent = Latent(x=latent.x[:, :DECODED])
+    return latent
+
+
+def _run_decoder(latent: Latent, vae: VaeDecoder) -> None:
+    """Decode a latent in every tiling and pixel format."""
+    compat = Compat()
     for strips in (1, 3, 4):
         for cut in (TilingConfig(strips=strips), TilingConfig(strips=strips, tiling="official")):
             for pixel_format in ("rgb24", "yuv420p"):
@@ -108,8 +123,8 @@ def _run_stage(plan: StageConfig, nets: dict[DitConfig, SegmentedDiT], vae: VaeD
                     pass
 
 
-class _AsOnAGpu(TorchDispatchMode):
-    """Lets meta tensors leave the GPU, and convolutions leave their results as cuDNN does."""
+class _GpuResults(TorchDispatchMode):
+    """Lets meta tensors be moved to the host, and gives convolutions cuDNN's memory layout."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -119,5 +134,5 @@ class _AsOnAGpu(TorchDispatchMode):
         if kwargs.get("device") == torch.device("cpu"):
             kwargs = kwargs | {"device": META}
         result = func(*args, **kwargs)
-        # cuDNN's results lie as its weights do; those of the meta device are always contiguous.
+        # cuDNN's results have the layout of its weights; those of the meta device are contiguous.
         return channels_last(result) if func._schema.name in CONVOLUTIONS else result

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor names of one network in two worlds, as tables.
+"""Tables that translate tensor names between the official files and other libraries.
 
-Official names are those of the Wan2.2-TI2V-5B files; the others are diffusers'
-WanTransformer3DModel and AutoencoderKLWan and transformers' UMT5EncoderModel. A bundle keeps the
-transformer and the VAE under official names and the text encoder under transformers names.
+Official names are those of the Wan2.2-TI2V-5B files; the others are those of diffusers'
+WanTransformer3DModel and AutoencoderKLWan and of transformers' UMT5EncoderModel. A bundle uses
+official names for transformers and VAE, and transformers' names for the text encoder.
 
-In a row `{b}` is a block, `{s}` a stage, `{j}` a module of a stage and `{side}` encoder or
-decoder; `.weight`, `.bias` and `.gamma` pass through. `tests/data/keys` holds the complete lists
-of the full-size models that prove the tables.
+In a row, `{b}` is a block, `{s}` a stage, `{j}` a module of a stage and `{side}` encoder or
+decoder; `.weight`, `.bias` and `.gamma` are kept. `tests/data/keys` has the complete name lists of
+the full-size models, against which the tables are tested.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _RESIDUAL = {
     "shortcut": "conv_shortcut",
 }
 
-_RESIDUAL_PLACES = {
+_RESIDUAL_PATHS = {
     "encoder.downsamples.{s}.downsamples.{j}": "encoder.down_blocks.{s}.resnets.{j}",
     "decoder.upsamples.{s}.upsamples.{j}": "decoder.up_blocks.{s}.resnets.{j}",
     "{side}.middle.0": "{side}.mid_block.resnets.0",
     "{side}.middle.2": "{side}.mid_block.resnets.1",
 }
 
-_RESAMPLE_PLACES = {
+_RESAMPLE_PATHS = {
     "encoder.downsamples.{s}.downsamples.{j}": "encoder.down_blocks.{s}.downsampler",
     "decoder.upsamples.{s}.upsamples.{j}": "decoder.up_blocks.{s}.upsampler",
 }
@@ -73,13 +73,13 @@ VAE_DIFFUSERS: tuple[Row, ...] = (
     ("{side}.middle.1.to_qkv", "{side}.mid_block.attentions.0.to_qkv"),
     ("{side}.middle.1.proj", "{side}.mid_block.attentions.0.proj"),
     *(
-        (f"{place}.{inner}", f"{there}.{name}")
-        for place, there in _RESIDUAL_PLACES.items()
+        (f"{official}.{inner}", f"{diffusers}.{name}")
+        for official, diffusers in _RESIDUAL_PATHS.items()
         for inner, name in _RESIDUAL.items()
     ),
     *(
-        (f"{place}.{inner}", f"{there}.{inner}")
-        for place, there in _RESAMPLE_PLACES.items()
+        (f"{official}.{inner}", f"{diffusers}.{inner}")
+        for official, diffusers in _RESAMPLE_PATHS.items()
         for inner in ("resample.1", "time_conv")
     ),
 )
@@ -102,7 +102,7 @@ TEXT_ENCODER_TRANSFORMERS: tuple[Row, ...] = (
     ("blocks.{b}.ffn.fc2", "encoder.block.{b}.layer.1.DenseReluDense.wo"),
 )
 
-# Transformers ties these two; a checkpoint may hold either name or both.
+# Transformers ties these two; a checkpoint may contain either name or both.
 TEXT_ENCODER_ALIAS = ("encoder.embed_tokens.weight", "shared.weight")
 
 _PLACEHOLDERS = {
@@ -144,41 +144,41 @@ def _translate(
     name: str, table: tuple[tuple[re.Pattern[str], str], ...], **known: int
 ) -> str | None:
     for pattern, template in table:
-        if found := pattern.fullmatch(name):
-            return template.format(**{**known, **found.groupdict()}) + found["leaf"]
+        if match := pattern.fullmatch(name):
+            return template.format(**{**known, **match.groupdict()}) + match["leaf"]
     return None
 
 
 def dit_to_diffusers(name: str) -> str | None:
-    """Official transformer name -> WanTransformer3DModel name; None for any other string."""
+    """Translate official transformer name -> WanTransformer3DModel name; None if unknown."""
     return _translate(name, _DIT_TO)
 
 
 def dit_from_diffusers(name: str) -> str | None:
-    """WanTransformer3DModel name -> official transformer name; None for any other string."""
+    """Translate WanTransformer3DModel name -> official transformer name; None if unknown."""
     return _translate(name, _DIT_FROM)
 
 
 def vae_to_diffusers(name: str) -> str | None:
-    """Official VAE name -> AutoencoderKLWan name; None for any other string."""
+    """Translate official VAE name -> AutoencoderKLWan name; None if unknown."""
     return _translate(name, _VAE_TO)
 
 
 def vae_from_diffusers(name: str, *, encoder_blocks: int, decoder_blocks: int) -> str | None:
-    """AutoencoderKLWan name -> official VAE name; None for any other string.
+    """Translate AutoencoderKLWan name -> official VAE name; None if unknown.
 
-    The official files number a stage's resampler after its residual blocks, diffusers does not
-    number it: hence the two counts of residual blocks per stage.
+    The official files number the resampler of a stage after its residual blocks; diffusers does
+    not number it. That is why the counts of residual blocks per stage are needed.
     """
     blocks = encoder_blocks if name.startswith("encoder.") else decoder_blocks
     return _translate(name, _VAE_FROM, j=blocks)
 
 
 def text_encoder_to_transformers(name: str) -> str | None:
-    """Official UMT5 name -> UMT5EncoderModel name; None for any other string."""
+    """Translate official UMT5 name -> UMT5EncoderModel name; None if unknown."""
     return _translate(name, _TEXT_TO)
 
 
 def text_encoder_from_transformers(name: str) -> str | None:
-    """UMT5EncoderModel name -> official UMT5 name; None for any other string."""
+    """Translate UMT5EncoderModel name -> official UMT5 name; None if unknown."""
     return _translate(name, _TEXT_FROM)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an ONNX model is one of a segment, as TensorRT wants it."""
+"""Check that an ONNX model implements a segment in a form that TensorRT accepts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pw_engines import DType, EngineSpec, TensorSpec
 from pw_engines.engine import EngineError
 from pw_engines.tensorrt.onnx_rules import check_importable
 
-LARGEST: Final = 1 << 20  # bytes; a model without weights has a tenth of it
-_KINDS: Final[dict[DType, str]] = {
+LARGEST: Final = 1 << 20  # bytes; models without weights have a tenth of that
+_DTYPES: Final[dict[DType, str]] = {
     "fp32": "FLOAT",
     "bf16": "BFLOAT16",
     "fp16": "FLOAT16",
@@ -20,15 +20,15 @@ _KINDS: Final[dict[DType, str]] = {
 
 
 def check_onnx(model: bytes, spec: EngineSpec) -> None:
-    """Check that a model is valid, that TensorRT's parser takes it, and that it is of `spec`.
+    """Check that a model is valid, that TensorRT's parser accepts it, and that it fits `spec`.
 
     Args:
-        model: serialised, weights being inputs.
-        spec: of the segment: names, dtypes and shapes of inputs and outputs, in order. A named
-            dimension may have its name, or its limit.
+        model: serialised model whose weights are inputs.
+        spec: names, dtypes and shapes of the segment's inputs and outputs, in order. A named
+            dimension may have its name or its limit in the model.
 
     Raises:
-        EngineError: one line per fault. Also where the package onnx is missing.
+        EngineError: with a line per fault; also if the package onnx is missing.
     """
     check_importable(model)
     import onnx
@@ -37,26 +37,27 @@ def check_onnx(model: bytes, spec: EngineSpec) -> None:
     faults = [*_port_faults("input", graph.input, spec.inputs, spec)]
     faults += _port_faults("output", graph.output, spec.outputs, spec)
     if len(model) > LARGEST:
-        faults.append(f"{len(model)} bytes, wanted at most {LARGEST}: it holds weights or tables")
+        faults.append(f"{len(model)} bytes, expected at most {LARGEST}: contains weights or tables")
     if faults:
-        raise EngineError("\n  ".join([f"the ONNX model is not one of {spec.segment}:", *faults]))
+        raise EngineError("\n  ".join([f"the ONNX model does not fit {spec.segment}:", *faults]))
 
 
 def _port_faults(
-    side: str, found: Sequence[Any], wanted: Sequence[TensorSpec], spec: EngineSpec
+    side: str, ports: Sequence[Any], tensors: Sequence[TensorSpec], spec: EngineSpec
 ) -> Iterator[str]:
-    """Inputs or outputs that are missing, too many, or of another dtype or shape."""
+    """Describe inputs or outputs that are missing, surplus, or of another dtype or shape."""
     import onnx
 
-    got, expected = [one.name for one in found], [one.name for one in wanted]
+    got, expected = [port.name for port in ports], [tensor.name for tensor in tensors]
     if got != expected:
-        yield f"{side}s: wanted {', '.join(expected)}, got {', '.join(got)}"
+        yield f"{side}s: expected {', '.join(expected)}, got {', '.join(got)}"
         return
     limits = dict(spec.limits)
-    for one, port in zip(wanted, found, strict=True):
-        kind = onnx.TensorProto.DataType.Name(port.type.tensor_type.elem_type)
-        if kind != _KINDS[one.dtype]:
-            yield f"{side} {one.name}: wanted {_KINDS[one.dtype]}, got {kind}"
+    for tensor, port in zip(tensors, ports, strict=True):
+        name, dtype = f"{side} {tensor.name}", _DTYPES[tensor.dtype]
+        port_dtype = onnx.TensorProto.DataType.Name(port.type.tensor_type.elem_type)
+        if port_dtype != dtype:
+            yield f"{name}: expected {dtype}, got {port_dtype}"
         shape = tuple(dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim)
-        if shape not in (one.shape, one.sized(limits)):
-            yield f"{side} {one.name}: wanted {one.shape} or {one.sized(limits)}, got {shape}"
+        if shape not in (tensor.shape, tensor.sized(limits)):
+            yield f"{name}: expected {tensor.shape} or {tensor.sized(limits)}, got {shape}"

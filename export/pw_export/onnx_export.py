@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX models of the segments, for TensorRT: weights are inputs, so a model has none.
+"""Export segments to ONNX for TensorRT, with weights as inputs, so that a model contains none.
 
     python -m pw_export.onnx_export --out DIR [--precision bf16] [--tokens 8192]
 
-writes those of the published networks. Nothing is computed and no weight exists: the segments are
-traced on the meta device.
+writes the models of the published networks. The segments are traced on the meta device: nothing is
+computed and no weights are needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pw_engines import DTYPES, EngineSpec
 from pw_engines.engine import EngineError
 from pw_engines.spec import SMALLEST
 from pw_export.onnx_check import check_onnx
-from pw_export.onnx_scatter import Writes
+from pw_export.onnx_scatter import ScatterRewriter
 from pw_export.wan22_configs import DRAFT, HIGHRES, VAE
 from pw_kernels.op import using
 from pw_runtime.execution.decoder_segments import segments_of_decode
@@ -38,9 +38,9 @@ from pw_runtime.presets import PRESETS
 from pw_runtime.system.atomic_files import atomic_file, atomic_folder, require_absent, write_text
 from pw_runtime.types import VAE_STRIDE, DitConfig, Precision, Preset, VaeConfig
 
-OPSET: Final = 20  # has Gelu and LayerNormalization; every TensorRT from 10.8 on takes it
-SPREAD = 1024  # values that a constant of one value may have
-TOKENS: Final = 8192  # of the published networks' segments; the larger resolutions take many calls
+OPSET: Final = 20  # has Gelu and LayerNormalization, and TensorRT 10.8 and later support it
+MAX_UNIFORM = 1024  # elements; larger constants of one value become an Expand
+TOKENS: Final = 8192  # per call, of the published networks; large resolutions take many calls
 
 
 def export_onnx(
@@ -54,17 +54,17 @@ def export_onnx(
     """Write the models of all segments of some networks.
 
     Args:
-        networks: by name; `out` gets a folder for each.
-        precision: in which the networks' weights are stored.
-        tokens: of a call.
-        out: a folder that does not exist yet.
-        say: takes a line for every model.
-        decoder: a VAE, and the preset whose clips it decodes: its graphs are of one size.
+        networks: configs by name; `out` gets a folder for each.
+        precision: precision of the networks' weights.
+        tokens: maximum tokens per call.
+        out: folder that does not exist yet.
+        say: called with a line for every model.
+        decoder: a VAE, and the preset that gives the size of its graphs.
 
     Raises:
         BadRequest: `out` exists.
-        WriteFailed: the disk refuses.
-        EngineError: as `export_segment` and `check_onnx` do.
+        WriteFailed: the disk is full or fails.
+        EngineError: from `export_segment` or `check_onnx`.
     """
     segments = {
         f"{network}/{name}": segment
@@ -83,24 +83,24 @@ def export_onnx(
 def write_onnx(
     segments: Mapping[str, Segment], out: Path, say: Callable[[str], None] = print
 ) -> None:
-    """Write the checked models of segments as `out`/NAME.onnx, and what they are as index.json.
+    """Write checked models of segments as `out`/NAME.onnx, with a description in index.json.
 
-    Networks share most segments: what several names stand for is exported once.
+    Networks share most segments: segments of equal spec are exported once.
 
     Args:
-        segments: by name, which may be a path.
-        out: a folder that does not exist yet.
-        say: takes a line for every model.
+        segments: by name, which may contain folders.
+        out: folder that does not exist yet.
+        say: called with a line for every model.
 
-    Raises as `export_onnx` does.
+    Raises the errors of `export_onnx`.
     """
     require_absent(out)
-    made: dict[EngineSpec, bytes] = {}
+    models: dict[EngineSpec, bytes] = {}
     for name, segment in segments.items():
-        if segment.spec in made:
+        if segment.spec in models:
             continue
         start = time.monotonic()
-        model = made[segment.spec] = export_segment(segment)
+        model = models[segment.spec] = export_segment(segment)
         check_onnx(model, segment.spec)
         say(f"{name}: {len(model) / 1024:.0f} KiB in {time.monotonic() - start:.1f} s")
     files = {f"{name}.onnx": segment.spec for name, segment in segments.items()}
@@ -108,28 +108,28 @@ def write_onnx(
         "made_by": _made_by(),
         "opset": OPSET,
         "models": [
-            {"file": file, "sha256": hashlib.sha256(made[spec]).hexdigest(), **asdict(spec)}
+            {"file": file, "sha256": hashlib.sha256(models[spec]).hexdigest(), **asdict(spec)}
             for file, spec in files.items()
         ],
     }
-    size = sum(len(made[spec]) for spec in files.values())
+    size = sum(len(models[spec]) for spec in files.values())
     with atomic_folder(out, size, say) as folder:
         for file, spec in files.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(folder / file) as partial:
-                partial.write_bytes(made[spec])
+                partial.write_bytes(models[spec])
         write_text(folder / "index.json", json.dumps(index, indent=2) + "\n")
 
 
 def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
-    """The ONNX model of a segment.
+    """Export a segment and return the serialised ONNX model.
 
-    Its inputs and outputs have the names of the spec. The same code gives the same bytes.
+    Inputs and outputs have the names of the spec. The same code gives the same bytes.
 
     Args:
-        segment: to export; its reference arithmetic is, whatever kernels are in use.
-        varying: keep the named dimensions of the spec, from SMALLEST to the limit; else they have
-            their limits, as in a TensorRT plan.
+        segment: the segment; its reference arithmetic is exported, whatever kernels are selected.
+        varying: keep the named dimensions of the spec dynamic, from SMALLEST to their limits; else
+            fix them at their limits, as in a TensorRT plan.
 
     Raises:
         EngineError: a package is missing, or PyTorch cannot export the segment.
@@ -138,13 +138,13 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
     baked = next(segment.module.buffers(), None)
     device = "meta" if baked is None else baked.device
     examples = tuple(
-        torch.empty(one.sized(limits), dtype=DTYPES[one.dtype], device=device)
-        for one in spec.inputs
+        torch.empty(tensor.sized(limits), dtype=DTYPES[tensor.dtype], device=device)
+        for tensor in spec.inputs
     )
     dims = {name: torch.export.Dim(name, min=SMALLEST, max=limit) for name, limit in spec.limits}
     axes = tuple(
-        {axis: dims[dim] for axis, dim in enumerate(one.shape) if isinstance(dim, str)}
-        for one in spec.inputs
+        {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
+        for tensor in spec.inputs
     )
     translations = _translations(sized=not varying)
     try:
@@ -154,8 +154,8 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
                 examples,
                 dynamo=True,
                 verbose=False,
-                input_names=[one.name for one in spec.inputs],
-                output_names=[one.name for one in spec.outputs],
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=(axes,) if varying else None,
                 opset_version=OPSET,
                 custom_translation_table=translations,
@@ -167,9 +167,9 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
 
 
 def _translations(*, sized: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Operators that PyTorch translates into something else than TensorRT should see.
+    """Return translations of operators that replace those of PyTorch, for TensorRT's sake.
 
-    Those that write into parts of a tensor are among them where all sizes are known.
+    With `sized`, when all sizes are known, they include operators that write into slices.
     """
     try:
         onnx: Any = importlib.import_module("onnx")
@@ -181,13 +181,13 @@ def _translations(*, sized: bool) -> dict[Callable[..., Any], Callable[..., Any]
         ) from error
 
     def divide(x: Any, y: Any, rounding_mode: str) -> Any:
-        # PyTorch's divides in fp32, which a GPU may round up to the next whole number
-        assert x.dtype.is_integer(), "only whole numbers are rounded"
-        assert rounding_mode == "trunc", "as ONNX divides whole numbers"
+        # PyTorch's translation divides in fp32, which a GPU may round up to the next integer
+        assert x.dtype.is_integer(), "only integers are rounded"
+        assert rounding_mode == "trunc", "the rounding of ONNX's integer division"
         return op.Div(x, y)
 
     def attend(q: Any, k: Any, v: Any, attn_mask: Any) -> Any:
-        # PyTorch's multiplies q and k by a bf16 number each, which is off by up to 0.2 %
+        # PyTorch's translation scales q and k by a bf16 factor each, which is off by up to 0.2 %
         scale = op.Constant(value_float=q.shape[-1] ** -0.5)
         scaled = op.Cast(op.Mul(op.Cast(q, to=onnx.TensorProto.FLOAT), scale), to=q.dtype)
         logits = op.Add(op.MatMul(scaled, op.Transpose(k, perm=[0, 1, 3, 2])), attn_mask)
@@ -198,14 +198,15 @@ def _translations(*, sized: bool) -> dict[Callable[..., Any], Callable[..., Any]
         aten.div.Tensor_mode: divide,
         aten.scaled_dot_product_attention.default: attend,
     }
-    return table | Writes(op).table() if sized else table
+    return table | ScatterRewriter(op).table() if sized else table
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what the exporter says to everyone: no torchvision, its own deprecated calls.
+    """Silence the exporter's own noise.
 
-    And that a dimension that several inputs have has one name.
+    It logs that torchvision is missing, and warns of deprecated calls of its own and of dimensions
+    that several inputs share.
     """
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
@@ -220,14 +221,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _signed(model: Any, spec: EngineSpec) -> bytes:
-    """The model with our metadata instead of PyTorch's, which has paths of the machine."""
+    """Serialise the model with our metadata instead of PyTorch's, which contain local paths."""
     graph = model.graph
-    for part in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
+    for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
     graph.ClearField("metadata_props")
     graph.name = spec.segment
-    _spread(graph)
+    _expand_uniform_constants(graph)
     for key, value in {
         "segment": spec.segment,
         "sources": spec.sources,
@@ -238,19 +239,19 @@ def _signed(model: Any, spec: EngineSpec) -> bytes:
     return data
 
 
-def _spread(graph: Any) -> None:
-    """Write large constants of one value, such as the past before a clip, as that one value."""
+def _expand_uniform_constants(graph: Any) -> None:
+    """Replace large constants of a single value, such as the past before a clip, by an Expand."""
     onnx: Any = importlib.import_module("onnx")
     kept, nodes = [], []
     for constant in graph.initializer:
         values = onnx.numpy_helper.to_array(constant)
-        if values.size <= SPREAD or (values != values.flat[0]).any():
+        if values.size <= MAX_UNIFORM or (values != values.flat[0]).any():
             kept.append(constant)
             continue
-        one, shape = f"{constant.name}.value", f"{constant.name}.shape"
-        kept.append(onnx.numpy_helper.from_array(values.flat[:1], one))
+        value, shape = f"{constant.name}.value", f"{constant.name}.shape"
+        kept.append(onnx.numpy_helper.from_array(values.flat[:1], value))
         kept.append(onnx.helper.make_tensor(shape, 7, [values.ndim], values.shape))  # int64
-        nodes.append(onnx.helper.make_node("Expand", [one, shape], [constant.name]))
+        nodes.append(onnx.helper.make_node("Expand", [value, shape], [constant.name]))
     rest = list(graph.node)
     graph.ClearField("initializer")
     graph.ClearField("node")
@@ -268,10 +269,10 @@ def _made_by() -> str:
 def main() -> None:
     """Run `python -m pw_export.onnx_export`."""
     parser = argparse.ArgumentParser(description="Write ONNX models of the published networks.")
-    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="folder that must not exist yet")
     parser.add_argument("--precision", choices=get_args(Precision), default="bf16")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a call of a segment")
-    parser.add_argument("--preset", choices=PRESETS, help="the decoder's graphs too, of its size")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="maximum tokens per call")
+    parser.add_argument("--preset", choices=PRESETS, help="also export the decoder, for its size")
     arguments = parser.parse_args()
     networks = {"draft": DRAFT, "highres": HIGHRES}
     decoder = (VAE, PRESETS[arguments.preset]) if arguments.preset else None

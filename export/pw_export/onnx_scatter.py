@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes into parts of a tensor, as ONNX has none: the parts are joined.
+"""Rewrite writes into slices of a tensor as concatenations, for ONNX.
 
-The networks make a tensor and fill it part by part, so that nothing is joined in memory. What
-PyTorch translates that into, ScatterND over ranges of indices, TensorRT does not take.
+The networks allocate a tensor and fill it slice by slice, so that nothing is concatenated in
+memory. PyTorch translates that to ScatterND over ranges of indices, unsupported by TensorRT.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import Any, NamedTuple
 import torch
 
 
-class _Part(NamedTuple):
-    """Rows [start, stop) of a tensor along some dimension: those of `value` from `offset` on."""
+class _Span(NamedTuple):
+    """Rows [start, stop) of a tensor along some dimension, taken from `value` at `offset`."""
 
     start: int
     stop: int
     value: Any
     offset: int
-    rows: int  # that `value` has
+    rows: int  # of `value`
 
 
-class Writes:
-    """The translations for one model; all sizes must be known."""
+class ScatterRewriter:
+    """Translations for one model; all sizes must be known."""
 
     def __init__(self, op: Any) -> None:
-        """Take the opset to make operators of."""
+        """Store the opset that creates operators."""
         self._op = op
-        # Result of a write -> dimension and parts: what a later write covers is then never joined.
-        self._parts: dict[Any, tuple[int, list[_Part]]] = {}
+        # Result of a write -> dimension and spans. A span that a later write covers is dropped.
+        self._spans: dict[Any, tuple[int, list[_Span]]] = {}
 
     def table(self) -> dict[Callable[..., Any], Callable[..., Any]]:
-        """PyTorch's operators -> translations, for `torch.onnx.export`."""
+        """Return the translations by PyTorch operator, for `torch.onnx.export`."""
         aten = torch.ops.aten
         return {
             aten.slice_scatter.default: _function(self.slice_scatter),
@@ -52,66 +52,68 @@ class Writes:
         end: int | None = None,
         step: int = 1,
     ) -> Any:
-        """x with src in place of every `step`-th of its rows from `start` to `end` along `dim`."""
+        """Replace every `step`-th row of x from `start` to `end` along `dim` by src."""
         dim, size, shape = dim % len(x.shape), x.shape[dim], list(x.shape)
         first, last, _ = slice(start, end).indices(size)
         if last <= first:
             return self._op.Identity(x)
         if step == 1:
-            return self._written(x, size, src, dim, first, last)
+            return self._replace_rows(x, size, src, dim, first, last)
         regular = size % step == 0 and first < step and last == size
-        assert regular, "a row in each group of `step` rows"
+        assert regular, "expected one row in each group of `step` rows"
         groups = self._reshape(x, [*shape[:dim], size // step, step, *shape[dim + 1 :]])
         row = self._op.Unsqueeze(src, self._ints([dim + 1]))
-        return self._reshape(self._written(groups, step, row, dim + 1, first, first + 1), shape)
+        return self._reshape(
+            self._replace_rows(groups, step, row, dim + 1, first, first + 1), shape
+        )
 
     def select_scatter(self, x: Any, src: Any, dim: int, index: int) -> Any:
-        """x with src in place of row `index` along `dim`."""
+        """Replace row `index` of x along `dim` by src."""
         index %= x.shape[dim]
         row = self._op.Unsqueeze(src, self._ints([dim % len(x.shape)]))
-        return self._written(x, x.shape[dim], row, dim % len(x.shape), index, index + 1)
+        return self._replace_rows(x, x.shape[dim], row, dim % len(x.shape), index, index + 1)
 
     def copy(self, x: Any, src: Any, non_blocking: bool = False) -> Any:
-        """src in x's shape; both have one dtype."""
-        assert x.dtype == src.dtype, "a copy that rounds"
+        """Expand src to the shape of x; the dtypes must be equal."""
+        assert x.dtype == src.dtype, "a copy must not change the dtype"
         shape = list(x.shape)
         same = list(src.shape) == shape
         return self._op.Identity(src) if same else self._op.Expand(src, self._ints(shape))
 
     def split(self, x: Any, size: int, dim: int = 0) -> list[Any]:
-        """Parts of x of `size` rows, the last one of what remains."""
+        """Split x into `size` rows each, the last one having the rest."""
         rows = x.shape[dim]
         return [
-            self._rows(_Part(low, min(low + size, rows), x, low, rows), dim % len(x.shape))
+            self._rows(_Span(low, min(low + size, rows), x, low, rows), dim % len(x.shape))
             for low in range(0, rows, size)
         ]
 
-    def _written(self, x: Any, size: int, src: Any, dim: int, first: int, last: int) -> Any:
-        """x, of `size` rows along `dim`, with src in place of those from `first` to `last`."""
-        known, parts = self._parts.get(x, (dim, []))
-        if known != dim or not parts:
-            parts = [_Part(0, size, x, 0, size)]
-        left = [part._replace(stop=min(part.stop, first)) for part in parts]
-        cut = [max(0, last - part.start) for part in parts]
+    def _replace_rows(self, x: Any, size: int, src: Any, dim: int, first: int, last: int) -> Any:
+        """Replace rows `first` to `last` of x, of `size` rows along `dim`, by src."""
+        known_dim, spans = self._spans.get(x, (dim, []))
+        if known_dim != dim or not spans:
+            spans = [_Span(0, size, x, 0, size)]
+        left = [span._replace(stop=min(span.stop, first)) for span in spans]
+        cut = [max(0, last - span.start) for span in spans]
         right = [
-            part._replace(start=part.start + rows, offset=part.offset + rows)
-            for part, rows in zip(parts, cut, strict=True)
+            span._replace(start=span.start + rows, offset=span.offset + rows)
+            for span, rows in zip(spans, cut, strict=True)
         ]
-        parts = [*left, _Part(first, last, src, 0, last - first), *right]
-        parts = [part for part in parts if part.start < part.stop]
-        values = [self._rows(part, dim) for part in parts]
-        whole = len(values) == 1
-        result = self._op.Identity(src) if whole else self._op.Concat(*values, axis=dim)
-        self._parts[result] = (dim, parts)
+        spans = [*left, _Span(first, last, src, 0, last - first), *right]
+        spans = [span for span in spans if span.start < span.stop]
+        values = [self._rows(span, dim) for span in spans]
+        covered = len(values) == 1
+        result = self._op.Identity(src) if covered else self._op.Concat(*values, axis=dim)
+        self._spans[result] = (dim, spans)
         return result
 
-    def _rows(self, part: _Part, dim: int) -> Any:
-        """The rows of `value` that a part has."""
-        stop = part.offset + part.stop - part.start
-        if (part.offset, stop) == (0, part.rows):
-            return part.value
-        bounds = [self._ints([at]) for at in (part.offset, stop, dim)]
-        return self._op.Slice(part.value, *bounds)
+    def _rows(self, span: _Span, dim: int) -> Any:
+        """Slice the rows of a span out of its value."""
+        stop = span.offset + span.stop - span.start
+        if (span.offset, stop) == (0, span.rows):
+            return span.value
+        bounds = [self._ints([bound]) for bound in (span.offset, stop, dim)]
+        return self._op.Slice(span.value, *bounds)
 
     def _reshape(self, x: Any, shape: Sequence[int]) -> Any:
         return self._op.Reshape(x, self._ints(shape))
@@ -121,7 +123,7 @@ class Writes:
 
 
 def _function(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method as a function: PyTorch writes an attribute on what it registers."""
+    """Wrap a method in a function: PyTorch sets an attribute on translations."""
 
     @wraps(method)
     def call(*args: Any, **options: Any) -> Any:

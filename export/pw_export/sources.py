@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weight files as lazily read tensors: safetensors folders and PyTorch pickles."""
+"""Published weight files, safetensors folders and PyTorch pickles, as lazily read tensors."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from pw_export.upstream_configs import read_json
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 
-_FETCH = "download it again from its publisher"
+_DOWNLOAD = "download it again from its publisher"
 _SAFETENSORS_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOATS = frozenset(_SAFETENSORS_FLOATS.values())
-# Left in the names by FSDP, activation checkpointing and torch.compile.
+# Added to names by FSDP, activation checkpointing and torch.compile.
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ref:
-    """A tensor still on disk; `read` maps it into memory."""
+    """A tensor on disk; `read` maps it into memory."""
 
     shape: tuple[int, ...]
-    dtype: str  # as in torch, without "torch."
+    dtype: str  # name in torch, without "torch."
     read: Callable[[], torch.Tensor]
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensor's data."""
+        """Size of the data."""
         itemsize: int = getattr(torch, self.dtype).itemsize
         return prod(self.shape) * itemsize
 
@@ -51,10 +51,10 @@ class _Index:
 
 
 def read_safetensors(folder: Path, stem: str) -> Refs:
-    """The tensors of `folder/stem*.safetensors`: one file, or the shards that an index names.
+    """Open `folder/stem*.safetensors`: a single file, or the shards listed in an index.
 
-    Raises BadWeights for a missing or damaged shard, a tensor in two shards, and any
-    disagreement between the index and the shards.
+    Raises BadWeights for a missing or damaged shard, a tensor in two shards, and any difference
+    between the index and the shards.
     """
     index = folder / f"{stem}.safetensors.index.json"
     files = sorted(folder.glob(f"{stem}*.safetensors"))
@@ -64,52 +64,55 @@ def read_safetensors(folder: Path, stem: str) -> Refs:
         raise BadWeights(
             f"{folder} has no usable weights",
             got=f"{len(files)} files named {stem}*.safetensors and no {index.name}",
-            wanted=f"one file, or {index.name} and the shards it names",
-            do="download the folder again, whole",
+            wanted=f"one file, or {index.name} and the shards it lists",
+            do="download the whole folder again",
         )
     weight_map = read_json(index, _Index).weight_map
     shards = sorted(set(weight_map.values()))
     if unnamed := {file.name for file in files} - set(shards):
         raise BadWeights(
-            f"{index} does not name every shard beside it",
+            f"{index} does not list every shard in its folder",
             got=some_names(unnamed),
             wanted=some_names(shards),
-            do="move away the files that do not belong to this checkpoint",
+            do="remove the files that do not belong to this checkpoint",
         )
     refs: Refs = {}
     for shard in shards:
-        inside = _open_safetensors(folder / shard)
-        named = {name for name, file in weight_map.items() if file == shard}
-        if twice := inside.keys() & refs.keys():
+        in_shard = _open_safetensors(folder / shard)
+        in_index = {name for name, file in weight_map.items() if file == shard}
+        if duplicates := in_shard.keys() & refs.keys():
             raise BadWeights(
                 f"{folder / shard} repeats tensors of another shard",
-                got=some_names(twice),
+                got=some_names(duplicates),
                 wanted="every tensor in one shard",
-                do=_FETCH,
+                do=_DOWNLOAD,
             )
-        if wrong := inside.keys() ^ named:
+        if mismatched := in_shard.keys() ^ in_index:
             raise BadWeights(
                 f"{index} and {shard} disagree",
-                got=f"only in one of them: {some_names(wrong)}",
+                got=f"only in one of them: {some_names(mismatched)}",
                 wanted="the same tensors in both",
                 do="download both again",
             )
-        refs |= inside
+        refs |= in_shard
     return refs
 
 
 def read_state_dict(path: Path) -> Refs:
-    """The tensors of a pickled state dict. Raises BadWeights."""
+    """Open a pickled state dict. Raises BadWeights."""
     return _refs(path, _load_pickle(path))
 
 
 def read_pixelwizard(path: Path, *, ema: bool, say: Callable[[str], None]) -> tuple[Refs, str]:
-    """The tensors of a PixelWizard training checkpoint and the member they were taken from.
+    """Open a PixelWizard training checkpoint.
 
-    Takes `generator_ema` if `ema`; otherwise `generator`, else `generator_ema`, else the file
-    itself. Wrapper infixes and a leading `model.` that all names share are cut from the names.
+    Uses `generator_ema` if `ema`; otherwise `generator`, else `generator_ema`, else the file
+    itself. Removes wrapper infixes, and a leading `model.` shared by all names.
 
-    Raises BadWeights, also where cutting makes two names one.
+    Returns:
+        The tensors, and the member that they come from.
+
+    Raises BadWeights, also if two names become equal.
     """
     content = _mapping(path, _load_pickle(path))
     members = [m for m in ("generator", "generator_ema") if m in content]
@@ -122,7 +125,7 @@ def read_pixelwizard(path: Path, *, ema: bool, say: Callable[[str], None]) -> tu
         )
     member = "generator_ema" if ema else members[0] if members else ""
     if member == "generator_ema" and not ema:
-        say(f"{path.name}: no generator inside, taking generator_ema")
+        say(f"{path.name}: no generator, using generator_ema")
     refs = _refs(path, content[member] if member else content)
     clean = {name: _WRAPPERS.sub("", name) for name in refs}
     if all(name.startswith("model.") for name in clean.values()):
@@ -131,7 +134,7 @@ def read_pixelwizard(path: Path, *, ema: bool, say: Callable[[str], None]) -> tu
 
 
 def renamed(where: Path, refs: Refs, translate: Callable[[str], str | None]) -> Refs:
-    """The same tensors under new names. Raises BadWeights for names unknown or merged."""
+    """Rename tensors. Raises BadWeights for unknown names and for names that become equal."""
     result: Refs = {}
     unknown = []
     for old, ref in refs.items():
@@ -140,16 +143,16 @@ def renamed(where: Path, refs: Refs, translate: Callable[[str], str | None]) -> 
             unknown.append(old)
         elif new in result:
             raise BadWeights(
-                f"{where} holds one tensor under two names",
-                got=f"{old} and another, both meaning {new}",
+                f"{where} contains a tensor under two names",
+                got=f"{old} and another name, both for {new}",
                 wanted="every tensor once",
-                do=_FETCH,
+                do=_DOWNLOAD,
             )
         else:
             result[new] = ref
     if unknown:
         raise BadWeights(
-            f"{where} has tensors of no known use",
+            f"{where} has unknown tensors",
             got=some_names(unknown),
             wanted="the tensors of Wan2.2-TI2V-5B and nothing else",
             do="check that this is the checkpoint you meant",
@@ -164,7 +167,10 @@ def _open_safetensors(path: Path) -> Refs:
         raise _unreadable(path, error) from error
     except SafetensorError as error:
         raise BadWeights(
-            f"{path} cannot be read", got=error, wanted="a whole safetensors file", do=_FETCH
+            f"{path} cannot be read",
+            got=error,
+            wanted="a complete safetensors file",
+            do=_DOWNLOAD,
         ) from error
     refs: Refs = {}
     for name in shard.keys():  # noqa: SIM118
@@ -181,7 +187,7 @@ def _open_safetensors(path: Path) -> Refs:
 def _mapping(path: Path, content: object) -> Mapping[object, object]:
     if not isinstance(content, Mapping):
         raise BadWeights(
-            f"{path} holds no state dict",
+            f"{path} contains no state dict",
             got=type(content).__name__,
             wanted="names and tensors",
             do="check that this is the checkpoint you meant",
@@ -191,7 +197,7 @@ def _mapping(path: Path, content: object) -> Mapping[object, object]:
 
 def _refs(path: Path, content: object) -> Refs:
     refs: Refs = {}
-    strange = []
+    others = []
     for name, tensor in _mapping(path, content).items():
         plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
         if isinstance(tensor, torch.Tensor) and plain and not tensor.is_meta:
@@ -201,11 +207,11 @@ def _refs(path: Path, content: object) -> Refs:
                 read=tensor.detach,
             )
         else:
-            strange.append(str(name))
-    if strange:
+            others.append(str(name))
+    if others:
         raise BadWeights(
-            f"{path} holds things that are not plain tensors",
-            got=some_names(strange),
+            f"{path} contains objects that are not plain tensors",
+            got=some_names(others),
             wanted="names and dense tensors, or a member named generator or generator_ema",
             do="check that this is the checkpoint you meant",
         )
@@ -215,7 +221,7 @@ def _refs(path: Path, content: object) -> Refs:
 def _floats_only(path: Path, refs: Refs) -> Refs:
     if odd := [f"{name} ({ref.dtype})" for name, ref in refs.items() if ref.dtype not in FLOATS]:
         raise BadWeights(
-            f"{path} holds integer or quantised tensors",
+            f"{path} contains integer or quantised tensors",
             got=some_names(odd),
             wanted=" or ".join(sorted(FLOATS)),
             do="convert the full-precision checkpoint",
@@ -224,7 +230,7 @@ def _floats_only(path: Path, refs: Refs) -> Refs:
 
 
 def _load_pickle(path: Path) -> object:
-    """Load without running any code the file may carry; tensors stay mapped if it is a zip."""
+    """Load without running code from the file; tensors of a zip archive stay mapped."""
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
@@ -233,20 +239,20 @@ def _load_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as error:
         raise _unreadable(path, error) from error
-    except Exception as error:  # why: broken bytes make the unpickler raise anything
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         if blocked and isinstance(error, pickle.UnpicklingError):
             raise BadWeights(
-                f"{path} asks to execute code; it was not loaded",
-                got=f"a pickle that wants {blocked[1]}",
+                f"{path} asks to execute code and was not loaded",
+                got=f"a pickle that calls {blocked[1]}",
                 wanted="tensors only",
-                do="get it from a publisher you trust; if it is your own, save its tensors only",
+                do="get it from a trusted publisher; if it is your own, save only its tensors",
             ) from None
         raise BadWeights(
             f"{path} cannot be read",
             got=str(error) or type(error).__name__,
-            wanted="a whole PyTorch checkpoint",
-            do=_FETCH,
+            wanted="a complete PyTorch checkpoint",
+            do=_DOWNLOAD,
         ) from error
 
 
@@ -255,5 +261,5 @@ def _unreadable(path: Path, error: OSError) -> BadWeights:
         f"{path} cannot be read",
         got="a folder" if path.is_dir() else error.strerror or "No such file",
         wanted="a weight file",
-        do="check the path; if it is right, download the checkpoint again, whole",
+        do="check the path; if it is right, download the whole checkpoint again",
     )

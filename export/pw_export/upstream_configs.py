@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What published config files say, under the field names of pw_runtime.types.
+"""Published config files, translated to the field names of pw_runtime.types.
 
-Keys that say nothing about the mathematics, or that tensor shapes decide, are passed over.
+Keys that do not affect the mathematics, or that tensor shapes determine, are ignored.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from pw_runtime.errors import BadWeights
 
-Stated = Mapping[str, Any]
+ConfigFields = Mapping[str, Any]
 FileT = TypeVar("FileT")
 
 
-def read_json(path: Path, kind: type[FileT]) -> FileT:
-    """A JSON file as the dataclass `kind`; keys it does not name are ignored. Raises BadWeights."""
+def read_json(path: Path, file_type: type[FileT]) -> FileT:
+    """Read a JSON file as the dataclass `file_type`, ignoring other keys. Raises BadWeights."""
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+        return TypeAdapter(file_type).validate_json(path.read_bytes(), strict=True)
     except OSError as error:
         reason = error.strerror
     except ValidationError as error:
@@ -38,7 +38,7 @@ def read_json(path: Path, kind: type[FileT]) -> FileT:
 
 @dataclass(frozen=True, slots=True)
 class _OfficialDit:
-    num_heads: int  # the one number that nothing else shows
+    num_heads: int  # the only number that no tensor shape shows
     dim: int | None = None
     ffn_dim: int | None = None
     num_layers: int | None = None
@@ -69,10 +69,10 @@ class _DiffusersVae:
     z_dim: int
     dim_mult: tuple[int, ...]
     num_res_blocks: int
-    temperal_downsample: tuple[bool, ...]  # spelt so upstream
+    temperal_downsample: tuple[bool, ...]  # upstream spelling
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
-    is_residual: Literal[True]  # False is the VAE of Wan2.1, which has other mathematics
+    is_residual: Literal[True]  # False: the VAE of Wan2.1, a different network
     patch_size: Literal[2]
 
 
@@ -90,60 +90,58 @@ class _TransformersUmt5:
     feed_forward_proj: Literal["gated-gelu"]
 
 
-def official_dit(file: Path) -> Stated:
-    """config.json of the official layout; it does not say text_dim. Raises BadWeights.
+def official_dit(file: Path) -> ConfigFields:
+    """Read config.json of the official layout, which lacks text_dim. Raises BadWeights.
 
-    What it leaves out is seen from the shapes or is the official default.
+    Missing fields follow from the shapes or have the official default.
     """
-    said = asdict(read_json(file, _OfficialDit))
-    return {name: value for name, value in said.items() if value is not None}
+    cfg = asdict(read_json(file, _OfficialDit))
+    return {name: value for name, value in cfg.items() if value is not None}
 
 
-def diffusers_dit(file: Path) -> Stated:
-    """transformer/config.json of diffusers; it does not say text_len. Raises BadWeights."""
-    said = read_json(file, _DiffusersDit)
+def diffusers_dit(file: Path) -> ConfigFields:
+    """Read transformer/config.json of diffusers, which lacks text_len. Raises BadWeights."""
+    cfg = read_json(file, _DiffusersDit)
     return {
-        "num_heads": said.num_attention_heads,
-        "dim": said.num_attention_heads * said.attention_head_dim,
-        "ffn_dim": said.ffn_dim,
-        "num_layers": said.num_layers,
-        "in_dim": said.in_channels,
-        "out_dim": said.out_channels,
-        "text_dim": said.text_dim,
-        "freq_dim": said.freq_dim,
-        "eps": said.eps,
+        "num_heads": cfg.num_attention_heads,
+        "dim": cfg.num_attention_heads * cfg.attention_head_dim,
+        "ffn_dim": cfg.ffn_dim,
+        "num_layers": cfg.num_layers,
+        "in_dim": cfg.in_channels,
+        "out_dim": cfg.out_channels,
+        "text_dim": cfg.text_dim,
+        "freq_dim": cfg.freq_dim,
+        "eps": cfg.eps,
     }
 
 
-def diffusers_vae(file: Path) -> Stated:
-    """vae/config.json of diffusers. Raises BadWeights."""
-    said = read_json(file, _DiffusersVae)
-    decoder_base = said.decoder_base_dim or said.base_dim
+def diffusers_vae(file: Path) -> ConfigFields:
+    """Read vae/config.json of diffusers. Raises BadWeights."""
+    cfg = read_json(file, _DiffusersVae)
+    decoder_base = cfg.decoder_base_dim or cfg.base_dim
     return {
-        "z_dim": said.z_dim,
-        "encoder_dims": tuple(said.base_dim * m for m in (1, *said.dim_mult)),
-        "decoder_dims": tuple(
-            decoder_base * m for m in (*said.dim_mult[-1:], *said.dim_mult[::-1])
-        ),
-        "encoder_blocks": said.num_res_blocks,
-        "decoder_blocks": said.num_res_blocks + 1,
-        "temporal_downsample": said.temperal_downsample,
-        "latent_mean": said.latents_mean,
-        "latent_std": said.latents_std,
+        "z_dim": cfg.z_dim,
+        "encoder_dims": tuple(cfg.base_dim * m for m in (1, *cfg.dim_mult)),
+        "decoder_dims": tuple(decoder_base * m for m in (*cfg.dim_mult[-1:], *cfg.dim_mult[::-1])),
+        "encoder_blocks": cfg.num_res_blocks,
+        "decoder_blocks": cfg.num_res_blocks + 1,
+        "temporal_downsample": cfg.temperal_downsample,
+        "latent_mean": cfg.latents_mean,
+        "latent_std": cfg.latents_std,
     }
 
 
-def transformers_text_encoder(file: Path) -> Stated:
-    """text_encoder/config.json of transformers. Raises BadWeights."""
-    said = read_json(file, _TransformersUmt5)
+def transformers_text_encoder(file: Path) -> ConfigFields:
+    """Read text_encoder/config.json of transformers. Raises BadWeights."""
+    cfg = read_json(file, _TransformersUmt5)
     return {
-        "vocab_size": said.vocab_size,
-        "dim": said.d_model,
-        "attention_dim": said.num_heads * said.d_kv,
-        "ffn_dim": said.d_ff,
-        "num_heads": said.num_heads,
-        "num_layers": said.num_layers,
-        "num_buckets": said.relative_attention_num_buckets,
-        "max_distance": said.relative_attention_max_distance,
-        "eps": said.layer_norm_epsilon,
+        "vocab_size": cfg.vocab_size,
+        "dim": cfg.d_model,
+        "attention_dim": cfg.num_heads * cfg.d_kv,
+        "ffn_dim": cfg.d_ff,
+        "num_heads": cfg.num_heads,
+        "num_layers": cfg.num_layers,
+        "num_buckets": cfg.relative_attention_num_buckets,
+        "max_distance": cfg.relative_attention_max_distance,
+        "eps": cfg.layer_norm_epsilon,
     }

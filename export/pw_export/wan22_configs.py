@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks as they were published: Wan2.2-TI2V-5B and PixelWizard's additions to it."""
+"""Configs of the published networks: Wan2.2-TI2V-5B and PixelWizard's high-res transformer."""
 
 from __future__ import annotations
 
@@ -49,4 +49,4 @@ NETWORKS = Networks(
     vae=Entry(config=VAE, dtype="", files=()),
     text_encoder=Entry(config=TEXT_ENCODER, dtype="", files=()),
 )
-"""As configs alone: for plans, which need no files."""
+"""All networks without files, for `pw plan`, which needs only their configs."""

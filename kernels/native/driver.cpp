@@ -6,35 +6,35 @@
 namespace {
 
 template <typename Function>
-void find(void *library, const char *name, Function &place, const char *&missing) {
-  place = reinterpret_cast<Function>(dlsym(library, name));
-  if (place == nullptr && missing == nullptr) missing = name;
+void find(void *library, const char *name, Function &function, const char *&missing) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
+  if (function == nullptr && missing == nullptr) missing = name;
 }
 
 Driver open() {
-  Driver found{};
-  // Not closed again: kernels stay loaded until the process ends.
+  Driver result{};
+  // Never closed: kernels stay loaded until the process ends.
   void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    found.missing = "libcuda.so.1 is not on this machine";
-    return found;
+    result.missing = "libcuda.so.1 is not on this machine";
+    return result;
   }
-  find(library, "cuInit", found.cuInit, found.missing);
-  find(library, "cuCtxGetCurrent", found.cuCtxGetCurrent, found.missing);
-  find(library, "cuModuleLoadData", found.cuModuleLoadData, found.missing);
-  find(library, "cuModuleUnload", found.cuModuleUnload, found.missing);
-  find(library, "cuModuleGetFunction", found.cuModuleGetFunction, found.missing);
-  find(library, "cuFuncSetAttribute", found.cuFuncSetAttribute, found.missing);
-  find(library, "cuLaunchKernel", found.cuLaunchKernel, found.missing);
-  find(library, "cuGetErrorString", found.cuGetErrorString, found.missing);
-  if (found.missing == nullptr && found.cuInit(0) != CUDA_SUCCESS)
-    found.missing = "libcuda.so.1 is there but finds no GPU (cuInit failed)";
-  return found;
+  find(library, "cuInit", result.cuInit, result.missing);
+  find(library, "cuCtxGetCurrent", result.cuCtxGetCurrent, result.missing);
+  find(library, "cuModuleLoadData", result.cuModuleLoadData, result.missing);
+  find(library, "cuModuleUnload", result.cuModuleUnload, result.missing);
+  find(library, "cuModuleGetFunction", result.cuModuleGetFunction, result.missing);
+  find(library, "cuFuncSetAttribute", result.cuFuncSetAttribute, result.missing);
+  find(library, "cuLaunchKernel", result.cuLaunchKernel, result.missing);
+  find(library, "cuGetErrorString", result.cuGetErrorString, result.missing);
+  if (result.missing == nullptr && result.cuInit(0) != CUDA_SUCCESS)
+    result.missing = "libcuda.so.1 finds no GPU (cuInit failed)";
+  return result;
 }
 
 }  // namespace
 
 const Driver &driver() {
-  static const Driver found = open();
-  return found;
+  static const Driver instance = open();
+  return instance;
 }

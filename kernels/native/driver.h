@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few functions of the CUDA driver that are needed, found at run time. Names and values are the
-// driver's own binary interface.
+// The few functions of the CUDA driver that are needed, looked up at run time. Names and values are
+// those of the driver's binary interface.
 #pragma once
 
 typedef int CUresult;
@@ -13,7 +13,7 @@ constexpr CUresult CUDA_SUCCESS = 0;
 constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 
 struct Driver {
-  const char *missing;  // what is not there; nullptr where everything is
+  const char *missing;  // what could not be found; nullptr if nothing
   CUresult (*cuInit)(unsigned);
   CUresult (*cuCtxGetCurrent)(CUcontext *);
   CUresult (*cuModuleLoadData)(CUmodule *, const void *);
@@ -25,5 +25,5 @@ struct Driver {
   CUresult (*cuGetErrorString)(CUresult, const char **);
 };
 
-// Opened on the first call, by one thread.
+// Opened by the first call; thread-safe.
 const Driver &driver();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Kernels of PixelWizard Runtime, compiled ahead of time. The CUDA driver is looked for when it is
- * first needed, so that the library loads on a machine that has none.
+ * Kernels of PixelWizard Runtime, compiled ahead of time. The CUDA driver is opened when it is first
+ * needed, so that the library loads on a machine without one.
  *
  * Functions that can fail return a pw_status and write one line of text into `message`.
  */
@@ -16,8 +16,8 @@ extern "C" {
 
 typedef enum {
   PW_OK = 0,
-  PW_NO_DRIVER = 1,    /* no CUDA driver on this machine, or one without a function we need */
-  PW_DRIVER_ERROR = 2, /* the driver refused */
+  PW_NO_DRIVER = 1,    /* no CUDA driver on this machine, or one that lacks a function we need */
+  PW_DRIVER_ERROR = 2, /* a call of the driver failed */
   PW_BAD_ARGUMENT = 3
 } pw_status;
 
@@ -26,29 +26,29 @@ typedef struct {
   const char *entry;      /* name of the function in the cubin */
   const char *parameters; /* a letter each: p pointer, i int32, l int64, f float */
   int arch;               /* 90 for sm_90a and so on */
-  int num_warps;          /* of a block, to launch with */
-  int registers;          /* of a thread */
-  int stack_bytes;        /* of a thread: spilled registers */
-  int shared_bytes;       /* dynamic shared memory of a block */
-  int scratch_bytes;      /* global memory of a block, for descriptors made on the GPU */
+  int num_warps;          /* per block, to launch with */
+  int registers;          /* per thread */
+  int stack_bytes;        /* per thread: spilled registers */
+  int shared_bytes;       /* dynamic shared memory per block */
+  int scratch_bytes;      /* global memory per block, for descriptors made on the GPU */
 } pw_kernel;
 
 int pw_kernels_count(void);
-const pw_kernel *pw_kernels_get(int index);           /* NULL where there is none */
-int pw_kernels_find(const char *key, int arch);       /* its index, -1 where there is none */
-const char *pw_kernels_manifest(void);                /* JSON: versions, digests, resources */
+const pw_kernel *pw_kernels_get(int index);           /* NULL if out of range */
+int pw_kernels_find(const char *key, int arch);       /* its index, -1 if not found */
+const char *pw_kernels_manifest(void);                /* JSON: versions, toolchains, digest of the sources, kernels */
 
-/* Whether there is a CUDA driver. */
+/* PW_OK if there is a CUDA driver. */
 pw_status pw_kernels_driver(char *message, size_t size);
 
-/* Load a kernel into the current CUDA context ahead of its first launch. */
+/* Load a kernel into the current CUDA context before its first launch. */
 pw_status pw_kernels_load(int index, char *message, size_t size);
 
 /* Launch a kernel of the current CUDA context on `stream`.
  *
  * grid: blocks along three axes.
- * arguments: where each parameter's value lies, as cuLaunchKernel wants it.
- * scratch: device memory of scratch_bytes for every block, or 0 where the kernel needs none.
+ * arguments: addresses of the parameters' values, as for cuLaunchKernel.
+ * scratch: device memory, scratch_bytes per block, or 0 if the kernel needs none.
  */
 pw_status pw_kernels_launch(int index, void *stream, const unsigned grid[3], void *const *arguments,
                             unsigned long long scratch, char *message, size_t size);

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arithmetic worth a kernel, one operation per file.
+"""Operations worth a kernel, one per file.
 
 Every operation has a plain PyTorch reference: what the networks run on a CPU, and the oracle of
 the kernels (docs/kernels.md).
 """
 
-from pw_kernels.attention import attention
+from pw_kernels.attention import attention, attention_with_lse
 from pw_kernels.attention.chunked import chunked_attention
 from pw_kernels.attention.merge import merge_attention
 from pw_kernels.causal_conv3d import causal_conv3d
@@ -23,6 +23,7 @@ from pw_kernels.upsample2x import phase_taps, upsample2x_conv
 __all__ = [
     "Update",
     "attention",
+    "attention_with_lse",
     "axis_pairs",
     "causal_conv3d",
     "channel_norm",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A 3-D convolution that sees the past and never the future."""
+"""A 3-D convolution that is causal in time."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from pw_kernels.op import Cost, Op, register, require
 
 _NAME = "causal_conv3d"
 LARGEST = 2**31 - 1
-"""Elements that the input and the result of one library call may have.
+"""Largest number of elements in the input and in the result of one library call.
 
-cuDNN counts elements in 32 bits in its fast paths; at 2K and 4K the decoder goes past that.
+cuDNN's fast paths index elements with 32 bits; at 2K and 4K the decoder exceeds that.
 """
 
 
 def causal_conv3d(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, rows_given: bool = False
 ) -> Tensor:
-    """Convolve frames behind their past. Rows and columns are zero-padded to keep their size.
+    """Convolve frames with those before them. Rows and columns are zero-padded to keep their size.
 
-    The past stands in x itself, so that nothing is joined or padded for the convolution: who
-    makes the frames writes them behind the kt-1 frames that came before (zeros at the start of a
-    clip). A clip cut into chunks then gives the same result as the whole clip.
+    x already contains the past, so that nothing is concatenated or padded for the convolution:
+    the caller writes new frames behind the kt-1 preceding ones (zeros at the start of a clip). A
+    clip processed in chunks then gives the same result as the whole clip.
 
     Args:
         x: [B, C, kt-1+T, H, W], the past and the next frames.
         weight: [C', C, kt, kh, kw], odd kh and kw.
         bias: [C'] or None.
-        rows_given: rows are not padded: x has the rows above and below those of the result.
+        rows_given: x already contains the rows above and below those of the result: rows are
+            not padded.
 
     Returns:
-        [B, C', T, H, W], H - kh + 1 rows where they are given. Where it or x has
-        more than LARGEST elements, it is made in slices of frames, or of rows where one frame is
-        too large by itself.
+        [B, C', T, H, W]; H - kh + 1 rows with rows_given. Where it or x has more than LARGEST
+        elements, it is computed in slices of frames, or of rows where a single frame is too large.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together.
+        ValueError: shapes, dtypes or devices that do not match.
     """
     _check(x, weight, bias)
     if rows_given:
@@ -53,15 +53,15 @@ def causal_conv3d(
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool = False) -> Tensor:
-    """The oracle of `causal_conv3d`: one call."""
+    """Oracle of `causal_conv3d`: one call."""
     return F.conv3d(x, weight, bias, padding=_padding(weight, rows_given))
 
 
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool) -> Tensor:
-    """As `reference`; on a CPU by oneDNN whatever the size.
+    """Compute `reference`, on a CPU with oneDNN whatever the size.
 
-    PyTorch gives a 3-D convolution to oneDNN only where channels x frames x rows exceed 20480,
-    and else to code of its own, four times as slow and with a copy of its input for every tap.
+    PyTorch uses oneDNN for a 3-D convolution only where channels x frames x rows exceed 20480;
+    its own code is four times as slow and copies its input for every tap.
     """
     plain = x.dtype != torch.float32 or x.device.type != "cpu" or not onednn.is_available()
     if plain or type(x) is not Tensor or torch.compiler.is_compiling():
@@ -75,7 +75,7 @@ def _padding(weight: Tensor, rows_given: bool) -> tuple[int, int, int]:
 
 
 def cost(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool = False) -> Cost:
-    """Every tap of every result; x, weight and bias read once, the result written once."""
+    """Count every tap of every result; x, weight and bias read once, the result written once."""
     frames = x.shape[2] - weight.shape[2] + 1
     rows = x.shape[3] - rows_given * (weight.shape[3] - 1)
     results = x.shape[0] * weight.shape[0] * frames * rows * x.shape[4]
@@ -85,45 +85,47 @@ def cost(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool = Fals
 
 
 def slice_sizes(x: tuple[int, ...], weight: tuple[int, ...], largest: int) -> tuple[int, int]:
-    """Frames and rows of the result that one call may make; less than all rows of one frame only.
+    """Return how many frames and rows of the result one call may compute.
+
+    Several frames of all rows; where a single frame is too large, some rows of one.
 
     Args:
-        x, weight: the shapes of `causal_conv3d`'s arguments.
-        largest: elements that a call's input and its result may have.
+        x, weight: shapes of `causal_conv3d`'s arguments.
+        largest: limit for the elements of a call's input and of its result.
     """
-    batches, channels, given, rows, columns = x
+    batches, channels, frames_given, rows, columns = x
     history, beside = weight[2] - 1, 2 * (weight[3] // 2)
     row_in, row_out = batches * channels * columns, batches * weight[0] * columns
     frames = min(largest // (row_in * rows) - history, largest // (row_out * rows))
     if frames >= 1:
-        return min(frames, given - history), rows
-    some = min(largest // (row_in * (1 + history)), largest // row_out) - beside
-    require(some >= 1, _NAME, f"three rows within {largest} elements", x)
-    return 1, some
+        return min(frames, frames_given - history), rows
+    slice_rows = min(largest // (row_in * (1 + history)), largest // row_out) - beside
+    require(slice_rows >= 1, _NAME, f"three rows within {largest} elements", x)
+    return 1, slice_rows
 
 
 def _in_slices(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool, frames: int, rows: int
 ) -> Tensor:
-    """As `reference`, `frames` frames and `rows` rows of the result at a time."""
+    """Compute `reference`, `frames` frames and `rows` rows of the result at a time."""
     history, beside = weight.shape[2] - 1, weight.shape[3] // 2
-    above = beside if rows_given else 0  # rows of x before the first of the result
+    above = beside if rows_given else 0  # rows of x before the result's first row
     total, height = x.shape[2] - history, x.shape[3] - 2 * above
     order = torch.channels_last_3d if x.stride(1) < x.stride(4) else torch.contiguous_format
     shape = (x.shape[0], weight.shape[0], total, height, x.shape[4])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
     for start, stop in _pieces(total, frames):
         for top, bottom in _pieces(height, rows):
-            given = x[:, :, start : stop + history]
+            source = x[:, :, start : stop + history]
             if rows_given:
-                part = _call(given[:, :, :, top : bottom + 2 * above], weight, bias, True)
+                part = _call(source[:, :, :, top : bottom + 2 * above], weight, bias, True)
             else:
-                # Rows beside the slice are convolved with it and dropped: they see padding.
+                # Neighbouring rows are convolved too and dropped, as they see padding.
                 first, last = max(0, top - beside), min(height, bottom + beside)
-                part = _call(given[:, :, :, first:last], weight, bias, False)
+                part = _call(source[:, :, :, first:last], weight, bias, False)
                 part = part[:, :, :, top - first : bottom - first]
             out[:, :, start:stop, top:bottom] = part
-            del part  # the next one must not stand beside it
+            del part  # before the next one is allocated
     return out
 
 
@@ -133,16 +135,16 @@ def _pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     require(x.dim() == 5, _NAME, "x [B, C, kt-1+T, H, W]", tuple(x.shape))
-    wanted = f"weight [C', {x.shape[1]}, kt, kh, kw]"
+    expected = f"weight [C', {x.shape[1]}, kt, kh, kw]"
     fits = weight.dim() == 5 and weight.shape[1] == x.shape[1]
-    require(fits, _NAME, wanted, tuple(weight.shape))
+    require(fits, _NAME, expected, tuple(weight.shape))
     odd = weight.shape[3] % 2 == weight.shape[4] % 2 == 1
     require(odd, _NAME, "odd kh and kw", tuple(weight.shape[3:]))
     require(x.shape[2] >= weight.shape[2], _NAME, f"{weight.shape[2]} frames or more", x.shape[2])
     require(x.numel() > 0, _NAME, "at least one position", tuple(x.shape))
     if bias is not None:
-        right = bias.shape == weight.shape[:1]
-        require(right, _NAME, f"bias [{weight.shape[0]}]", tuple(bias.shape))
+        fits = bias.shape == weight.shape[:1]
+        require(fits, _NAME, f"bias [{weight.shape[0]}]", tuple(bias.shape))
     for tensor in (weight, *(() if bias is None else (bias,))):
         require(tensor.dtype == x.dtype, _NAME, f"one dtype, {x.dtype}", tensor.dtype)
         require(tensor.device == x.device, _NAME, f"all on {x.device}", tensor.device)

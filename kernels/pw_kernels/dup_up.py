@@ -6,14 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pw_kernels.launcher import Kernel, cdiv, launch, next_power_of_2
-from pw_kernels.op import Cost, Op, chosen, register, require
+from pw_kernels.launcher import cdiv, launch, next_power_of_2
+from pw_kernels.op import Cost, Op, register, require, select
+from pw_kernels.variant import Kernel
 
-_KERNEL = Kernel("dup_up", any_number=frozenset({"frames", "rows"}))
+_KERNEL = Kernel("dup_up", do_not_specialize=frozenset({"frames", "rows"}))
 
 
 def dup_up_add(h: Tensor, x: Tensor, time_factor: int, space_factor: int, *, first: bool) -> Tensor:
-    """Add to h, in place, x spread over h's finer grid by duplication (official DupUp3D).
+    """Duplicate x over h's finer grid and add it to h in place (official DupUp3D).
 
     Channel o of h at sub-position (a, b, c) gains input channel
     (((o ft + a) fs + b) fs + c) // r, with r = C' ft fs^2 / C repeats.
@@ -21,22 +22,21 @@ def dup_up_add(h: Tensor, x: Tensor, time_factor: int, space_factor: int, *, fir
     Args:
         h: [B, C', T ft (- (ft-1) when first), H fs, W fs], overwritten; fp32 or bf16.
         x: [B, C, T, H, W], same dtype, no memory shared with h.
-        time_factor: ft, frames made of one frame.
-        space_factor: fs, rows made of one row and columns made of one column.
-        first: x starts a clip; its first ft-1 result frames are dropped.
+        time_factor: ft, frames per frame of x.
+        space_factor: fs, rows per row and columns per column of x.
+        first: x starts a clip; the first ft-1 resulting frames are dropped.
 
     Returns:
         h.
     """
-    if chosen("dup_up_add", h.device).implementation == "triton":
-        _check(h, x, time_factor, space_factor, first)
-        torch.ops.pw.dup_up_add(h, x, time_factor, space_factor, first)
-        return h
-    return reference(h, x, time_factor, space_factor, first)
+    triton = select("dup_up_add", h.device) == "triton"
+    run = torch.ops.pw.dup_up_add if triton else reference
+    run(h, x, time_factor, space_factor, first)
+    return h
 
 
-def reference(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> Tensor:
-    """The oracle of `dup_up_add`: views of both on one grid, so that nothing is duplicated."""
+def reference(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> None:
+    """Oracle of `dup_up_add`: adds views of both on one grid, so that nothing is duplicated."""
     ft, fs = time_factor, space_factor
     repeats = h.shape[1] * ft * fs * fs // x.shape[1]
     # Repeats by strides alone wherever r spans whole sub-positions, as in every Wan2.2 decoder.
@@ -48,11 +48,10 @@ def reference(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: 
         fine[:, :, 0].add_(x[:, :, 0, ft - 1])
         fine, x = fine[:, :, 1:], x[:, :, 1:]
     fine.unflatten(2, (-1, ft)).add_(x)
-    return h
 
 
 def cost(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> Cost:
-    """One read and one write of h, one read of x."""
+    """Count one read and one write of h, one read of x."""
     return Cost(flops=h.numel(), bytes=(2 * h.numel() + x.numel()) * h.element_size())
 
 
@@ -67,8 +66,8 @@ def _check(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: boo
     grid = (x.shape[0], h.shape[1], frames, rows * fs, columns * fs)
     require(h.shape == grid, name, f"h of shape {grid}", tuple(h.shape))
     copies = h.shape[1] * ft * fs * fs
-    wanted = f"channels of x to divide C' ft fs^2 = {copies}"
-    require(copies % x.shape[1] == 0, name, wanted, x.shape[1])
+    expected = f"channels of x to divide C' ft fs^2 = {copies}"
+    require(copies % x.shape[1] == 0, name, expected, x.shape[1])
     for tensor in (h, x):
         floats = tensor.dtype in (torch.float32, torch.bfloat16)
         require(floats, name, "fp32 or bf16", tensor.dtype)
@@ -76,18 +75,18 @@ def _check(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: boo
     require(h.device == x.device, name, f"x on {h.device}", x.device)
 
 
-@torch.library.custom_op("pw::dup_up_add", mutates_args=("h",))
-def _op(h: torch.Tensor, x: torch.Tensor, time_factor: int, space_factor: int, first: bool) -> None:
-    reference(h, x, time_factor, space_factor, first)
+_op = torch.library.custom_op("pw::dup_up_add", reference, mutates_args=("h",))
+_op.register_fake(lambda *_: None)
 
 
 @_op.register_kernel("cuda")
 def run_kernel(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> None:
-    """Launch the kernel; the input was checked by the caller."""
+    """Check the input and launch the kernel. Raises ValueError for what it does not take."""
+    _check(h, x, time_factor, space_factor, first)
     batches, channels, frames, rows, columns = h.shape
     block_c, block_w = tile_shape(h)
     tiles = cdiv(channels, block_c) * cdiv(columns, block_w)
-    sides = ("batch", "channel", "frame", "row", "column")
+    axes = ("batch", "channel", "frame", "row", "column")
     launch(
         _KERNEL,
         (batches * frames * rows * tiles,),
@@ -98,8 +97,8 @@ def run_kernel(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first:
             "frames": frames,
             "rows": rows,
             "columns": columns,
-            **{f"h_{side}": stride for side, stride in zip(sides, h.stride(), strict=True)},
-            **{f"x_{side}": stride for side, stride in zip(sides, x.stride(), strict=True)},
+            **{f"h_{axis}": stride for axis, stride in zip(axes, h.stride(), strict=True)},
+            **{f"x_{axis}": stride for axis, stride in zip(axes, x.stride(), strict=True)},
         },
         {
             "FT": time_factor,
@@ -114,16 +113,11 @@ def run_kernel(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first:
 
 
 def tile_shape(h: Tensor) -> tuple[int, int]:
-    """Channels and columns of a tile of 1024 elements, longer along what is contiguous."""
+    """Return channels and columns of a tile of 1024 elements, longer along the contiguous axis."""
     if h.stride(4) == 1:
         wide = min(256, max(32, next_power_of_2(h.shape[4])))
         return 1024 // wide, wide
     return 128, 8
-
-
-@_op.register_fake
-def _fake(h: Tensor, x: Tensor, time_factor: int, space_factor: int, first: bool) -> None:
-    return None
 
 
 OP = register(Op("dup_up_add", reference, cost, run_kernel))

@@ -9,26 +9,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pw_kernels.launcher import Kernel, cdiv, launch
-from pw_kernels.op import Cost, Op, chosen, register, require
+from pw_kernels.launcher import cdiv, launch
+from pw_kernels.op import Cost, Op, register, require, select
+from pw_kernels.variant import Kernel
 
 _KERNEL = Kernel("guided_update")
-_BLOCK = 1024  # with 4 warps two loads of 16 bytes a thread and tensor
+_BLOCK = 1024  # with 4 warps: two 16-byte loads per thread and tensor
 
 
 class Update(NamedTuple):
-    """x_new = keep x + data m + slope (new_weight (m_new - m) + old_weight (m_old - m) / r).
+    """Coefficients of one linear multistep update of the latent.
+
+    x_new = keep x + data m + slope (new_weight (m_new - m) + old_weight (m_old - m) / r)
 
     Kept in this form, not multiplied out, because the official code rounds the `old` term to
-    bf16 under autocast. Multiplied out, the second prediction of the 2K preset, for one, is
+    bf16 under autocast. Multiplied out, the second prediction of the 2K preset, for example, is
     x2 = .8973648 xc + .1123177 m1 - .0096825 m0.
     """
 
     keep: float
     data: float
     slope: float = 0.0
-    new_weight: float = 0.0  # 0: no later prediction takes part
-    old_weight: float = 0.0  # 0: no earlier prediction takes part
+    new_weight: float = 0.0  # 0: no later prediction is used
+    old_weight: float = 0.0  # 0: no earlier prediction is used
     inverse_r: float = 0.0
 
 
@@ -49,7 +52,7 @@ def guided_update(
     *,
     bf16_einsum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Guide the velocity, predict the data from it, correct the latent, take the next step.
+    """Apply guidance, predict the data, correct the latent and take the next step.
 
     v = uncond + guidance (cond - uncond); m = x - sigma v; the corrector leads from `base` to the
     corrected latent with (m_old, m, m_new) = (earlier, before, m), and the predictor from there
@@ -59,31 +62,28 @@ def guided_update(
         cond: velocity with the prompt. All tensors are fp32 of one shape.
         uncond: velocity with the negative prompt.
         x: latent that the network saw.
-        base: corrected latent of the step before; used by a corrector alone.
-        before: data prediction of the step before, None at the first step.
-        earlier: data prediction of two steps before, None at the first two.
+        base: corrected latent of the previous step; read only by a corrector.
+        before: data prediction of the previous step; None at the first step.
+        earlier: data prediction of two steps ago; None at the first two steps.
         guidance: scale of classifier-free guidance.
         sigma: noise level of x.
         corrector: None: the corrected latent is x.
-        predictor: new_weight is 0.
+        predictor: its new_weight is 0.
         bf16_einsum: round the old terms to bf16, as the official loop does under autocast;
-            the reference alone can.
+            reference only.
 
     Returns:
         The next latent, the corrected latent and the data prediction m.
+
+    Raises:
+        ValueError: bf16_einsum with the kernel, or input that the kernel does not take.
     """
-    if chosen("guided_update", x.device).implementation == "triton":
-        tensors = (cond, uncond, x, base, before, earlier)
-        _check(*tensors, corrector, predictor)
-        wanted = "no bf16_einsum, which the reference alone can: --kernels reference"
-        require(not bf16_einsum, "guided_update", wanted, bf16_einsum)
-        outs: tuple[Tensor, Tensor, Tensor] = torch.ops.pw.guided_update(
-            *tensors, guidance, sigma, corrector, predictor
-        )
-        return outs
-    return reference(
-        cond, uncond, x, base, before, earlier, guidance, sigma, corrector, predictor, bf16_einsum
-    )
+    arguments = (cond, uncond, x, base, before, earlier, guidance, sigma, corrector, predictor)
+    if select("guided_update", x.device) == "triton":
+        expected = "no bf16_einsum, which only the reference has: --kernels reference"
+        require(not bf16_einsum, "guided_update", expected, bf16_einsum)
+        return torch.ops.pw.guided_update(*arguments)
+    return reference(*arguments, bf16_einsum)
 
 
 def reference(
@@ -95,18 +95,19 @@ def reference(
     earlier: Tensor | None,
     guidance: float,
     sigma: float,
-    corrector: Update | None,
-    predictor: Update,
+    corrector: Sequence[float] | None,
+    predictor: Sequence[float],
     bf16_einsum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The oracle of `guided_update`."""
+    """Oracle of `guided_update`; an `Update` reaches it as a list of floats from the operator."""
     m = x - sigma * (uncond + guidance * (cond - uncond))
     if corrector is None:
-        corrected = x.clone()  # an operator does not return its argument
+        corrected = x.clone()  # an operator must not return its argument
     else:
-        assert before is not None, "a corrector starts from the prediction before"
-        corrected = _apply(corrector, base, before, m, earlier, bf16_einsum)
-    return _apply(predictor, corrected, m, None, before, bf16_einsum), corrected, m
+        assert before is not None, "a corrector needs the previous prediction"
+        corrected = _apply(Update(*corrector), base, before, m, earlier, bf16_einsum)
+    next_latent = _apply(Update(*predictor), corrected, m, None, before, bf16_einsum)
+    return next_latent, corrected, m
 
 
 def _apply(
@@ -127,8 +128,8 @@ def _apply(
         else:
             correction = update.old_weight * difference
     if new is not None and update.new_weight:
-        fresh = update.new_weight * (new - m)
-        correction = fresh if correction is None else correction + fresh
+        new_term = update.new_weight * (new - m)
+        correction = new_term if correction is None else correction + new_term
     if correction is None:
         return result
     # A zero-dimensional tensor, as in the official code: it does not widen a bf16 correction
@@ -148,7 +149,7 @@ def cost(
     corrector: Update | None,
     predictor: Update,
 ) -> Cost:
-    """One read of every tensor that takes part, one write of the three results."""
+    """Count one read of every tensor that is used, one write of the three results."""
     used = [cond, uncond, x]
     used += [base] if corrector else []
     used += [m for m in (before, earlier) if m is not None]
@@ -172,36 +173,31 @@ def _check(
             continue
         require(tensor.dtype == torch.float32, name, "fp32", tensor.dtype)
         require(tensor.is_contiguous(), name, "contiguous tensors", tensor.stride())
-        wanted = f"all tensors of x's shape {tuple(x.shape)}"
-        require(tensor.shape == x.shape, name, wanted, tuple(tensor.shape))
+        expected = f"all tensors of x's shape {tuple(x.shape)}"
+        require(tensor.shape == x.shape, name, expected, tuple(tensor.shape))
         require(tensor.device == x.device, name, f"all tensors on {x.device}", tensor.device)
     require(x.numel() > 0, name, "at least one element", tuple(x.shape))
     require(predictor.new_weight == 0, name, "a predictor without new_weight", predictor)
-    for who, update, needed, old in (
+    for role, update, needed, old in (
         ("corrector", corrector, before, earlier),
         ("predictor", predictor, x, before),
     ):
         if update is not None:
             complete = needed is not None and (old is not None or update.old_weight == 0)
-            require(complete, name, f"every prediction that the {who} takes", update)
+            require(complete, name, f"every prediction that the {role} uses", update)
 
 
-@torch.library.custom_op("pw::guided_update", mutates_args=())
-def _op(
-    cond: torch.Tensor,
-    uncond: torch.Tensor,
-    x: torch.Tensor,
-    base: torch.Tensor,
-    before: torch.Tensor | None,
-    earlier: torch.Tensor | None,
-    guidance: float,
-    sigma: float,
-    corrector: Sequence[float] | None,
-    predictor: Sequence[float],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    correct = None if corrector is None else Update(*corrector)
-    tensors = (cond, uncond, x, base, before, earlier)
-    return reference(*tensors, guidance, sigma, correct, Update(*predictor))
+_op = torch.library.custom_op(
+    "pw::guided_update",
+    reference,
+    mutates_args=(),
+    schema=(  # bf16_einsum is the reference's alone
+        "(Tensor cond, Tensor uncond, Tensor x, Tensor base, Tensor? before, Tensor? earlier, "
+        "float guidance, float sigma, float[]? corrector, float[] predictor) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+)
+_op.register_fake(reference)
 
 
 @_op.register_kernel("cuda")
@@ -217,10 +213,12 @@ def run_kernel(
     corrector: Sequence[float] | None,
     predictor: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the kernel; the input was checked by the caller."""
-    correct = _UNCHANGED if corrector is None else Update(*corrector)
+    """Check the input and launch the kernel. Raises ValueError for what it does not take."""
+    correct = None if corrector is None else Update(*corrector)
     predict = Update(*predictor)
-    following, corrected, prediction = (torch.empty_like(x) for _ in range(3))
+    _check(cond, uncond, x, base, before, earlier, correct, predict)
+    correct = _UNCHANGED if correct is None else correct
+    next_latent, corrected, prediction = (torch.empty_like(x) for _ in range(3))
     launch(
         _KERNEL,
         (cdiv(x.numel(), _BLOCK),),
@@ -231,7 +229,7 @@ def run_kernel(
             "base_ptr": x if corrector is None else base,
             "before_ptr": x if before is None else before,
             "earlier_ptr": x if earlier is None else earlier,
-            "next_ptr": following,
+            "next_ptr": next_latent,
             "corrected_ptr": corrected,
             "prediction_ptr": prediction,
             "numel": x.numel(),
@@ -252,23 +250,7 @@ def run_kernel(
         {"BLOCK": _BLOCK},
         num_warps=4,
     )
-    return following, corrected, prediction
-
-
-@_op.register_fake
-def _fake(
-    cond: Tensor,
-    uncond: Tensor,
-    x: Tensor,
-    base: Tensor,
-    before: Tensor | None,
-    earlier: Tensor | None,
-    guidance: float,
-    sigma: float,
-    corrector: Sequence[float] | None,
-    predictor: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    return next_latent, corrected, prediction
 
 
 OP = register(Op("guided_update", reference, cost, run_kernel))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter, made exact for bf16 and fp8.
+"""Make Triton's interpreter exact for bf16 and fp8.
 
-The stock interpreter (TRITON_INTERPRET=1) keeps bf16 and fp8 as their bits in unsigned integers.
-It truncates where a GPU rounds to the nearest even, and it adds, compares and multiplies the bits
-as integers, without a word. `install_exact_casts` mends that: narrow floats are widened to fp32
-for every operation and rounded once afterwards, as a GPU does.
+The stock interpreter (TRITON_INTERPRET=1) stores bf16 and fp8 as bits in unsigned integers. It
+truncates where a GPU rounds to nearest even, and it adds, compares and multiplies the bits as
+integers, without an error. `install_exact_casts` fixes that: narrow floats are widened to fp32
+for every operation and rounded once afterwards, as on a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-TESTED = ("3.6", "3.7")
+from pw_kernels.variant import INSTALL_TRITON
+
+TESTED = ("3.6", "3.7", "3.8", "3.9")
 
 _ARITHMETIC = (
     "create_fadd",
@@ -39,17 +41,15 @@ _REPLACED = ("cast_impl", "create_fp_to_fp", "create_dot", *_ARITHMETIC, *_COMPA
 def install_exact_casts() -> None:
     """Make Triton's interpreter round and compute bf16 and fp8 as a GPU does.
 
-    Call it once before the first kernel runs; more calls change nothing.
+    Call it once before the first kernel runs; further calls change nothing.
 
     Raises:
-        RuntimeError: Triton does not interpret, or is a version this was never tested with.
+        RuntimeError: Triton is not interpreting, or is a version this was not tested with.
     """
     try:
         import triton.runtime.interpreter as stock
     except ModuleNotFoundError as error:
-        raise RuntimeError(
-            "the Triton interpreter needs Triton: pip install 'triton==3.7.1'"
-        ) from error
+        raise RuntimeError(f"the Triton interpreter needs Triton: {INSTALL_TRITON}") from error
     builder = stock.InterpreterBuilder
     if getattr(builder, "pw_exact", False):
         return
@@ -69,17 +69,17 @@ def install_exact_casts() -> None:
 
 
 def _check(stock: Any) -> None:
-    """Raise RuntimeError where the names this file replaces cannot be relied on."""
+    """Raise RuntimeError unless the names that this file replaces can be relied on."""
     import triton
 
     if triton.__version__.rpartition(".")[0] not in TESTED:
         raise RuntimeError(
-            f"exact casts replace private names of Triton {' and '.join(TESTED)}, "
-            f"got {triton.__version__}: pip install 'triton==3.7.1'"
+            f"exact casts replace private names of Triton {', '.join(TESTED)}, "
+            f"got {triton.__version__}: {INSTALL_TRITON}"
         )
     missing = [name for name in _REPLACED if not hasattr(stock.InterpreterBuilder, name)]
     if missing:
-        raise RuntimeError(f"Triton {triton.__version__}'s interpreter lacks {missing}")
+        raise RuntimeError(f"Triton {triton.__version__}'s interpreter has no {missing}")
     if not isinstance(triton.language.cdiv, stock.InterpretedFunction):
         raise RuntimeError(
             "Triton was imported to compile, not to interpret: "
@@ -88,7 +88,7 @@ def _check(stock: Any) -> None:
 
 
 class _NarrowFloats:
-    """Replacements for the methods of InterpreterBuilder; `handle`s hold bits and a type."""
+    """Replacements for methods of InterpreterBuilder; a `handle` holds bits and a type."""
 
     def __init__(self, stock: Any) -> None:
         import torch
@@ -110,11 +110,11 @@ class _NarrowFloats:
         self.fp8 = set(self.torch_dtype) - {tl.bfloat16}
 
     def is_narrow(self, dtype: Any) -> bool:
-        """Whether the interpreter holds numbers of this type as integers."""
+        """Return True for types that the interpreter stores as integers."""
         return dtype.scalar in self.torch_dtype
 
     def widen(self, handle: Any) -> Any:
-        """A narrow float as fp32, exactly; anything else as it is."""
+        """Convert a narrow float to fp32, exactly; return anything else unchanged."""
         import torch
 
         if not self.is_narrow(handle.dtype):
@@ -124,9 +124,9 @@ class _NarrowFloats:
         return self.handle_type(values.reshape(handle.data.shape), self.float32)
 
     def narrow(self, values: Any, dtype: Any) -> Any:
-        """An array of numbers as bits of the narrow `dtype`, rounded to nearest even.
+        """Convert an array to bits of the narrow `dtype`, rounded to nearest even.
 
-        Beyond the range of fp8 the largest finite number results, as of PTX's cvt.satfinite.
+        fp8 saturates at its largest finite number, as PTX's cvt.satfinite does.
         """
         import torch
 
@@ -140,14 +140,14 @@ class _NarrowFloats:
         return self.handle_type(bits, dtype)
 
     def cast(self, src: Any, dst_type: Any) -> Any:
-        """cast_impl: any number to any number."""
+        """Replace cast_impl: any number to any number."""
         src, dst = self.widen(src), dst_type.scalar
         if self.is_narrow(dst):
             return self.narrow(src.data, dst)
         return self.handle_type(src.data.astype(self.numpy_dtype(dst_type)), dst)
 
     def convert(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
-        """create_fp_to_fp: float to float; one of them is fp8, or bits are to be cut off."""
+        """Replace create_fp_to_fp: float to float where one is fp8, or with truncation."""
         src_dtype, dst = src.dtype.scalar, dst_type.scalar
         if rounding_mode == self.truncate or self.unknown in (src_dtype, dst):
             data = self.stock_convert(src.data, src_dtype, dst, rounding_mode)
@@ -155,7 +155,7 @@ class _NarrowFloats:
         return self.cast(src, dst_type)
 
     def dot(self, stock_dot: Callable[..., Any]) -> Callable[..., Any]:
-        """create_dot with floats multiplied in fp32."""
+        """Replace create_dot: floats are multiplied in fp32."""
         import torch
 
         def create_dot(builder: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
@@ -170,20 +170,20 @@ class _NarrowFloats:
         return create_dot
 
     def arithmetic(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """A float operation, computed in fp32 where its operands are narrow."""
+        """Wrap a float operation, computing it in fp32 where its operands are narrow."""
 
         def create(builder: Any, *operands: Any) -> Any:
             dtype = operands[0].dtype.scalar
             if not self.is_narrow(dtype):
                 return stock(builder, *operands)
-            # The flags of clampf and fma are no handles and pass through.
+            # the flags of clampf and fma are not handles and pass through
             wide = [self.widen(o) if hasattr(o, "dtype") else o for o in operands]
             return self.narrow(stock(builder, *wide).data, dtype)
 
         return create
 
     def comparison(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """A float comparison, made in fp32 where its operands are narrow."""
+        """Wrap a float comparison, computing it in fp32 where its operands are narrow."""
 
         def create(builder: Any, left: Any, right: Any) -> Any:
             if not self.is_narrow(left.dtype):
@@ -195,12 +195,12 @@ class _NarrowFloats:
         return create
 
     def refuse(self, stock: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """An operation that raises where it would add the bits of narrow floats."""
+        """Wrap an operation to raise where it would add the bits of narrow floats."""
 
         def create(owner: Any, *operands: Any) -> Any:
             for operand in operands:
                 if hasattr(operand, "dtype") and self.is_narrow(operand.dtype):
-                    raise ValueError(f"{name} wants fp32 when interpreted, got {operand.dtype}")
+                    raise ValueError(f"{name} expects fp32 when interpreted, got {operand.dtype}")
             return stock(owner, *operands)
 
         return create

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that decides which implementation of an operation runs.
+"""Decide which implementation of an operation runs.
 
 Every operation has a plain PyTorch `reference`: what a CPU runs, what export traces, and the
 oracle of everything faster. Some also have a Triton kernel behind a torch operator
-(`torch.ops.pw.<name>`); attention has others besides. A public function checks its input, asks
-`chosen`, and calls one of them.
+(`torch.ops.pw.<name>`), whose default implementation is the reference; attention has others
+besides. A public function asks `select` and calls one of them.
+
+Input is checked where a mistake would go unnoticed: by a kernel's launch function (`run_kernel`),
+because a kernel would read past the end of its tensors, and by a public function where PyTorch
+would broadcast and carry on. Elsewhere the reference takes what PyTorch takes, and PyTorch's own
+errors stand.
 """
 
 from __future__ import annotations
@@ -15,13 +20,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-Implementation = Literal["reference", "triton", "gluon", "cudnn", "flash", "flash-attn"]
+Implementation = Literal[
+    "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
+]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that most kernels take
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an operation takes at least: floating-point operations and bytes moved."""
+    """Lower bounds of an operation: floating-point operations and bytes moved."""
 
     flops: int
     bytes: int
@@ -35,30 +44,20 @@ class Op:
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
     launch: Callable[..., Any] | None = None  # of the Triton kernel behind torch.ops.pw.<name>
-    libraries: tuple[Implementation, ...] = ()  # what else there is besides the reference
+    libraries: tuple[Implementation, ...] = ()  # other implementations
 
     @property
-    def others(self) -> tuple[Implementation, ...]:
-        """The implementations besides the reference."""
+    def alternatives(self) -> tuple[Implementation, ...]:
+        """Implementations besides the reference."""
         kernel: tuple[Implementation, ...] = ("triton",) if self.launch else ()
         return kernel + self.libraries
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The implementation that runs, and why."""
-
-    implementation: Implementation
-    reason: str
-
-
 OPS: dict[str, Op] = {}
-_wanted: dict[str, Implementation] = {}  # operation -> what was asked for; a global: dynamo guards
 
-
-_anywhere = (
-    False  # whether kernels are launched for tensors of any device, see pw_kernels.launching
-)
+# Globals, because torch.compile guards on globals and recompiles when they change.
+_requested: dict[str, Implementation] = {}  # by operation
+_ignore_device = False  # launch kernels for tensors of any device (pw_kernels.dispatch_anywhere)
 
 
 def register(op: Op) -> Op:
@@ -72,61 +71,64 @@ def register(op: Op) -> Op:
 def using(implementation: Implementation, **by_op: Implementation) -> Iterator[None]:
     """Run the block with this implementation of every operation that has it (process-wide).
 
-    `by_op` says otherwise for single operations: using("triton", attention="cudnn").
+    `by_op` overrides it for single operations: using("triton", attention="cudnn").
 
-    Raises ValueError for an operation there is not, or that has no such implementation.
+    Raises ValueError for an unknown operation, or one without the requested implementation.
     """
-    global _wanted
-    for name, one in by_op.items():
+    global _requested
+    for name, requested in by_op.items():
         if name not in OPS:
-            raise ValueError(f"no operation {name} among {', '.join(sorted(OPS))}")
-        have = ("reference", *OPS[name].others)
-        require(one in have, name, f"one of {', '.join(have)}", one)
-    general = {op.name: implementation for op in OPS.values() if implementation in op.others}
-    before, _wanted = _wanted, general | by_op
+            raise ValueError(f"unknown operation {name}, expected one of {', '.join(sorted(OPS))}")
+        choices = ("reference", *OPS[name].alternatives)
+        require(requested in choices, name, f"one of {', '.join(choices)}", requested)
+    general = {op.name: implementation for op in OPS.values() if implementation in op.alternatives}
+    before, _requested = _requested, general | by_op
     try:
         yield
     finally:
-        _wanted = before
+        _requested = before
 
 
 @contextmanager
-def on_any_device() -> Iterator[None]:
-    """Let the block choose kernels where nothing could run them: to record or interpret them."""
-    global _anywhere
-    before, _anywhere = _anywhere, True
+def ignore_device() -> Iterator[None]:
+    """Let the block select kernels for any device, to record or interpret them."""
+    global _ignore_device
+    before, _ignore_device = _ignore_device, True
     try:
         yield
     finally:
-        _anywhere = before
+        _ignore_device = before
 
 
-def chosen(name: str, device: torch.device) -> Choice:
-    """What runs of operation `name` for tensors on `device`, and why.
+def select(name: str, device: torch.device) -> Implementation:
+    """Return the implementation of operation `name` that runs for tensors on `device`.
 
-    Raises ValueError where an implementation was asked for that `device` cannot run.
+    The reference, unless another one was requested (`using`).
+
+    Raises ValueError where `device` cannot run what was requested.
     """
-    if name not in OPS or "triton" not in OPS[name].others:
-        return Choice("reference", "the only one")
-    wanted = _wanted.get(name, "reference")
-    if wanted == "reference":
-        return Choice("reference", "the default; kernels are asked for with --kernels triton")
-    if device.type != "cuda" and not _anywhere:
-        raise ValueError(f"pw::{name} as {wanted} needs a CUDA device, got {device}")
-    return Choice(wanted, "asked for")
+    requested = _requested.get(name, "reference")
+    if requested != "reference" and device.type != "cuda" and not _ignore_device:
+        raise ValueError(f"pw::{name} as {requested} needs a CUDA device, got {device}")
+    return requested
 
 
-def require(condition: bool, op: str, what: str, got: object) -> None:
-    """Raise ValueError naming the operation, what it wants and what it got."""
+def require(condition: bool, op: str, expected: str, got: object) -> None:
+    """Raise ValueError naming the operation, what it expects and what it got."""
     if not condition:
-        raise ValueError(f"pw::{op} wants {what}, got {got}")
+        raise ValueError(f"pw::{op} expects {expected}, got {got}")
+
+
+def layout(x: Tensor) -> str:
+    """Return the shape and strides of a tensor, for an error."""
+    return f"shape {tuple(x.shape)}, strides {x.stride()}"
 
 
 def table() -> str:
-    """Every operation, its implementations, and what runs on this machine unless asked."""
+    """List every operation, what runs by default on this machine, and what can be requested."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = [f"operations on {device}: the one that runs unless asked, then what can be asked", ""]
+    lines = [f"operations on {device}: the default implementation, then the alternatives", ""]
     for op in sorted(OPS.values(), key=lambda op: op.name):
-        choice = chosen(op.name, device)
-        lines.append(f"  {op.name:<20} {choice.implementation:<10} {', '.join(op.others)}".rstrip())
+        default = select(op.name, device)
+        lines.append(f"  {op.name:<20} {default:<10} {', '.join(op.alternatives)}".rstrip())
     return "\n".join(lines)

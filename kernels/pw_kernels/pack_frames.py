@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From decoder output to bytes: 8-bit RGB."""
+"""Turn decoder output into bytes: 8-bit RGB."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pw_kernels.launcher import Kernel, cdiv, launch
-from pw_kernels.op import Cost, Op, chosen, register, require
+from pw_kernels.launcher import cdiv, launch
+from pw_kernels.op import Cost, Op, register, require, select
+from pw_kernels.variant import Kernel
 
 _KERNEL = Kernel("pack_frames")
-BLOCK = 1024  # pixels a program packs
+BLOCK = 1024  # pixels per program
 
 
 def unpatchify_pixels(x: Tensor) -> Tensor:
-    """Spread 2x2 pixel blocks: channel (c*2 + column)*2 + row goes to (row, column).
+    """Unfold 2x2 pixel blocks: channel (c*2 + column)*2 + row goes to (row, column).
 
-    The column offset stands before the row offset, unlike the usual pixel shuffle.
+    The column offset comes before the row offset, unlike in the usual pixel shuffle.
 
     Args:
         x: [B, 4c, F, H, W].
@@ -29,30 +30,28 @@ def unpatchify_pixels(x: Tensor) -> Tensor:
 
 
 def pack_frames(blocks: Tensor, weight: Tensor | None = None, *, truncate: bool) -> Tensor:
-    """Turn the decoder's values into 8-bit RGB: clamp((v + 1) / 2 * 255, 0, 255), half to even.
+    """Convert the decoder's values to 8-bit RGB: clamp((v + 1) / 2 * 255, 0, 255), half to even.
 
     Args:
-        blocks: [12, F, H, W] fp32, colours in [-1, 1] of 2x2 pixel blocks as the decoder makes
+        blocks: [12, F, H, W] fp32, colours in [-1, 1] of 2x2 pixel blocks as the decoder returns
             them (`unpatchify_pixels`); clamped here.
-        weight: [2W] fp32 that every pixel column is divided by first: the sum of the weights of
+        weight: [2W] fp32 by which every pixel column is divided first: the summed weights of
             blended strips.
-        truncate: cut the fraction off as the official code does, instead of rounding.
+        truncate: drop the fraction as the official code does, instead of rounding.
 
     Returns:
         [F, 2H, 2W, 3] uint8, contiguous.
 
     Raises:
-        ValueError: where the kernel was asked for, what it does not take.
+        ValueError: input that the kernel does not take, where the kernel was requested.
     """
-    if chosen("pack_frames", blocks.device).implementation == "triton":
-        check_blocks("pack_frames", blocks, weight)
-        out: Tensor = torch.ops.pw.pack_frames(blocks, weight, truncate)
-        return out
-    return reference(blocks, weight, truncate)
+    triton = select("pack_frames", blocks.device) == "triton"
+    run = torch.ops.pw.pack_frames if triton else reference
+    return run(blocks, weight, truncate)
 
 
 def reference(blocks: Tensor, weight: Tensor | None, truncate: bool) -> Tensor:
-    """The oracle of `pack_frames`."""
+    """Oracle of `pack_frames`."""
     scaled = ((pixels_of(blocks, weight) + 1) / 2 * 255).clamp_(0, 255)
     if not truncate:
         scaled.round_()
@@ -60,7 +59,7 @@ def reference(blocks: Tensor, weight: Tensor | None, truncate: bool) -> Tensor:
 
 
 def pixels_of(blocks: Tensor, weight: Tensor | None) -> Tensor:
-    """[12, F, H, W] of pixel blocks -> colours [3, F, 2H, 2W], blended and clamped to [-1, 1]."""
+    """Turn pixel blocks [12, F, H, W] into colours [3, F, 2H, 2W], blended, clamped to [-1, 1]."""
     video = unpatchify_pixels(blocks[None])[0]
     if weight is not None:
         video = video / weight
@@ -68,7 +67,7 @@ def pixels_of(blocks: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def cost(blocks: Tensor, weight: Tensor | None, truncate: bool) -> Cost:
-    """One read of the values, one byte written for each; add, halve, scale, clamp, round."""
+    """Count one read and one byte written per value; add, halve, scale, clamp, round."""
     flops = (5 if truncate else 6) * blocks.numel()
     return Cost(flops=flops, bytes=blocks.numel() * (blocks.element_size() + 1))
 
@@ -88,17 +87,18 @@ def check_blocks(name: str, blocks: Tensor, weight: Tensor | None) -> None:
     require(weight.device == blocks.device, name, f"weight on {blocks.device}", weight.device)
 
 
-@torch.library.custom_op("pw::pack_frames", mutates_args=())
-def _op(blocks: torch.Tensor, weight: torch.Tensor | None, truncate: bool) -> torch.Tensor:
-    return reference(blocks, weight, truncate)
+_op = torch.library.custom_op("pw::pack_frames", reference, mutates_args=())
+_op.register_fake(reference)
 
 
 @_op.register_kernel("cuda")
 def run_kernel(blocks: Tensor, weight: Tensor | None, truncate: bool) -> Tensor:
-    """Launch the kernel; the input was checked by the caller."""
-    out = _fake(blocks, weight, truncate)
-    frames, height, width, _ = out.shape
-    sides = ("channel", "frame", "row", "column")
+    """Check the input and launch the kernel. Raises ValueError for what it does not take."""
+    check_blocks("pack_frames", blocks, weight)
+    _, frames, rows, columns = blocks.shape
+    height, width = 2 * rows, 2 * columns
+    out = blocks.new_empty((frames, height, width, 3), dtype=torch.uint8)
+    axes = ("channel", "frame", "row", "column")
     launch(
         _KERNEL,
         (cdiv(width, BLOCK), height, frames),
@@ -107,18 +107,12 @@ def run_kernel(blocks: Tensor, weight: Tensor | None, truncate: bool) -> Tensor:
             "weight_ptr": blocks if weight is None else weight,
             "out_ptr": out,
             "width": width,
-            **{f"x_{side}": stride for side, stride in zip(sides, blocks.stride(), strict=True)},
+            **{f"x_{axis}": stride for axis, stride in zip(axes, blocks.stride(), strict=True)},
         },
         {"WEIGHTED": weight is not None, "TRUNCATE": truncate, "BLOCK": BLOCK},
         num_warps=4,
     )
     return out
-
-
-@_op.register_fake
-def _fake(blocks: Tensor, weight: Tensor | None, truncate: bool) -> Tensor:
-    _, frames, rows, columns = blocks.shape
-    return blocks.new_empty((frames, 2 * rows, 2 * columns, 3), dtype=torch.uint8)
 
 
 OP = register(Op("pack_frames", reference, cost, run_kernel))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The converted checkpoint on disk: what a bundle holds, how it is opened, checked and read.
+"""The converted checkpoint on disk: its content; opening, verifying and reading it.
 
     BUNDLE/bundle.json                              configs, file sizes and SHA-256 sums
     BUNDLE/draft/model-00001-of-0000n.safetensors   official tensor names
@@ -8,7 +8,7 @@
     BUNDLE/text_encoder/...                         transformers tensor names
     BUNDLE/tokenizer/...                            as published
 
-`pw convert` (pw_export.convert) writes bundles; nothing here does.
+Only `pw convert` (pw_export.convert) writes bundles.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -33,16 +33,16 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer"
 
-# Any one of these marks a folder as somebody's published checkpoint.
+# Files that identify a folder as a published checkpoint.
 _CHECKPOINT_MARKS = (
     "model_index.json",
     "config.json",
     "Wan2.2_VAE.pth",
     "models_t5_umt5-xxl-enc-bf16.pth",
 )
-_REMAKE = "copy the bundle again, or make it again with the `pw convert` of this version"
+_REMAKE = "copy the bundle again, or convert the checkpoint again with this version of `pw convert`"
 _HASH_THREADS = 8
-_NAMES_SHOWN = 8
+_MAX_NAMES = 8  # in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +55,11 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry(Generic[ConfigT]):
-    """One network: its config, the dtypes of its tensors joined by "+", its shards in order."""
+    """A network of a bundle."""
 
     config: ConfigT
-    dtype: str
-    files: tuple[str, ...]  # relative to the bundle, "/" between parts
+    dtype: str  # dtypes of its tensors, joined by "+"
+    files: tuple[str, ...]  # its shards in order, relative to the bundle, separated by "/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,45 +71,59 @@ class Networks:
     text_encoder: Entry[TextEncoderConfig]
     highres: Entry[DitConfig] | None = None
 
+    def get(self, network: Network) -> Entry[Any] | None:
+        """Return the entry of a network, or None if the bundle was converted without it."""
+        entries: dict[Network, Entry[Any] | None] = {
+            "draft": self.draft,
+            "highres": self.highres,
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+        }
+        return entries[network]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The content of bundle.json; keys beyond these are refused, nested ones too."""
+    """The content of bundle.json. Unknown keys are errors, also nested ones."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     format: Literal[1]
     created_by: str
-    source: dict[str, str]  # which files it was made of, by name
+    source: dict[str, str]  # names of the files it was converted from
     networks: Networks
     files: dict[str, FileRecord]  # every file except bundle.json itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """An opened bundle. `digest` is the SHA-256 of bundle.json and so pins every file.
+    """An opened bundle.
 
-    `made_up` gives the tensors of a network in the place of files, for benchmarks without any.
+    Attributes:
+        root: its folder.
+        digest: SHA-256 of bundle.json, which pins every other file.
+        manifest: the content of bundle.json.
+        synthetic_tensors: returns the tensors of a network, for benchmarks without weight files.
     """
 
     root: Path
     digest: str
     manifest: Manifest
-    made_up: Callable[[Network], dict[str, torch.Tensor]] | None = None
+    synthetic_tensors: Callable[[Network], dict[str, torch.Tensor]] | None = None
 
     @property
     def networks(self) -> Networks:
-        """Configs, dtypes and shards."""
+        """Configs, dtypes and shards of the networks."""
         return self.manifest.networks
 
     @property
     def files(self) -> Mapping[str, FileRecord]:
-        """Size and digest of every file by relative path."""
+        """Size and digest of every file, by relative path."""
         return self.manifest.files
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer's folder."""
+        """Folder of the tokenizer."""
         return self.root / TOKENIZER
 
 
@@ -117,12 +131,12 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def manifest_json(manifest: Manifest) -> str:
-    """The text of bundle.json: the same manifest always gives the same text."""
+    """Serialise a manifest as the text of bundle.json; equal manifests give equal texts."""
     return _MANIFEST.dump_json(manifest, indent=1).decode() + "\n"
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Read and check bundle.json; the files it lists are not touched (see `verify`).
+    """Read and check bundle.json, but not the files that it lists (see `verify`).
 
     Raises BadWeights when `path` holds no bundle, or one of another format.
     """
@@ -138,7 +152,7 @@ def open_bundle(path: Path) -> Bundle:
         where = ".".join(map(str, first["loc"])) or "the file"
         raise BadWeights(
             f"{file} cannot be used",
-            got=f"{where}: {first['msg']} ({error.error_count()} fault(s))",
+            got=f"{where}: {first['msg']} ({error.error_count()} error(s))",
             wanted=f"a manifest of format {FORMAT}",
             do=_REMAKE,
         ) from error
@@ -147,13 +161,13 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits. Raises OSError."""
+    """Return the SHA-256 of a file as 64 hex digits. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(bundle: Bundle, names: Collection[str] | None = None) -> None:
-    """Check the size, then the SHA-256 of every file of the bundle, or of those named.
+    """Check sizes, then SHA-256 sums, of all files of the bundle or of those in `names`.
 
     Raises BadWeights naming the first file that differs from bundle.json.
     """
@@ -170,42 +184,45 @@ def verify(bundle: Bundle, names: Collection[str] | None = None) -> None:
 def load_tensors(
     bundle: Bundle, network: Network, prefix: tuple[str, ...] = ("",)
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a network whose names start with one of `prefix`, mapped from disk.
+    """Map the tensors of a network whose names start with one of `prefix` from disk.
 
-    Pages are read when a tensor is first used. Names and shapes are exactly those that
-    `pw_runtime.models.expected_shapes` gives for the config; dtypes are those of the checkpoint.
+    Pages are read when a tensor is first used. Names and shapes are exactly those of
+    `pw_runtime.models.expected_shapes` for the config; dtypes are those of the checkpoint.
 
     Raises BadWeights when the bundle lacks the network, a shard is missing or damaged, or a
-    tensor is missing, unexpected, twice there or of another shape.
+    tensor is missing, unexpected, duplicated or of another shape.
     """
     from pw_runtime.models import expected_shapes
 
-    entry = getattr(bundle.networks, network)
+    entry = bundle.networks.get(network)
     if entry is None:
         raise BadWeights(
             f"{bundle.root} has no {network} network",
-            got="a bundle made without one",
+            got="a bundle converted without it",
             do="run `pw convert` again with the PixelWizard checkpoint as --highres",
         )
-    wanted = {
-        n: s for n, s in expected_shapes(network, entry.config).items() if n.startswith(prefix)
-    }
+    shapes = expected_shapes(network, entry.config)
+    expected = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
     tensors: dict[str, torch.Tensor] = {}
-    if bundle.made_up is not None:
-        tensors = {n: x for n, x in bundle.made_up(network).items() if n.startswith(prefix)}
+    if bundle.synthetic_tensors is not None:
+        tensors = {
+            name: tensor
+            for name, tensor in bundle.synthetic_tensors(network).items()
+            if name.startswith(prefix)
+        }
     for file in entry.files:
         shard = _read_shard(bundle.root / file, prefix)
-        if twice := shard.keys() & tensors.keys():
+        if duplicates := shard.keys() & tensors.keys():
             raise BadWeights(
                 f"{bundle.root / file} repeats tensors of another shard",
-                got=some_names(twice),
+                got=some_names(duplicates),
                 do=_REMAKE,
             )
         tensors |= shard
     require_shapes(
         f"the {network} network of {bundle.root}",
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        wanted,
+        expected,
         do=_REMAKE,
     )
     return tensors
@@ -214,19 +231,23 @@ def load_tensors(
 def require_shapes(
     what: str,
     got: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
     *,
     do: str,
 ) -> None:
     """Raise BadWeights unless both have the same names with the same shapes.
 
-    `what` opens the message ("the draft network of ..."), `do` is its remedy.
+    Args:
+        what: subject of the message, such as "the draft network of ...".
+        got: shapes by tensor name.
+        expected: the shapes that the config asks for.
+        do: remedy for the message.
     """
-    if missing := wanted.keys() - got.keys():
+    if missing := expected.keys() - got.keys():
         raise BadWeights(f"{what} lacks tensors", got=f"without {some_names(missing)}", do=do)
-    if extra := got.keys() - wanted.keys():
-        raise BadWeights(f"{what} has tensors of no known use", got=some_names(extra), do=do)
-    for name, shape in wanted.items():
+    if extra := got.keys() - expected.keys():
+        raise BadWeights(f"{what} has unknown tensors", got=some_names(extra), do=do)
+    for name, shape in expected.items():
         if got[name] != shape:
             raise BadWeights(
                 f"{what} has a tensor of the wrong shape",
@@ -237,9 +258,9 @@ def require_shapes(
 
 
 def some_names(names: Collection[str]) -> str:
-    """The first few names in order, and how many there are."""
-    shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > _NAMES_SHOWN else shown
+    """List the first few names in order, and say how many there are if that is not all."""
+    first = ", ".join(sorted(names)[:_MAX_NAMES])
+    return f"{first}, ... ({len(names)} in all)" if len(names) > _MAX_NAMES else first
 
 
 def _read_shard(path: Path, prefix: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -250,7 +271,7 @@ def _read_shard(path: Path, prefix: tuple[str, ...]) -> dict[str, torch.Tensor]:
         raise BadWeights(
             f"{path} cannot be read",
             got=error,
-            wanted="a whole safetensors file",
+            wanted="a complete safetensors file",
             do=_REMAKE,
         ) from error
 
@@ -289,8 +310,7 @@ def _check_digest(path: Path, record: FileRecord) -> None:
 
 
 def _check_paths(file: Path, manifest: Manifest) -> None:
-    networks = manifest.networks
-    entries = (networks.draft, networks.highres, networks.vae, networks.text_encoder)
+    entries = map(manifest.networks.get, get_args(Network))
     shards = {name for entry in entries if entry is not None for name in entry.files}
     unlisted = shards - manifest.files.keys()
     outside = {
@@ -302,7 +322,7 @@ def _check_paths(file: Path, manifest: Manifest) -> None:
         raise BadWeights(
             f"{file} names files that cannot be part of the bundle",
             got=some_names(unlisted | outside),
-            wanted="shards listed under files, all inside the bundle",
+            wanted="shards listed under `files`, all inside the bundle",
             do=_REMAKE,
         )
 
@@ -313,12 +333,12 @@ def _no_bundle(path: Path, error: OSError) -> BadWeights:
         return BadWeights(
             f"{path} is a published checkpoint, not a bundle",
             got=f"a folder with {marks[0]} and no {MANIFEST}",
-            wanted="a folder made by `pw convert`",
+            wanted="a bundle created by `pw convert`",
             do=f"run `pw convert --wan {path} --out BUNDLE` once, then use BUNDLE",
         )
     return BadWeights(
         f"there is no bundle at {path}",
         got=f"{MANIFEST}: {error.strerror}",
-        wanted="a folder made by `pw convert`",
+        wanted="a bundle created by `pw convert`",
         do=f"check the path, or run `pw convert --wan CHECKPOINT --out {path}`",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundle -> networks ready to run. Weights stay mapped from disk until they are used."""
+"""Load networks from a bundle. Weights stay mapped from disk until they are used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALWAYS_NEEDED: tuple[Network, ...] = ("text_encoder", "vae")
 
 
 def require_dit(bundle: Bundle, network: StageName) -> DitConfig:
-    """Config of a transformer. Raises BadWeights where the bundle was made without it."""
+    """Return the config of a transformer. Raises BadWeights if the bundle lacks it."""
     entry = bundle.networks.draft if network == "draft" else bundle.networks.highres
     if entry is None:
         raise BadWeights(
@@ -39,17 +39,17 @@ def require_dit(bundle: Bundle, network: StageName) -> DitConfig:
 
 
 def check_networks(bundle: Bundle, stages: Iterable[StageName], attention: AttentionKernel) -> None:
-    """Check names and shapes of every tensor that the stages will need, from file headers alone.
+    """Check names and shapes of all tensors that the stages need, reading only file headers.
 
-    Raises BadWeights, and BadRequest for heads that the attention cannot take.
+    Raises BadWeights, and BadRequest for a head width that the attention kernel does not support.
     """
     for stage in stages:
         width = require_dit(bundle, stage).head_dim
         if attention in ("triton", "gluon") and width not in HEAD_WIDTHS:
             raise BadRequest(
-                f"attention as {attention} does not take the heads of the {stage} network",
-                got=f"width {width}",
-                wanted=f"width {' or '.join(map(str, HEAD_WIDTHS))}",
+                f"--attention {attention} does not support the {stage} network",
+                got=f"heads of width {width}",
+                wanted=f"heads of width {' or '.join(map(str, HEAD_WIDTHS))}",
                 do="add --attention reference",
             )
     for network in (*stages, *ALWAYS_NEEDED):
@@ -65,29 +65,29 @@ def load_dit(
 ) -> WanDiT:
     """Load a transformer.
 
-    What lies where: see `TransformerPlan`. Streamed weights are converted now and kept in host
-    memory, mapped ones stay as they are in the bundle's files until a block needs them.
+    Resident weights are converted and moved to `device`, streamed ones converted and kept in host
+    memory, mapped ones left in the bundle's files until a block needs them (see `TransformerPlan`).
 
-    Raises BadWeights for a missing, damaged or ill-fitting file.
+    Raises BadWeights for a file that is missing, damaged or of other shapes.
     """
     config = require_dit(bundle, network)
     with torch.device("meta"):
         net = WanDiT(config)
     stored = load_tensors(bundle, network)
-    for name, one in stored.items():
+    for name, weight in stored.items():
         if weights == "resident" or not is_streamed(name):
-            stored[name] = store_dit_weight(name, one.to(device), precision)
+            stored[name] = store_dit_weight(name, weight.to(device), precision)
         elif weights == "streamed":
-            stored[name] = store_dit_weight(name, one, precision)
+            stored[name] = store_dit_weight(name, weight, precision)
     net.load_state_dict(stored, assign=True)
     return net.eval().requires_grad_(False)
 
 
 def load_decoder(bundle: Bundle, device: torch.device, precision: Precision = "fp32") -> VaeDecoder:
-    """Load the decoder half of the VAE. Raises BadWeights as `load_dit` does.
+    """Load the decoder of the VAE. Raises BadWeights as `load_dit` does.
 
-    With "bf16" weights and activations are bf16; norms, attention's softmax and the latent's
-    scale are computed in fp32, the gains of the norms stay fp32.
+    With "bf16", weights and activations are bf16; norms and their gains, the softmax of attention
+    and the scale of the latent stay fp32.
     """
     with torch.device("meta"):
         decoder = VaeDecoder(bundle.networks.vae.config)
@@ -103,13 +103,13 @@ def load_decoder(bundle: Bundle, device: torch.device, precision: Precision = "f
 
 
 def decoder_weight(name: str, weight: Tensor, precision: Precision) -> Tensor:
-    """A weight of the decoder in the dtype that it is used in: bf16, but for gains of norms."""
-    kept = precision == "fp32" or name.endswith("gamma")
-    return weight.to(torch.float32 if kept else torch.bfloat16)
+    """Convert a weight of the decoder to the precision, except gains of norms, which stay fp32."""
+    fp32 = precision == "fp32" or name.endswith("gamma")
+    return weight.to(torch.float32 if fp32 else torch.bfloat16)
 
 
 def channels_last(weight: Tensor) -> Tensor:
-    """Convolution weights in the layout of the decoder's activations, converted this once."""
+    """Convert convolution weights to the memory layout of the decoder's activations."""
     if weight.dim() not in (4, 5):
         return weight
     layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
@@ -117,19 +117,19 @@ def channels_last(weight: Tensor) -> Tensor:
 
 
 def load_text_network(bundle: Bundle, precision: Precision, device: torch.device) -> TextNetwork:
-    """Load tokenizer and text encoder; in bf16 everything is bf16, as in the official code.
+    """Load tokenizer and text encoder; with "bf16" all weights are bf16, as officially.
 
-    Raises BadWeights as `load_dit`, and where the tokenizer cannot be read.
+    Raises BadWeights as `load_dit` does, and for a tokenizer that cannot be read.
     """
-    from transformers import AutoTokenizer  # seconds to import
+    from transformers import AutoTokenizer  # takes seconds to import
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
-    except Exception as error:  # a damaged tokenizer.json raises whatever it meets
+    except Exception as error:  # a damaged tokenizer.json may raise anything
         raise BadWeights(
             f"cannot read the tokenizer in {bundle.tokenizer}",
             got=error,
-            do="convert the checkpoint again with its tokenizer folder complete",
+            do="convert the checkpoint again, with its complete tokenizer folder",
         ) from error
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     encoder = build_text_encoder(bundle.networks.text_encoder.config)
@@ -142,5 +142,5 @@ def load_text_network(bundle: Bundle, precision: Precision, device: torch.device
 
 
 def is_streamed(name: str) -> bool:
-    """Whether a weight of this name may lie elsewhere than on the device."""
+    """Return whether a weight of this name can be streamed: all of a block but its modulation."""
     return name.startswith("blocks.") and not name.endswith(".modulation")

@@ -8,13 +8,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
 import click
 
+from pw_runtime.cli.bench import bench, compare_clips
 from pw_runtime.cli.build import build, engines
 from pw_runtime.cli.decode import decode
 from pw_runtime.cli.generate import generate
@@ -81,32 +81,8 @@ def convert_checkpoints(
     return DONE
 
 
-@cli.command()
-@click.argument("a", type=FILE)
-@click.argument("b", type=FILE)
-@click.option("--contact-sheet", "sheet", type=FILE, help="PNG of both and of their differences.")
-@click.option("--json", "out", type=FILE, help="The same numbers as JSON.")
-def compare(a: Path, b: Path, sheet: Path | None, out: Path | None) -> int:
-    """Tell how far clip A is from clip B, or the clips of folder A from those of folder B."""
-    import_module("pw_bench.clips.compare").compare_clips(a, b, sheet, out)
-    return DONE
-
-
-class Bench(click.Group):
-    """The verbs of pw_bench, which stands above the runtime: found when one is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names."""
-        return import_module("pw_bench.cli").bench.list_commands(ctx)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """One of them."""
-        return import_module("pw_bench.cli").bench.get_command(ctx, cmd_name)
-
-
-cli.add_command(
-    Bench("bench", help="Measure latency and memory, compare, report (docs/benchmarks.md).")
-)
+cli.add_command(bench)
+cli.add_command(compare_clips)
 cli.add_command(generate)
 cli.add_command(decode)
 cli.add_command(build)

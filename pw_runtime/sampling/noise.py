@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initial noise: drawn from the official seeds, or read from a file."""
+"""Initial noise, drawn from the official seeds or read from a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.types import VAE_STRIDE, StageConfig, StageName, VideoConfig
 
 LATENT_CHANNELS = 48
-MAX_SEED = 2**62  # the seeds of later prompts are larger and must fit 63 bits
+MAX_SEED = 2**62  # the seeds of later prompts are larger and must fit into 63 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +29,34 @@ class Seeds:
 
 
 def resolve_base_seed(seed: int) -> int:
-    """A negative base seed means a random one, as in the official command line.
+    """Replace a negative base seed by a random one, as the official command line does.
 
-    Raises BadRequest for a seed that the generators cannot take.
+    Raises BadRequest for a seed that is too large for the generators.
     """
     if seed >= MAX_SEED:
-        raise BadRequest("the seed is too large", got=seed, wanted=f"less than {MAX_SEED}")
+        raise BadRequest(
+            "the seed is too large",
+            got=seed,
+            wanted=f"less than {MAX_SEED}",
+            do="pass a smaller --seed",
+        )
     return seed if seed >= 0 else secrets.randbelow(2**31)
 
 
 def seeds_for(base: int, position: int) -> Seeds:
-    """Seeds of the prompt at a 1-based position; its id plays no part (official generate.py)."""
+    """Return the seeds of the prompt at a 1-based position, whatever its id (as officially)."""
     return Seeds(draft=base + 100 * position, highres=base + 100 * (position - 1) + 10_000)
 
 
 def latent_shape(stage: StageConfig, video: VideoConfig) -> tuple[int, int, int, int]:
-    """(C, T, H, W) of a stage's latent."""
+    """Return the shape (C, T, H, W) of a stage's latent."""
     frames = (video.frames - 1) // VAE_STRIDE[0] + 1
     height, width = stage.height // VAE_STRIDE[1], stage.width // VAE_STRIDE[2]
     return LATENT_CHANNELS, frames, height, width
 
 
 def draw_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Standard normal fp32 noise; a CPU and a GPU draw different numbers from one seed."""
+    """Draw standard normal fp32 noise; a CPU and a GPU draw different numbers from one seed."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
@@ -62,38 +67,39 @@ def load_noise(
     """Read `draft_noise` and `highres_noise` from a safetensors file.
 
     Returns:
-        [C, T, H, W] fp32 on the CPU by stage, for the stages that will run.
+        [C, T, H, W] fp32 on the CPU for each of the stages.
 
-    Raises BadRequest where the file cannot be read, lacks a tensor or has a wrong shape.
+    Raises BadRequest if the file cannot be read or lacks a tensor, or a tensor has another shape
+    or holds NaN or infinity.
     """
-    wanted = {f"{stage}_noise": latent_shape(plan, video) for stage, plan in stages.items()}
+    shapes = {f"{name}_noise": latent_shape(stage, video) for name, stage in stages.items()}
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadRequest(
             f"cannot read the noise file {path}",
             got="a folder" if path.is_dir() else error,
-            wanted=f"a safetensors file with {' and '.join(wanted)}",
-            do="pass a file that --save-latents wrote",
+            wanted=f"a safetensors file with {' and '.join(shapes)}",
+            do="pass a file written by --save-latents",
         ) from error
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             raise BadRequest(
                 f"{path} does not fit the preset",
                 got=f"{name} {list(tensors[name].shape)}" if name in tensors else f"no {name}",
                 wanted=f"{name} {list(shape)} (channels, latent frames, rows, columns)",
-                do="use the preset that the noise was made for, or leave --noise out",
+                do="use the preset that the noise was drawn for, or omit --noise",
             )
         if not (tensors[name].is_floating_point() and tensors[name].isfinite().all()):
             raise BadRequest(
                 f"{path} holds no usable noise",
-                got=f"{name} of {tensors[name].dtype}, or with NaN or infinity in it",
+                got=f"{name} of dtype {tensors[name].dtype}, or with NaN or infinity",
                 wanted="finite floating-point numbers",
-                do="pass a file that --save-latents wrote",
+                do="pass a file written by --save-latents",
             )
     return {stage: tensors[f"{stage}_noise"].float() for stage in stages}
 
 
 def tensor_digest(x: Tensor) -> str:
-    """SHA-256 of a tensor's fp32 values."""
+    """Return the SHA-256 of a tensor's fp32 values as hex digits."""
     return hashlib.sha256(x.float().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise levels, timesteps and step sizes of a sampler, from plain numbers."""
+"""Noise levels, timesteps and step sizes of a sampler, computed from plain numbers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor
 
 from pw_runtime.types import TRAIN_STEPS, Solver
 
-# 1 - 1/1000 as the official scheduler stores it: in fp32.
+# 1 - 1/1000 in fp32, as the official scheduler stores it.
 UNIPC_SIGMA_MAX = float(np.float32(0.999))
 DPM_SIGMA_MAX = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One sampling run. `sigmas` has one entry more than there are steps; the last is 0."""
+    """Noise levels and network inputs of one sampling run."""
 
-    sigmas: tuple[float, ...]  # fp32 values, noise share of the latent
-    timesteps: tuple[int, ...]  # what the networks are given, thousandths
-    step_sizes: tuple[int, ...]  # dt, even thousandths
+    sigmas: tuple[float, ...]  # fp32 noise shares, one more than there are steps; the last is 0
+    timesteps: tuple[int, ...]  # network input of each step, in thousandths
+    step_sizes: tuple[int, ...]  # dt of each step, in thousandths, even
 
 
 def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
-    """Shifted flow-matching schedule of the official samplers.
+    """Compute the shifted flow-matching schedule of the official samplers.
 
-    sigma' = shift sigma / (1 + (shift - 1) sigma) on an even grid that starts at 0.999 (unipc)
-    or 1 (dpm++); computed in fp64, sigmas stored in fp32, timesteps = trunc(1000 sigma').
+    sigma' = shift sigma / (1 + (shift - 1) sigma) on an even grid from 0.999 (unipc) or 1 (dpm++);
+    computed in fp64, sigmas stored in fp32, timesteps = trunc(1000 sigma').
     Sources: fm_solvers_unipc.py, fm_solvers.py (get_sampling_sigmas), textimage2video_HR.py.
     """
     sigma_max = UNIPC_SIGMA_MAX if solver == "unipc" else DPM_SIGMA_MAX
@@ -46,17 +46,17 @@ def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
 
 
 def even_step(dt: int) -> int:
-    """Round a step size down to an even number, at least 2 (the default rule of the shortcut)."""
+    """Round a step size down to an even number, at least 2 (default of the shortcut model)."""
     return max(2, abs(dt) - abs(dt) % 2)
 
 
 def time_input(value: int, device: torch.device, *, rounded: bool = False) -> Tensor:
-    """A timestep or step size as a network takes it.
+    """Make the network input of a timestep or step size.
 
     Args:
         value: thousandths.
-        device: where the network is.
-        rounded: round to bf16, as the official multi-GPU code does to what enters the DiT.
+        device: device of the network.
+        rounded: round to bf16, as the official multi-GPU code rounds the inputs of the DiT.
 
     Returns:
         [1] fp32.

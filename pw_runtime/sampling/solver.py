@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two samplers, both second order and multistep, on x_sigma = (1 - sigma) x0 + sigma noise.
+"""Two second-order multistep samplers for x_sigma = (1 - sigma) x0 + sigma noise.
 
-A model output v gives the data prediction m = x - sigma v. With alpha = 1 - sigma and
-lambda = ln alpha - ln sigma, everything else is a linear combination whose coefficients are
-known before the first step; they are computed here in fp64, once.
+The model output v gives the data prediction m = x - sigma v. With alpha = 1 - sigma and
+lambda = ln alpha - ln sigma, everything else is a linear combination with coefficients that depend
+only on the sigmas; they are computed here in fp64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pw_runtime.system.trace import observe, span
 from pw_runtime.types import Solver
 
 Velocities = Callable[[Tensor, int], Sequence[Tensor]]
-"""(latent, step index) -> v with the prompt and v with its negative."""
+"""Function of (latent, step index) that returns v for the prompt and v for its negative."""
 
 
 def sample(
@@ -33,9 +33,9 @@ def sample(
     """Denoise from pure noise to x0.
 
     Args:
-        velocities: the network.
+        velocities: runs the network.
         noise: [C, T, H, W] fp32.
-        sigmas: of a `Schedule` made for the same solver.
+        sigmas: noise levels of a `Schedule` for the same solver.
         solver: "unipc" (order 2, bh2, predictor-corrector) or "dpm++" (2M, midpoint).
         guidance: scale of classifier-free guidance.
         bf16_einsum: round UniPC's second-order terms to bf16, as the official loop does
@@ -45,8 +45,8 @@ def sample(
         [C, T, H, W] fp32.
     """
     x = corrected = noise
-    before: Tensor | None = None  # data prediction of the step before
-    earlier: Tensor | None = None  # and of the one before that
+    before: Tensor | None = None  # data prediction of the previous step
+    earlier: Tensor | None = None  # and of the step before that
     for i in range(len(sigmas) - 1):
         if solver == "unipc":
             corrector, predictor = unipc_corrector(sigmas, i), unipc_predictor(sigmas, i)
@@ -68,7 +68,7 @@ def sample(
                 bf16_einsum=bf16_einsum and solver == "unipc",
             )
         observe("latent", x)
-        del cond, uncond  # the network needs the memory for the next ones
+        del cond, uncond  # free the memory for the next pass of the network
         before, earlier = m, before
     return x
 
@@ -77,9 +77,9 @@ def sample(
 
 
 def unipc_predictor(sigmas: tuple[float, ...], i: int) -> Update:
-    """Update from step i to i+1: order 1 at the first and the last step, order 2 between.
+    """Compute the update from step i to i+1: order 1 at the first and last step, else order 2.
 
-    At the last, sigma_next is 0 and the data prediction is the result.
+    At the last step, sigma_next is 0 and the data prediction is the result.
     """
     if i == len(sigmas) - 2:
         return Update(keep=0.0, data=1.0)
@@ -94,10 +94,10 @@ def unipc_predictor(sigmas: tuple[float, ...], i: int) -> Update:
 
 
 def unipc_corrector(sigmas: tuple[float, ...], i: int) -> Update | None:
-    """Correction of the latent at step i, from the corrected latent of step i-1.
+    """Compute the correction of the latent at step i, from the corrected latent of step i-1.
 
-    `m` is the prediction of step i-1, `m_new` that of step i, `m_old` that of step i-2. The first
-    step has nothing to correct, and at the last the result is the prediction, corrected or not.
+    `m` is the prediction of step i-1, `m_new` that of step i, `m_old` that of step i-2. None at the
+    first step, where nothing precedes, and at the last, whose result is the prediction itself.
     """
     if i == 0 or i == len(sigmas) - 2:
         return None
@@ -116,7 +116,7 @@ def unipc_corrector(sigmas: tuple[float, ...], i: int) -> Update | None:
 
 
 def _lambda(sigma: float) -> float:
-    """Half log signal-to-noise ratio; -inf at sigma 1 (pure noise), +inf at 0."""
+    """Return half the log signal-to-noise ratio; -inf at sigma 1 (pure noise), +inf at 0."""
     if sigma == 0.0:
         return math.inf
     return math.log1p(-sigma) - math.log(sigma) if sigma < 1.0 else -math.inf
@@ -126,7 +126,7 @@ def _lambda(sigma: float) -> float:
 
 
 def dpm_update(sigmas: tuple[float, ...], i: int) -> Update:
-    """Update from step i to i+1: order 1 at the first and the last step, order 2 between."""
+    """Compute the update from step i to i+1: order 1 at the first and last step, else order 2."""
     keep = sigmas[i + 1] / sigmas[i]
     alpha = 1 - sigmas[i + 1]
     h = _lambda(sigmas[i + 1]) - _lambda(sigmas[i])
@@ -134,6 +134,6 @@ def dpm_update(sigmas: tuple[float, ...], i: int) -> Update:
     if i == 0 or i == len(sigmas) - 2:
         return Update(keep, data)
     inverse_r = h / (_lambda(sigmas[i]) - _lambda(sigmas[i - 1]))
-    if inverse_r == 0.0:  # sigma_0 = 1: lambda is -inf there and the second order vanishes
+    if inverse_r == 0.0:  # sigma_0 = 1: lambda is -inf there, the second-order term vanishes
         return Update(keep, data)
     return Update(keep, data, slope=-data, old_weight=0.5, inverse_r=inverse_r)

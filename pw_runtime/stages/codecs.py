@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The codecs: encoders, their settings, and what can be refused before anything is computed."""
+"""Codecs: their encoders and settings, and the checks to make before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pw_runtime.types import Codec, Compat, PixelFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a codec is encoded: an encoder of libavcodec, its options and its file."""
+    """Settings of a codec: libavcodec's encoder, its options, the file."""
 
     encoder: str
     options: Mapping[str, str]
     pix_fmt: str = "yuv420p"
     suffix: Literal[".mp4", ".mkv"] = ".mp4"
-    tag: str | None = None  # four letters, where the muxer's own choice does not play everywhere
+    tag: str | None = None  # four-letter code, if the muxer's default does not play everywhere
 
 
-# h264's crf is the official code's. The others give the same luma PSNR on textured, grainy
-# frames (45.1, 45.3 and 45.1 dB).
+# The crf of h264 is that of the official code. The others give the same luma PSNR on textured,
+# grainy frames (45.1, 45.3 and 45.1 dB, with PyAV 18.1).
 RECIPES: Final[Mapping[Codec, Recipe]] = MappingProxyType(
     {
         "h264": Recipe(encoder="libx264", options={"crf": "10", "preset": "veryfast"}),
@@ -40,7 +40,7 @@ RECIPES: Final[Mapping[Codec, Recipe]] = MappingProxyType(
         "ffv1": Recipe(
             encoder="ffv1",
             options={"level": "3", "slicecrc": "1"},
-            pix_fmt="bgr0",  # the only 8-bit RGB that ffv1 takes
+            pix_fmt="bgr0",  # the only 8-bit RGB format of ffv1
             suffix=".mkv",
         ),
     }
@@ -62,27 +62,30 @@ def encoder_options(recipe: Recipe) -> dict[str, str]:
 
 
 def suffix(codec: Codec) -> Literal[".mp4", ".mkv"]:
-    """Return the file name ending that goes with `codec`."""
+    """Return the file name suffix of `codec`."""
     return RECIPES[codec].suffix
 
 
 def pixel_format_for(codec: Codec, compat: Compat) -> PixelFormat:
-    """What frames are best decoded to: what the encoder takes, so that they are rounded once.
+    """Return the format to decode frames to: the encoder's own, so that they are rounded once.
 
-    Truncated bytes are those of RGB; libswscale makes the planes of them, as officially.
+    The official code truncates RGB bytes and lets libswscale convert them, so `truncating_uint8`
+    asks for RGB.
     """
     planes = RECIPES[codec].pix_fmt == "yuv420p" and not compat.truncating_uint8
     return "yuv420p" if planes else "rgb24"
 
 
 def check_codec(codec: Codec, *, fragmented: bool = False) -> None:
-    """Raise BadRequest if the installed PyAV cannot encode `codec`, or if its file cannot be
-    fragmented where that is asked for. Costs nothing: call it before anything is computed."""
+    """Raise BadRequest if the installed PyAV cannot encode `codec` or fragment its file.
+
+    Cheap: call it before anything is computed.
+    """
     if fragmented and suffix(codec) != ".mp4":
         raise BadRequest(
-            f"--fragmented makes an mp4, which {codec} does not",
+            f"--fragmented needs an mp4, which {codec} does not produce",
             wanted=f"--codec {', '.join(c for c in RECIPES if suffix(c) == '.mp4')}",
-            do="choose another codec, or leave --fragmented out",
+            do="choose another codec, or omit --fragmented",
         )
     encoder = RECIPES[codec].encoder
     try:
@@ -91,6 +94,6 @@ def check_codec(codec: Codec, *, fragmented: bool = False) -> None:
         raise BadRequest(
             f"the installed PyAV cannot encode {codec}",
             got=f"av {av.__version__} without the encoder {encoder}",
-            wanted=f"an av with {encoder}, as in its wheels on PyPI",
+            wanted=f"a build of av with {encoder}, such as its wheels on PyPI",
             do="pip install --force-reinstall --only-binary av av, or choose another codec",
         ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames -> one video file, encoded in a thread of its own while the next ones are made."""
+"""Frames -> one video file, encoded in a separate thread while the next frames are decoded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pw_runtime.system.overlap import overlap
 from pw_runtime.system.trace import span
 from pw_runtime.types import Codec, FrameChunk, PixelFormat
 
-MATRIX_RGB: Final = 0  # AVCOL_SPC_RGB, which PyAV does not name
+MATRIX_RGB: Final = 0  # AVCOL_SPC_RGB, for which PyAV has no name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,37 +54,37 @@ def write_video(
     codec: Codec,
     partial_video: Path | None = None,
 ) -> int:
-    """Encode `frames` frames of `width` x `height` pixels into `path`; return its bytes.
+    """Encode `frames` frames of `width` x `height` pixels into `path`; return its size in bytes.
 
-    h264, hevc and av1 are BT.709 limited-range yuv420p in an mp4 that starts to play before it
-    is wholly loaded; ffv1 is lossless RGB in Matroska. Chunks of rgb24 are converted to that by
-    libswscale, chunks of yuv420p go to the encoder as they are. The encoder works in a thread of
-    its own while `chunks` makes the next one; at most three are alive, the one in the making among
-    them. `path` appears only when it is complete.
+    h264, hevc and av1 are BT.709 limited-range yuv420p in an mp4 that starts playing before it is
+    completely loaded; ffv1 is lossless RGB in Matroska. libswscale converts chunks of rgb24 to
+    that; chunks of yuv420p go to the encoder unchanged. The encoder runs in a separate thread while
+    `chunks` produces the next one; at most three chunks are alive, including the one in production.
+    `path` appears only when it is complete. Equal frames give equal files (docs/numerics.md).
 
     `partial_video`, for the mp4 codecs, gets the same packets as a fragmented mp4, which any player
     can open in the meantime. It is removed once `path` is complete, and stays when writing fails.
 
-    Raises WriteFailed when the disk or the encoder refuses, ValueError when the chunks are not
-    the frames announced, BadRequest for a codec that cannot be had or cannot grow. Whatever
-    `chunks` raises passes through.
+    Raises WriteFailed when the disk or the encoder fails, ValueError when the chunks are not the
+    announced frames, BadRequest for a codec that is not available or cannot be fragmented. Errors
+    of `chunks` are passed on.
     """
     check_codec(codec, fragmented=partial_video is not None)
     clip = _Format(width=width, height=height, frames=frames, fps=fps)
     with atomic_file(path) as partial:
         try:
             overlap(
-                chunks, lambda taken: _encode(taken, partial, RECIPES[codec], clip, partial_video)
+                chunks, lambda ready: _encode(ready, partial, RECIPES[codec], clip, partial_video)
             )
             written = _packets(partial)
         except av.FFmpegError as error:
             raise write_failed(path, error) from error
         if written != frames:
             raise WriteFailed(
-                f"{path} came out incomplete",
+                f"{path} is incomplete",
                 got=f"{written} frames in the file",
                 wanted=f"{frames} frames",
-                do="run the same command again, with another codec if it happens twice",
+                do="run the same command again, with another codec if it happens again",
             )
         size = partial.stat().st_size
     if partial_video is not None:
@@ -115,7 +115,7 @@ def _encode(
         for frame in _video_frames(chunks, clip, recipe.pix_fmt):
             with span("encode"):
                 _mux(stream.encode(frame), container, copy)
-            del frame  # it may be memory of the chunk
+            del frame  # it may use memory of the chunk
         with span("encode"):
             _mux(stream.encode(), container, copy)
         with span("mux"):
@@ -123,11 +123,11 @@ def _encode(
                 copy.close()
             container.close()
     except BaseException:
-        # The file is thrown away; a second error from closing it would hide the first.
-        for opened in (copy, container):
+        # The file is discarded; a second error from closing it would hide the first.
+        for output in (copy, container):
             with suppress(av.FFmpegError):
-                if opened is not None:
-                    opened.close()
+                if output is not None:
+                    output.close()
         raise
 
 
@@ -146,7 +146,7 @@ def _open_stream(container: OutputContainer, recipe: Recipe, clip: _Format) -> V
     stream.width, stream.height = clip.width, clip.height
     stream.pix_fmt = recipe.pix_fmt
     context = stream.codec_context
-    # PyAV's default is one slice per thread, which costs x264 bits (4 % at 16 threads).
+    # PyAV's default of one slice per thread costs bits: x264 makes 4 % more with 16 threads.
     context.thread_type = ThreadType.AUTO
     rgb = recipe.pix_fmt == "bgr0"
     context.color_range = ColorRange.JPEG if rgb else ColorRange.MPEG
@@ -162,12 +162,15 @@ def _open_stream(container: OutputContainer, recipe: Recipe, clip: _Format) -> V
 
 @contextmanager
 def _svt_banner_off() -> Iterator[None]:
-    """SVT-AV1 prints its settings on stderr past libav's log; the one switch is a variable that
-    it reads once, when the first encoder opens. A value of the user's own stands."""
+    """Keep SVT-AV1 from printing its settings to stderr, which bypasses libav's log.
+
+    The only switch is an environment variable, read once, when the first encoder opens. A value
+    set by the user is respected.
+    """
     if "SVT_LOG" in os.environ:
         yield
         return
-    os.environ["SVT_LOG"] = "1"  # errors still show
+    os.environ["SVT_LOG"] = "1"  # errors are still printed
     try:
         yield
     finally:
@@ -186,7 +189,7 @@ def _video_frames(
             frame.pts = position
             position += 1
             yield frame
-        del chunk, pixels, frame  # while the next chunk is made, this one must be free
+        del chunk, pixels, frame  # free this chunk while the next one is produced
     if position != clip.frames:
         raise ValueError(f"the frames ended after {position} of {clip.frames}")
 
@@ -201,9 +204,9 @@ def _check_chunk(chunk: FrameChunk, position: int, clip: _Format, pix_fmt: str) 
         raise ValueError(f"a chunk starts at frame {chunk.start}, expected {position}")
     if not shape or shape[0] == 0 or shape[1:] != picture:
         raise ValueError(f"a chunk has shape {shape}, expected (1 or more, {str(picture)[1:]}")
-    have = chunk.frames
-    if have.dtype != torch.uint8 or have.device.type != "cpu":
-        raise ValueError(f"a chunk is {have.dtype} on {have.device}, expected torch.uint8 on cpu")
+    dtype, device = chunk.frames.dtype, chunk.frames.device
+    if dtype != torch.uint8 or device.type != "cpu":
+        raise ValueError(f"a chunk is {dtype} on {device}, expected torch.uint8 on cpu")
     if position + shape[0] > clip.frames:
         raise ValueError(f"{position + shape[0]} frames or more, expected {clip.frames} in all")
 
@@ -211,7 +214,7 @@ def _check_chunk(chunk: FrameChunk, position: int, clip: _Format, pix_fmt: str) 
 def _video_frame(
     converter: VideoReformatter, pixels: np.ndarray, pixel_format: PixelFormat, pix_fmt: str
 ) -> av.VideoFrame:
-    """Pixels of one frame as `FrameChunk` has them -> a frame the encoder takes."""
+    """Convert the pixels of one frame of a `FrameChunk` to the encoder's format."""
     if pixel_format == pix_fmt:
         frame = av.VideoFrame.from_numpy_buffer(pixels, format=pix_fmt)  # no copy
         frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
@@ -222,7 +225,7 @@ def _video_frame(
     return converter.reformat(
         frame,
         format=pix_fmt,
-        # Unless both matrices are named, libswscale takes BT.601.
+        # libswscale uses BT.601 unless both matrices are given.
         src_colorspace=Colorspace.ITU709,
         dst_colorspace=Colorspace.ITU709,
         src_color_range=ColorRange.JPEG,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the benchmark's programs share: a small job, and a clip made under a trace."""
+"""Helpers for the benchmark's programs: small jobs, and a clip made under a trace."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pw_bench.e2e.job import Job, Program
 from pw_export.convert import convert
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.pipeline import generate
+from pw_runtime.presets import PRESETS
 from pw_runtime.prompts import make_prompts
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.system.progress import Reporter
@@ -38,11 +39,24 @@ TWO_STAGES = Preset(
     draft=DRAFT, highres=HIGHRES, video=VideoConfig(frames=9), decode=TilingConfig(strips=2)
 )
 ONE_STAGE = Preset(draft=DRAFT, video=VideoConfig(frames=9))
+# For programs that are replaced: nothing of it exists.
+NO_JOB = Job(
+    checkpoint=Path(),
+    bundle=Path(),
+    prompt="a",
+    negative="",
+    preset=PRESETS["nano"],
+    noise=Path(),
+    device="cpu",
+    precision="fp32",
+    codec="h264",
+    in_memory=True,
+)
 
 
 @dataclass(frozen=True)
-class Made:
-    """A clip of a program and what its trace saw."""
+class TracedClip:
+    """A clip of a program and what its trace recorded."""
 
     latents: list[Tensor]  # after every step, in order
     spans: list[str]  # names, in the order in which they began, of the thread that called
@@ -51,11 +65,11 @@ class Made:
 
 
 def make_job(checkpoint: Path, folder: Path, preset: Preset, codec: Codec = "h264") -> Job:
-    """A job on a checkpoint in the official layout; its noise is written to `folder`."""
+    """Return a job on a checkpoint in the official layout; its noise is written to `folder`."""
     generator = torch.Generator().manual_seed(7)
     noise = {
-        f"{stage}_noise": torch.randn(latent_shape(plan, preset.video), generator=generator)
-        for stage, plan in preset.stages().items()
+        f"{stage}_noise": torch.randn(latent_shape(config, preset.video), generator=generator)
+        for stage, config in preset.stages().items()
     }
     save_file(noise, folder / "noise.safetensors")
     return Job(
@@ -72,7 +86,7 @@ def make_job(checkpoint: Path, folder: Path, preset: Preset, codec: Codec = "h26
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """A small random checkpoint in one folder, and its bundle beside it."""
+    """Write a small random checkpoint in one folder, and its bundle beside it."""
     files = write_official_checkpoint(folder)
     (files.base / "pixelwizard").mkdir()
     highres = files.highres.rename(files.base / "pixelwizard" / "highres.pt")
@@ -80,26 +94,26 @@ def write_checkpoint(folder: Path) -> Path:
     return files.base
 
 
-def make(program: Program, job: Job, video: Path) -> Made:
+def run_traced(program: Program, job: Job, video: Path) -> TracedClip:
     """Run a program under a trace."""
     latents: list[Tensor] = []
     trace = Trace(torch.device("cpu"), on_tensor=lambda name, x: latents.append(x.clone()))
     with trace.recording():
         program.clip(job, video)
-    here = sorted(trace.spans, key=lambda one: (one.start, one.depth))
-    names = [one.name for one in here if one.thread == threading.current_thread().name]
-    return Made(latents, names, trace.spans, len(read_video(video)))
+    timeline = sorted(trace.spans, key=lambda span: (span.start, span.depth))
+    names = [span.name for span in timeline if span.thread == threading.current_thread().name]
+    return TracedClip(latents, names, trace.spans, len(read_video(video)))
 
 
 def read_video(path: Path) -> Tensor:
-    """Frames [F, H, W, 3] in levels of 255."""
+    """Read frames [F, H, W, 3] in levels of 255."""
     with av.open(str(path)) as container:
-        frames = [one.to_ndarray(format="rgb24") for one in container.decode(video=0)]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return torch.from_numpy(np.stack(frames)).int()
 
 
-def ours(job: Job, out: Path) -> dict[str, Tensor]:
-    """The latents of the runtime's own clip, by stage."""
+def runtime_latents(job: Job, out: Path) -> dict[str, Tensor]:
+    """Return the latents of the runtime's own clip, by stage."""
     request = Request(
         prompts=make_prompts([("0", job.prompt)]),
         preset=job.preset,

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pw compare`: clips of two runs, beside each other."""
+"""`pw compare`: clips of two runs, side by side."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.pipeline import generate
+from pw_runtime.presets import find_preset
+from pw_runtime.prompts import make_prompts
+from pw_runtime.system.progress import Reporter
+from pw_runtime.types import Precision, Request, RunOptions
 from tests.e2e.pw import Pw, write_preset
 
 
@@ -17,37 +24,38 @@ def pw(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Pw
     return Pw(monkeypatch, capfd)
 
 
-@pytest.fixture
-def made(pw: Pw, bundle_dir: Path, tmp_path: Path):
-    """Makes a clip in a folder of that name."""
-    preset = write_preset(tmp_path / "small.toml")
+@pytest.fixture(scope="module")
+def runs(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Make folders of clips: two runs of one command, and one in bf16."""
+    folder = tmp_path_factory.mktemp("runs")
+    preset = write_preset(folder / "small.toml")
+    request = Request(
+        prompts=make_prompts([("0", "a cat")]),
+        preset=find_preset(str(preset)),
+        out=folder / "a",
+        options=RunOptions(codec="ffv1", save_latents=True),
+    )
+    precisions: dict[str, Precision] = {"a": "fp32", "b": "fp32", "bf16": "bf16"}
+    for name, precision in precisions.items():
+        options = replace(request.options, precision=precision)
+        run = replace(request, out=folder / name, options=options)
+        (outcome,) = generate(run, open_bundle(bundle_dir), Reporter(quiet=True))
+        assert outcome.error is None
+    return {name: folder / name for name in precisions}
 
-    def run(name: str, *options: str) -> Path:
-        ran = pw(
-            "generate", "--model", bundle_dir, "--preset", preset, "--prompt", "a cat",
-            "--out", tmp_path / name, "--codec", "ffv1", "--save-latents", *options,
-        )  # fmt: skip
-        assert ran.code == 0, ran.err
-        return tmp_path / name
 
-    return run
-
-
-def test_two_runs_of_one_command_do_not_differ_by_a_byte(pw: Pw, made) -> None:
-    ended = pw("compare", made("a"), made("b"))
+def test_two_runs_of_one_command_do_not_differ_by_a_byte(pw: Pw, runs: dict[str, Path]) -> None:
+    ended = pw("compare", runs["a"], runs["b"])
     assert ended.code == 0
     assert "no byte differs" in ended.out
     assert "highres 0.0e+00" in ended.out
 
 
-def test_what_was_asked_otherwise_is_told_and_the_difference_drawn(
-    pw: Pw, made, tmp_path: Path
+def test_changed_settings_are_listed_and_the_difference_is_drawn(
+    pw: Pw, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     sheet, numbers = tmp_path / "sheet.png", tmp_path / "numbers.json"
-    ended = pw(
-        "compare", made("a"), made("b", "--precision", "bf16"),
-        "--contact-sheet", sheet, "--json", numbers,
-    )  # fmt: skip
+    ended = pw("compare", runs["a"], runs["bf16"], "--contact-sheet", sheet, "--json", numbers)
     assert ended.code == 0, ended.err
     assert "options.precision: fp32 and bf16" in ended.out
     (pair,) = json.loads(numbers.read_text())
@@ -57,22 +65,23 @@ def test_what_was_asked_otherwise_is_told_and_the_difference_drawn(
         assert len(picture.getcolors(2**24) or ()) > 10
 
 
-def test_two_clips_are_compared_as_two_folders_are(pw: Pw, made) -> None:
-    one = made("a") / "0.mkv"
-    assert "no byte differs" in pw("compare", one, one).out
+def test_two_clips_are_compared_as_two_folders_are(pw: Pw, runs: dict[str, Path]) -> None:
+    clip = runs["a"] / "0.mkv"
+    assert "no byte differs" in pw("compare", clip, clip).out
 
 
 @pytest.mark.parametrize("case", ["missing", "mixed", "other clips", "empty"])
-def test_what_cannot_be_compared_is_refused(pw: Pw, made, tmp_path: Path, case: str) -> None:
-    folder = made("a")
-    other = tmp_path / "other"
-    other.mkdir()
-    a, b, said = {
-        "missing": (folder, tmp_path / "no", "is not there"),
-        "mixed": (folder, folder / "0.mkv", "a clip and a folder"),
-        "other clips": (folder, other, "do not hold the same clips"),
-        "empty": (other, other, "no clips in"),
+def test_paths_that_cannot_be_compared_are_refused(
+    pw: Pw, runs: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    folder, empty = runs["a"], tmp_path / "empty"
+    empty.mkdir()
+    a, b, message = {
+        "missing": (folder, tmp_path / "no", "does not exist"),
+        "mixed": (folder, folder / "0.mkv", "cannot compare a clip with a folder"),
+        "other clips": (folder, empty, "do not hold the same clips"),
+        "empty": (empty, empty, "no clips in"),
     }[case]
     ended = pw("compare", a, b)
     assert ended.code == 2
-    assert said in ended.err
+    assert message in ended.err

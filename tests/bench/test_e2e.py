@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end-to-end comparison: what it makes of its samples, and what becomes of faults."""
+"""`pw bench e2e` and `pw bench stages`: weights, programs, and whole runs of the commands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,253 +15,55 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pw_bench import cli_e2e
-from pw_bench.cli_e2e import e2e as command
-from pw_bench.cli_e2e import pick_sides
-from pw_bench.e2e import run as e2e_run
-from pw_bench.e2e.aggregate import figures_of, operations_of, ratios_of
-from pw_bench.e2e.job import PROMPT, Job
-from pw_bench.e2e.process import ProgramFailed, Samples, covered, last_words
-from pw_bench.e2e.run import Taken, run_all
-from pw_bench.e2e.stages import stages
-from pw_bench.e2e.weights import Weights, pick_weights
-from pw_bench.results import Clip, Equivalence, Result, Skipped, StepDifference, read_result
+from pw_bench.e2e import run as module
+from pw_bench.e2e import session
+from pw_bench.e2e import stages as stages_module
+from pw_bench.e2e.process import ProcessRun, read_records, run_process
+from pw_bench.e2e.run import build_engines, pick_programs
+from pw_bench.e2e.weights import PROMPT, Weights, pick_weights
+from pw_bench.e2e.worker import Task, make_clips
+from pw_bench.measure.memory_sampler import MemorySampler
+from pw_bench.results import Skipped, read_result
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.train_draft import DIT
 from pw_runtime.checkpoint.bundle import open_bundle
-from pw_runtime.errors import BadRequest, BadResult
+from pw_runtime.cli.bench import e2e, stages
+from pw_runtime.errors import BadRequest
 from pw_runtime.presets import PRESETS
 from pw_runtime.system.progress import Reporter
-from pw_runtime.system.trace import Span
+from tests.bench.programs import NO_JOB, ONE_STAGE, make_job
+from tests.bench.small_results import CEILINGS
 from tests.e2e.pw import write_preset
 
 NANO = PRESETS["nano"]
-JOB = Job(
-    checkpoint=Path(), bundle=Path(), prompt="a", negative="", preset=NANO, noise=Path(),
-    device="cpu", precision="fp32", codec="h264",
-)  # fmt: skip
-
-
-def clip(side: str, wall: float, start: Any = "cold", memory: int = 100) -> Clip:
-    return Clip(
-        side=side, start=start, wall=wall, spans=(), unattributed=0.1, unattributed_shares=(0.0,),
-        host=(), peaks={"rss": memory}, predicted={},
-    )  # fmt: skip
-
-
-def same(side: str, label: Any) -> Equivalence:
-    step = StepDifference(stage="draft", step=1, cosine=1.0, relative_l2=0.0, max_abs=0.0)
-    return Equivalence(
-        side=side, against="ours", label=label, limit=1e-3, steps=(step,), psnr=None, ssim=1.0,
-        seam_index=None, flicker_ratio=1.0,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Taken]:
-    """`run_all`, its processes replaced by `walls(side, round)`, seconds of a cold clip."""
-
-    def go(walls: Callable[[str, int], float], label: Any = "rounding", rounds: int = 3) -> Taken:
-        made: list[str] = []
-
-        def start(task, environment, nvml, taken=None) -> list[Clip]:
-            if task.latents is not None:
-                walls(task.side, -1)
-                return []
-            made.append(task.side)
-            wall = walls(task.side, made.count(task.side) - 1)
-            size = 100 if task.side == "ours" else 300
-            return [
-                clip(task.side, wall, memory=size),
-                *(clip(task.side, wall / 2, "warm", size) for _ in range(task.clips - 1)),
-            ]
-
-        monkeypatch.setattr(e2e_run, "run_process", start)
-        monkeypatch.setattr(e2e_run, "compare_outputs", lambda one, *rest: same(one.side, label))
-        return run_all(
-            ("ours", "official"), JOB, tmp_path, rounds=rounds, warm=2, environment={},
-            nvml=None, reporter=Reporter(quiet=True),
-        )  # fmt: skip
-
-    return go
-
-
-def test_ratios_are_those_of_the_medians(run: Callable[..., Taken]) -> None:
-    taken = run(lambda side, number: (10.0 if side == "ours" else 20.0) + 0.1 * number)
-    (ratio,) = taken.ratios
-    assert ratio.cold == pytest.approx(20.1 / 10.1)
-    assert ratio.warm == pytest.approx(20.1 / 10.1)
-    assert ratio.memory == pytest.approx(1 / 3)
-    figures = {one.name: one.samples for one in taken.figures}
-    assert figures["ours/cold"] == (10.0, 10.1, 10.2)
-    assert figures["ours/warm"] == (5.0, 5.0, 5.05, 5.05, 5.1, 5.1)
-    assert figures["official/process memory"] == (300, 300, 300)
-    assert {(one.side, one.start) for one in taken.clips} == {
-        (side, start) for side in ("ours", "official") for start in ("cold", "warm")
-    }
-
-
-def test_other_pictures_get_no_ratio(run: Callable[..., Taken]) -> None:
-    (ratio,) = run(lambda side, number: 10.0, label="approximate").ratios
-    assert ratio.refused == "the clip of official differs by more than rounding"
-    assert (ratio.cold, ratio.warm, ratio.memory) == (None, None, None)
-
-
-def test_what_fell_back_gets_no_ratio() -> None:
-    samples = {side: Samples(cold=[clip(side, 1.0)]) for side in ("ours", "official")}
-    samples["official"].warm = [replace(clip("official", 1.0, "warm"), joules=5.0)]
-    samples["official"].fell_back = {"memory ran out"}
-    figures = figures_of(samples, {})
-    (ratio,) = ratios_of(samples, figures, ())
-    assert ratio.refused == "official fell back: memory ran out"
-    theirs = [one for one in figures if one.name.startswith("official/")]
-    assert {one.name for one in theirs} >= {"official/cold", "official/energy"}
-    assert all(one.fell_back == ("memory ran out",) for one in theirs)
-
-
-def test_unstable_rounds_are_repeated_once_and_kept_as_rejected(run: Callable[..., Taken]) -> None:
-    taken = run(lambda side, number: [10.0, 15.0, 20.0, 11.0, 16.0, 21.0][number])
-    cold = taken.figures[0]
-    assert cold.rejected == (10.0, 15.0, 20.0)
-    assert cold.samples == (11.0, 16.0, 21.0)
-    assert not cold.stable
-
-
-def test_a_program_that_fails_is_left_out_with_its_last_words(run: Callable[..., Taken]) -> None:
-    def walls(side: str, number: int) -> float:
-        if side == "official":
-            raise ProgramFailed("no such file")
-        return 10.0
-
-    taken = run(walls)
-    assert taken.skipped == (Skipped(part="official", reason="no such file"),)
-    assert {one.name.split("/")[0] for one in taken.figures} == {"ours"}
-    assert taken.ratios == ()
-
-
-def test_our_own_failure_is_an_error(run: Callable[..., Taken]) -> None:
-    def walls(side: str, number: int) -> float:
-        raise ProgramFailed("broken")
-
-    with pytest.raises(BadResult, match="broken"):
-        run(walls)
-
-
-def test_what_was_measured_before_ctrl_c_is_kept(run: Callable[..., Taken]) -> None:
-    def walls(side: str, number: int) -> float:
-        if (side, number) == ("official", 1):
-            raise KeyboardInterrupt
-        return 10.0
-
-    taken = run(walls)
-    samples = {one.name: one.samples for one in taken.figures if one.unit == "s"}
-    assert samples["ours/cold"] == (10.0, 10.0)
-    assert samples["official/cold"] == (10.0,)
-    assert taken.skipped == (Skipped(part="the remaining rounds", reason="interrupted"),)
-
-
-def test_a_program_that_fails_later_keeps_what_it_gave_and_the_others_go_on(
-    run: Callable[..., Taken],
-) -> None:
-    def walls(side: str, number: int) -> float:
-        if (side, number) == ("official", 1):
-            raise ProgramFailed("out of memory")
-        return 10.0
-
-    taken = run(walls)
-    figures = {one.name: one for one in taken.figures}
-    assert figures["ours/cold"].samples == (10.0, 10.0, 10.0)
-    assert figures["official/cold"].samples == (10.0,)
-    assert figures["official/cold"].fell_back == ("it failed in round 2: out of memory",)
-    assert taken.skipped == (Skipped(part="official", reason="failed in round 2: out of memory"),)
-    assert taken.ratios[0].refused is not None
-    assert not any(one.rejected for one in taken.figures)  # its few samples repeat nothing
-
-
-def test_a_failure_of_the_repeated_rounds_leaves_the_first_ones(run: Callable[..., Taken]) -> None:
-    def walls(side: str, number: int) -> float:
-        if (side, number) == ("ours", 3):
-            raise ProgramFailed("out of memory")
-        return 10.0 + 5 * number
-
-    cold = run(walls).figures[0]
-    assert (cold.samples, cold.rejected) == ((10.0, 15.0, 20.0), ())
-
-
-def test_ctrl_c_in_the_repeated_rounds_leaves_the_first_ones(run: Callable[..., Taken]) -> None:
-    def walls(side: str, number: int) -> float:
-        if number == 4:
-            raise KeyboardInterrupt
-        return 10.0 + 5 * number
-
-    cold = run(walls).figures[0]
-    assert (cold.samples, cold.rejected) == ((10.0, 15.0, 20.0), ())
-
-
-def test_our_own_failure_in_the_first_round_is_an_error(run: Callable[..., Taken]) -> None:
-    def walls(side: str, number: int) -> float:
-        if number == 0:
-            raise ProgramFailed("broken")
-        return 10.0
-
-    with pytest.raises(BadResult, match="broken"):
-        run(walls)
-
-
-def test_implementations_are_told_by_program_where_they_differ() -> None:
-    samples = {
-        "ours": Samples(operations={"attention": "reference", "dup_up_add": "reference"}),
-        "ours-cudnn": Samples(operations={"attention": "cudnn", "dup_up_add": "reference"}),
-        "official": Samples(),
-    }
-    assert operations_of(samples) == {
-        "attention": "reference (ours); cudnn (ours-cudnn)",
-        "dup_up_add": "reference",
-    }
-
-
-def test_the_last_words_are_a_whole_error_and_a_killed_program_is_said_to_be_killed() -> None:
-    assert last_words(1, "a warning\nValueError: no\n") == "ValueError: no"
-    error = "Traceback:\n  File\nBadRequest: no model\n  got: a\n  do this: b\n"
-    assert last_words(1, error) == "BadRequest: no model; got: a; do this: b"
-    assert last_words(1, "") == "exit code 1"
-    assert last_words(-9, "a warning\n").startswith("killed by SIGKILL")
-
-
-def test_only_outer_spans_of_the_main_thread_cover_time() -> None:
-    def one(start: float, end: float, depth: int = 0, thread: str = "MainThread") -> Span:
-        return Span(name="a", start=start, end=end, depth=depth, thread=thread)
-
-    assert covered([one(0, 2), one(1, 2, depth=1), one(5, 6), one(2, 5, thread="other")]) == 3
+CPU = torch.device("cpu")
+FILES = Weights(name="a", checkpoint=Path(), bundle=Path(), digest="")
 
 
 def test_programs_that_cannot_take_part_are_skipped_or_refused() -> None:
-    cpu = torch.device("cpu")
-    files = Weights(name="a", checkpoint=Path(), bundle=Path(), digest="")
     skipped: list[Skipped] = []
-    assert pick_sides((), NANO, files, cpu, skipped) == ("ours", "official")
-    reasons = {one.part: one.reason for one in skipped}
+    assert pick_programs((), NANO, FILES, CPU, skipped) == ("ours", "official")
+    reasons = {part.part: part.reason for part in skipped}
     assert reasons["ours-triton"] == "it needs a CUDA GPU"
     assert "no high-res stage" in reasons["diffusers"]
     with pytest.raises(BadRequest, match="add --draft-only"):
-        pick_sides(("diffusers",), NANO, files, cpu, [])
-    memory = replace(files, in_memory=True)
-    assert pick_sides((), NANO, memory, cpu, []) == ("ours",)
+        pick_programs(("diffusers",), NANO, FILES, CPU, [])
+    memory = replace(FILES, in_memory=True)
+    assert pick_programs((), NANO, memory, CPU, []) == ("ours",)
     with pytest.raises(BadRequest, match=r"from files.*\n.*leave --side ours-engines out"):
-        pick_sides(("ours-engines",), NANO, memory, cpu, [])
+        pick_programs(("ours-engines",), NANO, memory, CPU, [])
 
 
-def test_without_the_package_that_compares_frames_nothing_is_begun(
+def test_without_the_package_that_compares_frames_nothing_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli_e2e, "find_spec", lambda name: None)
-    files, cpu = Weights(name="a", checkpoint=Path(), bundle=Path(), digest=""), torch.device("cpu")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(BadRequest, match=r"pip install '.\[bench\]'"):
-        pick_sides(("official",), NANO, files, cpu, [])
-    assert pick_sides(("ours",), NANO, files, cpu, []) == ("ours",)
+        pick_programs(("official",), NANO, FILES, CPU, [])
+    assert pick_programs(("ours",), NANO, FILES, CPU, []) == ("ours",)
 
 
-def test_engines_are_built_for_the_device_and_precision_that_are_measured(
+def test_engines_are_built_for_the_measured_device_and_precision(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     commands: list[list[str]] = []
@@ -268,74 +72,105 @@ def test_engines_are_built_for_the_device_and_precision_that_are_measured(
         commands.append(command)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(cli_e2e.subprocess, "run", run)
-    job = replace(JOB, precision="bf16")
-    cli_e2e.build_engines(job, tmp_path, Reporter(quiet=True))
+    monkeypatch.setattr(module.subprocess, "run", run)
+    build_engines(replace(NO_JOB, precision="bf16"), tmp_path, Reporter(quiet=True))
     assert commands[0][-4:] == ["--device", "cpu", "--precision", "bf16"]
 
 
-def test_weights_come_unasked_for_the_built_in_presets_alone(tmp_path: Path) -> None:
-    options = {"checkpoint": None, "synthetic": None, "preset": "2k"}
+def test_only_the_built_in_presets_come_with_weights(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no weights"):
-        pick_weights(options, tmp_path, print)
-    with pytest.raises(BadRequest, match="two kinds"):
-        pick_weights(options | {"checkpoint": tmp_path, "synthetic": "nano"}, tmp_path, print)
-    assert pick_weights(options | {"synthetic": "5b"}, tmp_path, print).in_memory
-    built_in = pick_weights(options | {"preset": "nano"}, tmp_path, print)
-    assert open_bundle(built_in.bundle).networks.draft.config == DIT  # that was trained
+        pick_weights("2k", None, None, tmp_path, print)
+    with pytest.raises(BadRequest, match="exclude each other"):
+        pick_weights("2k", tmp_path, "nano", tmp_path, print)
+    assert pick_weights("2k", None, "5b", tmp_path, print).in_memory
+    built_in = pick_weights("nano", None, None, tmp_path, print)
+    assert open_bundle(built_in.bundle).networks.draft.config == DIT  # the trained one
 
 
-def test_the_usual_prompt_is_in_words_that_the_built_in_model_knows() -> None:
-    assert "<unk>" not in make_tokenizer().encode(PROMPT).tokens  # a run that says so "fell back"
+def test_prompt_consists_of_words_that_the_built_in_model_knows() -> None:
+    assert "<unk>" not in make_tokenizer().encode(PROMPT).tokens
 
 
-def test_a_folder_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_missing_folder_is_refused_before_anything_runs(tmp_path: Path) -> None:
     out = str(tmp_path / "no" / "r.json")
-    for verb in (command, stages):
+    for verb in (e2e, stages):
         ran = CliRunner().invoke(verb, ["--preset", "nano", "--out", out])
         assert isinstance(ran.exception, BadRequest)
         assert "mkdir -p" in str(ran.exception)
 
 
-@pytest.mark.slow
-def test_ours_beside_the_official_recipe(tmp_path: Path) -> None:
-    preset, out = write_preset(tmp_path / "small.toml"), tmp_path / "r.json"
-    ran = CliRunner().invoke(
-        command,
-        f"--preset {preset} --synthetic nano --rounds 1 --warm 1 --out {out}".split(),
-        catch_exceptions=False,
-    )
+@pytest.fixture
+def arguments(
+    official_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Return options of a small run; ceilings, which have tests of their own, are not measured."""
+    for name in (module, stages_module):
+        monkeypatch.setattr(name, "measure_ceilings", lambda device, protocol: CEILINGS)
+    preset = write_preset(tmp_path / "small.toml")
+    return [
+        *("--preset", str(preset), "--checkpoint", str(official_checkpoint)),
+        *("--out", str(tmp_path / "r.json")),
+    ]
+
+
+def run_here(task: Task, environment: object, nvml: object) -> ProcessRun:
+    """Do the work of a process in this one."""
+    stdout, started = io.StringIO(), time.perf_counter()
+    with MemorySampler(os.getpid(), None) as sampler:
+        make_clips(task, stdout)
+    return read_records(task, stdout.getvalue(), sampler, started)
+
+
+def test_process_makes_a_cold_clip_and_warm_ones(official_checkpoint: Path, tmp_path: Path) -> None:
+    job = make_job(official_checkpoint, tmp_path, ONE_STAGE)
+    (tmp_path / "clips").mkdir()
+    task = Task(program="ours", job=job, folder=tmp_path / "clips", clips=2)
+    run = run_process(task, {"OMP_NUM_THREADS": "1"}, None)
+    cold, warm = run.clips
+    assert [clip.start for clip in run.clips] == ["cold", "warm"]
+    assert [span.name for span in cold.spans][:2] == ["process start", "imports"]
+    assert "imports" not in {span.name for span in warm.spans}
+    for clip in run.clips:
+        assert clip.peaks["rss"] >= max(size for _, size in clip.host)
+        assert clip.wall > 0
+        assert 0 <= clip.unattributed < 0.1 * clip.wall
+        assert clip.predicted.keys() == clip.measured.keys() == {"text", "draft", "decode"}
+    assert cold.wall > warm.wall
+    assert run.threads == 1
+    assert run.operations["attention"] == "reference"
+    assert run.fallbacks == ()
+
+
+def test_ours_beside_the_official_recipe(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "run_process", run_here)
+    options = [*arguments, "--rounds", "1", "--warm", "1"]
+    ran = CliRunner().invoke(e2e, options, catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
-    result: Result = read_result(out)
+    result = read_result(tmp_path / "r.json")
     (equal,) = result.equivalence
     assert equal.label == "rounding"
     (ratio,) = result.ratios
     assert ratio.refused is None
-    assert {one.name for one in result.figures} == {
-        f"{side}/{what}"
-        for side in ("ours", "official")
-        for what in ("cold", "warm", "process memory")
+    assert {figure.name for figure in result.figures} == {
+        f"{program}/{measure}"
+        for program in ("ours", "official")
+        for measure in ("cold", "warm", "process memory")
     }
-    for one in result.clips:
-        assert one.peaks["rss"] >= max(size for _, size in one.host)
-        assert one.wall > 0
-        assert 0 <= one.unattributed < 0.1 * one.wall
+    assert {(clip.side, clip.start) for clip in result.clips} == {
+        (program, start) for program in ("ours", "official") for start in ("cold", "warm")
+    }
     assert result.identity.operations["attention"] == "reference"
     assert result.identity.libraries["FFmpeg"]
     assert {path.name for path in tmp_path.iterdir()} == {"small.toml", "r.json"}
 
 
-@pytest.mark.slow
-def test_stages_of_clips(tmp_path: Path) -> None:
-    preset = write_preset(tmp_path / "small.toml")
-    out = tmp_path / "r.json"
-    ran = CliRunner().invoke(
-        stages,
-        f"--preset {preset} --synthetic nano --clips 2 --steps 2 --out {out}".split(),
-        catch_exceptions=False,
-    )
+def test_stages_of_clips(arguments: list[str], tmp_path: Path) -> None:
+    options = [*arguments, "--clips", "2", "--steps", "2"]
+    ran = CliRunner().invoke(stages, options, catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
-    figures = {one.name: one for one in read_result(out).figures}
+    figures = {figure.name: figure for figure in read_result(tmp_path / "r.json").figures}
     assert len(figures["draft step"].samples) == len(figures["highres step"].samples) == 4
     assert len(figures["first chunk"].samples) == 2
     for name in ("draft step", "highres step", "first chunk", "chunk"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How clips are compared: latents, frames and the label that they get."""
+"""Comparison of clips: latents, frames and the label of their difference."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def steps(factor: float = 1.0) -> dict[str, Tensor]:
     return {f"latent {i:03}": x * i * factor for i in (1, 2, 3)}
 
 
-def output(folder: Path, side: str, frames: Tensor, latents: dict[str, Tensor]) -> Output:
-    save_file(latents, folder / f"{side}.safetensors")
-    video = written(frames, folder / f"{side}.mkv")
-    return Output(side=side, latents=folder / f"{side}.safetensors", video=video)
+def output(folder: Path, program: str, frames: Tensor, latents: dict[str, Tensor]) -> Output:
+    save_file(latents, folder / f"{program}.safetensors")
+    video = written(frames, folder / f"{program}.mkv")
+    return Output(program=program, latents=folder / f"{program}.safetensors", video=video)
 
 
 def test_equal_clips_are_bit_exact(tmp_path: Path) -> None:
-    one, other = (output(tmp_path, side, moving(), steps()) for side in "ab")
-    found = compare_outputs(one, other, PRESET, "fp32")
-    assert (found.label, found.psnr, found.ssim, found.flicker_ratio) == ("bit-exact", None, 1, 1)
-    assert [(s.stage, s.step) for s in found.steps] == [("draft", 1), ("draft", 2), ("highres", 1)]
+    a, b = (output(tmp_path, name, moving(), steps()) for name in "ab")
+    same = compare_outputs(a, b, PRESET, "fp32")
+    assert (same.label, same.psnr, same.ssim, same.flicker_ratio) == ("bit-exact", None, 1, 1)
+    assert [(s.stage, s.step) for s in same.steps] == [("draft", 1), ("draft", 2), ("highres", 1)]
 
 
 def test_the_label_follows_the_last_latent_and_the_frames(tmp_path: Path) -> None:
@@ -70,27 +70,27 @@ def test_the_label_follows_the_last_latent_and_the_frames(tmp_path: Path) -> Non
     near = output(tmp_path, "near", moving(), steps(1 + ROUNDING["fp32"] / 2))
     far = output(tmp_path, "far", moving(), steps(1 + ROUNDING["fp32"] * 2))
     other = output(tmp_path, "other", moving(1), steps())
-    labels = [compare_outputs(one, exact, PRESET, "fp32").label for one in (near, far, other)]
+    labels = [compare_outputs(out, exact, PRESET, "fp32").label for out in (near, far, other)]
     assert labels == ["rounding", "approximate", "approximate"]
 
 
 def test_psnr_is_that_of_its_formula(tmp_path: Path) -> None:
     frames = moving()
-    found = compare_frames(
+    difference = compare_frames(
         written(frames + 2, tmp_path / "a.mkv"), written(frames, tmp_path / "b.mkv")
     )
-    assert found.psnr == pytest.approx(10 * math.log10(255**2 / 4))
-    assert found.ssim > 0.99
+    assert difference.psnr == pytest.approx(10 * math.log10(255**2 / 4))
+    assert difference.ssim > 0.99
 
 
-def test_flicker_and_seams_are_seen(tmp_path: Path) -> None:
+def test_flicker_and_seams_are_detected(tmp_path: Path) -> None:
     frames = moving()
     flickering, seamed = frames.clone(), frames.clone()
     flickering[::2] += 20
     seamed[:, :, 32:] += 30
     plain = written(frames, tmp_path / "plain.mkv")
-    dull = compare_frames(written(flickering, tmp_path / "f.mkv"), plain, (32,))
-    assert dull.flicker_ratio > 2
+    flicker = compare_frames(written(flickering, tmp_path / "f.mkv"), plain, (32,))
+    assert flicker.flicker_ratio > 2
     assert compare_frames(plain, plain, (32,)).seam_index == pytest.approx(1, abs=0.4)
     assert compare_frames(written(seamed, tmp_path / "s.mkv"), plain, (32,)).seam_index > 5
 
@@ -114,7 +114,7 @@ def test_borders_are_those_of_the_official_strips() -> None:
     assert tile_borders(replace(PRESETS["2k"], decode=TilingConfig(strips=3))) == (848, 1696)
 
 
-def test_a_clip_that_stands_still_has_no_flicker_ratio(tmp_path: Path) -> None:
+def test_static_clip_has_no_flicker_ratio(tmp_path: Path) -> None:
     still = moving()[:1].expand(*SIZE, 3)
     other, plain = written(moving(), tmp_path / "a.mkv"), written(still, tmp_path / "b.mkv")
     assert compare_frames(other, plain).flicker_ratio is None

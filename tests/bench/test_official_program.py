@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from pw_bench.e2e.job import Job
-from pw_bench.e2e.official_program import Official
+from pw_bench.e2e.official_program import OfficialProgram
 from pw_bench.official import files
 from pw_runtime.types import Compat, Preset
 from tests.bench.programs import (
     ONE_STAGE,
     TWO_STAGES,
-    Made,
-    make,
     make_job,
-    ours,
     read_video,
-    write_checkpoint,
+    run_traced,
+    runtime_latents,
 )
 from tests.closeness import max_abs, relative_l2
 
@@ -30,46 +28,43 @@ OFFICIAL_BYTES = Compat(truncating_uint8=True)
 STEPS = ["step 1", "step 2", "step 3"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("official"))
-
-
-def official_cut(preset: Preset) -> Preset:
-    """With the strips and the bytes of the official code, for the runtime to follow."""
+def official_tiling(preset: Preset) -> Preset:
+    """Use the strips and the bytes of the official code in the runtime too."""
     decode = replace(preset.decode, tiling="official")
     return replace(preset, decode=decode, compat=OFFICIAL_BYTES)
 
 
 @pytest.mark.parametrize("preset", [ONE_STAGE, TWO_STAGES], ids=["draft", "highres"])
 def test_official_program_makes_the_clip_of_the_runtime(
-    checkpoint: Path, tmp_path: Path, preset: Preset
+    official_checkpoint: Path, tmp_path: Path, preset: Preset
 ) -> None:
-    job = make_job(checkpoint, tmp_path, official_cut(preset), codec="ffv1")
-    made = make(Official(), job, tmp_path / "theirs.mkv")
-    wanted = ours(job, tmp_path / "ours")
+    job = make_job(official_checkpoint, tmp_path, official_tiling(preset), codec="ffv1")
+    clip = run_traced(OfficialProgram(), job, tmp_path / "theirs.mkv")
+    expected = runtime_latents(job, tmp_path / "ours")
     last = list(preset.stages())[-1]
-    assert max_abs(made.latents[-1], wanted[f"{last}_latent"]) <= 1e-4
-    assert max_abs(made.latents[2], wanted["draft_latent"]) <= 1e-4
+    assert max_abs(clip.latents[-1], expected[f"{last}_latent"]) <= 1e-4
+    assert max_abs(clip.latents[2], expected["draft_latent"]) <= 1e-4
     theirs, frames = read_video(tmp_path / "theirs.mkv"), read_video(tmp_path / "ours" / "0.mkv")
-    assert made.frames == preset.video.frames
+    assert clip.frames == preset.video.frames
     assert max_abs(theirs, frames) <= 1
 
 
-def test_official_program_says_what_it_does(checkpoint: Path, tmp_path: Path) -> None:
-    program = Official()
-    job = make_job(checkpoint, tmp_path, TWO_STAGES)
+def test_official_program_marks_its_work_by_spans(
+    official_checkpoint: Path, tmp_path: Path
+) -> None:
+    program = OfficialProgram()
+    job = make_job(official_checkpoint, tmp_path, TWO_STAGES)
     draft, highres = ["text", "draft", *STEPS], ["text", "condition", "highres", *STEPS[:2]]
-    cold = make(program, job, tmp_path / "cold.mp4")
+    cold = run_traced(program, job, tmp_path / "cold.mp4")
     assert cold.spans == ["load", *draft, *highres, "load", "decode", "encode"]
     assert len(cold.latents) == 5
-    warm = make(program, job, tmp_path / "warm.mp4")
+    warm = run_traced(program, job, tmp_path / "warm.mp4")
     assert warm.spans == cold.spans
     assert (tmp_path / "warm.mp4").read_bytes() == (tmp_path / "cold.mp4").read_bytes()
 
 
 def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that are read from now on."""
+    """Return the list of files that are read from now on."""
     read: list[str] = []
     for name in ("load_base", "load_pth", "load_pixelwizard"):
 
@@ -81,12 +76,12 @@ def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return read
 
 
-def test_a_second_clip_loads_nothing_but_the_vae_of_its_decode(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_second_clip_loads_only_the_vae_of_its_decode(
+    official_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = count_loads(monkeypatch)
-    program = Official()
-    job = make_job(checkpoint, tmp_path, TWO_STAGES)
+    program = OfficialProgram()
+    job = make_job(official_checkpoint, tmp_path, TWO_STAGES)
     program.clip(job, tmp_path / "cold.mp4")
     assert read.count(files.TEXT_ENCODER) == 2
     assert read.count(files.VAE) == 3
@@ -95,8 +90,10 @@ def test_a_second_clip_loads_nothing_but_the_vae_of_its_decode(
     assert read == [files.VAE]
 
 
-def test_in_bf16_it_differs_from_fp32_by_what_bf16_rounds(checkpoint: Path, tmp_path: Path) -> None:
-    job = make_job(checkpoint, tmp_path, ONE_STAGE)
+def test_in_bf16_it_differs_from_fp32_by_what_bf16_rounds(
+    official_checkpoint: Path, tmp_path: Path
+) -> None:
+    job = make_job(official_checkpoint, tmp_path, ONE_STAGE)
     fp32 = first_step(job, tmp_path / "fp32.mp4")
     bf16 = first_step(replace(job, precision="bf16"), tmp_path / "bf16.mp4")
     assert bf16.dtype == torch.float32
@@ -104,8 +101,7 @@ def test_in_bf16_it_differs_from_fp32_by_what_bf16_rounds(checkpoint: Path, tmp_
 
 
 def first_step(job: Job, video: Path) -> Tensor:
-    made: Made = make(Official(), job, video)
-    return made.latents[0]
+    return run_traced(OfficialProgram(), job, video).latents[0]
 
 
 @pytest.mark.parametrize(
@@ -116,11 +112,11 @@ def first_step(job: Job, video: Path) -> Tensor:
         ({"preset": replace(ONE_STAGE, video=replace(ONE_STAGE.video, frames=5))}, "noise"),
     ],
 )
-def test_what_it_cannot_follow_is_refused(
-    checkpoint: Path, tmp_path: Path, change: dict[str, object], message: str
+def test_jobs_that_it_cannot_do_are_refused(
+    official_checkpoint: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    program = Official()
-    job = make_job(checkpoint, tmp_path, ONE_STAGE)
+    program = OfficialProgram()
+    job = make_job(official_checkpoint, tmp_path, ONE_STAGE)
     program.clip(job, tmp_path / "a.mp4")
     with pytest.raises(ValueError, match=message):
         program.clip(replace(job, **change), tmp_path / "b.mp4")

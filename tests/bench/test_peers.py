@@ -1,57 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that compare with others: their sides agree, and their results can be read again."""
+"""Networks beside diffusers': outputs agree, and the results file has every sample."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
 import pytest
+import torch
 from click.testing import CliRunner
-from pydantic import TypeAdapter
 
 from pw_bench.peers import dit, subprocess_ab, vae
+from pw_bench.peers.subprocess_ab import Sample, measure, ratios_of, run_child, serve
+from pw_bench.results import Result, read_result
+from pw_runtime.cli.bench import bench
+from pw_runtime.errors import BadRequest
+from tests.bench.small_results import figure
 
-pytest.importorskip("diffusers")
-
-DIT = ("--dim", "384", "--layers", "2", "--width", "128", "--height", "64", "--frames", "9")
-VAE = ("--width", "64", "--height", "64", "--frames", "5", "--strips", "2")
+MODULES = {"dit-peers": dit, "vae-peers": vae}
+SIZES = {
+    "dit-peers": "--dim 384 --layers 2 --width 128 --height 64 --frames 9 --steps 2 --part 5",
+    "vae-peers": "--width 64 --height 64 --frames 5 --strips 2",
+}
 
 
 @pytest.fixture
-def result_of(tmp_path, monkeypatch):
-    """Runs a program, its samples in this process; gives the content of its result file."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result]:
+    """Run a verb of `pw bench`, its samples in this process."""
 
-    def run(program, *args: str):
-        def child(module: str, args: list[str]) -> subprocess_ab.Sample:
-            assert module == program.__name__
-            return subprocess_ab.parsed(invoke(args))
+    def go(verb: str) -> Result:
+        pytest.importorskip("diffusers")
+        module: ModuleType = MODULES[verb]
 
-        def invoke(args: list[str]) -> str:
-            return CliRunner().invoke(program.main, args, catch_exceptions=False).output
+        def run_child(
+            name: str, contender: str, work: object, file: Path, *, count_tensors: bool
+        ) -> Sample:
+            assert name == module.__name__
+            return measure(*module.prepare(contender, work), file, count_tensors=count_tensors)
 
-        monkeypatch.setattr(subprocess_ab, "run_child", child)
-        file = tmp_path / "result.json"
-        invoke(["--out", str(file), "--rounds", "1", *args])
-        return TypeAdapter(program.Result).validate_json(file.read_bytes())
+        monkeypatch.setattr(subprocess_ab, "run_child", run_child)
+        out = tmp_path / "result.json"
+        arguments = [verb, "--out", str(out), "--rounds", "1", *SIZES[verb].split()]
+        ran = CliRunner().invoke(bench, arguments, catch_exceptions=False)
+        assert ran.exit_code == 0, ran.output
+        return read_result(out)
 
-    return run
-
-
-def test_transformer_in_parts_equals_diffusers_after_a_stage(result_of) -> None:
-    result = result_of(dit, *DIT, "--part", "5")
-    assert result.tokens == 3 * 2 * 4  # in five parts
-    names = [side.name for side in result.sides]
-    assert names == [dit.THEIRS, dit.PER_TOKEN, dit.OURS]
-    # diffusers computes its sinusoids in fp32, and guidance multiplies what comes of it.
-    assert max(side.relative_l2 for side in result.sides) <= 1e-5
-    assert all(len(side.samples) == 1 for side in result.sides)
-    theirs, _, ours = result.sides
-    assert theirs.ledger_bytes > ours.ledger_bytes > 0
+    return go
 
 
-def test_decoder_in_bands_equals_diffusers_to_one_level(result_of) -> None:
-    result = result_of(vae, *VAE)
-    names = [side.name for side in result.sides]
-    assert names == [vae.THEIRS, vae.TILED, vae.OURS]
-    theirs, _, ours = result.sides
-    assert ours.largest_difference <= 1
-    assert ours.share_that_differs <= 1e-3
-    assert theirs.ledger_bytes > ours.ledger_bytes > 0
+def tensors_of(result: Result) -> dict[str, float]:
+    """Return counted bytes by contender, and check for one sample of everything."""
+    assert all(len(figure.samples) == 1 for figure in result.figures)
+    figures = {figure.name: figure.median for figure in result.figures}
+    assert len(figures) == 4 * len(result.sides)
+    return {name: figures[f"{name}/tensors"] for name in result.sides}
+
+
+def test_transformer_in_chunks_equals_diffusers_after_a_stage(run: Callable[[str], Result]) -> None:
+    result = run("dit-peers")
+    assert "24 tokens" in result.scope["clip"]  # in five chunks
+    tensors = tensors_of(result)
+    assert list(tensors) == [dit.DIFFUSERS, dit.PER_TOKEN, dit.OURS]
+    # diffusers computes its sinusoids in fp32, and guidance multiplies the difference.
+    assert all(difference.relative_l2 <= 1e-5 for difference in result.differences)
+    assert tensors[dit.DIFFUSERS] > tensors[dit.OURS] > 0
+
+
+def test_decoder_in_bands_equals_diffusers_to_one_level(run: Callable[[str], Result]) -> None:
+    result = run("vae-peers")
+    tensors = tensors_of(result)
+    assert list(tensors) == [vae.DIFFUSERS, vae.TILED, vae.OURS]
+    ours = result.differences[-1]
+    assert (ours.side, ours.unit) == (vae.OURS, "levels of 255")
+    assert ours.max_abs <= 1
+    assert ours.share <= 1e-3
+    assert tensors[vae.DIFFUSERS] > tensors[vae.OURS] > 0
+
+
+def test_child_serves_what_the_parent_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The child runs in this process; what goes through the pipe is the same."""
+    asked: list[tuple[str, object]] = []
+
+    def prepare(contender: str, work: vae.VaeWork) -> tuple[subprocess_ab.Run, list[torch.Tensor]]:
+        asked.append((contender, work))
+        return lambda: torch.arange(3), []
+
+    def start(command: list[str], *, input: str, **_: object) -> SimpleNamespace:
+        monkeypatch.setattr("sys.argv", command[2:])
+        monkeypatch.setattr("sys.stdin", io.StringIO(input))
+        serve(vae.VaeWork, prepare)
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(subprocess_ab.subprocess, "run", start)
+    work, file = vae.VaeWork(width=32, height=64, frames=5, strips=2), tmp_path / "out.pt"
+    timed, counted = (
+        run_child("some.module", "ours", work, file, count_tensors=count) for count in (False, True)
+    )
+    assert asked == [("ours", work)] * 2
+    assert timed.seconds > 0
+    assert (counted.seconds, counted.peak_bytes) == (0, 24)  # three int64
+    assert torch.load(file).tolist() == [0, 1, 2]
+
+
+def test_ratios_are_those_of_the_medians_and_none_without_a_divisor() -> None:
+    figures = [
+        *(figure("ours/time", 1, 2, 9), figure("theirs/time", 4, 4, 5)),
+        *(figure("ours/CPU time", 1), figure("theirs/CPU time", 3)),
+        *(figure("ours/process memory", 1), figure("theirs/process memory", 0)),
+        *(figure("ours/tensors", 1), figure("theirs/tensors", 4)),
+    ]
+    (ratio,) = ratios_of(figures, "ours", ("theirs",))
+    assert (ratio.time, ratio.cpu_time, ratio.memory, ratio.tensors) == (2, 3, None, 0.25)
+
+
+def test_sizes_that_the_network_cannot_have_are_refused(tmp_path: Path) -> None:
+    arguments = ["dit-peers", "--out", str(tmp_path / "r.json"), "--frames", "8"]
+    ran = CliRunner().invoke(bench, arguments)
+    assert isinstance(ran.exception, BadRequest)
+    assert "frames 4n+1" in str(ran.exception)

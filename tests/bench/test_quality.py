@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the quality gate counts, what it leaves out of the network, and what it draws."""
+"""`pw bench quality`: what it counts, what it disables in the network, what it draws."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from pw_bench.quality.gate import Way, adherence, from_true_drafts, reconstruction, shares
-from pw_bench.quality.measure import Seen
-from pw_bench.quality.plots import bars, table, write_sheets
-from pw_bench.quality.render import Studio, examples, open_studio
+from pw_bench.quality import run
+from pw_bench.quality.gate import shares
+from pw_bench.quality.plots import bars
+from pw_bench.quality.render import Renderer, examples, load_renderer
+from pw_bench.result_sections import Attributes, Quality, Variant
+from pw_bench.results import read_result
 from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.cli.bench import bench
 from pw_runtime.presets import PRESETS
 from pw_runtime.types import Preset, VideoConfig
 
@@ -22,8 +26,8 @@ NANO = PRESETS["nano"]
 
 
 @pytest.fixture(scope="module")
-def studio(bundle_dir: Path) -> Studio:
-    return open_studio(open_bundle(bundle_dir))
+def renderer(bundle_dir: Path) -> Renderer:
+    return load_renderer(open_bundle(bundle_dir))
 
 
 @pytest.fixture(scope="module")
@@ -37,60 +41,80 @@ def small() -> Preset:
     )
 
 
+@pytest.fixture(scope="module")
+def folder(bundle_dir: Path, small: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the command for one caption and one scene; return the folder of its files."""
+    folder = tmp_path_factory.mktemp("quality")
+    arguments = ["quality", "--model", str(bundle_dir), *["--captions", "1", "--clips", "1"]]
+    for option, name in (("--out", "r.json"), ("--plot", "bars.svg"), ("--sheet", "sheet.png")):
+        arguments += [option, str(folder / name)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "find_preset", lambda name: small)
+        ran = CliRunner().invoke(bench, arguments, catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    return folder
+
+
+@pytest.fixture
+def quality(folder: Path) -> Quality:
+    measured = read_result(folder / "r.json").quality
+    assert measured is not None
+    return measured
+
+
 def test_shares_count_the_captions_that_came_true() -> None:
     scenes = [example.scene for example in examples(4)]
-    seen = [Seen(scene.colour, scene.shape, scene.motion) for scene in scenes]
+    seen = [Attributes(scene.colour, scene.shape, scene.motion) for scene in scenes]
     seen[0] = replace(seen[0], shape=None)
     seen[1] = replace(seen[1], motion=None, shape=None)
     assert shares(seen, scenes) == {"colour": 1.0, "shape": 0.5, "motion": 0.75}
 
 
-def test_every_way_makes_every_clip_and_true_ones_are_read_right(
-    studio: Studio, small: Preset
+def test_every_variant_makes_every_clip_and_true_ones_are_classified_correctly(
+    quality: Quality,
 ) -> None:
-    with torch.inference_mode():
-        ways = adherence(studio, small, examples(2))
     names = ["true renderings", "draft", "4 steps", "1 step", "2 steps", "8 steps"]
-    assert [way.name for way in ways] == [*names, "no dt", "no adapter"]
-    assert ways[0].adherence == {"colour": 1.0, "shape": 1.0, "motion": 1.0}
-    assert all(len(way.seen) == 2 for way in ways)
+    assert [variant.name for variant in quality.variants] == [*names, "no dt", "no adapter"]
+    assert quality.variants[0].adherence == {"colour": 1.0, "shape": 1.0, "motion": 1.0}
+    assert quality.variants[0].seen == quality.expected
+    assert all(len(variant.seen) == 1 for variant in quality.variants)
 
 
-def test_a_network_without_its_adapter_or_its_step_size_paints_otherwise(
-    studio: Studio, small: Preset
+def test_network_without_its_adapter_or_step_size_makes_another_clip(
+    renderer: Renderer, small: Preset
 ) -> None:
     (example,) = examples(1)
     with torch.inference_mode():
-        low = studio.draft_of(example, small)
-        nets = (studio.highres, studio.highres, studio.no_step, studio.no_adapter)
-        clips = [studio.paint(example, low, small, net, 2).x for net in nets]
-        other = studio.paint(example, replace(low, x=-low.x), small, studio.no_adapter, 2).x
+        low = renderer.draft_latent(example, small)
+        nets = (renderer.highres, renderer.highres, renderer.no_dt, renderer.no_adapter)
+        clips = [renderer.highres_latent(example, low, small, net, 2).x for net in nets]
+        other = renderer.highres_latent(
+            example, replace(low, x=-low.x), small, renderer.no_adapter, 2
+        ).x
     assert torch.equal(clips[0], clips[1])
     assert not torch.equal(clips[0], clips[2])
     assert not torch.equal(clips[0], clips[3])
     assert torch.equal(clips[3], other)  # it does not see the draft
 
 
-def test_clips_with_a_truth_are_held_against_it(studio: Studio, small: Preset) -> None:
-    with torch.inference_mode():
-        through = reconstruction(studio, small, 2)
-        painted = from_true_drafts(studio, small, 2)
-    assert [one.name for one in through] == ["64x32", "128x64"]
-    assert [one.name for one in painted][:2] == ["draft enlarged", "4 steps"]
-    assert all(len(one.psnr) == len(one.ssim) == 2 for one in (*through, *painted))
+def test_clips_with_a_ground_truth_are_compared_with_it(quality: Quality) -> None:
+    through, highres = quality.reconstruction, quality.from_true_drafts
+    assert [likeness.name for likeness in through] == ["64x32", "128x64"]
+    assert [likeness.name for likeness in highres][:2] == ["draft enlarged", "4 steps"]
+    assert all(len(same.psnr) == len(same.ssim) == 1 for same in (*through, *highres))
 
 
-def test_sheets_show_eight_captions_and_bars_every_share(
-    studio: Studio, small: Preset, tmp_path: Path
-) -> None:
-    with torch.inference_mode():
-        write_sheets(studio, small, examples(2), tmp_path / "sheet.png")
-    assert {file.name for file in tmp_path.iterdir()} == {"sheet.png", "sheet-true.png"}
+def test_sheets_and_bars_are_written_beside_the_result(folder: Path) -> None:
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"r.json", "bars.svg", "sheet.png", "sheet-true.png"}
+
+
+def test_bars_show_every_share() -> None:
     share = {"colour": 1.0, "shape": 0.25, "motion": 0.5}
-    ways = [
-        Way(name=name, adherence=share, sharpness=2.0, seen=()) for name in ("true renderings", "b")
+    variants = [
+        Variant(name=name, adherence=share, sharpness=2.0, seen=())
+        for name in ("true renderings", "b")
     ]
-    picture = ElementTree.fromstring(bars(ways))
-    words = ["".join(one.itertext()) for one in picture.iter() if one.tag.endswith("text")]
+    picture = ElementTree.fromstring(bars(variants))
+    words = ["".join(e.itertext()) for e in picture.iter() if e.tag.endswith("text")]
     assert words.count("25%") == words.count("100%") == 2
-    assert "| b | 100% | 25% | 50% | 1.00 |" in table(ways)

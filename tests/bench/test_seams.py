@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seam index, on made-up pictures and on both ways to decode in strips."""
+"""The seam index, on synthetic frames and on both decodes in strips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pw_runtime.stages import decode as stage
 from tests.closeness import max_abs
 
 
-def test_a_step_on_a_border_is_seen_and_a_slope_is_not() -> None:
+def test_step_on_a_border_is_detected_and_a_slope_is_not() -> None:
     slope = torch.arange(8.0).repeat(3, 5, 1)
     assert seam_index(slope, [4], -1) == pytest.approx(1)
     slope[..., 4:] += 1
@@ -27,7 +27,7 @@ def test_a_step_on_a_border_is_seen_and_a_slope_is_not() -> None:
 
 @pytest.fixture(scope="module")
 def smooth() -> VaeDecoder:
-    """The built-in decoder: its pictures are smooth, so that a step is seen."""
+    """Return the built-in decoder, whose frames are so smooth that a step shows."""
     net = VaeDecoder(NANO_VAE).requires_grad_(False)
     weights = random_weights._vae(NANO_VAE, torch.Generator().manual_seed(2))
     net.load_state_dict({name: weights[name] for name in net.state_dict()})
@@ -44,7 +44,7 @@ def undivided(net: VaeDecoder, z: Tensor) -> Tensor:
     return pixels_of(*next(stage._exact(net, (slice(0, z.shape[2]),), "device")(z)))
 
 
-def test_exact_bands_have_the_index_of_the_undivided_picture(smooth) -> None:
+def test_exact_bands_have_the_index_of_the_undivided_frame(smooth) -> None:
     z = latent_frame(28, 6)
     parts = [blocks for blocks, _ in stage._exact(smooth, make_bands(28, 3, NANO_VAE), "device")(z)]
     borders = [2 * parts[0].shape[2], 2 * (parts[0].shape[2] + parts[1].shape[2])]
@@ -54,7 +54,7 @@ def test_exact_bands_have_the_index_of_the_undivided_picture(smooth) -> None:
 
 
 def test_official_strips_have_a_seam_that_their_blend_spreads(smooth) -> None:
-    """A step where they do not overlap; with the ramp no step, but other colours around it."""
+    """Without overlap there is a step; with the ramp none, but other colours around it."""
     z, borders = latent_frame(6, 24), [128, 256]
     whole = undivided(smooth, z)
     index = seam_index(whole, borders, -1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that no file holds: a clip is made of them like of any others."""
+"""Random weights in memory make clips like any others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = replace(
 )
 
 
-def test_a_clip_is_made_of_weights_in_memory(tmp_path: Path) -> None:
+def test_weights_in_memory_make_a_clip(tmp_path: Path) -> None:
     stage = StageConfig(width=64, height=64, steps=2, shift=5.0, guidance=5.0)
     preset = replace(
         PRESETS["nano"], draft=stage, highres=replace(stage, width=96), video=VideoConfig(frames=5)
@@ -42,8 +42,8 @@ def test_a_clip_is_made_of_weights_in_memory(tmp_path: Path) -> None:
 
 
 def test_the_same_weights_every_time_in_the_dtypes_of_checkpoints(tmp_path: Path) -> None:
-    one, other = (load_tensors(synthetic_bundle(tmp_path / name, SMALL), "draft") for name in "ab")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert {x.dtype for x in one.values()} == {torch.bfloat16}
+    a, b = (load_tensors(synthetic_bundle(tmp_path / name, SMALL), "draft") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert {x.dtype for x in a.values()} == {torch.bfloat16}
     vae = load_tensors(synthetic_bundle(tmp_path / "c", SMALL), "vae", prefix=("decoder.",))
     assert {x.dtype for x in vae.values()} == {torch.float32}

@@ -166,7 +166,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(broken: Path) -> None:
     bundle = open_bundle(broken)
     changes: list[tuple[str, Callable[[State], object]]] = [
         (f"lacks tensors\n  got: without {name}", lambda tensors: tensors.pop(name)),
-        ("no known use\n  got: stray", lambda tensors: tensors.update(stray=torch.zeros(1))),
+        ("unknown tensors\n  got: stray", lambda tensors: tensors.update(stray=torch.zeros(1))),
         (f"{name} [7]\n  wanted: {name} [96]", lambda t: t.update({name: torch.zeros(7)})),
     ]
     for part, change in changes:

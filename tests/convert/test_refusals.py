@@ -87,7 +87,7 @@ def test_missing_checkpoint_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_bundle_given_as_checkpoint_is_refused(bundle_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match=r"already a bundle[\s\S]*use it as it is"):
+    with pytest.raises(BadRequest, match=r"already a bundle[\s\S]*use it without converting"):
         quietly(tmp_path / "b", wan=bundle_dir)
 
 
@@ -105,7 +105,7 @@ def test_missing_file_is_named(name: str, wan: Path) -> None:
 def test_missing_tokenizer_is_named(wan: Path) -> None:
     shutil.rmtree(wan / "google")
     expect_refusal(
-        wan, "umt5-xxl holds no tokenizer", "got: nothing", "tokenizer.json or spiece.model"
+        wan, "umt5-xxl contains no tokenizer", "got: nothing", "tokenizer.json or spiece.model"
     )
 
 
@@ -115,7 +115,7 @@ def test_missing_tokenizer_is_named(wan: Path) -> None:
 def test_truncated_shard_is_named(wan: Path) -> None:
     cut_in_half(wan / SHARDS[1])
     expect_refusal(
-        wan, f"{SHARDS[1]} cannot be read", "a whole safetensors file", "download it again"
+        wan, f"{SHARDS[1]} cannot be read", "a complete safetensors file", "download it again"
     )
 
 
@@ -126,7 +126,7 @@ def test_missing_shard_of_the_index_is_named(wan: Path) -> None:
 
 def test_missing_index_is_named(wan: Path) -> None:
     (wan / INDEX).unlink()
-    expect_refusal(wan, "no usable weights", INDEX, "download the folder again")
+    expect_refusal(wan, "no usable weights", INDEX, "download the whole folder again")
 
 
 def test_damaged_index_is_named(wan: Path) -> None:
@@ -155,7 +155,7 @@ def test_tensor_in_two_shards_is_named(wan: Path) -> None:
 def test_shard_that_the_index_does_not_name_is_refused(wan: Path) -> None:
     save_file({"stray": torch.zeros(1)}, wan / "diffusion_pytorch_model.safetensors")
     expect_refusal(
-        wan, f"{INDEX} does not name", "diffusion_pytorch_model.safetensors", "move away"
+        wan, f"{INDEX} does not list", "diffusion_pytorch_model.safetensors", "remove the files"
     )
 
 
@@ -171,7 +171,9 @@ def test_truncated_archive_is_named(name: str, wan: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\x80\x02garbage", b"<html>not found</html>"])
 def test_file_that_is_no_checkpoint_is_named(content: bytes, wan: Path) -> None:
     (wan / VAE).write_bytes(content)
-    expect_refusal(wan, f"{VAE} cannot be read", "a whole PyTorch checkpoint", "download it again")
+    expect_refusal(
+        wan, f"{VAE} cannot be read", "a complete PyTorch checkpoint", "download it again"
+    )
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -198,9 +200,9 @@ def test_plain_pickle_is_not_loaded_either(
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ([torch.zeros(1)], "holds no state dict"),
-        ({"generator": [torch.zeros(1)]}, "holds no state dict"),
-        ({"step": 7, "weights": {}}, "things that are not plain tensors"),
+        ([torch.zeros(1)], "contains no state dict"),
+        ({"generator": [torch.zeros(1)]}, "contains no state dict"),
+        ({"step": 7, "weights": {}}, "objects that are not plain tensors"),
     ],
 )
 def test_pickle_of_something_else_is_refused(
@@ -238,12 +240,12 @@ def test_missing_tensors_are_counted_and_the_first_are_named(wan: Path) -> None:
 
 def test_unknown_tensor_is_named(wan: Path) -> None:
     edit_pickle(wan / VAE, lambda tensors: tensors.update(stray=torch.zeros(1)))
-    expect_refusal(wan, f"{VAE} has tensors of no known use", "stray")
+    expect_refusal(wan, f"{VAE} has unknown tensors", "stray")
 
 
 def test_unknown_text_encoder_tensor_is_named_as_in_its_file(wan: Path) -> None:
     edit_pickle(wan / T5, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(1)}))
-    expect_refusal(wan, f"{T5} has tensors of no known use", "lm_head.weight")
+    expect_refusal(wan, f"{T5} has unknown tensors", "lm_head.weight")
 
 
 def test_wrong_shape_is_named_with_both_shapes(wan: Path) -> None:
@@ -264,7 +266,7 @@ def test_two_different_token_tables_are_refused(theirs: Path) -> None:
 def test_diffusers_tensor_of_another_model_is_named(theirs: Path) -> None:
     file = theirs / "vae" / "diffusion_pytorch_model.safetensors"
     edit_shard(file, lambda tensors: tensors.update({"decoder.extra.weight": torch.zeros(1)}))
-    expect_refusal(theirs, "vae has tensors of no known use", "decoder.extra.weight")
+    expect_refusal(theirs, "vae has unknown tensors", "decoder.extra.weight")
 
 
 # ---- config files -------------------------------------------------------------------------------
@@ -316,7 +318,7 @@ def test_unknown_latent_statistics_are_refused(wan: Path) -> None:
         tensors["conv2.weight"] = torch.zeros(16, 16, 1, 1, 1)
 
     edit_pickle(wan / VAE, narrow)
-    expect_refusal(wan, "latent mean and deviation", "16 of each", "vae/config.json")
+    expect_refusal(wan, "latent mean and standard deviation", "16 of each", "vae/config.json")
 
 
 def test_text_width_that_does_not_fit_the_encoder_is_refused(
@@ -325,7 +327,7 @@ def test_text_width_that_does_not_fit_the_encoder_is_refused(
     state = official_state(checkpoint.base)["draft"]
     state["text_embedding.0.weight"] = torch.zeros(96, 41)
     torch.save({"generator": state}, tmp_path / "d.pt")
-    expect_refusal(wan, "does not fit", "41", "one family", draft=tmp_path / "d.pt")
+    expect_refusal(wan, "does not match", "41", "one family", draft=tmp_path / "d.pt")
 
 
 def test_adapter_width_that_cannot_be_normalised_in_groups_is_refused(
@@ -343,11 +345,11 @@ def test_tensors_without_plain_data_are_refused(wan: Path, odd: torch.Tensor) ->
     """Seen: a sparse tensor ended the conversion with a traceback."""
     state = torch.load(wan / "Wan2.2_VAE.pth", weights_only=True)
     torch.save(state | {"odd": odd}, wan / "Wan2.2_VAE.pth")
-    expect_refusal(wan, "things that are not plain tensors", "odd")
+    expect_refusal(wan, "objects that are not plain tensors", "odd")
 
 
 @pytest.mark.parametrize(("key", "value"), [("text_len", 0), ("eps", -1e-6), ("num_heads", 32)])
 def test_config_that_makes_no_transformer_is_refused(wan: Path, key: str, value: float) -> None:
     """Seen: these converted, and failed in the middle of a generation (32 heads: odd width 3)."""
     edit_json(wan / "config.json", **{key: value})
-    expect_refusal(wan, "make no transformer", "config.json")
+    expect_refusal(wan, "do not describe a valid transformer", "config.json")

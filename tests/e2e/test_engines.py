@@ -84,4 +84,4 @@ def test_store_that_cannot_be_made_is_one_error(
     monkeypatch.setenv("PW_CACHE", "/proc/nowhere")
     ended = pw("build", "--model", bundle_dir)
     assert ended.code == 2
-    assert ended.err.count("cannot make the engine store") == 1
+    assert ended.err.count("cannot create the engine store") == 1

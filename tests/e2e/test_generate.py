@@ -153,7 +153,8 @@ def test_stages_are_told_as_plain_lines_off_a_terminal(
 def test_doctor_lists_the_operations_and_what_runs(pw: Pw) -> None:
     ended = pw("doctor", "--kernels")
     assert ended.code == 0
-    assert "attention            reference  triton, gluon, cudnn, flash, flash-attn\n" in ended.out
+    others = "triton, gluon, cudnn, flash, flash-attn, flash-attn-4"
+    assert f"attention            reference  {others}\n" in ended.out
     assert "merge_attention      reference\n" in ended.out
     assert "\nkernels: compiled " in ended.out  # by whom, and into what
 

@@ -55,10 +55,10 @@ def tensors(tokens: int) -> tuple[list[Tensor], list[Tensor]]:
     return inputs, [torch.full((tokens, 8), nan), torch.full((tokens,), nan)]
 
 
-def put(store: EngineStore, wanted: EngineKey | None = None, data: bytes = DATA) -> Path:
+def put(store: EngineStore, expected: EngineKey | None = None, data: bytes = DATA) -> Path:
     """Build and publish as the runtime does; gives the engine's folder."""
-    wanted = wanted or key()
-    with store.locked(wanted) as mine, store.publishing(wanted, NAME) as path:
+    expected = expected or key()
+    with store.locked(expected) as mine, store.publishing(expected, NAME) as path:
         assert mine
         path.write_bytes(data)
-    return store.root / wanted.folder
+    return store.root / expected.folder

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines a network runs on, by policy and by what the store has."""
+"""Engines are selected by policy and by what the store has."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def store(
             raise EngineError(f"{path} is no engine")
         return EagerEngine(spec, segments[spec.segment].module)
 
-    def lacking(device: torch.device) -> str:
+    def missing(device: torch.device) -> str:
         return "not on this machine"
 
     compilers = {
         name: Compiler(
-            backend=one.backend,
-            file=one.file,
-            unavailable=lacking if one.backend == "tensorrt" else lambda device: None,
+            backend=compiler.backend,
+            file=compiler.file,
+            unavailable=missing if compiler.backend == "tensorrt" else lambda device: None,
             platform=lambda device: (("cpu", "any"),),
             load=load,
-            frontend=one.frontend,
+            frontend=compiler.frontend,
         )
-        for name, one in engine_lookup.COMPILERS.items()
+        for name, compiler in engine_lookup.COMPILERS.items()
     }
     monkeypatch.setattr(engine_lookup, "COMPILERS", MappingProxyType(compilers))
     return EngineStore(tmp_path / "engines")
@@ -113,9 +113,9 @@ def test_an_engine_that_cannot_be_opened_is_an_error(
 def test_a_changed_file_counts_as_missing(store: EngineStore, segments: dict[str, Segment]) -> None:
     for segment in segments.values():
         put(store, segment)
-    found = store.find(key_of(segments["embed"], "aoti", CPU))
-    assert found.path is not None
-    found.path.write_text("evil")
+    lookup = store.find(key_of(segments["embed"], "aoti", CPU))
+    assert lookup.path is not None
+    lookup.path.write_text("evil")
     choice = choose_engines(segments, "auto", store, CPU, "pw build")
     assert choice.backend == "eager"
     assert "no embed" in choice.reason
@@ -126,8 +126,8 @@ def test_a_changed_file_counts_as_missing(store: EngineStore, segments: dict[str
 def with_tensorrt(store: EngineStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT is there too."""
     able = {
-        name: replace(one, unavailable=lambda device: None)
-        for name, one in engine_lookup.COMPILERS.items()
+        name: replace(compiler, unavailable=lambda device: None)
+        for name, compiler in engine_lookup.COMPILERS.items()
     }
     monkeypatch.setattr(engine_lookup, "COMPILERS", MappingProxyType(able))
 

@@ -30,10 +30,10 @@ CPU = torch.device("cpu")
 
 
 def test_the_segment_itself_is_exact() -> None:
-    found = check_parity(EagerEngine(spec(), Mix()), Mix(), CPU)
-    assert [one.output for one in found] == ["y", "mean"]
-    assert all(one.error == 0 and one.good for one in found)
-    require_parity("mix", found)
+    parities = check_parity(EagerEngine(spec(), Mix()), Mix(), CPU)
+    assert [parity.output for parity in parities] == ["y", "mean"]
+    assert all(parity.error == 0 and parity.good for parity in parities)
+    require_parity("mix", parities)
 
 
 @pytest.mark.parametrize(("padded", "tokens"), [(False, LIMIT * 2 // 5), (True, LIMIT)])
@@ -49,12 +49,12 @@ def test_padded_engines_are_checked_at_their_limits(padded: bool, tokens: int) -
 
 
 def test_nan_is_not_good() -> None:
-    found = check_parity(FaultyEngine(spec(), Mix(), fault="nan"), Mix(), CPU)
-    assert [one.good for one in found] == [False, True]
+    parities = check_parity(FaultyEngine(spec(), Mix(), fault="nan"), Mix(), CPU)
+    assert [parity.good for parity in parities] == [False, True]
     with pytest.raises(
         EngineError, match=r"not compute what its segment does .*: y nan > 1\.0e-05"
     ):
-        require_parity("mix", found)
+        require_parity("mix", parities)
 
 
 def test_an_output_left_alone_is_not_good() -> None:
@@ -62,17 +62,17 @@ def test_an_output_left_alone_is_not_good() -> None:
         def run(self, inputs: object, outputs: object) -> None:
             pass
 
-    assert not any(one.good for one in check_parity(Lazy(spec(), Mix()), Mix(), CPU))
+    assert not any(parity.good for parity in check_parity(Lazy(spec(), Mix()), Mix(), CPU))
 
 
 def test_an_engine_of_other_arithmetic_is_not_good() -> None:
     def nearly(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(y * (1 + 1e-4) for y in Mix()(x, weight))
 
-    found = check_parity(EagerEngine(spec(), nearly), Mix(), CPU)
-    assert [one.good for one in found] == [False, False]
+    parities = check_parity(EagerEngine(spec(), nearly), Mix(), CPU)
+    assert [parity.good for parity in parities] == [False, False]
     with pytest.raises(EngineError, match="run with --policy eager"):
-        require_parity("mix", found)
+        require_parity("mix", parities)
 
 
 def test_tolerance_is_that_of_the_coarsest_tensor() -> None:
@@ -81,8 +81,8 @@ def test_tolerance_is_that_of_the_coarsest_tensor() -> None:
     def segment(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return Mix()(x, weight.float())
 
-    found = check_parity(EagerEngine(spec(inputs=inputs), segment), segment, CPU)
-    assert {one.tolerance for one in found} == {TOLERANCES["bf16"]}
+    parities = check_parity(EagerEngine(spec(inputs=inputs), segment), segment, CPU)
+    assert {parity.tolerance for parity in parities} == {TOLERANCES["bf16"]}
 
 
 @pytest.mark.parametrize("error", [float("nan"), float("inf"), 1.1e-5])
@@ -120,12 +120,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # one build for all workers
-    store, wanted = EngineStore(base / "aoti"), key(platform=aoti.aoti_platform(CPU))
-    with store.locked(wanted):
-        if store.find(wanted).state == "missing":
-            with store.publishing(wanted, aoti.FILE) as building:
+    store, expected = EngineStore(base / "aoti"), key(platform=aoti.aoti_platform(CPU))
+    with store.locked(expected):
+        if store.find(expected).state == "missing":
+            with store.publishing(expected, aoti.FILE) as building:
                 aoti.build(spec(), Mix(), building, CPU)
-    path = store.find(wanted).path
+    path = store.find(expected).path
     assert path is not None
     return path
 
@@ -136,8 +136,8 @@ def test_a_package_serves_every_size(tokens: int, package: Path) -> None:
     engine = aoti.load(spec(), package, CPU)
     inputs, outputs = tensors(tokens)
     engine.run(inputs, outputs)
-    for got, wanted in zip(outputs, Mix()(*inputs), strict=True):
-        assert max_abs(got, wanted) < 1e-6
+    for got, expected in zip(outputs, Mix()(*inputs), strict=True):
+        assert max_abs(got, expected) < 1e-6
     require_parity("mix", check_parity(engine, Mix(), CPU))
 
 
@@ -146,15 +146,15 @@ def test_a_package_is_given_only_what_it_can_take(package: Path) -> None:
     engine = AotiEngine(spec(), package, CPU)
     inputs, outputs = tensors(4)
     untouched = [x.clone() for x in outputs]
-    for wrong, message in (
-        ([inputs[0].double(), inputs[1]], "x: wanted fp32, got torch.float64"),
+    for refused, message in (
+        ([inputs[0].double(), inputs[1]], "x: expected fp32, got torch.float64"),
         ([torch.zeros(LIMIT + 1, 8), inputs[1]], "tokens from 2 to 40, got 41"),
-        ([inputs[0], inputs[1][:7]], "weight: wanted 8 of 8"),
-        ([inputs[0], inputs[1].T], "mix, tensor weight: wanted contiguous"),
+        ([inputs[0], inputs[1][:7]], "weight: expected 8 of 8"),
+        ([inputs[0], inputs[1].T], "mix, tensor weight: expected contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
-            engine.run(wrong, outputs)
-    with pytest.raises(ValueError, match=r"y: wanted shape \(4, 8\)"):
+            engine.run(refused, outputs)
+    with pytest.raises(ValueError, match=r"y: expected shape \(4, 8\)"):
         engine.run(inputs, [torch.zeros(3, 8), outputs[1]])
     for x, before in zip(outputs, untouched, strict=True):
         assert torch.equal(x, before) or torch.isnan(x).all()
@@ -181,12 +181,12 @@ def test_a_segment_that_cannot_be_compiled_is_an_error(tmp_path: Path) -> None:
         aoti.build(spec(), Branching(), tmp_path / aoti.FILE, CPU)
 
 
-def test_a_machine_without_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aoti.shutil, "which", lambda name: None)
     assert "install g++" in str(aoti.unavailable(CPU))
 
 
 def test_platform_of_a_package_is_this_machine() -> None:
-    found = dict(aoti.aoti_platform(CPU))
-    assert found["torch"] == torch.__version__
-    assert found.keys() == {"torch", "machine", "processor", "recipe"}
+    facts = dict(aoti.aoti_platform(CPU))
+    assert facts["torch"] == torch.__version__
+    assert facts.keys() == {"torch", "machine", "processor", "recipe"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TensorRT's parser takes passes; what it does not is told, with the node and the reason."""
+"""Models that TensorRT's parser takes pass; others are refused with node and reason."""
 
 from __future__ import annotations
 
@@ -91,20 +91,20 @@ def test_attention_with_the_exporters_attributes_is_refused(name: str) -> None:
 def test_attention_of_rank_three_is_refused() -> None:
     inputs = {name: (BF16, (1, 8, 64)) for name in "qkv"}
     made = [node("Attention", [*inputs], ["y"], name="a", q_num_heads=4, kv_num_heads=4)]
-    told = refused(graph(made, inputs, {"y": (BF16, (1, 8, 64))}, opset=23))
-    assert "node a (Attention): input q has rank 3, wanted 4" in told
+    message = refused(graph(made, inputs, {"y": (BF16, (1, 8, 64))}, opset=23))
+    assert "node a (Attention): input q has rank 3, expected 4" in message
 
 
 def test_operators_outside_the_table_are_refused() -> None:
-    told = refused(graph([node("Det", ["x"], ["y"], name="d")], {"x": (FP32, (3, 3))},
+    message = refused(graph([node("Det", ["x"], ["y"], name="d")], {"x": (FP32, (3, 3))},
                          {"y": (FP32, ())}))  # fmt: skip
-    assert "node d (Det): no operator of the table" in told
+    assert "node d (Det): operator not in the table" in message
 
 
 def test_types_outside_the_table_are_refused() -> None:
     double = (TensorProto.DOUBLE, (2, 2))
-    told = refused(graph([node("Sqrt", ["x"], ["y"])], {"x": double}, {"y": double}))
-    assert "node y (Sqrt): x is DOUBLE, wanted BFLOAT16, FLOAT, FLOAT16" in told
+    message = refused(graph([node("Sqrt", ["x"], ["y"])], {"x": double}, {"y": double}))
+    assert "node y (Sqrt): x is DOUBLE, expected BFLOAT16, FLOAT, FLOAT16" in message
 
 
 def test_operators_of_other_domains_are_refused() -> None:
@@ -115,7 +115,7 @@ def test_operators_of_other_domains_are_refused() -> None:
     model = helper.make_model(
         helper.make_graph([made], "g", [value], [out]), opset_imports=opsets, ir_version=10
     )
-    assert "node own (Attend): domain ours, wanted the standard one" in refused(
+    assert "node own (Attend): domain ours, expected the standard one" in refused(
         model.SerializeToString()
     )
 
@@ -123,15 +123,15 @@ def test_operators_of_other_domains_are_refused() -> None:
 def test_gemm_of_rank_three_is_refused() -> None:
     one = spec()
     x = TensorSpec(name="x", dtype="bf16", shape=(1, "tokens", 32))
-    told = refused(onnx_of(replace(one, inputs=(x, *one.inputs[1:]))))
-    assert "is not valid" in told
-    assert "node name: project" in told
-    assert "rank 2" in told
+    message = refused(onnx_of(replace(one, inputs=(x, *one.inputs[1:]))))
+    assert "is not valid" in message
+    assert "node name: project" in message
+    assert "rank 2" in message
 
 
 def test_gemm_that_scales_is_refused() -> None:
     made = [node("Gemm", ["x", "weight", "bias"], ["y"], name="g", transB=1, alpha=0.5)]
-    assert "node g (Gemm): attribute alpha of 0.5, wanted 1" in refused(onnx_of(spec(), made))
+    assert "node g (Gemm): attribute alpha of 0.5, expected 1" in refused(onnx_of(spec(), made))
 
 
 def test_mixed_types_are_refused() -> None:
@@ -148,8 +148,8 @@ def folded() -> bytes:
 
 
 def test_weights_that_became_constants_are_refused() -> None:
-    told = refused(folded())
-    assert "constant weight of 131072 bytes, wanted at most 65536: make weights inputs" in told
+    message = refused(folded())
+    assert "constant weight of 131072 bytes, expected at most 65536: make weights inputs" in message
 
 
 def test_weights_inside_pass_where_they_are_meant() -> None:
@@ -158,34 +158,34 @@ def test_weights_inside_pass_where_they_are_meant() -> None:
 
 def test_computed_axes_are_refused() -> None:
     axes = {"x": (FP32, (2, 3)), "axes": (TensorProto.INT64, (1,))}
-    told = refused(graph([node("ReduceMean", ["x", "axes"], ["y"], name="mean")], axes,
+    message = refused(graph([node("ReduceMean", ["x", "axes"], ["y"], name="mean")], axes,
                          {"y": (FP32, ("n", "m"))}))  # fmt: skip
-    assert "node mean (ReduceMean): input axes is computed, wanted a constant" in told
+    assert "node mean (ReduceMean): input axes is computed, expected a constant" in message
 
 
 def test_further_outputs_of_layer_normalization_are_refused() -> None:
     made = [node("LayerNormalization", ["x", "s"], ["y", "mean"], name="norm")]
-    told = refused(graph(made, {"x": (FP32, (2, 8)), "s": (FP32, (8,))},
+    message = refused(graph(made, {"x": (FP32, (2, 8)), "s": (FP32, (8,))},
                          {"y": (FP32, (2, 8)), "mean": (FP32, (2, 1))}))  # fmt: skip
-    assert "node norm (LayerNormalization): more than its first output is used" in told
+    assert "node norm (LayerNormalization): more than its first output is used" in message
 
 
 @pytest.mark.skipif(onnx.defs.onnx_opset_version() < 25, reason="this onnx has no opset 25")
 def test_newer_opsets_are_refused() -> None:
-    told = refused(onnx_of(spec(), opset=25, ir=13))
-    assert "opset 25, wanted 9 to 24: export opset 20" in told
-    assert "IR version 13, wanted at most 12: export opset 20" in told
+    message = refused(onnx_of(spec(), opset=25, ir=13))
+    assert "opset 25, expected 9 to 24: export opset 20" in message
+    assert "IR version 13, expected at most 12: export opset 20" in message
 
 
 def test_older_opsets_are_refused() -> None:
     value = (FP32, (2,))
-    told = refused(graph([node("Relu", ["x"], ["y"])], {"x": value}, {"y": value}, opset=8))
-    assert "opset 8, wanted 9 to 24: export opset 20" in told
+    message = refused(graph([node("Relu", ["x"], ["y"])], {"x": value}, {"y": value}, opset=8))
+    assert "opset 8, expected 9 to 24: export opset 20" in message
 
 
 def test_every_fault_is_told_at_once() -> None:
-    told = refused(attention(softcap=0.0, qk_matmul_output_mode=0))
-    assert told.count("attend") == 2
+    message = refused(attention(softcap=0.0, qk_matmul_output_mode=0))
+    assert message.count("attend") == 2
 
 
 def test_damaged_models_are_refused() -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import pw_kernels
 from pw_engines.eager import EagerEngine
 from pw_engines.engine import random_inputs
+from pw_runtime import models
 from pw_runtime.execution import transformer_segments
 from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import FIRST_BLOCK, segments_of
@@ -34,7 +36,7 @@ EAGER = ("spatial_adapter.backbone",)
 
 
 class WholeChunks(EagerEngine):
-    """As TensorRT's engines: every call has as many tokens as the limit."""
+    """An engine like TensorRT's: every call has as many tokens as the limit."""
 
     padded = True
 
@@ -53,12 +55,14 @@ def segmented(
     net: WanDiT,
     precision: Precision,
     limit: int,
-    kind: type[EagerEngine] = EagerEngine,
+    engine_class: type[EagerEngine] = EagerEngine,
     **options: Any,
 ) -> SegmentedDiT:
-    made = segments_of(net.config, precision, limit)
-    engines = {name: kind(one.spec, one.module) for name, one in made.items()}
-    return SegmentedDiT(net, made, engines, **options)
+    segments = segments_of(net.config, precision, limit)
+    engines = {
+        name: engine_class(segment.spec, segment.module) for name, segment in segments.items()
+    }
+    return SegmentedDiT(net, segments, engines, **options)
 
 
 def normal(*shape: int) -> Tensor:
@@ -69,7 +73,7 @@ LATENT = (48, 2, 6, 8)  # 2x3x4 tokens
 
 
 def whole_velocities(net: WanDiT, lengths: Sequence[int]) -> list[Tensor]:
-    """Of one pass per text, by the network itself."""
+    """Run the network itself, one pass per text."""
     latent, steps, more = normal(*LATENT), [torch.tensor([700.0])], []
     if net.config.has_dt:
         steps.append(torch.tensor([100.0]))
@@ -107,13 +111,13 @@ def test_equals_the_whole_network(config: DitConfig, precision: Precision, limit
     net = network(config, precision)
     whole = whole_velocities(net, [7, 3])
     parts = velocities(segmented(net, precision, limit), [7, 3])
-    for part, one in zip(parts, whole, strict=True):
+    for part, expected in zip(parts, whole, strict=True):
         if limit == 24:
-            assert torch.equal(part, one)
+            assert torch.equal(part, expected)
         elif precision == "fp32":  # products of fewer rows may be summed in another order
-            assert max_abs(part, one) <= 1e-5 * one.abs().max().item()
+            assert max_abs(part, expected) <= 1e-5 * expected.abs().max().item()
         else:
-            assert relative_l2(part, one) <= 1e-2
+            assert relative_l2(part, expected) <= 1e-2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -141,15 +145,16 @@ def test_parts_smaller_than_the_engines_take_equal_smaller_engines() -> None:
     assert torch.equal(parts[0], smaller[0])
 
 
-def test_every_block_of_every_pass_is_told() -> None:
+def test_every_block_of_every_pass_is_reported() -> None:
     net = segmented(network(DRAFT, "fp32"), "fp32", 24)
-    told: list[int] = []
+    calls: list[int] = []
     with torch.inference_mode():
         latent, steps = normal(*LATENT), torch.tensor([700.0])
         texts = texts_of(net, [7, 3])
-        at = net.layout(latent)
-        net.velocities(latent, texts, net.modulation(steps), at, on_block=lambda: told.append(1))
-    assert len(told) == 2 * DRAFT.num_layers
+        layout = net.layout(latent)
+        modulation = net.modulation(steps)
+        net.velocities(latent, texts, modulation, layout, on_block=lambda: calls.append(1))
+    assert len(calls) == 2 * DRAFT.num_layers
 
 
 @pytest.mark.parametrize("limit", [16, 24, 32])
@@ -164,14 +169,14 @@ def test_padding_changes_nothing(limit: int, text_tokens: int) -> None:
 @pytest.mark.parametrize("config", [DRAFT, HIGHRES], ids=["draft", "highres"])
 def test_no_weight_is_forgotten(config: DitConfig) -> None:
     net = network(config, "bf16")
-    taken = {
+    used = {
         name.replace(FIRST_BLOCK, f"blocks.{index}.", 1)
         for segment in segments_of(config, "bf16", 64).values()
         for name in segment.weights
         for index in range(config.num_layers)
     }
-    left = set(dict(net.named_parameters())) - taken
-    assert taken <= set(dict(net.named_parameters()))
+    left = set(dict(net.named_parameters())) - used
+    assert used <= set(dict(net.named_parameters()))
     assert {
         name for name in left if not (name.endswith("modulation") or name.startswith(EAGER))
     } == set()
@@ -205,17 +210,19 @@ def test_inputs_are_left_as_they_are() -> None:
 
 def test_an_engine_of_another_segment_is_refused() -> None:
     net = network(DRAFT, "fp32")
-    made = segments_of(DRAFT, "fp32", 64)
-    engines = {name: EagerEngine(one.spec, one.module) for name, one in made.items()}
+    segments = segments_of(DRAFT, "fp32", 64)
+    engines = {
+        name: EagerEngine(segment.spec, segment.module) for name, segment in segments.items()
+    }
     other = segments_of(DRAFT, "fp32", 32)["embed"]
     with pytest.raises(ValueError, match="the engine for embed was made for another segment"):
-        SegmentedDiT(net, made, engines | {"embed": EagerEngine(other.spec, other.module)})
+        SegmentedDiT(net, segments, engines | {"embed": EagerEngine(other.spec, other.module)})
 
 
 def test_eps_makes_another_engine() -> None:
     """Seen: engines of one eps were found for a network of another; no shape shows it."""
-    one, other = (segments_of(replace(DRAFT, eps=eps), "fp32", 64) for eps in (1e-6, 1e-3))
-    assert all(one[name].spec != other[name].spec for name in one)
+    usual, other = (segments_of(replace(DRAFT, eps=eps), "fp32", 64) for eps in (1e-6, 1e-3))
+    assert all(usual[name].spec != other[name].spec for name in usual)
 
 
 @pytest.mark.parametrize("limit", [23, 2])
@@ -228,21 +235,24 @@ def test_no_part_is_left_with_one_token(limit: int) -> None:
 
 
 def files_run(run: Callable[[], object]) -> set[str]:
-    """Names of our own files whose code `run` executes."""
-    seen: set[str] = set()
+    """Names of files of pw_kernels and of the models whose code `run` executes."""
+    roots = [Path(package.__file__).parent for package in (pw_kernels, models)]
+    files: set[str] = set()
 
-    def notice(frame: FrameType, event: str, argument: object) -> None:
-        path = Path(frame.f_code.co_filename)
-        if "pw_kernels" in path.parts or path.parent.name == "models":
-            room = "attention/" if path.parent.name == "attention" else ""
-            seen.add(room + path.stem)
+    def record(frame: FrameType, event: str, argument: object) -> None:
+        files.add(frame.f_code.co_filename)
 
-    sys.setprofile(notice)
+    sys.setprofile(record)
     try:
         run()
     finally:
         sys.setprofile(None)
-    return seen
+    return {
+        path.relative_to(root).with_suffix("").as_posix()
+        for path in map(Path, files)
+        for root in roots
+        if path.is_relative_to(root)
+    }
 
 
 def test_digest_covers_every_file_that_a_segment_runs() -> None:

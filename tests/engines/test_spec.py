@@ -23,12 +23,12 @@ def test_sizes_are_those_of_the_call(tokens: int) -> None:
 @pytest.mark.parametrize(
     ("index", "x", "message"),
     [
-        (0, torch.zeros(4, 8, dtype=torch.float64), "x: wanted fp32, got torch.float64"),
-        (0, torch.zeros(4), r"x: wanted shape \('tokens', 8\), got \(4,\)"),
-        (0, torch.zeros(4, 9), r"x: wanted 8 of 8, got \(4, 9\)"),
-        (0, torch.zeros(1, 8), "x: wanted tokens from 2 to 40, got 1"),
-        (0, torch.zeros(41, 8), "x: wanted tokens from 2 to 40, got 41"),
-        (1, torch.zeros(8, 7), r"weight: wanted 8 of 8, got \(8, 7\)"),
+        (0, torch.zeros(4, 8, dtype=torch.float64), "x: expected fp32, got torch.float64"),
+        (0, torch.zeros(4), r"x: expected shape \('tokens', 8\), got \(4,\)"),
+        (0, torch.zeros(4, 9), r"x: expected 8 of 8, got \(4, 9\)"),
+        (0, torch.zeros(1, 8), "x: expected tokens from 2 to 40, got 1"),
+        (0, torch.zeros(41, 8), "x: expected tokens from 2 to 40, got 41"),
+        (1, torch.zeros(8, 7), r"weight: expected 8 of 8, got \(8, 7\)"),
     ],
 )
 def test_inputs_of_another_kind_are_named(index: int, x: Tensor, message: str) -> None:
@@ -41,9 +41,9 @@ def test_inputs_of_another_kind_are_named(index: int, x: Tensor, message: str) -
 @pytest.mark.parametrize(
     ("index", "x", "message"),
     [
-        (0, torch.zeros(4, 8, dtype=torch.float16), "y: wanted fp32, got torch.float16"),
-        (0, torch.zeros(5, 8), r"y: wanted shape \(4, 8\), got \(5, 8\)"),
-        (1, torch.zeros(4, 1), r"mean: wanted shape \(4,\), got \(4, 1\)"),
+        (0, torch.zeros(4, 8, dtype=torch.float16), "y: expected fp32, got torch.float16"),
+        (0, torch.zeros(5, 8), r"y: expected shape \(4, 8\), got \(5, 8\)"),
+        (1, torch.zeros(4, 1), r"mean: expected shape \(4,\), got \(4, 1\)"),
     ],
 )
 def test_outputs_of_another_kind_are_named(index: int, x: Tensor, message: str) -> None:
@@ -57,13 +57,13 @@ def test_numbers_of_tensors_are_checked() -> None:
     inputs, outputs = tensors(4)
     with pytest.raises(ValueError, match="mix takes 2 tensors, got 1"):
         spec().sizes(inputs[:1])
-    with pytest.raises(ValueError, match="mix gives 2 tensors, got 3 to fill"):
+    with pytest.raises(ValueError, match="mix returns 2 tensors, got 3 to fill"):
         spec().check_outputs([*outputs, outputs[0]], {"tokens": 4})
 
 
 def test_one_name_has_one_size() -> None:
     both = tuple(TensorSpec(name=name, dtype="fp32", shape=("tokens", 8)) for name in "ab")
-    with pytest.raises(ValueError, match=r"tensor b: wanted tokens of 4, got \(5, 8\)"):
+    with pytest.raises(ValueError, match=r"tensor b: expected tokens of 4, got \(5, 8\)"):
         spec(inputs=both).sizes([torch.zeros(4, 8), torch.zeros(5, 8)])
 
 
@@ -73,7 +73,7 @@ def test_every_named_dimension_needs_a_limit() -> None:
 
 
 def test_a_segment_is_no_path() -> None:
-    with pytest.raises(ValueError, match=r"a name, not a path, got '\.\./mix'"):
+    with pytest.raises(ValueError, match=r"name, got the path '\.\./mix'"):
         spec(segment="../mix")
 
 
@@ -112,7 +112,7 @@ def test_every_field_of_spec_and_key_is_tried() -> None:
     assert set(type(key()).__dataclass_fields__) == {"spec", "backend", "platform", "options"}
 
 
-def test_digest_tells_where_texts_end() -> None:
+def test_digest_lists_where_texts_end() -> None:
     assert digest_of([b"ab", b"c"]) != digest_of([b"a", b"bc"])
     assert digest_of([b"ab"]) != digest_of([b"ab", b""])
     assert digest_of(iter([b"a"])) == digest_of([b"a"])

@@ -32,10 +32,10 @@ def test_nothing_is_made_before_the_first_build(store: EngineStore) -> None:
 
 def test_what_was_published_is_found(store: EngineStore) -> None:
     put(store)
-    found = store.find(key())
-    assert found.state == "fresh"
-    assert found.path is not None
-    assert found.path.read_bytes() == DATA
+    lookup = store.find(key())
+    assert lookup.state == "fresh"
+    assert lookup.path is not None
+    assert lookup.path.read_bytes() == DATA
     assert store.find(key(backend="tensorrt")).state == "missing"
     assert store.remove_leftovers() == []
 
@@ -54,7 +54,7 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (
         lambda folder: (folder / NAME).write_bytes(DATA[:-1]),
-        "engine.bin has 1199 bytes, wanted 1200",
+        "engine.bin has 1199 bytes, expected 1200",
     ),
     "changed": (
         lambda folder: (folder / NAME).write_bytes(b"M" + DATA[1:]),
@@ -74,9 +74,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "its manifest cannot be read (",
     ),
     "manifest empty": (lambda folder: (folder / MANIFEST).write_text(""), "cannot be read ("),
-    "format": (edit(lambda it: it.update(format=0)), "format 0, wanted 1"),
+    "format": (edit(lambda it: it.update(format=0)), "format 0, expected 1"),
     "incomplete": (edit(lambda it: it.pop("sha256")), "its manifest is incomplete"),
-    "key": (edit(lambda it: it["key"].update(backend="eager")), "holds another key"),
+    "key": (edit(lambda it: it["key"].update(backend="eager")), "has another key"),
     "key no object": (edit(lambda it: it.update(key=7)), "its manifest cannot be read ("),
     "file elsewhere": (
         edit(lambda it: it.update(file="../engine")),
@@ -91,13 +91,13 @@ def test_a_damaged_engine_is_not_found_but_rebuilt(name: str, store: EngineStore
     damage, reason = DAMAGES[name]
     folder = put(store)
     damage(folder)
-    found = store.find(key())
-    assert found.state == "damaged"
-    assert found.path is None
-    assert str(folder) in found.reason
-    assert reason in found.reason
+    lookup = store.find(key())
+    assert lookup.state == "damaged"
+    assert lookup.path is None
+    assert str(folder) in lookup.reason
+    assert reason in lookup.reason
     (entry,) = store.entries(verify=True)
-    assert (entry.damage != "") == (name != "key")  # which key is wanted, only find() knows
+    assert (entry.damage != "") == (name != "key")  # which key is expected, only find() knows
     put(store)
     assert store.find(key()).state == "fresh"
     assert {path.name for path in folder.iterdir()} == {NAME, MANIFEST}
@@ -118,7 +118,7 @@ def test_entries_tell_what_is_there(store: EngineStore) -> None:
 
 def test_entries_read_the_files_only_when_asked(store: EngineStore) -> None:
     (put(store) / NAME).write_bytes(b"other")
-    assert [one.damage for one in store.entries(verify=False)] == [""]
+    assert [entry.damage for entry in store.entries(verify=False)] == [""]
     assert "has 5 bytes" in store.entries(verify=True)[0].damage
 
 
@@ -126,7 +126,7 @@ def test_removed_engines_are_gone(store: EngineStore) -> None:
     folder = put(store)
     store.remove(folder.name)
     assert store.find(key()).state == "missing"
-    with pytest.raises(StoreError, match="is no engine of"):
+    with pytest.raises(StoreError, match="is not an engine of"):
         store.remove(folder.name)
 
 
@@ -139,7 +139,7 @@ def test_only_engines_are_removed(store: EngineStore) -> None:
     (store.root / "linked").symlink_to(other)
     (store.root / "file").write_text("")
     for name in ("", ".", "..", ".locks", "../other", str(other), "file"):
-        with pytest.raises(StoreError, match="is no engine of"):
+        with pytest.raises(StoreError, match="is not an engine of"):
             store.remove(name)
     with pytest.raises(StoreError, match="cannot remove"):
         store.remove("linked")
@@ -148,7 +148,7 @@ def test_only_engines_are_removed(store: EngineStore) -> None:
     assert store.find(key()).state == "fresh"
 
 
-def test_an_engine_that_cannot_be_removed_is_told(
+def test_an_engine_that_cannot_be_removed_is_reported(
     store: EngineStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = put(store)
@@ -205,15 +205,15 @@ def test_a_build_that_made_no_file_is_an_error(store: EngineStore) -> None:
     assert store.find(key()).state == "missing"
 
 
-def test_a_root_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = EngineStore(tmp_path / "file" / "engines")
     for use in (store.locked(key()), store.publishing(key(), NAME)):
-        with pytest.raises(StoreError, match=r"cannot make the engine store .*PW_CACHE"), use:
+        with pytest.raises(StoreError, match=r"cannot create the engine store .*PW_CACHE"), use:
             pass
 
 
-def test_a_root_that_cannot_be_written_is_told(
+def test_a_root_that_cannot_be_written_is_reported(
     store: EngineStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As root one may write anywhere: the refusal is the system's, made up."""

@@ -59,8 +59,8 @@ def start(store: EngineStore) -> Iterator[Callable[[str], Builder]]:
         return started[-1]
 
     yield make
-    for one in started:
-        one.end()
+    for process in started:
+        process.end()
 
 
 def test_a_killed_build_leaves_nothing_to_find_and_no_lock(
@@ -95,6 +95,6 @@ def test_of_two_builders_one_builds(store: EngineStore, start: Callable[[str], B
     first.go_on()
     assert first.reached() == "published"
     assert patient.reached() == "fresh"
-    found = store.find(key())
-    assert found.path is not None
-    assert found.path.read_bytes() == b"whole engine"
+    lookup = store.find(key())
+    assert lookup.path is not None
+    assert lookup.path.read_bytes() == b"whole engine"

@@ -53,7 +53,9 @@ def nano() -> VaeDecoder:
 
 
 def on_eager_engines(net: VaeDecoder, segments: dict[str, Segment]) -> SegmentedVae:
-    engines = {name: EagerEngine(one.spec, one.module) for name, one in segments.items()}
+    engines = {
+        name: EagerEngine(segment.spec, segment.module) for name, segment in segments.items()
+    }
     return SegmentedVae(net, segments, engines)
 
 
@@ -79,11 +81,11 @@ def clip(vae: VaeDecoder | SegmentedVae, latent: Tensor) -> list[Tensor]:
 def test_a_decode_on_engines_equals_that_of_the_decoder(nano, plan) -> None:
     latent = Latent(x=random_latent(3))
     vae = on_eager_engines(nano, segments_of_decode(NANO_VAE, plan, ROWS, COLUMNS))
-    wanted = decode_frames(nano, latent, plan, Compat())
+    expected = decode_frames(nano, latent, plan, Compat())
     got = decode_frames(vae, latent, plan, Compat())
-    for one, other in zip(got, wanted, strict=True):
-        assert one.start == other.start
-        assert torch.equal(one.frames, other.frames)
+    for chunk, expected_chunk in zip(got, expected, strict=True):
+        assert chunk.start == expected_chunk.start
+        assert torch.equal(chunk.frames, expected_chunk.frames)
 
 
 @pytest.mark.parametrize("columns", [3, COLUMNS])  # small pictures take other code of PyTorch
@@ -106,8 +108,8 @@ def test_the_decoder_goes_on_with_a_clip_that_engines_began(nano) -> None:
     vae = on_eager_engines(nano, segments_of_vae(NANO_VAE, ROWS, COLUMNS))
     coarse, fine = CausalCache(), CausalCache()
     got = [
-        one.fine(one.coarse(frame, coarse), fine)
-        for one, frame in zip((vae, nano, vae), latent.split(1, dim=1), strict=True)
+        decoder_part.fine(decoder_part.coarse(frame, coarse), fine)
+        for decoder_part, frame in zip((vae, nano, vae), latent.split(1, dim=1), strict=True)
     ]
     assert all(torch.equal(a, b) for a, b in zip(got, clip(nano, latent), strict=True))
 
@@ -116,26 +118,28 @@ def test_memory_is_that_of_every_convolution_over_time() -> None:
     """The decoder's modules say which; what doubles frames has none before the second frame."""
     segments = segments_of_vae(NANO_VAE, ROWS, COLUMNS)
     net = VaeDecoder(NANO_VAE)
-    wanted = {
+    expected = {
         name
         for name, module in net.named_modules()
         if isinstance(module, CausalConv3d) and module.kernel_size[0] > 1
     }
-    given: set[str] = set()
+    seen: set[str] = set()
     for part in ("coarse", "fine"):
         first, later = (segments[f"vae_{part}_{which}"].spec for which in ("first", "next"))
-        out = [one.name.removesuffix(".last") for one in later.outputs[1:]]
-        into = [one.name.removesuffix(".past") for one in later.inputs if ".past" in one.name]
-        began = [one.name.removesuffix(".last") for one in first.outputs[1:]]
+        out = [tensor.name.removesuffix(".last") for tensor in later.outputs[1:]]
+        into = [
+            tensor.name.removesuffix(".past") for tensor in later.inputs if ".past" in tensor.name
+        ]
+        began = [tensor.name.removesuffix(".last") for tensor in first.outputs[1:]]
         assert out == into
         assert began == out[: len(began)]
         assert all(name.endswith("time_conv") for name in out[len(began) :])
-        assert [one.shape for one in later.inputs[1 : 1 + len(out)]] == [
-            one.shape for one in later.outputs[1:]
+        assert [tensor.shape for tensor in later.inputs[1 : 1 + len(out)]] == [
+            tensor.shape for tensor in later.outputs[1:]
         ]
-        assert not given & set(out)
-        given |= set(out)
-    assert given == wanted
+        assert not seen & set(out)
+        seen |= set(out)
+    assert seen == expected
 
 
 def test_weights_are_handed_over_without_a_copy(nano) -> None:
@@ -152,16 +156,16 @@ def test_weights_are_handed_over_without_a_copy(nano) -> None:
 def test_baked_segments_have_their_weights(nano) -> None:
     """The spec of the others does not change with the weights: one engine serves all."""
     latent = random_latent(2)
-    made = segments_of_vae(NANO_VAE, ROWS, COLUMNS, baked=nano)
-    for name, one in segments_of_vae(NANO_VAE, ROWS, COLUMNS).items():
-        assert one.spec.weights is None
-        assert one.spec.inputs[: len(made[name].spec.inputs)] == made[name].spec.inputs
-        assert len(one.spec.inputs) == len(made[name].spec.inputs) + len(one.weights)
-    vae = on_eager_engines(nano, made)
+    baked = segments_of_vae(NANO_VAE, ROWS, COLUMNS, baked=nano)
+    for name, segment in segments_of_vae(NANO_VAE, ROWS, COLUMNS).items():
+        assert segment.spec.weights is None
+        assert segment.spec.inputs[: len(baked[name].spec.inputs)] == baked[name].spec.inputs
+        assert len(segment.spec.inputs) == len(baked[name].spec.inputs) + len(segment.weights)
+    vae = on_eager_engines(nano, baked)
     pairs = zip(clip(vae, latent), clip(nano, latent), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
+    assert all(torch.equal(frame, expected) for frame, expected in pairs)
     others = segments_of_vae(NANO_VAE, ROWS, COLUMNS, baked=decoder(NANO_VAE, seed=1))
-    assert all(others[name].spec != one.spec for name, one in made.items())
+    assert all(others[name].spec != segment.spec for name, segment in baked.items())
 
 
 def test_sizes_and_engines_that_do_not_fit_are_refused(nano) -> None:
@@ -170,7 +174,7 @@ def test_sizes_and_engines_that_do_not_fit_are_refused(nano) -> None:
     with pytest.raises(ValueError, match=r"vae_coarse_first: expected x of shape .*got \(1, 2, 8"):
         vae.coarse(random_latent(1, columns=8), CausalCache())
     others = segments_of_vae(NANO_VAE, ROWS, COLUMNS + 1)
-    engines = {name: EagerEngine(one.spec, one.module) for name, one in others.items()}
+    engines = {name: EagerEngine(segment.spec, segment.module) for name, segment in others.items()}
     with pytest.raises(ValueError, match="vae_coarse_first is of another segment"):
         SegmentedVae(nano, segments, engines)
 
@@ -197,7 +201,7 @@ def test_strips_of_the_presets_keep_every_tensor_within_32_bits(name) -> None:
     widths = {int(key.rpartition("x")[2]) for key in segments}
     assert len(segments) == 2 * len(widths)
     for segment in segments.values():
-        inputs = [torch.empty(one.sized({}), device="meta") for one in segment.spec.inputs]
+        inputs = [torch.empty(tensor.sized({}), device="meta") for tensor in segment.spec.inputs]
         with Largest() as largest:
             outputs = segment.module(*inputs)
         segment.spec.check_outputs(outputs, {})
@@ -207,13 +211,15 @@ def test_strips_of_the_presets_keep_every_tensor_within_32_bits(name) -> None:
 @pytest.mark.parametrize("segment", ["vae_coarse_next", "vae_fine_next"])
 def test_the_published_decoder_is_exported_without_its_weights(segment) -> None:
     """A strip of 2k; the network has 2.2 GB of weights, and none of them is in the program."""
-    made = segments_of_vae(VAE, 90, 65)[segment]
-    inputs = [torch.empty(one.sized({}), device="meta") for one in made.spec.inputs]
-    program = torch.export.export(made.module, tuple(inputs), strict=False)
+    exported = segments_of_vae(VAE, 90, 65)[segment]
+    inputs = [torch.empty(tensor.sized({}), device="meta") for tensor in exported.spec.inputs]
+    program = torch.export.export(exported.module, tuple(inputs), strict=False)
     assert not program.state_dict
     assert not program.constants
-    found = [tuple(one.meta["val"].shape) for one in program.graph.find_nodes(op="placeholder")]
-    assert found == [one.shape for one in made.spec.inputs]
+    shapes = [
+        tuple(tensor.meta["val"].shape) for tensor in program.graph.find_nodes(op="placeholder")
+    ]
+    assert shapes == [tensor.shape for tensor in exported.spec.inputs]
 
 
 @pytest.mark.slow
@@ -221,17 +227,17 @@ def test_compiled_segments_decode_as_the_decoder_does(tmp_path: Path) -> None:
     reason = aoti.unavailable(CPU)
     if reason is not None:
         pytest.skip(reason)
-    config = replace(  # every kind of layer, few of each: compilers take their time
-        TINY_VAE, decoder_dims=(8, 8, 8, 8), decoder_blocks=1, temporal_downsample=(True, True)
+    config = replace(  # every kind of layer, as few as possible: compilers take their time
+        TINY_VAE, decoder_dims=(8, 8, 8), decoder_blocks=1, temporal_downsample=(True,)
     )
     net, latent = decoder(config), random_latent(3, columns=3)
     segments = segments_of_vae(config, ROWS, 3)
     engines = {}
-    for name, one in segments.items():
+    for name, segment in segments.items():
         path = tmp_path / f"{name}.pt2"
-        aoti.build(one.spec, one.module, path, CPU)
-        engines[name] = aoti.load(one.spec, path, CPU)
-        require_parity(name, check_parity(engines[name], one.module, CPU))
+        aoti.build(segment.spec, segment.module, path, CPU)
+        engines[name] = aoti.load(segment.spec, path, CPU)
+        require_parity(name, check_parity(engines[name], segment.module, CPU))
     got = clip(SegmentedVae(net, segments, engines), latent)
-    for one, other in zip(got, clip(net, latent), strict=True):
-        assert relative_l2(one, other) <= 1e-5
+    for frame, expected in zip(got, clip(net, latent), strict=True):
+        assert relative_l2(frame, expected) <= 1e-5

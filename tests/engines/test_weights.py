@@ -35,7 +35,7 @@ def elsewhere(net: WanDiT, precision: Precision) -> WanDiT:
 @pytest.mark.parametrize("share", [True, False])
 def test_streamed_weights_change_no_bit(precision: Precision, share: bool) -> None:
     net = network(HIGHRES, precision)
-    wanted = velocities(segmented(net, precision, 9), [7, 3])
+    expected = velocities(segmented(net, precision, 9), [7, 3])
     streamed = elsewhere(net, precision)
     weights = StreamedWeights(streamed, segments_of(HIGHRES, precision, 9), precision, CPU)
     try:
@@ -47,9 +47,9 @@ def test_streamed_weights_change_no_bit(precision: Precision, share: bool) -> No
         )
     finally:
         weights.close()
-    for one, other, third in zip(wanted, got, again, strict=True):
-        assert torch.equal(one, other)
-        assert torch.equal(one, third)
+    for reference, first, second in zip(expected, got, again, strict=True):
+        assert torch.equal(reference, first)
+        assert torch.equal(reference, second)
 
 
 def test_no_thread_is_left() -> None:
@@ -64,9 +64,9 @@ def test_only_one_block_is_held() -> None:
     segments = segments_of(HIGHRES, "bf16", 9)
     weights = StreamedWeights(net, segments, "bf16", CPU)
     try:
-        first = [one.data_ptr() for one in weights.acquire("block_out", 0)]
+        first = [weight.data_ptr() for weight in weights.acquire("block_out", 0)]
         weights.release("block_out", 1)
-        assert [one.data_ptr() for one in weights.acquire("block_out", 1)] == first
+        assert [weight.data_ptr() for weight in weights.acquire("block_out", 1)] == first
         both = {name: weights.acquire(name, 1) for name in ("block_in", "block_in_first")}
         assert both["block_in"][0].data_ptr() == both["block_in_first"][0].data_ptr()
     finally:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from pw_engines import EngineSpec, tensorrt
 from pw_engines.engine import EngineError, random_inputs
 from pw_export import onnx_export
-from pw_export.nano import NANO_DIT, NANO_HIGHRES
 from pw_export.onnx_check import LARGEST, check_onnx
 from pw_export.onnx_export import export_onnx, export_segment
 from pw_kernels.op import using
@@ -31,6 +30,7 @@ from pw_runtime.types import Precision
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.segments import aligned
 from tests.export.runners import run_reference, run_widened
+from tests.networks import TINY_DRAFT, TINY_HIGHRES
 
 CPU = torch.device("cpu")
 TOKENS = 48
@@ -40,8 +40,8 @@ FP32, BF16 = 1e-6, 1e-2  # relative L2; measured: at most 3e-7 and 6e-3
 @cache
 def segments(precision: Precision) -> dict[str, Segment]:
     """Every segment of the two networks: they differ in the modulation and in the adapter."""
-    draft = segments_of(NANO_DIT, precision, TOKENS)
-    return segments_of(NANO_HIGHRES, precision, TOKENS) | {"draft": draft["modulation"]}
+    draft = segments_of(TINY_DRAFT, precision, TOKENS)
+    return segments_of(TINY_HIGHRES, precision, TOKENS) | {"draft": draft["modulation"]}
 
 
 @cache
@@ -135,7 +135,7 @@ def test_two_networks_share_what_is_equal(tmp_path: Path, monkeypatch: pytest.Mo
         return {name: found[name] for name in ("embed", "modulation")}
 
     monkeypatch.setattr(onnx_export, "segments_of", few)
-    networks = {"draft": NANO_DIT, "highres": NANO_HIGHRES}
+    networks = {"draft": TINY_DRAFT, "highres": TINY_HIGHRES}
     said: list[str] = []
     out = tmp_path / "models"
     export_onnx(networks, "bf16", TOKENS, out, said.append)
@@ -147,7 +147,7 @@ def test_two_networks_share_what_is_equal(tmp_path: Path, monkeypatch: pytest.Mo
     assert [one["file"] for one in index["models"]] == files
     for one in index["models"]:
         assert hashlib.sha256((out / one["file"]).read_bytes()).hexdigest() == one["sha256"]
-    spec = few(NANO_HIGHRES, "bf16", TOKENS)["modulation"].spec
+    spec = few(TINY_HIGHRES, "bf16", TOKENS)["modulation"].spec
     stated = {key: index["models"][-1][key] for key in asdict(spec)}
     assert stated == json.loads(json.dumps(asdict(spec)))
     with pytest.raises(BadRequest, match="exists already"):
@@ -176,9 +176,9 @@ def test_what_tensorrt_cannot_take_is_refused() -> None:
         made.graph.doc_string = " " * LARGEST
 
     for change, message in (
-        (other_operator, r"\(Mod\): no operator of the table"),
-        (other_opset, "opset 25, wanted 9 to 24"),
-        (full, "bytes, wanted at most"),
+        (other_operator, r"\(Mod\): operator not in the table"),
+        (other_opset, "opset 25, expected 9 to 24"),
+        (full, "bytes, expected at most"),
     ):
         with pytest.raises(EngineError, match=message):
             check_onnx(changed(model, change), spec)
@@ -187,19 +187,21 @@ def test_what_tensorrt_cannot_take_is_refused() -> None:
 def test_a_model_of_another_segment_is_refused() -> None:
     model, spec = exported("fp32", "head"), segments("fp32")["head"].spec
     x, *others = spec.inputs
-    with pytest.raises(EngineError, match=r"not one of head:\n  inputs: wanted rows, .*, got x, r"):
+    with pytest.raises(
+        EngineError, match=r"does not fit head:\n  inputs: expected rows, .*, got x, r"
+    ):
         check_onnx(model, replace(spec, inputs=(*others,)))
     narrow = replace(x, dtype="bf16", shape=("tokens", 8))
     with pytest.raises(EngineError) as caught:
         check_onnx(model, replace(spec, inputs=(narrow, *others)))
-    assert "input x: wanted BFLOAT16, got FLOAT" in str(caught.value)
-    assert "input x: wanted ('tokens', 8) or (48, 8), got (48, 256)" in str(caught.value)
+    assert "input x: expected BFLOAT16, got FLOAT" in str(caught.value)
+    assert "input x: expected ('tokens', 8) or (48, 8), got (48, 128)" in str(caught.value)
 
     def renamed(made: Any) -> None:
         made.graph.output[0].name = "other"
         made.graph.node[-1].output[0] = "other"
 
-    with pytest.raises(EngineError, match="outputs: wanted out, got other"):
+    with pytest.raises(EngineError, match="outputs: expected out, got other"):
         check_onnx(changed(model, renamed), spec)
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Gluon attention kernel's own functions, run in fp64 over modelled barriers and copies.
+"""Run the Gluon attention kernel's own functions in fp64 over modelled barriers and copies.
 
-Modelled is what can go wrong between warps: a partition runs until it comes to a barrier, then a
-random one goes on; a copy arrives at a random later time, and its slot is NaN until then; a product
-reads its operands when it is waited for. Layouts and the threads of a warpgroup are not modelled.
+The model covers what can go wrong between warps: a partition runs until it reaches a barrier, then
+a random one continues; a copy arrives at a random later time, and its slot is NaN until then; a
+product reads its operands when it is waited for. Layouts and the threads of a warpgroup are not
+modelled.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Machine:
         self.turns = [threading.Semaphore(0) for _ in partitions]
         self.products: list[list[Product]] = [[] for _ in partitions]
         threads = [
-            threading.Thread(target=self._run_one, args=(i, *one))
-            for i, one in enumerate(partitions)
+            threading.Thread(target=self._run_partition, args=(i, *partition))
+            for i, partition in enumerate(partitions)
         ]
         for thread in threads:
             thread.start()
@@ -50,7 +51,9 @@ class Machine:
         if self.error:
             raise self.error
 
-    def _run_one(self, i: int, function: Callable[..., None], arguments: Sequence[Any]) -> None:
+    def _run_partition(
+        self, i: int, function: Callable[..., None], arguments: Sequence[Any]
+    ) -> None:
         try:
             self._take_over(i)
             function(*arguments)
@@ -156,10 +159,10 @@ class Pointer:
         return Pointer(self.flat, self.offset + more)
 
     def load(self, mask: Tensor, other: float) -> Tensor:
-        """What is there, `other` where not `mask`."""
-        found = torch.full(self.offset.shape, other, dtype=self.flat.dtype)
-        found[mask] = self.flat[self.offset[mask]]
-        return found
+        """Return the values, and `other` where not `mask`."""
+        values = torch.full(self.offset.shape, other, dtype=self.flat.dtype)
+        values[mask] = self.flat[self.offset[mask]]
+        return values
 
     def store(self, value: Tensor, mask: Tensor) -> None:
         """Write where nothing was written before."""
@@ -184,15 +187,15 @@ class Rows:
 
 
 def _names(machine: Machine, program: int, programs: int) -> dict[str, Any]:
-    """What the kernel's functions call, as modelled."""
+    """Return models of what the kernel's functions call."""
 
-    def fetch(rows: Rows, place: list[int], full: Barrier, slot: Slot) -> None:
+    def fetch(rows: Rows, origin: list[int], full: Barrier, slot: Slot) -> None:
         machine.pause()
         assert not slot.products, "overwritten while it is read"
         slot.data.fill_(math.nan)
 
         def arrive() -> None:
-            slot.data.copy_(rows.read(*place))
+            slot.data.copy_(rows.read(*origin))
             full.add(0, -rows.block_type.nbytes)
 
         machine.copies.append(arrive)
@@ -207,8 +210,8 @@ def _names(machine: Machine, program: int, programs: int) -> dict[str, Any]:
         products = machine.products[machine.current]
         while len(products) > pending:
             products.pop(0).finish()
-        found = [x.result if isinstance(x, Product) else x for x in deps]
-        return found[0] if len(found) == 1 else found
+        results = [x.result if isinstance(x, Product) else x for x in deps]
+        return results[0] if len(results) == 1 else results
 
     def allocate(dtype: torch.dtype, shape: list[int], layout: None) -> Names:
         is_barrier = dtype == torch.int64
@@ -232,7 +235,8 @@ def _names(machine: Machine, program: int, programs: int) -> dict[str, Any]:
             expect=lambda barrier, size: barrier.add(1, size),
             arrive=lambda barrier: barrier.add(1, 0),
         ),
-        "tma": Names(make_tensor_descriptor=Rows, async_copy_global_to_shared=fetch),
+        "tma": Names(make_tensor_descriptor=Rows),
+        "load_tile": fetch,
         "warpgroup_mma": multiply,
         "warpgroup_mma_wait": finish,
         "gl": Names(

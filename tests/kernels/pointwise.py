@@ -51,21 +51,21 @@ class Case:
 
 
 def copies(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, tensors copied: for operations that write into them."""
+    """Copy the tensors among the arguments, for operations that write into them."""
     return tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
 
 
 def results(called: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What the call returns and what it makes of copies of the tensors it is given."""
+    """Return what the call returns, then copies of its tensors after the call."""
     own = copies(arguments)
     out = called(*own)
     returned = out if isinstance(out, tuple) else () if out is None else (out,)
     return (*returned, *(a for a in own if isinstance(a, Tensor)))
 
 
-def same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
-    """Whether both are equal to the last bit."""
-    return all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    """Return True if both are equal to the last bit."""
+    return all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
 def cases(tokens: int, dim: int, heads: int) -> dict[str, Case]:
@@ -99,7 +99,7 @@ CASES = cases(6, 48, 3)
 
 
 def meta_case(name: str, size: str) -> tuple[Case, int]:
-    """A case of LEAST at its true size, without memory, and the elements of its largest tensor."""
+    """Return a case of LEAST at its true size on meta, and the elements of its largest tensor."""
     grid, bf16 = GRIDS[size], torch.bfloat16
     tokens = grid[0] * grid[1] * grid[2]
 

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels compiled with no GPU: what they take on every architecture, and clear refusals."""
+"""Kernels compiled with no GPU: their resources on every architecture, and clear refusals."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import triton.backends.nvidia.compiler
 
 from pw_kernels._triton.gate_residual import kernel
-from pw_kernels.ahead_of_time import SHARED_LIMITS, compile_kernel
+from pw_kernels.ahead_of_time import (
+    FIRST_CUDA,
+    SHARED_LIMITS,
+    Toolchain,
+    assembler,
+    compile_kernel,
+)
+from pw_kernels.library import ARCHS
+from tests.kernels.compiling import assert_resources, compiling, reports_of
 from tests.kernels.pointwise import LEAST
 
-ROOT = Path(__file__).parents[2]
 REFUSALS = """
 import triton
 from pw_kernels._triton.gate_residual import kernel
@@ -33,28 +37,15 @@ for more, sizes, aligned in (
 """
 
 
-def compiling(*command: str) -> str:
-    """What a Python that compiles kernels prints."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_pointwise_kernels_compile_for_every_architecture() -> None:
-    reports = json.loads(compiling(str(ROOT / "tests/kernels/compile_pointwise.py")))
+def test_pointwise_kernels_compile_for_every_architecture(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    reports = reports_of(tmp_path_factory, "compile_pointwise")
     assert len(reports) == len(LEAST) * len(SHARED_LIMITS)
     for report in reports:
-        suffix = "a" if report["arch"] >= 90 else ""
-        assert report["target"] == f"sm_{report['arch']}{suffix}"
-        assert report["fits"], report
-        assert report["stack"] == 0, report  # nothing spilled
-        assert report["local"] == [], report
-        # the two small numbers beside the place of qk_norm_rope's first token
+        assert_resources(report)
+        # the two small numbers beside the index of qk_norm_rope's first token
         near = ["i32"] if report["name"] == "qk_norm_rope" else []
         assert report["offsets"] == [*near, "i64"], report
         assert 0 < report["registers"] <= 64, report  # four blocks of eight warps fit
@@ -62,16 +53,38 @@ def test_pointwise_kernels_compile_for_every_architecture() -> None:
         assert report["warps"] == (4 if report["name"] in ("qk_norm_rope", "guided_update") else 8)
 
 
+def test_every_gpu_has_an_architecture_that_is_compiled() -> None:
+    assert set(ARCHS.values()) == set(SHARED_LIMITS)
+
+
+@pytest.mark.parametrize("arch", FIRST_CUDA)
+def test_an_assembler_too_old_for_an_architecture_is_named(
+    arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ptxas:
+        version = "12.8"
+
+    monkeypatch.setattr(triton.backends.nvidia.compiler, "get_ptxas", lambda arch: Ptxas())
+    assert assembler(100) == "12.8"
+    with pytest.raises(RuntimeError, match=rf"sm_{arch}a needs the assembler of CUDA 1.*got 12\.8"):
+        assembler(arch)
+
+
+@pytest.mark.parametrize(("cuda", "driver"), [("12.9", 525), ("13.4", 580)])
+def test_code_needs_the_first_driver_of_its_cuda_release(cuda: str, driver: int) -> None:
+    assert Toolchain(cuda=cuda, ptx="9.4", elf_abi=8).driver == driver
+
+
 def test_arguments_that_are_not_the_kernels_are_refused() -> None:
     missing_type, missing_constant, unknown = compiling("-c", REFUSALS).splitlines()
     for line in (missing_type, missing_constant):
-        assert line.startswith("kernel wants arguments ['x_ptr', 'y_ptr'")
-    assert unknown.startswith("kernel wants divisible_by_16 among ['x_ptr'")
+        assert line.startswith("kernel expects arguments ['x_ptr', 'y_ptr'")
+    assert unknown.startswith("kernel expects divisible_by_16 among ['x_ptr'")
     assert unknown.endswith("got {'stride'}")
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"for arch \[80, 89, 90, 100, 120\], got 75"):
+    with pytest.raises(ValueError, match=r"architectures \[80, 89, 90, 100, 103, .*\], got 75"):
         compile_kernel(kernel, {}, {}, arch=75)
 
 

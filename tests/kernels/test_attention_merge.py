@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pw_kernels.attention import attention, reference
+from pw_kernels.attention import attention_with_lse, reference_with_lse
 from pw_kernels.attention.merge import OP, merge_attention
 from pw_kernels.attention.variants import LARGE, run
 from tests.closeness import max_abs
@@ -28,12 +28,12 @@ def test_whole_is_merge_of_parts(splits: tuple[int, ...]) -> None:
     bias = torch.zeros(len(k))
     bias[-1] = 2.5  # so for the last part only
     parts = list(zip(k.split(splits), v.split(splits), strict=True))
-    results = [attention(q, *part, return_lse=True) for part in parts[:-1]]
-    results.append(attention(q, *parts[-1], bias[-splits[-1] :], return_lse=True))
+    results = [attention_with_lse(q, *part) for part in parts[:-1]]
+    results.append(attention_with_lse(q, *parts[-1], bias[-splits[-1] :]))
     out, lse = merge_attention(*zip(*results, strict=True))
-    wanted, wanted_lse = attention(q, k, v, bias, return_lse=True)
-    assert max_abs(out, wanted) < 1e-5  # log-sum-exps near 30: fp32 has them to 2e-6
-    assert max_abs(lse, wanted_lse) < 1e-5
+    expected, expected_lse = attention_with_lse(q, k, v, bias)
+    assert max_abs(out, expected) < 1e-5  # log-sum-exps near 30: fp32 has them to 2e-6
+    assert max_abs(lse, expected_lse) < 1e-5
 
 
 def test_parts_from_the_triton_kernel() -> None:
@@ -41,10 +41,10 @@ def test_parts_from_the_triton_kernel() -> None:
     parts = zip(k.split((64, 86)), v.split((64, 86)), strict=True)
     results = [run(LARGE[64], q, *part) for part in parts]
     out, lse = merge_attention(*zip(*results, strict=True))
-    wanted, wanted_lse = reference(q.double(), k.double(), v.double(), return_lse=True)
+    expected, expected_lse = reference_with_lse(q.double(), k.double(), v.double())
     assert out.dtype == torch.float16
-    assert max_abs(out, wanted) < 2e-3  # two roundings to fp16 of values up to 3
-    assert max_abs(lse, wanted_lse) < 1e-5
+    assert max_abs(out, expected) < 2e-3  # two roundings to fp16 of values up to 3
+    assert max_abs(lse, expected_lse) < 1e-5
 
 
 def test_part_that_weighs_nothing() -> None:
@@ -67,7 +67,7 @@ def test_cost() -> None:
 OUT, LSE = torch.zeros(3, 2, 4), torch.zeros(3, 2)
 BAD: list[tuple[str, tuple[Any, Any], str]] = [
     ("nothing", ([], []), "at least one part"),
-    ("counts", ([OUT, OUT], [LSE]), "2 log-sum-exps, one a part, got 1"),
+    ("counts", ([OUT, OUT], [LSE]), "2 log-sum-exps, one per part, got 1"),
     ("two dimensions", ([LSE], [LSE]), r"parts \[S, N, K\]"),
     ("other shape", ([OUT, OUT[:2]], [LSE, LSE]), r"every part \(3, 2, 4\), got \(2, 2, 4\)"),
     ("other dtype", ([OUT, OUT.half()], [LSE, LSE]), "every part in torch.float32"),
@@ -79,5 +79,5 @@ BAD: list[tuple[str, tuple[Any, Any], str]] = [
 
 @pytest.mark.parametrize(("args", "match"), [case[1:] for case in BAD], ids=[c[0] for c in BAD])
 def test_bad_input(args: tuple[Any, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=f"pw::merge_attention wants {match}"):
+    with pytest.raises(ValueError, match=f"pw::merge_attention expects {match}"):
         merge_attention(*args)

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
 
-from pw_kernels import Update, op
+from pw_kernels import Update
+from pw_kernels.dispatch_anywhere import dispatch_anywhere
 from pw_kernels.guided_update import guided_update, reference, run_kernel
+from pw_kernels.op import using
 from pw_runtime.sampling.schedule import make_schedule
 from pw_runtime.sampling.solver import dpm_update, sample, unipc_corrector, unipc_predictor
 from pw_runtime.types import Solver
@@ -35,10 +35,10 @@ def test_kernel(step: str, shape: tuple[int, ...]) -> None:
     wide = tuple(None if a is None else a.double() for a in arguments)
     how = (5.0, sigma, corrector, predictor)
     exact = reference(*wide, *how)
-    for got, wanted, oracle in zip(
+    for got, expected, oracle in zip(
         run_kernel(*arguments, *how), reference(*arguments, *how), exact, strict=True
     ):
-        assert_as_accurate(got, wanted, oracle)
+        assert_as_accurate(got, expected, oracle)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,11 @@ def launched(*arguments: object, bf16_einsum: bool) -> tuple[Tensor, ...]:
     return run_kernel(*arguments)  # type: ignore[arg-type]
 
 
-def test_bf16_einsum_is_refused_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_einsum_is_refused_by_the_kernel() -> None:
     x, predictor = normal(4), Update(0.5, 0.5)
-    module = importlib.import_module("pw_kernels.guided_update")
-    monkeypatch.setattr(module, "chosen", lambda *_: op.Choice("triton", "a test"))
-    with pytest.raises(ValueError, match=r"pw::guided_update wants no bf16_einsum, .* got True"):
+    with (
+        using("triton"),
+        dispatch_anywhere(),
+        pytest.raises(ValueError, match=r"pw::guided_update expects no bf16_einsum, .* got True"),
+    ):
         guided_update(x, x, x, x, None, None, 5.0, 1.0, None, predictor, bf16_einsum=True)

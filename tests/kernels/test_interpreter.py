@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mended interpreter agrees with torch on bf16 and fp8, bit for bit where torch is exact."""
+"""The corrected interpreter agrees with torch on bf16 and fp8, bit for bit where torch is exact."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_dot_multiplies_in_fp32(dtype: torch.dtype) -> None:
 
 def test_a_sum_of_bf16_is_refused() -> None:
     x, out = torch.ones(16, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16)
-    with pytest.raises(Exception, match=r"tl.sum wants fp32 when interpreted, got bf16"):
+    with pytest.raises(Exception, match=r"tl.sum expects fp32 when interpreted, got bf16"):
         sum_kernel[(1,)](x, out, block=16)
 
 
@@ -135,7 +135,7 @@ def test_a_second_call_changes_nothing() -> None:
 
 
 def run(code: str) -> str:
-    """What a fresh process, without TRITON_INTERPRET, prints."""
+    """Run code in a new process without TRITON_INTERPRET; return what it prints."""
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(filter(None, sys.path))}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -154,5 +154,5 @@ def test_a_triton_that_compiles_is_refused() -> None:
 def test_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.runtime.interpreter.InterpreterBuilder, "pw_exact", False)
     monkeypatch.setattr(triton, "__version__", "4.0.0")
-    with pytest.raises(RuntimeError, match=r"Triton 3.6 and 3.7, got 4.0.0: pip install"):
+    with pytest.raises(RuntimeError, match=r"Triton 3.6, 3.7, 3.8, 3.9, got 4.0.0: pip install"):
         install_exact_casts()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import subprocess
@@ -14,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pw_export import kernel_library
 from pw_kernels import launcher, library
-from pw_kernels.launcher import Kernel, Variant, recording
+from pw_kernels.launcher import recording
 from pw_kernels.library import ENVIRONMENT, Library, letter, source_digest
+from pw_kernels.variant import Kernel, Variant
+from tests.kernels.compiling import ROOT, shared_folder
 
-ROOT = Path(__file__).parents[2]
 KERNELS = ("attention_hopper", "norm_modulate")  # one with scratch memory, one without
 
 
@@ -27,16 +28,17 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder with libpw_kernels.so and the tests of its loader."""
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("build")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # pip's cmake
     options = ("-DPW_ARCHS=90", f"-DPW_KERNELS={';'.join(KERNELS)}", "-DPW_TESTS=ON")
-    for command in (
-        ("cmake", "-S", ROOT, "-B", folder, f"-DPython3_EXECUTABLE={sys.executable}", *options),
-        ("cmake", "--build", folder),
-    ):
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with shared_folder(tmp_path_factory, "library") as (folder, is_new):
+        commands = (
+            ("cmake", "-S", ROOT, "-B", folder, f"-DPython3_EXECUTABLE={sys.executable}", *options),
+            ("cmake", "--build", folder),
+        )
+        for command in commands if is_new else ():
+            process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
     return folder
 
 
@@ -47,24 +49,34 @@ def built(build: Path) -> Library:
 
 @pytest.mark.slow
 def test_loader_against_a_fake_driver(build: Path) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         ["ctest", "--output-on-failure"], cwd=build, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout
-    assert "100% tests passed" in done.stdout
+    assert process.returncode == 0, process.stdout
+    assert "100% tests passed" in process.stdout
 
 
 @pytest.mark.slow
-def test_manifest_and_table_tell_the_same(built: Library) -> None:
-    listed = {(one["key"], one["arch"]): one for one in built.manifest["kernels"]}
-    assert listed.keys() == built.kernels.keys()
-    assert {one["kernel"] for one in listed.values()} == set(KERNELS)
+def test_manifest_and_table_agree(built: Library) -> None:
+    entries = {(entry["key"], entry["arch"]): entry for entry in built.manifest["kernels"]}
+    assert entries.keys() == built.kernels.keys()
+    assert {entry["kernel"] for entry in entries.values()} == set(KERNELS)
     for place, kernel in built.kernels.items():
         for name in ("registers", "stack_bytes", "shared_bytes", "scratch_bytes"):
-            assert getattr(kernel, name) == listed[place][name]
-        assert kernel.num_warps == listed[place]["warps"]
+            assert getattr(kernel, name) == entries[place][name]
+        assert kernel.num_warps == entries[place]["warps"]
         assert kernel.stack_bytes == 0
         assert kernel.key in built.table()
+
+
+@pytest.mark.slow
+def test_table_says_what_assembled_the_code_and_which_driver_it_needs(built: Library) -> None:
+    tools = built.manifest["toolchains"]["90"]
+    assert tools["driver"] == {"12": 525, "13": 580}[tools["cuda"].partition(".")[0]]
+    assert built.table().startswith(
+        f"sm_90   CUDA {tools['cuda']} (PTX {tools['ptx']}, ELF ABI {tools['elf_abi']}) and needs "
+        f"driver {tools['driver']} or newer\n"
+    )
 
 
 @pytest.mark.slow
@@ -75,17 +87,17 @@ def test_finds_what_a_call_would_launch(built: Library) -> None:
     with recording((9, 0)) as variants:
         run_kernel(q, q, q, None, False)
     (variant,) = variants.values()
-    found = built.find(variant, (9, 0))
-    assert found is not None
-    assert found.num_warps == 12  # as compiled, not the 4 asked for
-    assert found.parameters == "".join(letter(kind) for _, kind in variant.types)
-    assert found.scratch_bytes > 0
+    kernel = built.find(variant, (9, 0))
+    assert kernel is not None
+    assert kernel.num_warps == 12  # as compiled, not the 4 requested
+    assert kernel.parameters == "".join(letter(type_name) for _, type_name in variant.types)
+    assert kernel.scratch_bytes > 0
     assert built.find(variant, (8, 0)) is None
     assert built.find(variant, (7, 5)) is None
 
 
 @pytest.mark.slow
-def test_a_machine_without_a_driver_is_told(built: Library) -> None:
+def test_a_missing_driver_is_reported(built: Library) -> None:
     if (reason := built.driver()) is None:
         pytest.skip("this machine has a CUDA driver")
     assert "no usable CUDA driver" in reason
@@ -99,13 +111,13 @@ def test_a_machine_without_a_driver_is_told(built: Library) -> None:
 @pytest.mark.slow
 def test_other_sources_make_it_stale(built: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "source_digest", lambda: "0" * 64)
-    with pytest.raises(ValueError, match=r"was made from other kernel sources: build it again"):
+    with pytest.raises(ValueError, match=r"was built from other kernel sources: rebuild it"):
         Library(built.path)
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As in a new process: no library looked for yet."""
+    """Forget the library that was found, as in a new process."""
     for cached in (library.library, library._find):
         cached.cache_clear()
         monkeypatch.setattr(library, cached.__name__, cached)
@@ -122,20 +134,22 @@ def _forget() -> None:
 @pytest.mark.slow
 def test_named_library_is_used(built: Library, fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv(ENVIRONMENT, str(built.path))
-    found = library.library()
-    assert found is not None
-    assert found.path == built.path
+    opened = library.library()
+    assert opened is not None
+    assert opened.path == built.path
     assert library.status().startswith(f"compiled library {built.path}: ")
 
 
-def test_without_a_library_triton_compiles_and_it_is_said(fresh: pytest.MonkeyPatch) -> None:
+def test_without_a_library_status_says_that_triton_compiles(fresh: pytest.MonkeyPatch) -> None:
     if library._find() != "no compiled library in this installation":
         pytest.skip("this installation has a compiled library")
     assert library.library() is None
-    assert library.status().startswith("compiled by Triton when first launched: no compiled lib")
+    assert library.status().startswith("compiled by Triton at the first launch: no compiled lib")
 
 
-def test_named_library_that_is_none_is_an_error(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_named_file_that_is_no_library_is_refused(
+    fresh: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     path = tmp_path / "libpw_kernels.so"
     path.write_text("no library")
     fresh.setenv(ENVIRONMENT, str(path))
@@ -143,18 +157,23 @@ def test_named_library_that_is_none_is_an_error(fresh: pytest.MonkeyPatch, tmp_p
         library.library()
 
 
-def test_digest_follows_the_bodies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_covers_bodies_and_compile_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "pw_kernels"
     shutil.copytree(Path(library.__file__).parent / "_triton", copy / "_triton")
     before = source_digest()
     monkeypatch.setattr(library, "__file__", str(copy / "library.py"))
     assert source_digest() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "COMPILE_OPTIONS", {"enable_fp_fusion": False})
+        assert source_digest() != before
     (copy / "_triton/norm_modulate.py").write_text("changed")
     assert source_digest() != before
 
 
 def test_variant_of_a_call() -> None:
-    """Types as Triton specialises them: alignment, ones, 64 bits; any_number stays plain."""
+    """Types as Triton specialises them: alignment, ones, 64 bits; do_not_specialize stays plain."""
     x = torch.zeros(64, dtype=torch.bfloat16)
     arguments = {"x": x[1:], "y": x, "one": 1, "n": 48, "big": 2**31, "s": 5, "count": 16, "f": 0.5}
     with recording((9, 0)) as variants:
@@ -184,16 +203,27 @@ def test_recording_launches_nothing_and_does_not_nest() -> None:
             pass
 
 
-@pytest.mark.slow
-def test_compiling_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    for options, message in (
-        (("--arch", "75"), "--arch wants numbers among [80, 89, 90, 100, 120], got [75]"),
-        (("--kernel", "nothing"), "the networks launch no kernel nothing"),
-    ):
-        command = [sys.executable, "-m", "pw_export.kernel_library", "--out", tmp_path, *options]
-        env["PYTHONPATH"] = ":".join(str(ROOT / at) for at in (".", "kernels", "export", "engines"))
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert message in done.stderr
-    assert json.dumps([*tmp_path.iterdir()]) == "[]"
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--arch", "75"),
+            "--arch expects numbers among [80, 89, 90, 100, 103, 110, 120, 121], got [75]",
+        ),
+        (("--arch", "89", "--kernel", "nothing"), "the networks launch no kernel nothing"),
+    ],
+)
+def test_compiling_refuses_what_it_does_not_know(
+    options: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known = Variant("gate_residual", (), (), 4, 3)
+    monkeypatch.setattr(kernel_library, "variants_for", lambda gpu: {known.key: known})
+    with pytest.raises(SystemExit) as ended:
+        kernel_library.main(["--out", str(tmp_path / "out"), *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ def oracle(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tokens", "rows", "dim"),
-    [(1, 1, 192), (63, 1, 192), (127, 127, 64), (129, 3, 192), (129, 1, 128), (2, 1, 3072)],
+    [(1, 1, 192), (9, 1, 192), (7, 7, 64), (9, 3, 192), (9, 1, 128), (2, 1, 3072)],
 )
 def test_kernel(
     tokens: int, rows: int, dim: int, dtype: torch.dtype, out_dtype: torch.dtype
@@ -33,18 +33,18 @@ def test_kernel(
     x = 3 * normal(tokens, dim, dtype=dtype) + 1
     shift, scale = normal(rows, 6, dim, seed=1).unbind(1)[:2]  # strided, as in the network
     got = run_kernel(x, shift, scale, EPS, out_dtype)
-    wanted = reference(x, shift, scale, EPS, out_dtype)
-    assert_as_accurate(got, wanted, oracle(x, shift, scale))
+    expected = reference(x, shift, scale, EPS, out_dtype)
+    assert_as_accurate(got, expected, oracle(x, shift, scale))
     if dtype == out_dtype == torch.bfloat16:
-        assert_same_roundings(got, wanted)
+        assert_same_roundings(got, expected)
 
 
 def test_shift_and_scale_of_different_strides() -> None:
     x, shift = normal(6, 64), normal(2, 64, seed=1)
     scale = normal(2, 6, 64, seed=2)[:, 3]
     got = run_kernel(x, shift, scale, EPS, torch.float32)
-    wanted = reference(x, shift, scale, EPS, torch.float32)
-    assert_as_accurate(got, wanted, oracle(x, shift, scale))
+    expected = reference(x, shift, scale, EPS, torch.float32)
+    assert_as_accurate(got, expected, oracle(x, shift, scale))
 
 
 def test_a_constant_token_gives_the_shift() -> None:

@@ -35,9 +35,9 @@ def test_opcheck(case: Case) -> None:
 
 @each_case
 def test_a_cpu_runs_the_reference(case: Case) -> None:
-    wanted = results(case.module.reference, case.arguments)
+    expected = results(case.module.reference, case.arguments)
     for called in (case.function, case.operator):
-        assert same(results(called, case.arguments), wanted)
+        assert same(results(called, case.arguments), expected)
 
 
 @each_case

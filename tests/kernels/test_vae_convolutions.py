@@ -37,14 +37,14 @@ class Sizes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolved = self.made = 0
+        self.largest_convolved = self.largest_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default:
-            self.convolved = max(self.convolved, args[0].numel(), out.numel())
+            self.largest_convolved = max(self.largest_convolved, args[0].numel(), out.numel())
         if isinstance(out, Tensor):
-            self.made = max(self.made, out.numel() * out.element_size())
+            self.largest_bytes = max(self.largest_bytes, out.numel() * out.element_size())
         return out
 
 
@@ -57,12 +57,12 @@ def test_causal_conv3d_of_chunks_is_that_of_the_clip(
     clip, weight = values(1, 5, 6, 4, 7).double(), values(3, 5, *kernel, seed=1).double()
     bias = values(3, seed=2).double()
     history, beside = kernel[0] - 1, (kernel[1] // 2, kernel[2] // 2)
-    wanted = F.conv3d(F.pad(clip, (0, 0, 0, 0, history, 0)), weight, bias, padding=(0, *beside))
+    expected = F.conv3d(F.pad(clip, (0, 0, 0, 0, history, 0)), weight, bias, padding=(0, *beside))
     padded = F.pad(clip, (0, 0, 0, 0, history, 0))
     for start, stop in ((0, 1), (1, 4), (4, 6)):
         buffer = order(padded[:, :, start : stop + history])
         got = causal_conv3d(buffer, order(weight), bias)
-        assert max_abs(got, wanted[:, :, start:stop]) <= 1e-13
+        assert max_abs(got, expected[:, :, start:stop]) <= 1e-13
 
 
 @pytest.mark.parametrize("order", [torch.clone, last])
@@ -74,12 +74,12 @@ def test_causal_conv3d_in_slices_is_the_same(
     module = sys.modules[causal_conv3d.__module__]
     x, weight = order(values(1, 5, 7, 6, 4).double()), order(values(6, 5, 3, 3, 3).double())
     bias = values(6).double()
-    wanted = causal_conv3d(x, weight, bias)
+    expected = causal_conv3d(x, weight, bias)
     monkeypatch.setattr(module, "LARGEST", largest)
     with Sizes() as sizes:
         got = causal_conv3d(x, weight, bias)
-    assert sizes.convolved <= largest
-    assert max_abs(got, wanted) <= 1e-13
+    assert sizes.largest_convolved <= largest
+    assert max_abs(got, expected) <= 1e-13
     channels_last = order is last
     assert got.is_contiguous() != channels_last
     assert got.is_contiguous(memory_format=torch.channels_last_3d) == channels_last
@@ -94,7 +94,7 @@ def test_convolutions_at_4k_stay_within_32_bits(name: str) -> None:
     with Sizes() as sizes:
         got = causal_conv3d(x, weight, None)
     assert got.shape == (1, c_out, frames - kernel[0] + 1, rows, columns)
-    assert sizes.convolved <= LARGEST
+    assert sizes.largest_convolved <= LARGEST
 
 
 def test_slices_are_as_large_as_they_may_be() -> None:
@@ -112,13 +112,13 @@ def test_upsample2x_conv_is_exact(shape: tuple[int, ...], order: Callable[..., T
     x, weight = values(*shape).double(), values(7, shape[1], 3, 3, seed=1).double()
     for bias in (None, values(7, seed=2).double()):
         doubled = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
-        wanted = F.conv2d(doubled, weight, bias, padding=1)
+        expected = F.conv2d(doubled, weight, bias, padding=1)
         got = upsample2x_conv(order(x), phase_taps(order(weight)), bias)
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-13)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
 
 
 def test_upsample2x_conv_keeps_channels_last() -> None:
-    """As a convolution does, where either the picture or the weights have them last."""
+    """A convolution does too, where either the picture or the weights have them last."""
     x, weight = values(2, 8, 3, 5), values(8, 8, 3, 3)
     for a, b in ((last(x), last(weight)), (x, last(weight)), (last(x), weight)):
         got = upsample2x_conv(a, phase_taps(b), None)
@@ -138,11 +138,11 @@ def test_chunked_attention_is_attention(
     q[5] *= 30
     monkeypatch.setattr(module, "SCORE_BYTES", rows * 99 * 4)
     oracle = F.scaled_dot_product_attention(*(x.double()[None] for x in (q, k, v)))[0]
-    wanted = attention_reference(q, k, v)
+    expected = attention_reference(q, k, v)
     got = chunked_attention(q, k, v)
     assert got.is_contiguous()
-    assert_as_accurate(got, wanted, oracle)
-    assert max_abs(wanted, oracle) <= (1e-5 if dtype == torch.float32 else 2e-2)
+    assert_as_accurate(got, expected, oracle)
+    assert max_abs(expected, oracle) <= (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_chunked_attention_at_4k_is_bounded() -> None:
@@ -151,8 +151,8 @@ def test_chunked_attention_at_4k_is_bounded() -> None:
     with Sizes() as sizes:
         out = chunked_attention(q, k, v)
     assert out.shape == (32160, 1024)
-    assert sizes.made <= SCORE_BYTES
-    assert sizes.made > SCORE_BYTES * 0.99
+    assert sizes.largest_bytes <= SCORE_BYTES
+    assert sizes.largest_bytes > SCORE_BYTES * 0.99
 
 
 def test_costs() -> None:
@@ -170,55 +170,55 @@ def test_costs() -> None:
 BAD = {
     "a kernel of 5x5": (
         lambda: phase_taps(values(4, 4, 5, 5)),
-        r"pw::upsample2x_conv wants weight \[C', C, 3, 3\], got",
+        r"pw::upsample2x_conv expects weight \[C', C, 3, 3\], got",
     ),
     "a weight for taps": (
         lambda: upsample2x_conv(values(1, 4, 2, 2), values(4, 4, 3, 3), None),
-        r"pw::upsample2x_conv wants taps \[4, C', 4, 2, 2\], got \(4, 4, 3, 3\)",
+        r"pw::upsample2x_conv expects taps \[4, C', 4, 2, 2\], got \(4, 4, 3, 3\)",
     ),
     "a picture": (
         lambda: causal_conv3d(values(4, 4, 2, 2), values(4, 4, 3, 3, 3), None),
-        r"pw::causal_conv3d wants x \[B, C, kt-1\+T, H, W\], got \(4, 4, 2, 2\)",
+        r"pw::causal_conv3d expects x \[B, C, kt-1\+T, H, W\], got \(4, 4, 2, 2\)",
     ),
     "a weight of other channels": (
         lambda: causal_conv3d(values(1, 4, 3, 2, 2), values(4, 5, 3, 3, 3), None),
-        r"pw::causal_conv3d wants weight \[C', 4, kt, kh, kw\], got \(4, 5, 3, 3, 3\)",
+        r"pw::causal_conv3d expects weight \[C', 4, kt, kh, kw\], got \(4, 5, 3, 3, 3\)",
     ),
     "an even kernel": (
         lambda: causal_conv3d(values(1, 4, 3, 2, 2), values(4, 4, 3, 2, 3), None),
-        r"pw::causal_conv3d wants odd kh and kw, got \(2, 3\)",
+        r"pw::causal_conv3d expects odd kh and kw, got \(2, 3\)",
     ),
     "no room for the past": (
         lambda: causal_conv3d(values(1, 4, 2, 2, 2), values(4, 4, 3, 3, 3), None),
-        "pw::causal_conv3d wants 3 frames or more, got 2",
+        "pw::causal_conv3d expects 3 frames or more, got 2",
     ),
     "a bias of other channels": (
         lambda: causal_conv3d(values(1, 4, 3, 2, 2), values(4, 4, 3, 3, 3), values(5)),
-        r"pw::causal_conv3d wants bias \[4\], got \(5,\)",
+        r"pw::causal_conv3d expects bias \[4\], got \(5,\)",
     ),
     "a weight of another dtype": (
         lambda: causal_conv3d(values(1, 4, 3, 2, 2), values(4, 4, 3, 3, 3).bfloat16(), None),
-        "pw::causal_conv3d wants one dtype, torch.float32, got torch.bfloat16",
+        "pw::causal_conv3d expects one dtype, torch.float32, got torch.bfloat16",
     ),
     "heads": (
         lambda: chunked_attention(values(3, 1, 8), values(3, 1, 8), values(3, 1, 8)),
-        r"pw::chunked_attention wants q \[S, K\], got \(3, 1, 8\)",
+        r"pw::chunked_attention expects q \[S, K\], got \(3, 1, 8\)",
     ),
     "keys of another width": (
         lambda: chunked_attention(values(3, 8), values(3, 9), values(3, 9)),
-        r"pw::chunked_attention wants k \[E, 8\], got \(3, 9\)",
+        r"pw::chunked_attention expects k \[E, 8\], got \(3, 9\)",
     ),
     "values of other positions": (
         lambda: chunked_attention(values(3, 8), values(3, 8), values(4, 8)),
-        r"pw::chunked_attention wants v of k's shape \(3, 8\), got \(4, 8\)",
+        r"pw::chunked_attention expects v of k's shape \(3, 8\), got \(4, 8\)",
     ),
     "no keys": (
         lambda: chunked_attention(values(3, 8), values(0, 8), values(0, 8)),
-        r"pw::chunked_attention wants at least one query and one key, got \(3, 0\)",
+        r"pw::chunked_attention expects at least one query and one key, got \(3, 0\)",
     ),
     "keys of another dtype": (
         lambda: chunked_attention(values(3, 8), values(3, 8).half(), values(3, 8).half()),
-        "pw::chunked_attention wants q, k and v of one dtype, torch.float32, got torch.float16",
+        "pw::chunked_attention expects q, k and v of one dtype, torch.float32, got torch.float16",
     ),
 }
 

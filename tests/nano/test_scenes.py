@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pw_bench.quality.measure import look_at, psnr, sharpness, ssim
+from pw_bench.quality.measure import classify, matches, psnr, sharpness, ssim
 from pw_export.nano.captions import WORDS, caption, make_tokenizer
 from pw_export.nano.data import TEXT_LEN, tokens, training_scenes
 from pw_export.nano.scenes import Scene, Window, draw_scene, render
@@ -53,7 +53,7 @@ def test_no_training_scene_has_a_held_out_combination() -> None:
 @pytest.mark.parametrize("size", [(128, 64), (256, 128)])
 def test_measurement_reads_true_scenes_without_a_mistake(size: tuple[int, int]) -> None:
     for scene in held_out_scenes(12):
-        assert look_at(render(scene, *size, 9)).agrees(scene) == {
+        assert matches(classify(render(scene, *size, 9)), scene) == {
             "colour": True,
             "shape": True,
             "motion": True,
@@ -62,7 +62,7 @@ def test_measurement_reads_true_scenes_without_a_mistake(size: tuple[int, int]) 
 
 def test_measurement_sees_nothing_in_a_landscape_alone() -> None:
     grey = torch.full((3, 5, 32, 64), 0.1)
-    assert look_at(grey).colour is None
+    assert classify(grey).colour is None
 
 
 def test_similarity_falls_with_noise_and_is_one_without() -> None:

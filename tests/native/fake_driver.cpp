@@ -8,22 +8,22 @@ extern "C" {
 
 FakeCuda fake_cuda;
 
-static CUresult answer(const char *call) { return fake_cuda.refuse == call ? 700 : CUDA_SUCCESS; }
+static CUresult result_of(const char *call) { return fake_cuda.failing_call == call ? 700 : CUDA_SUCCESS; }
 
 CUresult cuInit(unsigned) {
-  const char *wanted = std::getenv("FAKE_CUDA_INIT");
-  return wanted != nullptr ? std::atoi(wanted) : CUDA_SUCCESS;
+  const char *result = std::getenv("FAKE_CUDA_INIT");
+  return result != nullptr ? std::atoi(result) : CUDA_SUCCESS;
 }
 
 CUresult cuCtxGetCurrent(CUcontext *context) {
   *context = fake_cuda.context;
-  return answer("cuCtxGetCurrent");
+  return result_of("cuCtxGetCurrent");
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *cubin) {
   std::memcpy(fake_cuda.cubin, cubin, sizeof fake_cuda.cubin);
   *module = reinterpret_cast<CUmodule>(static_cast<size_t>(++fake_cuda.modules_loaded));
-  return answer("cuModuleLoadData");
+  return result_of("cuModuleLoadData");
 }
 
 CUresult cuModuleUnload(CUmodule) {
@@ -34,12 +34,12 @@ CUresult cuModuleUnload(CUmodule) {
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   fake_cuda.functions.push_back(name);
   *function = reinterpret_cast<CUfunction>(module);
-  return answer("cuModuleGetFunction");
+  return result_of("cuModuleGetFunction");
 }
 
 CUresult cuFuncSetAttribute(CUfunction, int attribute, int value) {
-  if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) fake_cuda.shared_asked = value;
-  return answer("cuFuncSetAttribute");
+  if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) fake_cuda.shared_requested = value;
+  return result_of("cuFuncSetAttribute");
 }
 
 CUresult cuLaunchKernel(CUfunction, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
@@ -50,11 +50,11 @@ CUresult cuLaunchKernel(CUfunction, unsigned gx, unsigned gy, unsigned gz, unsig
   std::memcpy(fake_cuda.block, block, sizeof block);
   fake_cuda.shared = shared;
   fake_cuda.stream = stream;
-  return answer("cuLaunchKernel");
+  return result_of("cuLaunchKernel");
 }
 
 CUresult cuGetErrorString(CUresult, const char **text) {
-  *text = "a fake refusal";
+  *text = "a fake error";
   return CUDA_SUCCESS;
 }
 }

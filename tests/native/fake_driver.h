@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the fake driver notes, for the tests to read through dlsym("fake_cuda").
+// State of the fake driver, which tests reach through dlsym("fake_cuda").
 #pragma once
 
 #include <cstddef>
@@ -11,12 +11,12 @@
 struct FakeCuda {
   // what a test sets
   CUcontext context = reinterpret_cast<CUcontext>(0x1);
-  std::string refuse;  // the call that fails
+  std::string failing_call;
   // what it reads
   int modules_loaded = 0;
   int modules_unloaded = 0;
   std::vector<std::string> functions;
-  int shared_asked = 0;
+  int shared_requested = 0;
   unsigned grid[3] = {};
   unsigned block[3] = {};
   unsigned shared = 0;

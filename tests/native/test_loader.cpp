@@ -27,7 +27,7 @@ namespace {
 char message[256];
 const unsigned kGrid[3] = {7, 2, 1};
 
-bool says(const char *text) { return std::strstr(message, text) != nullptr; }
+bool message_has(const char *text) { return std::strstr(message, text) != nullptr; }
 
 FakeCuda &fake() {
   void *driver = dlopen("libcuda.so.1", RTLD_NOW);
@@ -35,11 +35,11 @@ FakeCuda &fake() {
   return *static_cast<FakeCuda *>(dlsym(driver, "fake_cuda"));
 }
 
-// Index of the first kernel for which `wanted` holds.
-int first(const std::function<bool(const pw_kernel &)> &wanted) {
+// Index of the first kernel that satisfies `predicate`.
+int first(const std::function<bool(const pw_kernel &)> &predicate) {
   for (int index = 0; index < pw_kernels_count(); ++index)
-    if (wanted(*pw_kernels_get(index))) return index;
-  EXPECT(!"a kernel of that kind");
+    if (predicate(*pw_kernels_get(index))) return index;
+  EXPECT(!"such a kernel");
   return -1;
 }
 
@@ -51,10 +51,10 @@ pw_status launch(int index, unsigned long long scratch = 4096) {
 }
 
 void without_a_driver() {
-  if (dlopen("libcuda.so.1", RTLD_NOW) != nullptr) std::exit(77);  // skipped: there is one
+  if (dlopen("libcuda.so.1", RTLD_NOW) != nullptr) std::exit(77);  // skip: this machine has one
   EXPECT(pw_kernels_count() > 0);
   EXPECT(pw_kernels_driver(message, sizeof message) == PW_NO_DRIVER);
-  EXPECT(says("libcuda.so.1 is not on this machine"));
+  EXPECT(message_has("libcuda.so.1 is not on this machine"));
   EXPECT(launch(0) == PW_NO_DRIVER);
   EXPECT(pw_kernels_driver(nullptr, 0) == PW_NO_DRIVER);
   const pw_kernel &kernel = *pw_kernels_get(0);
@@ -67,11 +67,11 @@ void without_a_driver() {
 
 void no_gpu() {
   EXPECT(pw_kernels_driver(message, sizeof message) == PW_NO_DRIVER);
-  EXPECT(says("finds no GPU"));
+  EXPECT(message_has("finds no GPU"));
 }
 
 void launches() {
-  const int index = first([](const pw_kernel &one) { return one.shared_bytes > 48 * 1024; });
+  const int index = first([](const pw_kernel &kernel) { return kernel.shared_bytes > 48 * 1024; });
   const pw_kernel &kernel = *pw_kernels_get(index);
   EXPECT(launch(index) == PW_OK);
   EXPECT(std::memcmp(fake().cubin, "\177ELF", 4) == 0);
@@ -80,7 +80,7 @@ void launches() {
   EXPECT(fake().block[0] == 32u * static_cast<unsigned>(kernel.num_warps));
   EXPECT(fake().block[1] == 1 && fake().block[2] == 1);
   EXPECT(fake().shared == static_cast<unsigned>(kernel.shared_bytes));
-  EXPECT(fake().shared_asked == kernel.shared_bytes);
+  EXPECT(fake().shared_requested == kernel.shared_bytes);
   EXPECT(fake().stream == reinterpret_cast<CUstream>(0x5));
 }
 
@@ -97,25 +97,25 @@ void per_context() {
   EXPECT(fake().modules_loaded == 2);
   fake().context = nullptr;
   EXPECT(launch(0) == PW_BAD_ARGUMENT);
-  EXPECT(says("no current CUDA context"));
+  EXPECT(message_has("no current CUDA context"));
 }
 
 void scratch() {
-  const int index = first([](const pw_kernel &one) { return one.scratch_bytes > 0; });
+  const int index = first([](const pw_kernel &kernel) { return kernel.scratch_bytes > 0; });
   EXPECT(launch(index, 0) == PW_BAD_ARGUMENT);
-  EXPECT(says("bytes of scratch for every block"));
+  EXPECT(message_has("bytes of scratch per block"));
   EXPECT(launch(index, 8192) == PW_OK);
 }
 
-void refusals() {
+void driver_errors() {
   EXPECT(launch(-1) == PW_BAD_ARGUMENT && launch(pw_kernels_count()) == PW_BAD_ARGUMENT);
   for (const char *call : {"cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"}) {
-    fake().refuse = call;
+    fake().failing_call = call;
     EXPECT(launch(0) == PW_DRIVER_ERROR);
-    EXPECT(says("a fake refusal") && says("700") && says(pw_kernels_get(0)->key));
+    EXPECT(message_has("a fake error") && message_has("700") && message_has(pw_kernels_get(0)->key));
   }
-  EXPECT(fake().modules_unloaded == 1);  // of the one in which no function was found
-  fake().refuse.clear();
+  EXPECT(fake().modules_unloaded == 1);  // the module whose function was not found
+  fake().failing_call.clear();
   EXPECT(launch(0) == PW_OK);
 }
 
@@ -126,7 +126,7 @@ int main(int count, char **arguments) {
       {"without_a_driver", without_a_driver}, {"no_gpu", no_gpu},
       {"launch", launches},                   {"loads_once", loads_once},
       {"per_context", per_context},           {"scratch", scratch},
-      {"refusals", refusals},
+      {"driver_errors", driver_errors},
   };
   EXPECT(count == 2 && cases.count(arguments[1]) == 1);
   cases.at(arguments[1])();

@@ -181,6 +181,13 @@ def test_newest_versions_are_tested_apart(clone: Path) -> None:
     assert ".venv/" not in commands
 
 
+def test_quick_runs_tests_that_exist(root: Path, clone: Path) -> None:
+    command = make(clone, "--dry-run", "quick").partition(" -m pytest ")[2]
+    paths = [word for word in command.split() if word.startswith("tests/")]
+    assert len(paths) > 3
+    assert [path for path in paths if not (root / path).exists()] == []
+
+
 def test_another_torch_is_noticed(clone: Path) -> None:
     (clone / ".venv").mkdir()
     (clone / ".venv" / "pyvenv.cfg").touch()

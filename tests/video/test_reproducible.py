@@ -10,34 +10,29 @@ from pathlib import Path
 
 import av
 import pytest
-import torch
 
 from pw_runtime.stages import codecs
 from pw_runtime.stages.codecs import RECIPES, encoder_options
-from pw_runtime.stages.write import write_video
 from pw_runtime.system.machine import cpu_features
-from pw_runtime.types import FrameChunk
 from tests.video.test_write import chunked, clip, save
 
-# The preset `draft` is 448 wide; 448 is no multiple of 128.
+# 24 frames of moving waves with grain, so that x264 has motion to follow through its macroblock
+# tree. They are as wide as drafts are: 448 is no multiple of 128.
 ENCODE = """
 import sys
 from pathlib import Path
-from tests.video.test_reproducible import encode_draft
+import torch
+from pw_runtime.stages.write import write_video
+from pw_runtime.types import FrameChunk
 
-encode_draft(Path(sys.argv[1]))
+t, y, x = (torch.arange(n) for n in (24, 128, 448))
+t, y = t.view(-1, 1, 1, 1), y.view(-1, 1, 1)
+waves = 128 + 90 * torch.sin((x.view(-1, 1) + 3 * t) / 24) * torch.cos((y - 2 * t) / 19)
+grain = 8 * torch.randn(waves.shape, generator=torch.Generator().manual_seed(0))
+rgb = (waves + grain).clamp(0, 255).to(torch.uint8).repeat(1, 1, 1, 3)
+chunk = FrameChunk(start=0, pixel_format="rgb24", frames=rgb)
+write_video([chunk], Path(sys.argv[1]), width=448, height=128, frames=24, fps=24, codec="h264")
 """
-
-
-def encode_draft(path: Path) -> None:
-    """Encode 24 frames of moving waves with grain: x264 finds motion, and its macroblock tree."""
-    t, y = torch.arange(24).view(-1, 1, 1, 1), torch.arange(128).view(1, -1, 1, 1)
-    x = torch.arange(448).view(1, 1, -1, 1)
-    waves = 128 + 90 * torch.sin((x + 3 * t) / 24) * torch.cos((y - 2 * t) / 19)
-    grain = 8 * torch.randn(waves.shape, generator=torch.Generator().manual_seed(0))
-    rgb = (waves + grain).clamp(0, 255).to(torch.uint8).repeat(1, 1, 1, 3)
-    chunk = FrameChunk(start=0, pixel_format="rgb24", frames=rgb)
-    write_video([chunk], path, width=448, height=128, frames=24, fps=24, codec="h264")
 
 
 def test_h264_does_not_depend_on_what_the_heap_held(tmp_path: Path) -> None:

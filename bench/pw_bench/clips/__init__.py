@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far clips are apart, and how visible their seams are."""
+"""Comparison of clips: latents, frames, seams."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pw compare A B`: how far the clips of two runs are apart, by number and as a picture.
+"""`pw compare A B`: the difference between the clips of two runs, in numbers and as a picture.
 
-For two configurations of the runtime: exact and engines, tiled and not, bf16 and fp32. Both runs
-get the same prompts, seeds and, for differences of the runtime alone, `--codec ffv1`.
+For two configurations of the runtime: exact and engines, tiled and not, bf16 and fp32. Give both
+runs the same prompts and seeds and, to see differences of the runtime alone, `--codec ffv1`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from pw_bench.clips.equivalence import FrameDifference, compare_frames
+from pw_engines.engine import relative_l2
 from pw_runtime.errors import BadRequest
 from pw_runtime.job.contact_sheet import (
     Filmstrip,
@@ -36,151 +37,156 @@ from pw_runtime.system.atomic_files import write_text
 from pw_runtime.types import FrameChunk
 
 VIDEOS: Final = (".mp4", ".mkv")
-THUMBS: Final = 5
-LOUDER: Final = 8  # differences are drawn that many times as large
-# Of receipts: what a run was asked for, not what became of it.
-ASKED: Final = ("preset", "options", "engines", "seeds", "noise", "bundle", "prompt", "negative")
+THUMBNAILS: Final = 5
+GAIN: Final = 8  # of the differences in the contact sheet
+# Keys of a receipt that hold what was requested, not what came of it.
+REQUESTED: Final = (
+    "preset", "options", "engines", "seeds", "noise", "bundle", "prompt", "negative",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Two clips of one name. Latents: relative L2 by name, of the files that both runs kept."""
+    """Two clips with one name. Latents: relative L2 by name, where both runs kept the file."""
 
     name: str
-    settings: Mapping[str, tuple[Any, Any]]  # that differ, by their receipts
+    settings: Mapping[str, tuple[Any, Any]]  # those that differ, according to the receipts
     frames: FrameDifference
     latents: Mapping[str, float]
 
 
-def compare_pair(name: str, one: Path, other: Path) -> Pair:
-    """Compare a clip with the one it should equal. Raises BadResult where they are not alike."""
+def compare_pair(name: str, clip: Path, reference: Path) -> Pair:
+    """Compare a clip with its reference. Raises BadResult where they differ in length or size."""
     return Pair(
         name=name,
-        settings=_settings(one, other),
-        frames=compare_frames(one, other),
-        latents=_latents(one, other),
+        settings=_changed_settings(clip, reference),
+        frames=compare_frames(clip, reference),
+        latents=_latent_differences(clip, reference),
     )
 
 
-def find_pairs(one: Path, other: Path) -> dict[str, tuple[Path, Path]]:
-    """Clips by name: two files, or the clips that two folders have in common. Raises BadRequest."""
-    for path in (one, other):
+def find_pairs(a: Path, b: Path) -> dict[str, tuple[Path, Path]]:
+    """Return pairs of clips by name: two files, or the clips of two folders. Raises BadRequest."""
+    for path in (a, b):
         if not path.exists():
-            raise BadRequest(f"{path} is not there", do="name two clips, or two folders of clips")
-    if one.is_file() and other.is_file():
-        return {one.name: (one, other)}
-    if one.is_file() or other.is_file():
+            raise BadRequest(f"{path} does not exist", do="give two clips, or two folders of clips")
+    if a.is_file() and b.is_file():
+        return {a.name: (a, b)}
+    if a.is_file() or b.is_file():
         raise BadRequest(
-            "a clip and a folder", got=f"{one} and {other}", wanted="two clips, or two folders"
+            "cannot compare a clip with a folder",
+            got=f"{a} and {b}",
+            wanted="two clips, or two folders",
         )
     left, right = (
         {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in VIDEOS}
-        for folder in (one, other)
+        for folder in (a, b)
     )
-    if lonely := left.keys() ^ right.keys():
+    if unpaired := left.keys() ^ right.keys():
         raise BadRequest(
             "the folders do not hold the same clips",
-            got=f"{', '.join(sorted(lonely))} in one of them alone",
-            do="compare clips by themselves, or make the missing ones",
+            got=f"only in one of them: {', '.join(sorted(unpaired))}",
+            do="compare single clips, or make the missing ones",
         )
     if not left:
-        raise BadRequest(f"no clips in {one}", wanted=f"files ending in {' or '.join(VIDEOS)}")
+        raise BadRequest(f"no clips in {a}", wanted=f"files ending in {' or '.join(VIDEOS)}")
     return {name: (left[name], right[name]) for name in left}
 
 
-def _settings(one: Path, other: Path) -> dict[str, tuple[Any, Any]]:
-    """What two receipts disagree about, by dotted name; nothing where one is missing."""
-    found = []
-    for video in (one, other):
+def _changed_settings(clip: Path, reference: Path) -> dict[str, tuple[Any, Any]]:
+    """Return settings that differ, by dotted name; none where a receipt is missing."""
+    settings = []
+    for video in (clip, reference):
         receipt = video.with_suffix(".json")
         if not receipt.exists():
             return {}
         content = json.loads(receipt.read_text())
-        found.append(dict(_flat({key: content.get(key) for key in ASKED})))
-    left, right = found
+        settings.append(dict(_flatten({key: content.get(key) for key in REQUESTED})))
+    left, right = settings
     keys = dict.fromkeys((*left, *right))
     return {k: (left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k)}
 
 
-def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(content, dict):
         for key, value in content.items():
-            yield from _flat(value, f"{name}.{key}" if name else key)
+            yield from _flatten(value, f"{name}.{key}" if name else key)
     else:
         yield name, content
 
 
-def _latents(one: Path, other: Path) -> dict[str, float]:
-    files = [video.with_name(video.stem + SUFFIX) for video in (one, other)]
+def _latent_differences(clip: Path, reference: Path) -> dict[str, float]:
+    files = [video.with_name(video.stem + SUFFIX) for video in (clip, reference)]
     if not all(file.exists() for file in files):
         return {}
     with safe_open(files[0], "pt") as left, safe_open(files[1], "pt") as right:
         names = [name for name in left.keys() if name.endswith("_latent")]  # noqa: SIM118
-        found = {}
+        differences = {}
         for name in sorted(set(names) & set(right.keys())):
-            x, y = (file.get_tensor(name).double() for file in (left, right))
+            x, y = (file.get_tensor(name) for file in (left, right))
             if x.shape == y.shape:
-                found[name] = ((x - y).norm() / y.norm()).item()
-    return found
+                differences[name] = relative_l2(x, y)
+    return differences
 
 
-def difference_row(name: str, one: Path, other: Path) -> SheetRow:
-    """Frames of both clips and, under them, what they differ by, made louder."""
-    with av.open(str(one)) as container:
+def difference_row(name: str, clip: Path, reference: Path) -> SheetRow:
+    """Return frames of both clips and, below them, their difference times GAIN."""
+    with av.open(str(clip)) as container:
         total = sum(1 for packet in container.demux(video=0) if packet.size)
-    wanted = sample_frames(total, THUMBS)
-    strips: dict[str, list[Thumb]] = {"A": [], "B": [], f"A - B, {LOUDER} times": []}
+    sampled = sample_frames(total, THUMBNAILS)
+    strips: dict[str, list[Thumb]] = {"A": [], "B": [], f"A - B, {GAIN} times": []}
     size = (0, 0)
-    with av.open(str(one)) as first, av.open(str(other)) as second:
+    with av.open(str(clip)) as first, av.open(str(reference)) as second:
         pairs = zip(first.decode(video=0), second.decode(video=0), strict=True)
         for number, pair in enumerate(pairs):
-            if number not in wanted:
+            if number not in sampled:
                 continue
             x, y = (frame.to_ndarray(format="rgb24") for frame in pair)
-            apart = np.abs(x.astype(np.int16) - y).clip(max=255 // LOUDER) * LOUDER
+            difference = np.abs(x.astype(np.int16) - y).clip(max=255 // GAIN) * GAIN
             size = (x.shape[1], x.shape[0])
-            for strip, picture in zip(strips.values(), (x, y, apart.astype(np.uint8)), strict=True):
+            pictures = (x, y, difference.astype(np.uint8))
+            for strip, picture in zip(strips.values(), pictures, strict=True):
                 pixels = torch.from_numpy(picture)[None]
                 chunk = FrameChunk(start=number, pixel_format="rgb24", frames=pixels)
                 strip.append(make_thumb(chunk, number))
     return SheetRow(
         caption=name,
         strips=tuple(
-            Filmstrip(name=what, width=size[0], height=size[1], thumbs=tuple(thumbs))
-            for what, thumbs in strips.items()
+            Filmstrip(name=title, width=size[0], height=size[1], thumbs=tuple(thumbnails))
+            for title, thumbnails in strips.items()
         ),
     )
 
 
 def compare_clips(a: Path, b: Path, sheet: Path | None, out: Path | None) -> None:
-    """Tell how far clip A, or the clips in folder A, are from B: frames, and latents if kept.
+    """Print how far clip A, or the clips in folder A, are from B: frames, and latents if kept.
 
     Args:
         a: a clip, or a folder of clips.
-        b: as that.
-        sheet: PNG to write, of frames of both and of their differences.
-        out: JSON file to write, the same numbers.
+        b: the clip, or folder, to compare it with.
+        sheet: PNG to write, with frames of both and their differences.
+        out: JSON file to write, with the same numbers.
 
-    Raises BadRequest, BadResult where the clips cannot be compared, WriteFailed.
+    Raises BadRequest or BadResult where the clips cannot be compared, WriteFailed.
     """
-    pairs = find_pairs(a, b)
-    found = [compare_pair(name, *paths) for name, paths in pairs.items()]
+    paths = find_pairs(a, b)
+    pairs = [compare_pair(name, *clips) for name, clips in paths.items()]
     table = Table("clip", "PSNR", "SSIM", "flicker", "latents, relative L2")
-    for one in found:
-        frames = one.frames
+    for pair in pairs:
+        frames = pair.frames
         table.add_row(
-            one.name,
+            pair.name,
             "no byte differs" if frames.psnr is None else f"{frames.psnr:.2f} dB",
             f"{frames.ssim:.5f}",
-            "still" if frames.flicker_ratio is None else f"{frames.flicker_ratio:.3f}",
-            ", ".join(f"{key.removesuffix('_latent')} {x:.1e}" for key, x in one.latents.items()),
+            "static" if frames.flicker_ratio is None else f"{frames.flicker_ratio:.3f}",
+            ", ".join(f"{key.removesuffix('_latent')} {x:.1e}" for key, x in pair.latents.items()),
         )
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     console.print(table)
-    settings = {name: values for one in found for name, values in one.settings.items()}
+    settings = {name: values for pair in pairs for name, values in pair.settings.items()}
     for name, (left, right) in settings.items():
         console.print(f"{name}: {left} and {right}")
     if sheet is not None:
-        write_contact_sheet([difference_row(name, *paths) for name, paths in pairs.items()], sheet)
+        write_contact_sheet([difference_row(name, *clips) for name, clips in paths.items()], sheet)
     if out is not None:
-        write_text(out, json.dumps([asdict(one) for one in found], indent=1) + "\n")
+        write_text(out, json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")

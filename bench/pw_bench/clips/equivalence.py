@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far one program's clip is from another's: latents step by step, and frames."""
+"""Difference between the clips of two programs: latents step by step, and frames."""
 
 from __future__ import annotations
 
@@ -17,41 +17,42 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pw_bench.clips.seams import seam_index
-from pw_bench.results import Equivalence, Label, StepDifference
+from pw_bench.result_sections import Equivalence, Label, StepDifference
+from pw_engines.engine import relative_l2
 from pw_runtime.errors import BadResult
 from pw_runtime.models.tiling import make_strips
 from pw_runtime.types import VAE_STRIDE, Precision, Preset
 
-# Up to here the last latent differs by rounding, in relative L2. Our transformer differs from
+# Largest relative L2 of the last latent that counts as rounding. Our transformer differs from
 # diffusers' by 1e-6 and official bf16 from fp32 by 5e-3 after one pass; guidance multiplies the
-# difference in each of the steps, and a wrong time, text or adapter moves it beyond 1e-1.
+# difference in every step, and a wrong time, text or adapter moves it beyond 1e-1.
 ROUNDING: Final[Mapping[Precision, float]] = {"fp32": 1e-3, "bf16": 5e-2}
-# And up to here the frames: truncated instead of rounded bytes alone make 51 dB.
+# Smallest PSNR of the frames that counts as rounding. Truncating bytes alone makes 51 dB.
 PSNR: Final = 40.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What a program left of a clip: latents after every step in order, and a lossless video."""
+    """Files of one program's clip: latents after every step, in order, and a lossless video."""
 
-    side: str
+    program: str
     latents: Path
     video: Path
 
 
 def compare_outputs(
-    one: Output, other: Output, preset: Preset, precision: Precision
+    output: Output, reference: Output, preset: Preset, precision: Precision
 ) -> Equivalence:
-    """Compare a program's clip with that of another. Raises BadResult where they are not alike."""
-    steps = step_differences(load_file(one.latents), load_file(other.latents), preset)
-    frames = compare_frames(one.video, other.video, tile_borders(preset))
+    """Compare a program's clip with another's. Raises BadResult where they cannot be compared."""
+    steps = step_differences(load_file(output.latents), load_file(reference.latents), preset)
+    frames = compare_frames(output.video, reference.video, tile_borders(preset))
     limit = ROUNDING[precision]
     exact = frames.psnr is None and all(step.max_abs == 0 for step in steps)
     near = steps[-1].relative_l2 <= limit and (frames.psnr is None or frames.psnr >= PSNR)
     label: Label = "bit-exact" if exact else "rounding" if near else "approximate"
     return Equivalence(
-        side=one.side,
-        against=other.side,
+        side=output.program,
+        against=reference.program,
         label=label,
         limit=limit,
         steps=steps,
@@ -63,43 +64,46 @@ def compare_outputs(
 
 
 def step_differences(
-    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], preset: Preset
+    latents: Mapping[str, Tensor], expected: Mapping[str, Tensor], preset: Preset
 ) -> tuple[StepDifference, ...]:
     """Compare latents in the order of their names, one for each step of the preset's stages.
 
-    Raises BadResult where there are not as many as the preset has steps, or of other shapes.
+    Raises BadResult where their number differs from the preset's steps, where shapes differ, and
+    where a latent is not finite.
     """
-    names = [
-        (stage, step + 1) for stage, plan in preset.stages().items() for step in range(plan.steps)
+    steps = [
+        (stage, step + 1)
+        for stage, config in preset.stages().items()
+        for step in range(config.steps)
     ]
-    if not len(got) == len(wanted) == len(names):
+    if not len(latents) == len(expected) == len(steps):
         raise BadResult(
             "the programs did not take the same steps",
-            got=f"{len(got)} and {len(wanted)} latents",
-            wanted=f"{len(names)}",
+            got=f"{len(latents)} and {len(expected)} latents",
+            wanted=f"{len(steps)}",
         )
-    found = []
-    for key, (stage, step) in zip(sorted(got), names, strict=True):
-        x, y = got[key].double(), wanted[key].double()
+    differences = []
+    for key, (stage, step) in zip(sorted(latents), steps, strict=True):
+        x, y = latents[key].double(), expected[key].double()
         if x.shape != y.shape:
             raise BadResult(f"{key}: shapes differ", got=tuple(x.shape), wanted=tuple(y.shape))
         if not (x.isfinite().all() and y.isfinite().all()):
             raise BadResult(f"{key} is not finite", got="NaN or infinity")
-        found.append(
+        differences.append(
             StepDifference(
                 stage=stage,
                 step=step,
                 cosine=torch.cosine_similarity(x.flatten(), y.flatten(), dim=0).item(),
-                relative_l2=((x - y).norm() / y.norm()).item(),
+                relative_l2=relative_l2(x, y),
                 max_abs=(x - y).abs().max().item(),
             )
         )
-    return tuple(found)
+    return tuple(differences)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameDifference:
-    """Two videos, frame by frame; fields as those of Equivalence."""
+    """Difference between two videos, frame by frame; fields as in Equivalence."""
 
     psnr: float | None
     ssim: float
@@ -107,17 +111,17 @@ class FrameDifference:
     flicker_ratio: float | None
 
 
-def compare_frames(one: Path, other: Path, borders: Sequence[int] = ()) -> FrameDifference:
-    """Read two videos side by side, two frames of each in memory.
+def compare_frames(video: Path, reference: Path, borders: Sequence[int] = ()) -> FrameDifference:
+    """Compare two videos, holding two frames of each in memory.
 
     SSIM is that of Wang et al. 2004 (Gaussian window, by scikit-image), over colours and frames.
 
     Args:
-        one: a video.
-        other: of as many frames, of the same size.
-        borders: first pixel column after each border of tiles, for the seam index of `one`.
+        video: a video.
+        reference: one of as many frames of the same size.
+        borders: first pixel column after each tile border, for the seam index of `video`.
 
-    Raises BadResult where the videos are of different length or size.
+    Raises BadResult where the videos differ in length or size.
     """
     from skimage.metrics import structural_similarity  # seconds to import
 
@@ -125,8 +129,8 @@ def compare_frames(one: Path, other: Path, borders: Sequence[int] = ()) -> Frame
     similarities: list[float] = []
     seams: list[float] = []
     changes: tuple[list[float], list[float]] = ([], [])
-    before: tuple[np.ndarray, np.ndarray] | None = None
-    for pair in _pairs(one, other):
+    previous: tuple[np.ndarray, np.ndarray] | None = None
+    for pair in _frame_pairs(video, reference):
         x, y = (frame.astype(np.float32) for frame in pair)
         squares.append(float(np.square(x - y, dtype=np.float64).mean()))
         similarities.append(
@@ -141,29 +145,29 @@ def compare_frames(one: Path, other: Path, borders: Sequence[int] = ()) -> Frame
         )
         if borders:
             seams.append(seam_index(torch.from_numpy(x).movedim(-1, 0), borders, -1))
-        if before is not None:
-            for change, now, then in zip(changes, (x, y), before, strict=True):
+        if previous is not None:
+            for change, now, then in zip(changes, (x, y), previous, strict=True):
                 change.append(float(np.abs(now - then).mean()))
-        before = (x, y)
+        previous = (x, y)
     error = float(np.mean(squares))
-    mine, theirs = (sum(change) for change in changes)
+    flicker, reference_flicker = (sum(change) for change in changes)
     return FrameDifference(
         psnr=None if error == 0 else 10 * math.log10(255**2 / error),
         ssim=float(np.mean(similarities)),
         seam_index=float(np.mean(seams)) if seams and np.isfinite(seams).all() else None,
-        flicker_ratio=mine / theirs if theirs else None,
+        flicker_ratio=flicker / reference_flicker if reference_flicker else None,
     )
 
 
-def _pairs(one: Path, other: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    with av.open(str(one)) as first, av.open(str(other)) as second:
+def _frame_pairs(video: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    with av.open(str(video)) as first, av.open(str(reference)) as second:
         pairs = zip_longest(first.decode(video=0), second.decode(video=0))
         for number, (x, y) in enumerate(pairs):
             if x is None or y is None:
-                raise BadResult(f"{one} and {other} are not of the same length")
+                raise BadResult(f"{video} and {reference} differ in length")
             if (x.width, x.height) != (y.width, y.height):
                 raise BadResult(
-                    f"frame {number} of {one} and {other} differ in size",
+                    f"frame {number} of {video} and {reference} differ in size",
                     got=f"{x.width}x{x.height}",
                     wanted=f"{y.width}x{y.height}",
                 )
@@ -171,9 +175,9 @@ def _pairs(one: Path, other: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def tile_borders(preset: Preset) -> tuple[int, ...]:
-    """First pixel column after each border of the strips that the official decode has."""
-    stage, cut = list(preset.stages().values())[-1], preset.decode
-    if cut.strips == 1:
+    """Return the first pixel column after each border between strips of the official decode."""
+    stage, tiling = list(preset.stages().values())[-1], preset.decode
+    if tiling.strips == 1:
         return ()
-    strips = make_strips(stage.width // VAE_STRIDE[2], cut.strips, cut.overlap)
+    strips = make_strips(stage.width // VAE_STRIDE[2], tiling.strips, tiling.overlap)
     return tuple(strip.start * VAE_STRIDE[2] for strip in strips[1:])

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt to video by several programs in turns."""
+"""Prompt to video by several programs, in turns."""

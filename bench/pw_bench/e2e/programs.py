@@ -10,18 +10,17 @@ from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Final
 
+from pw_bench.choices import ENGINES, OURS, ProgramName
 from pw_bench.e2e.job import Program
 
-OURS: Final = "ours"
-ENGINES: Final = "ours-engines"
-EXACT: Final = OURS  # what the others' clips are compared with
+REFERENCE: Final = OURS  # the others' clips are compared with its clip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """A program to run: what it is in words, how it is made, what it needs."""
+class Contender:
+    """A program that can take part: description, constructor, requirements."""
 
-    what: str
+    description: str
     make: Callable[[], Program]
     highres: bool = True  # whether it can make the high-res stage
     package: str | None = None  # that must be installed
@@ -30,64 +29,61 @@ class Side:
 
 def _ours(**options: Any) -> Callable[[], Program]:
     def make() -> Program:
-        from pw_bench.e2e.runtime_program import Ours
+        from pw_bench.e2e.runtime_program import RuntimeProgram
 
-        return Ours(**options)
+        return RuntimeProgram(**options)
 
     return make
 
 
 def _official() -> Program:
-    from pw_bench.e2e.official_program import Official
+    from pw_bench.e2e.official_program import OfficialProgram
 
-    return Official()
-
-
-def _diffusers() -> Program:
-    from pw_bench.e2e.diffusers_program import Diffusers
-
-    return Diffusers(compiled=False)
+    return OfficialProgram()
 
 
-def _diffusers_compiled() -> Program:
-    from pw_bench.e2e.diffusers_program import Diffusers
+def _diffusers(*, compiled: bool) -> Callable[[], Program]:
+    def make() -> Program:
+        from pw_bench.e2e.diffusers_program import DiffusersProgram
 
-    return Diffusers(compiled=True)
+        return DiffusersProgram(compiled=compiled)
+
+    return make
 
 
-SIDES: Final[Mapping[str, Side]] = MappingProxyType(
+CONTENDERS: Final[Mapping[ProgramName, Contender]] = MappingProxyType(
     {
-        OURS: Side(what="this runtime, `pw generate --policy eager`", make=_ours()),
-        ENGINES: Side(
-            what="this runtime, its transformers on engines of `pw build`, "
+        OURS: Contender(description="this runtime, `pw generate --policy eager`", make=_ours()),
+        ENGINES: Contender(
+            description="this runtime, its transformers on engines of `pw build`, "
             "`pw generate --policy engines`",
             make=_ours(policy="engines"),
         ),
-        "ours-cudnn": Side(
-            what="this runtime, `pw generate --policy eager --attention cudnn`",
+        "ours-cudnn": Contender(
+            description="this runtime, `pw generate --policy eager --attention cudnn`",
             make=_ours(attention="cudnn"),
             gpu=True,
         ),
-        "ours-triton": Side(
-            what="this runtime, `pw generate --policy eager --kernels triton`",
+        "ours-triton": Contender(
+            description="this runtime, `pw generate --policy eager --kernels triton`",
             make=_ours(kernels="triton"),
             gpu=True,
         ),
-        "official": Side(
-            what="the official recipe, composed in eager PyTorch from its specification: "
+        "official": Contender(
+            description="the official recipe, composed in eager PyTorch from its specification: "
             "modulation per token, texts padded to 512 rows, two passes a step one after the "
             "other, fp32 VAE in strips blended on the host, models kept between clips",
             make=_official,
         ),
-        "diffusers": Side(
-            what="WanPipeline of diffusers, eager, kept between clips",
-            make=_diffusers,
+        "diffusers": Contender(
+            description="WanPipeline of diffusers, eager, kept between clips",
+            make=_diffusers(compiled=False),
             highres=False,
             package="diffusers",
         ),
-        "diffusers-compiled": Side(
-            what="WanPipeline of diffusers, its transformer and decoder by torch.compile",
-            make=_diffusers_compiled,
+        "diffusers-compiled": Contender(
+            description="WanPipeline of diffusers, its transformer and decoder by torch.compile",
+            make=_diffusers(compiled=True),
             highres=False,
             package="diffusers",
         ),
@@ -95,21 +91,23 @@ SIDES: Final[Mapping[str, Side]] = MappingProxyType(
 )
 
 
-def told(name: str) -> str:
-    """A program in words, with the version of the package that it is of."""
-    side = SIDES[name]
-    return side.what if side.package is None else f"{side.what} ({version(side.package)})"
+def describe(name: ProgramName) -> str:
+    """Describe a program, with the version of the package that it comes from."""
+    contender = CONTENDERS[name]
+    if contender.package is None:
+        return contender.description
+    return f"{contender.description} ({version(contender.package)})"
 
 
-def why_not(name: str, *, highres: bool, gpu: bool, in_memory: bool) -> str | None:
-    """Why a program cannot take part; None where it can."""
-    side = SIDES[name]
-    if side.gpu and not gpu:
+def why_unavailable(name: ProgramName, *, highres: bool, gpu: bool, in_memory: bool) -> str | None:
+    """Return the reason why a program cannot take part; None where it can."""
+    contender = CONTENDERS[name]
+    if contender.gpu and not gpu:
         return "it needs a CUDA GPU"
     if in_memory and (name == ENGINES or not name.startswith(OURS)):
         return "it reads its weights from files, and there are none"
-    if side.package is not None and find_spec(side.package) is None:
-        return f"{side.package} is not installed"
-    if highres and not side.highres:
-        return f"{side.package} has no high-res stage with adapter and step size"
+    if contender.package is not None and find_spec(contender.package) is None:
+        return f"{contender.package} is not installed"
+    if highres and not contender.highres:
+        return f"{contender.package} has no high-res stage with adapter and step size"
     return None

@@ -3,179 +3,178 @@
 
     pw bench e2e --preset nano --out FILE
 
-Every round starts a process of each program, which makes a clip (cold) and then more (warm). Before
-them, where there are several, each makes the clip once with its latents kept and frames lossless,
-which is what equivalence is told from. The weights were written just before: they are in the page
-cache.
+The weights were written just before: they are in the page cache.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
-from pw_bench.clips.equivalence import Output, compare_outputs
-from pw_bench.e2e.aggregate import figures_of, median_clips, operations_of, ratios_of, times_of
+import torch
+
+from pw_bench.choices import ENGINES, OURS, ProgramName, SyntheticSize
 from pw_bench.e2e.job import Job
-from pw_bench.e2e.process import ProgramFailed, Samples, run_process
-from pw_bench.e2e.programs import EXACT, OURS
-from pw_bench.e2e.worker import Task
-from pw_bench.measure.nvml import Nvml
-from pw_bench.results import Clip, Equivalence, Figure, Ratio, Skipped
-from pw_runtime.errors import BadResult
+from pw_bench.e2e.programs import CONTENDERS, describe, why_unavailable
+from pw_bench.e2e.session import Measurements, Session, compare_programs
+from pw_bench.e2e.weights import Weights, make_job, pick_weights, scope_of
+from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.nvml import Nvml, skipped_without_gpu
+from pw_bench.measure.peaks import measure_ceilings
+from pw_bench.measure.timing import FULL
+from pw_bench.results import Figure, Result, Skipped
+from pw_runtime.errors import BadRequest, BadResult
+from pw_runtime.job.preflight import pick_device
+from pw_runtime.presets import find_preset
 from pw_runtime.system.progress import Reporter
+from pw_runtime.types import Precision, Preset
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
-    """All that a comparison of programs gives."""
-
-    figures: tuple[Figure, ...]
-    clips: tuple[Clip, ...]
-    equivalence: tuple[Equivalence, ...]
-    ratios: tuple[Ratio, ...]
-    skipped: tuple[Skipped, ...]
-    engines: dict[str, str]
-    operations: dict[str, str]
-    threads: int
-
-
-def run_all(
-    sides: Sequence[str],
-    job: Job,
-    folder: Path,
+def measure_e2e(
+    preset_name: str,
     *,
+    draft_only: bool,
+    checkpoint: Path | None,
+    synthetic: SyntheticSize | None,
+    requested: Sequence[ProgramName],
     rounds: int,
     warm: int,
-    environment: dict[str, str],
-    nvml: Nvml | None,
-    reporter: Reporter,
-) -> Taken:
-    """Run programs in turns and compare what they gave.
-
-    A program that fails at once is skipped with its last words. One that fails later keeps what it
-    gave, marked, and the others go on; what was measured before Ctrl-C is kept.
+    precision: Precision | None,
+    device_name: str,
+) -> Result:
+    """Measure prompt to video by several programs.
 
     Args:
-        sides: names of programs, ours first.
-        job: for all of them.
-        folder: for their videos; removed by the caller.
+        preset_name: as for `pw generate`.
+        draft_only: the draft is the clip.
+        checkpoint: folder of weights in the official layout.
+        synthetic: size of random weights instead.
+        requested: programs; if empty, all that can make the clip, without engines.
         rounds: processes of each program.
         warm: clips of each process after its first.
-        environment: of the processes, besides ours.
-        nvml: of the GPU that they run on, if they do.
-        reporter: told about progress.
+        precision: of the transformers; None for the device's default.
+        device_name: as for `pw generate`.
 
-    Raises BadResult where our own program makes no clip.
+    Raises BadRequest, BadWeights, BadResult where our own program makes no clip.
     """
-    skipped: list[Skipped] = []
-    equivalence, alive = _equivalence(sides, job, folder, environment, reporter, skipped)
-    samples = {side: Samples() for side in alive}
-    rejected: dict[str, Samples] = {}
+    device = pick_device(device_name)
+    preset = find_preset(preset_name)
+    if draft_only:
+        preset = replace(preset, highres=None)
+    skipped = skipped_without_gpu(device)
+    reporter, nvml = Reporter(), Nvml(device.index or 0)
+    identity = identify(device, nvml)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        weights = pick_weights(preset_name, checkpoint, synthetic, folder, reporter.say)
+        programs = pick_programs(requested, preset, weights, device, skipped)
+        job = make_job(weights, preset, folder, device, precision)
+        figures: tuple[Figure, ...] = ()
+        environment: dict[str, str] = {}
+        if ENGINES in programs:
+            figures, environment = build_engines(job, folder / "cache", reporter)
+        ceilings = measure_ceilings(device, FULL)
+        session = Session(
+            programs=programs,
+            job=job,
+            folder=folder,
+            rounds=rounds,
+            warm=warm,
+            environment=environment,
+            nvml=nvml if device.type == "cuda" else None,
+            reporter=reporter,
+        )
+        measured = compare_programs(session)
+    identity = replace(identity, weights={weights.name: weights.digest})
+    result = envelope("e2e", scope_of(job, weights), identity, ceilings, nvml)
+    result = replace(result, sides={program: describe(program) for program in programs})
+    return _filled(result, measured, figures, skipped)
 
-    def failed(taken: dict[str, Samples]) -> set[str]:
-        return _rounds(taken, job, folder, rounds, warm, environment, nvml, reporter, skipped)
 
-    try:
-        bad = failed(samples)
-        whole = {side: one for side, one in samples.items() if side not in bad}
-        if rounds >= 3 and any(not one.stable for one in times_of(whole, {})):
-            reporter.say("unstable: all programs are measured once more")
-            again = {side: Samples() for side in whole}
-            if not failed(again):  # else the first rounds are all there is
-                samples, rejected = samples | again, whole
-    except KeyboardInterrupt:
-        reporter.warn("interrupted: what was measured until now is kept")
-        skipped.append(Skipped(part="the remaining rounds", reason="interrupted"))
-    samples = {side: one for side, one in samples.items() if one.cold}
-    reasons = [one.reason for one in skipped if one.part == OURS]
-    if reasons and OURS not in samples:
-        raise BadResult("our own program failed", got="; ".join(reasons))
-    figures = figures_of(samples, rejected)
-    return Taken(
-        figures=figures,
-        clips=tuple(median_clips(samples)),
-        equivalence=equivalence,
-        ratios=tuple(ratios_of(samples, figures, equivalence)),
-        skipped=tuple(skipped),
-        engines={f"{s}/{net}": on for s, one in samples.items() for net, on in one.engines.items()},
-        operations=operations_of(samples),
-        threads=max((one.threads for one in samples.values()), default=0),
+def _filled(
+    result: Result,
+    measured: Measurements,
+    figures: tuple[Figure, ...],
+    skipped: list[Skipped],
+) -> Result:
+    """Add what was measured, after figures and skipped parts from before the session."""
+    return replace(
+        result,
+        identity=replace(
+            result.identity,
+            threads=measured.threads,
+            engines=measured.engines,
+            operations=measured.operations,
+        ),
+        figures=(*figures, *measured.figures),
+        clips=measured.clips,
+        equivalence=measured.equivalence,
+        ratios=measured.ratios,
+        skipped=(*skipped, *measured.skipped),
     )
 
 
-def _equivalence(
-    sides: Sequence[str],
-    job: Job,
-    folder: Path,
-    environment: dict[str, str],
-    reporter: Reporter,
+def pick_programs(
+    requested: Sequence[ProgramName],
+    preset: Preset,
+    weights: Weights,
+    device: torch.device,
     skipped: list[Skipped],
-) -> tuple[tuple[Equivalence, ...], list[str]]:
-    """Compare every program's clip with the exact one's; those that could make it."""
-    if len(sides) == 1:
-        return (), [*sides]
-    lossless = replace(job, codec="ffv1")
-    outputs: dict[str, Output] = {}
-    for side in dict.fromkeys((EXACT, *sides)):
-        place = folder / f"{side} lossless"
-        place.mkdir()
-        latents = place / "latents.safetensors"
-        task = Task(side=side, job=lossless, folder=place, clips=1, latents=latents)
-        reporter.say(f"{side}: the clip with all its latents")
-        try:
-            run_process(task, environment, None)
-        except ProgramFailed as error:
-            if side == OURS:
-                raise BadResult("our own program failed", got=error) from error
-            reporter.warn(f"{side} is left out: {error}")
-            skipped.append(Skipped(part=side, reason=str(error)))
-            continue
-        outputs[side] = Output(side=side, latents=latents, video=place / "0.mkv")
-    found = []
-    for side in [side for side in outputs if side != EXACT]:
-        reporter.say(f"{side}: its clip beside that of {EXACT}")
-        try:
-            output = outputs[side]
-            found.append(compare_outputs(output, outputs[EXACT], job.preset, job.precision))
-        except BadResult as error:
-            reporter.warn(f"{side} is left out: {error}")
-            skipped.append(Skipped(part=side, reason=str(error)))
-            del outputs[side]
-    return tuple(found), [side for side in sides if side in outputs]
+) -> tuple[ProgramName, ...]:
+    """Return the programs to run, ours first.
+
+    A program that cannot take part is added to `skipped`, or refused if it was requested.
+
+    Raises BadRequest.
+    """
+    names = requested or tuple(name for name in CONTENDERS if name != ENGINES)
+    programs: list[ProgramName] = []
+    for name in dict.fromkeys((OURS, *names)):
+        reason = why_unavailable(
+            name,
+            highres=preset.highres is not None,
+            gpu=device.type == "cuda",
+            in_memory=weights.in_memory,
+        )
+        if reason is None:
+            programs.append(name)
+        elif requested:
+            do = "add --draft-only" if "high-res" in reason else f"leave --side {name} out"
+            raise BadRequest(f"--side {name} cannot run", got=reason, do=do)
+        else:
+            skipped.append(Skipped(part=name, reason=reason))
+    if len(programs) > 1 and find_spec("skimage") is None:
+        raise BadRequest(
+            "frames cannot be compared",
+            got="scikit-image is not installed",
+            do="pip install '.[bench]'",
+        )
+    return tuple(programs)
 
 
-def _rounds(
-    samples: dict[str, Samples],
-    job: Job,
-    folder: Path,
-    rounds: int,
-    warm: int,
-    environment: dict[str, str],
-    nvml: Nvml | None,
-    reporter: Reporter,
-    skipped: list[Skipped],
-) -> set[str]:
-    """Add to `samples`; which programs failed. Those are marked and not started again."""
-    failed: set[str] = set()
-    for number in range(rounds):
-        for side in [side for side in samples if side not in failed]:
-            place, taken = folder / side, samples[side]
-            place.mkdir(exist_ok=True)
-            task = Task(side=side, job=job, folder=place, clips=1 + warm)
-            try:
-                clips = run_process(task, environment, nvml, taken)
-            except ProgramFailed as error:
-                reporter.warn(f"{side} failed in round {number + 1} and is left out: {error}")
-                skipped.append(Skipped(part=side, reason=f"failed in round {number + 1}: {error}"))
-                failed.add(side)
-                taken.fell_back.add(f"it failed in round {number + 1}: {error}")
-                if side == OURS and not taken.cold:
-                    return failed  # nothing to compare with
-                continue
-            taken.cold.append(clips[0])
-            taken.warm += clips[1:]
-            walls = ", ".join(f"{clip.wall:.2f}" for clip in clips)
-            reporter.say(f"round {number + 1}/{rounds} {side}: {walls} s")
-    return failed
+def build_engines(
+    job: Job, cache: Path, reporter: Reporter
+) -> tuple[tuple[Figure, ...], dict[str, str]]:
+    """Run `pw build` into a store of its own, for the job's device and precision.
+
+    Returns the build time, and the environment variable by which the engines are found.
+
+    Raises BadResult where it fails; it has printed why.
+    """
+    reporter.say("building engines")
+    environment = {"PW_CACHE": str(cache)}
+    command = [sys.executable, "-m", "pw_runtime", "build", "--model", str(job.bundle)]
+    command += ["--device", job.device, "--precision", job.precision]
+    start = time.perf_counter()
+    code = subprocess.run(command, env=os.environ | environment, check=False).returncode
+    seconds = time.perf_counter() - start
+    if code != 0:
+        raise BadResult("the engines could not be built", got=f"exit code {code} of `pw build`")
+    return (Figure(name=f"{ENGINES}/build", unit="s", samples=(seconds,)),), environment

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pw_bench.e2e.job import Job
+from pw_bench.e2e.job import ClipFacts, Job
 from pw_bench.e2e.synthetic import synthetic_bundle
-from pw_kernels.op import OPS, chosen, using
+from pw_kernels.op import OPS, select, using
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.pipeline import generate
 from pw_runtime.system.progress import Reporter
@@ -18,14 +19,8 @@ from pw_runtime.system.trace import span
 from pw_runtime.types import AttentionKernel, EnginePolicy, Kernels, Prompt, Request, RunOptions
 
 
-class Ours:
-    """`pw generate` in this process. Every clip loads its networks, as every run of `pw` does.
-
-    Attributes:
-        receipt: of the last clip.
-        fell_back: what its receipt tells of that went otherwise than planned.
-        operations: operation -> implementation, outside engines.
-    """
+class RuntimeProgram:
+    """`pw generate` in this process. Every clip loads its networks, as every run of `pw` does."""
 
     def __init__(
         self,
@@ -33,16 +28,13 @@ class Ours:
         kernels: Kernels = "reference",
         attention: AttentionKernel | None = None,
     ) -> None:
-        """With engines or without."""
+        """Take the options of `pw generate` of these names."""
         self._policy, self._kernels, self._attention = policy, kernels, attention
         self._folder = tempfile.TemporaryDirectory()
         self._in_memory: Bundle | None = None
-        self.receipt: dict[str, Any] = {}
-        self.fell_back: tuple[str, ...] = ()
-        self.operations: dict[str, str] = {}
 
-    def clip(self, job: Job, video: Path) -> None:
-        """Generate the one clip."""
+    def clip(self, job: Job, video: Path) -> ClipFacts:
+        """Generate the clip. Raises RuntimeError where it fails."""
         request = Request(
             prompts=(Prompt(id=video.stem, text=job.prompt, position=1),),
             preset=job.preset,
@@ -62,11 +54,10 @@ class Ours:
         if outcome.error is not None:
             raise RuntimeError(outcome.error)
         assert outcome.video == video
-        self.receipt = json.loads(video.with_suffix(".json").read_text())
-        self.fell_back = tuple(self.receipt["fallbacks"])
         options = request.options
         with using(options.kernels, attention=options.attention_kernel):
-            self.operations = {name: chosen(name, request.device).implementation for name in OPS}
+            operations = {name: select(name, request.device) for name in OPS}
+        return facts_of(json.loads(video.with_suffix(".json").read_text()), operations)
 
     def _open(self, job: Job) -> Bundle:
         if not job.in_memory:
@@ -75,3 +66,23 @@ class Ours:
             with span("make weights"):
                 self._in_memory = synthetic_bundle(Path(self._folder.name))
         return self._in_memory
+
+
+def facts_of(receipt: Mapping[str, Any], operations: Mapping[str, str]) -> ClipFacts:
+    """Read the facts in a clip's receipt. Notices that are not fallbacks do not count."""
+    stages = (receipt.get("plan") or {}).get("stages", {})
+    return ClipFacts(
+        fallbacks=tuple(receipt["fallbacks"]),
+        engines={
+            network: " ".join((engine["backend"], engine.get("digest", "")[:16])).strip()
+            for network, engine in receipt.get("engines", {}).items()
+        },
+        operations=operations,
+        peaks=receipt.get("peak_memory_bytes") or {},
+        predicted={stage: dict(memory["predicted"]) for stage, memory in stages.items()},
+        measured={
+            stage: dict(memory["measured"])
+            for stage, memory in stages.items()
+            if memory.get("measured")
+        },
+    )

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published networks with random weights that no file holds: their latency and memory can be
-measured by anyone with the GPU, without a download. Their pictures are noise."""
+"""The published networks with random weights in memory.
+
+Their latency and memory can be measured by anyone with the GPU, without a download. Their pictures
+are noise.
+"""
 
 from __future__ import annotations
 
@@ -19,58 +22,58 @@ from pw_runtime.models import expected_shapes
 from pw_runtime.types import Network
 
 BLOCK = 2**27  # random numbers that all weights are cut from: 256 MiB of host memory
-STD = 0.02  # as the networks are initialised in training
+STD = 0.02  # as networks are initialised for training
 _DTYPES: dict[Network, torch.dtype] = {"vae": torch.float32}  # the others are stored as bf16
 
 
 def synthetic_bundle(folder: Path, networks: Networks = NETWORKS) -> Bundle:
-    """A bundle of random weights; only its tokenizer, of bytes, is written to `folder`.
+    """Return a bundle of random weights; only its tokenizer, of bytes, is written to `folder`.
 
-    Weights share their memory on the host; on a device each gets its own, as always.
+    Weights share their memory on the host; on a device each has its own, as always.
     """
     (folder / TOKENIZER).mkdir(parents=True)
     write_byte_tokenizer(folder / TOKENIZER, networks.draft.config.text_len)
-    stated = replace(
+    typed = replace(
         networks,
         draft=replace(networks.draft, dtype="BF16"),
         highres=None if networks.highres is None else replace(networks.highres, dtype="BF16"),
         vae=replace(networks.vae, dtype="F32"),
         text_encoder=replace(networks.text_encoder, dtype="BF16"),
     )
-    manifest = Manifest(format=1, created_by="pw bench", source={}, networks=stated, files={})
+    manifest = Manifest(format=1, created_by="pw bench", source={}, networks=typed, files={})
 
     @lru_cache
     def tensors(network: Network) -> dict[str, Tensor]:
-        config = getattr(stated, network).config
+        config = getattr(typed, network).config
         return _random(network, expected_shapes(network, config))
 
     return Bundle(
         root=folder,
         digest="random weights, seed 0",
         manifest=manifest,
-        made_up=lambda network: dict(tensors(network)),
+        synthetic_tensors=lambda network: dict(tensors(network)),
     )
 
 
 def _random(network: Network, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Norms that pass on, biases of zero, all else normal numbers."""
+    """Return norms that pass their input on, biases of zero, normal numbers for the rest."""
     dtype = _DTYPES.get(network, torch.bfloat16)
-    most = max(math.prod(shape) for shape in shapes.values())
-    block = torch.empty(min(BLOCK, 2 * most)).normal_(std=STD, generator=_generator()).to(dtype)
-    found, start = {}, 0
+    largest = max(math.prod(shape) for shape in shapes.values())
+    block = torch.empty(min(BLOCK, 2 * largest)).normal_(std=STD, generator=_generator()).to(dtype)
+    tensors, start = {}, 0
     for name, shape in shapes.items():
         size = math.prod(shape)
         if name.endswith(".bias"):
-            found[name] = torch.zeros(shape, dtype=dtype)
+            tensors[name] = torch.zeros(shape, dtype=dtype)
         elif "norm" in name or name.endswith(".gamma"):
-            found[name] = torch.ones(shape, dtype=dtype)
+            tensors[name] = torch.ones(shape, dtype=dtype)
         elif size > len(block):
-            found[name] = block.repeat(-(-size // len(block)))[:size].view(shape)
+            tensors[name] = block.repeat(-(-size // len(block)))[:size].view(shape)
         else:
             start = start if start + size <= len(block) else 0
-            found[name] = block[start : start + size].view(shape)
+            tensors[name] = block[start : start + size].view(shape)
             start += size
-    return found
+    return tensors
 
 
 def _generator() -> torch.Generator:

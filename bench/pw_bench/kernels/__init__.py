@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel, checked and timed."""
+"""Check and time every kernel."""

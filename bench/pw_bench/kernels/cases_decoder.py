@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE decoder's operations of the kernel bench, at the sizes of its stages."""
+"""The VAE decoder's operations in the kernel benchmark, at the sizes of its stages."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pw_kernels
-from pw_bench.kernels.cases import BF16, GRIDS, Arguments, Case, Maker, rows_of
+from pw_bench.choices import CaseSize
+from pw_bench.kernels.cases import BF16, GRIDS, Arguments, Case, CaseTensors, rows_of
 from pw_kernels.dup_up import reference as dup_up_reference
 from pw_kernels.pack_frames import reference as rgb_reference
 from pw_kernels.pack_yuv import reference as yuv_reference
 from pw_kernels.upsample2x import phase_taps
 
-FRAMES = 4  # that the last two stages make of a latent frame
-TINY = 32  # every width is so much smaller in tiny cases
+FRAMES = 4  # of the last two stages, per latent frame
+TINY = 32  # divides every width in tiny cases
 EDGE = 4  # rows at the lower edge that are computed exactly
 
 
-def decoder_cases(size: str, make: Maker) -> Iterator[Case]:
-    """Operations on one chunk of frames, channels last."""
+def decoder_cases(size: CaseSize, tensors: CaseTensors) -> Iterator[Case]:
+    """Yield the operations on one chunk of frames, channels last."""
     small = TINY if size == "tiny" else 1
-    yield _norm(size, make, 512 // small, grow=4)
-    yield _conv(size, make, 512 // small, grow=4)
-    yield _conv(size, make, 256 // small, grow=8)
-    yield _upsample(size, make, 512 // small, grow=4)
-    yield _dup_up(size, make, 512 // small, grow=4)
-    yield _attention(size, make, 1024 // small)
-    yield _pack(size, make, "pack_frames")
-    yield _pack(size, make, "pack_yuv")
+    yield _norm(size, tensors, 512 // small, grow=4)
+    yield _conv(size, tensors, 512 // small, grow=4)
+    yield _conv(size, tensors, 256 // small, grow=8)
+    yield _upsample(size, tensors, 512 // small, grow=4)
+    yield _dup_up(size, tensors, 512 // small, grow=4)
+    yield _attention(size, tensors, 1024 // small)
+    yield _pack(size, tensors, "pack_frames")
+    yield _pack(size, tensors, "pack_yuv")
 
 
 def _lower_edge(out: Tensor) -> Tensor:
@@ -43,8 +44,8 @@ def _lower_edge(out: Tensor) -> Tensor:
 def _case(
     op: str,
     name: str,
-    size: str,
-    make: Maker,
+    size: CaseSize,
+    tensors: CaseTensors,
     arguments: Callable[[], Arguments],
     exact: Callable[[Arguments], Tensor],
     *,
@@ -57,27 +58,29 @@ def _case(
         size=size,
         arguments=arguments,
         call=call or getattr(pw_kernels, op),
-        result=lambda given, _: given,
+        result=lambda out, _: out,
         sample=_lower_edge,
         exact=exact,
-        implementations=make.implementations(op),
+        implementations=tensors.implementations(op),
         bound=bound,
     )
 
 
-def _clip(size: str, make: Maker, channels: int, grow: int, frames: int, seed: int = 0) -> Tensor:
-    """[1, C, frames, rows, columns] bf16, channels last, at `grow` times the latent size."""
+def _clip(
+    size: CaseSize, tensors: CaseTensors, channels: int, grow: int, frames: int, seed: int = 0
+) -> Tensor:
+    """Return [1, C, frames, rows, columns] bf16, channels last, `grow` times the latent size."""
     _, rows, columns = GRIDS[size]
     shape = (frames, 2 * grow * rows, 2 * grow * columns, channels)
-    return make(*shape, dtype=BF16, seed=seed).permute(3, 0, 1, 2)[None]
+    return tensors(*shape, dtype=BF16, seed=seed).permute(3, 0, 1, 2)[None]
 
 
-def _norm(size: str, make: Maker, channels: int, grow: int) -> Case:
-    """Norm and SiLU."""
+def _norm(size: CaseSize, tensors: CaseTensors, channels: int, grow: int) -> Case:
+    """Return the case of norm and SiLU."""
 
     def arguments() -> Arguments:
-        gamma = 1 + make(channels, 1, 1, 1, seed=1) / 4
-        return _clip(size, make, channels, grow, FRAMES), gamma, True
+        gamma = 1 + tensors(channels, 1, 1, 1, seed=1) / 4
+        return _clip(size, tensors, channels, grow, FRAMES), gamma, True
 
     def exact(arguments: Arguments) -> Tensor:
         x, gamma, _ = arguments
@@ -88,86 +91,91 @@ def _norm(size: str, make: Maker, channels: int, grow: int) -> Case:
         return pw_kernels.channel_norm(x, gamma, silu=silu)
 
     name = f"norm, SiLU, {channels}"
-    return _case("channel_norm", name, size, make, arguments, exact, call=call)
+    return _case("channel_norm", name, size, tensors, arguments, exact, call=call)
 
 
-def _conv(size: str, make: Maker, channels: int, grow: int) -> Case:
-    """A 3x3x3 convolution of two frames of the past and four new ones."""
+def _conv(size: CaseSize, tensors: CaseTensors, channels: int, grow: int) -> Case:
+    """Return the case of a 3x3x3 convolution of two past frames and four new ones."""
 
     def arguments() -> Arguments:
-        weight = make(channels, channels, 3, 3, 3, dtype=BF16, seed=1) / (27 * channels) ** 0.5
+        weight = tensors(channels, channels, 3, 3, 3, dtype=BF16, seed=1) / (27 * channels) ** 0.5
         weight = weight.contiguous(memory_format=torch.channels_last_3d)
-        return _clip(size, make, channels, grow, 2 + FRAMES), weight, make(channels, dtype=BF16)
+        return (
+            _clip(size, tensors, channels, grow, 2 + FRAMES),
+            weight,
+            tensors(channels, dtype=BF16),
+        )
 
     def exact(arguments: Arguments) -> Tensor:
         edge = arguments[0][..., -EDGE - 1 :, :]
-        x, weight, bias = (one.double() for one in (edge, *arguments[1:]))
+        x, weight, bias = (y.double() for y in (edge, *arguments[1:]))
         return _lower_edge(F.conv3d(x, weight, bias, padding=(0, 1, 1)))
 
     name = f"conv3d, {channels}"
-    return _case("causal_conv3d", name, size, make, arguments, exact, bound="flops")
+    return _case("causal_conv3d", name, size, tensors, arguments, exact, bound="flops")
 
 
-def _upsample(size: str, make: Maker, channels: int, grow: int) -> Case:
-    """Doubling and its convolution, of the pictures of a chunk."""
+def _upsample(size: CaseSize, tensors: CaseTensors, channels: int, grow: int) -> Case:
+    """Return the case of doubling and its convolution, on the frames of a chunk."""
 
     def arguments() -> Arguments:
-        weight = make(channels, channels, 3, 3, dtype=BF16, seed=1) / (9 * channels) ** 0.5
+        weight = tensors(channels, channels, 3, 3, dtype=BF16, seed=1) / (9 * channels) ** 0.5
         taps = phase_taps(weight.contiguous(memory_format=torch.channels_last))
-        frames = _clip(size, make, channels, grow, FRAMES)[0].transpose(0, 1)
-        return frames, taps, make(channels, dtype=BF16)
+        frames = _clip(size, tensors, channels, grow, FRAMES)[0].transpose(0, 1)
+        return frames, taps, tensors(channels, dtype=BF16)
 
     def exact(arguments: Arguments) -> Tensor:
-        """Of the very taps, on the lower rows: two rows of x make four of the result."""
+        """Compute the lower rows from the same taps: two rows of x make four of the result."""
         x, taps, bias = arguments
         edge = x[..., -EDGE:, :].double()
         return _lower_edge(pw_kernels.upsample2x_conv(edge, taps.double(), bias.double()))
 
     name = f"upsample2x conv, {channels}"
-    return _case("upsample2x_conv", name, size, make, arguments, exact, bound="flops")
+    return _case("upsample2x_conv", name, size, tensors, arguments, exact, bound="flops")
 
 
-def _dup_up(size: str, make: Maker, channels: int, grow: int) -> Case:
-    """The shortcut into the last stage, which halves the channels; adds in place."""
+def _dup_up(size: CaseSize, tensors: CaseTensors, channels: int, grow: int) -> Case:
+    """Return the case of the shortcut into the last stage, which halves the channels in place."""
 
     def arguments() -> Arguments:
-        h = _clip(size, make, channels // 2, 2 * grow, FRAMES)
-        return h, _clip(size, make, channels, grow, FRAMES, seed=1), 1, 2, False
+        h = _clip(size, tensors, channels // 2, 2 * grow, FRAMES)
+        return h, _clip(size, tensors, channels, grow, FRAMES, seed=1), 1, 2, False
 
     def exact(arguments: Arguments) -> Tensor:
         h, x = arguments[0][..., -EDGE:, :].double(), arguments[1][..., -EDGE // 2 :, :].double()
-        return dup_up_reference(h, x, *arguments[2:])
+        dup_up_reference(h, x, *arguments[2:])  # adds in place
+        return h
 
     def call(h: Tensor, x: Tensor, time: int, space: int, first: bool) -> Tensor:
         return pw_kernels.dup_up_add(h, x, time, space, first=first)
 
-    return _case("dup_up_add", "shortcut", size, make, arguments, exact, call=call)
+    return _case("dup_up_add", "shortcut", size, tensors, arguments, exact, call=call)
 
 
-def _attention(size: str, make: Maker, width: int) -> Case:
-    """The middle's attention over one latent frame."""
+def _attention(size: CaseSize, tensors: CaseTensors, width: int) -> Case:
+    """Return the case of the middle block's attention over one latent frame."""
     positions = 4 * GRIDS[size][1] * GRIDS[size][2]
-    rows = rows_of(positions, make.device)
+    rows = rows_of(positions, tensors.device)
 
     def arguments() -> Arguments:
-        return tuple(make(positions, width, seed=seed) for seed in range(3))
+        return tuple(tensors(positions, width, seed=seed) for seed in range(3))
 
     def exact(arguments: Arguments) -> Tensor:
-        q, k, v = (one.double() for one in arguments)
+        q, k, v = (x.double() for x in arguments)
         return (q[rows] @ k.T * width**-0.5).softmax(-1) @ v
 
     case = _case(
-        "chunked_attention", "middle attention", size, make, arguments, exact, bound="flops"
+        "chunked_attention", "middle attention", size, tensors, arguments, exact, bound="flops"
     )
     return replace(case, sample=lambda out: out[rows])
 
 
-def _pack(size: str, make: Maker, op: str) -> Case:
-    """Colours of a chunk to bytes; exact are those of the lower pixel rows."""
+def _pack(size: CaseSize, tensors: CaseTensors, op: str) -> Case:
+    """Return the case of a chunk packed to bytes; the lower pixel rows are computed exactly."""
     _, rows, columns = GRIDS[size]
 
     def arguments() -> Arguments:
-        blocks = make(12, FRAMES, 16 * rows, 16 * columns) / 2
+        blocks = tensors(12, FRAMES, 16 * rows, 16 * columns) / 2
         return (blocks, None, False) if op == "pack_frames" else (blocks, "yuv420p", None)
 
     def exact(arguments: Arguments) -> Tensor:
@@ -182,10 +190,10 @@ def _pack(size: str, make: Maker, op: str) -> Case:
         luma = out.shape[1] // 3 * 2
         return out[:, luma - 2 * EDGE : luma]
 
-    def call(*given: Any) -> Tensor:
+    def call(*arguments: Any) -> Tensor:
         if op == "pack_frames":
-            return pw_kernels.pack_frames(*given[:2], truncate=given[2])
-        return pw_kernels.pack_yuv(*given)
+            return pw_kernels.pack_frames(*arguments[:2], truncate=arguments[2])
+        return pw_kernels.pack_yuv(*arguments)
 
-    case = _case(op, op, size, make, arguments, exact, call=call)
+    case = _case(op, op, size, tensors, arguments, exact, call=call)
     return replace(case, sample=sample)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer's operations of the kernel bench: attention and what stands between products."""
+"""The transformer's operations in the kernel benchmark, all but its matrix products."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pw_kernels
-from pw_bench.kernels.cases import BF16, DIM, GRIDS, HEADS, Arguments, Case, Maker, rows_of
+from pw_bench.choices import CaseSize
+from pw_bench.kernels.cases import BF16, DIM, GRIDS, HEADS, Arguments, Case, CaseTensors, rows_of
 from pw_kernels import Update
 from pw_kernels.guided_update import reference as step_reference
 from pw_kernels.qk_norm_rope import angles_of_tokens
 
 TEXT_KEYS = 82
 EPS = 1e-6
-ANGLES = 128  # positions of the rotary tables, the longest side of a 4K grid and more
+ANGLES = 128  # positions of the rotary tables: at least the longest side of a 4K grid
 
 
-def transformer_cases(size: str, make: Maker) -> Iterator[Case]:
-    """Every operation of a block, and the solver's step, over all tokens of a clip."""
-    yield _self_attention(size, make)
-    yield _text_attention(size, make)
-    yield _norm_modulate(size, make)
-    yield _gate_residual(size, make)
-    yield _gate_residual_norm(size, make, modulated=False)
-    yield _gate_residual_norm(size, make, modulated=True)
-    yield _qk_norm_rope(size, make)
-    yield _guided_update(size, make)
+def transformer_cases(size: CaseSize, tensors: CaseTensors) -> Iterator[Case]:
+    """Yield every operation of a block, and the solver's step, over all tokens of a clip."""
+    yield _self_attention(size, tensors)
+    yield _text_attention(size, tensors)
+    yield _norm_modulate(size, tensors)
+    yield _gate_residual(size, tensors)
+    yield _gate_residual_norm(size, tensors, modulated=False)
+    yield _gate_residual_norm(size, tensors, modulated=True)
+    yield _qk_norm_rope(size, tensors)
+    yield _guided_update(size, tensors)
 
 
-def tokens_of(size: str) -> int:
-    """Tokens of a clip."""
+def tokens_of(size: CaseSize) -> int:
+    """Return the number of tokens of a clip."""
     return GRIDS[size][0] * GRIDS[size][1] * GRIDS[size][2]
 
 
@@ -52,13 +53,13 @@ def _exact_attention(rows: Tensor) -> Callable[[Arguments], Tensor]:
     return exact
 
 
-def _self_attention(size: str, make: Maker) -> Case:
-    """All tokens of a clip with one another. Queries have a gain that lets softmax choose."""
-    tokens, rows = tokens_of(size), rows_of(tokens_of(size), make.device)
+def _self_attention(size: CaseSize, tensors: CaseTensors) -> Case:
+    """Return attention among all tokens of a clip; queries have a gain that sharpens softmax."""
+    tokens, rows = tokens_of(size), rows_of(tokens_of(size), tensors.device)
 
     def arguments() -> Arguments:
         shape = (tokens, HEADS, DIM // HEADS)
-        q, k, v = (make(*shape, dtype=BF16, seed=seed) for seed in range(3))
+        q, k, v = (tensors(*shape, dtype=BF16, seed=seed) for seed in range(3))
         return 2 * q, k, v, None
 
     return Case(
@@ -67,23 +68,23 @@ def _self_attention(size: str, make: Maker) -> Case:
         size=size,
         arguments=arguments,
         call=pw_kernels.attention,
-        result=lambda given, _: given,
+        result=lambda out, _: out,
         sample=lambda out: out[rows],
         exact=_exact_attention(rows),
-        implementations=make.implementations("attention"),
+        implementations=tensors.implementations("attention"),
         bound="flops",
     )
 
 
-def _text_attention(size: str, make: Maker) -> Case:
-    """All tokens with those of a prompt, whose last key stands for the padding."""
-    tokens, rows = tokens_of(size), rows_of(tokens_of(size), make.device)
+def _text_attention(size: CaseSize, tensors: CaseTensors) -> Case:
+    """Return attention to the tokens of a prompt, whose last key stands for the padding."""
+    tokens, rows = tokens_of(size), rows_of(tokens_of(size), tensors.device)
 
     def arguments() -> Arguments:
         heads = (HEADS, DIM // HEADS)
-        q = make(tokens, *heads, dtype=BF16)
-        k, v = (make(TEXT_KEYS, *heads, dtype=BF16, seed=seed) for seed in (1, 2))
-        bias = torch.zeros(TEXT_KEYS, dtype=BF16, device=make.device)
+        q = tensors(tokens, *heads, dtype=BF16)
+        k, v = (tensors(TEXT_KEYS, *heads, dtype=BF16, seed=seed) for seed in (1, 2))
+        bias = torch.zeros(TEXT_KEYS, dtype=BF16, device=tensors.device)
         bias[-1] = 6.0625
         return q, k, v, bias
 
@@ -93,11 +94,11 @@ def _text_attention(size: str, make: Maker) -> Case:
         size=size,
         arguments=arguments,
         call=pw_kernels.attention,
-        result=lambda given, _: given,
+        result=lambda out, _: out,
         sample=lambda out: out[rows],
         exact=_exact_attention(rows),
         implementations=tuple(
-            one for one in make.implementations("attention") if one in ("reference", "triton")
+            name for name in tensors.implementations("attention") if name in ("reference", "triton")
         ),
         bound="flops",
     )
@@ -105,16 +106,16 @@ def _text_attention(size: str, make: Maker) -> Case:
 
 def _row_wise(
     op: str,
-    size: str,
-    make: Maker,
+    size: CaseSize,
+    tensors: CaseTensors,
     arguments: Callable[[], Arguments],
     exact: Callable[[Arguments, Tensor], Tensor],
     *,
     name: str | None = None,
-    result: Callable[[Any, Arguments], Tensor] = lambda given, _: given,
+    result: Callable[[Any, Arguments], Tensor] = lambda out, _: out,
 ) -> Case:
-    """A case whose rows are computed each by itself; `exact` is given which ones to compute."""
-    rows = rows_of(tokens_of(size), make.device)
+    """Return a case with independent rows; `exact` receives the rows to compute."""
+    rows = rows_of(tokens_of(size), tensors.device)
     return Case(
         op=op,
         name=name or op,
@@ -124,7 +125,7 @@ def _row_wise(
         result=result,
         sample=lambda out: out[rows],
         exact=lambda arguments: exact(arguments, rows),
-        implementations=make.implementations(op),
+        implementations=tensors.implementations(op),
     )
 
 
@@ -132,37 +133,37 @@ def _normed(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def _norm_modulate(size: str, make: Maker) -> Case:
+def _norm_modulate(size: CaseSize, tensors: CaseTensors) -> Case:
     def arguments() -> Arguments:
-        rows = make(1, 2, DIM, seed=1)
-        return make(tokens_of(size), DIM), rows[:, 0], rows[:, 1], EPS, BF16
+        rows = tensors(1, 2, DIM, seed=1)
+        return tensors(tokens_of(size), DIM), rows[:, 0], rows[:, 1], EPS, BF16
 
     def exact(arguments: Arguments, rows: Tensor) -> Tensor:
-        x, shift, scale = (one.double() for one in (arguments[0][rows], *arguments[1:3]))
+        x, shift, scale = (y.double() for y in (arguments[0][rows], *arguments[1:3]))
         return _normed(x) * (1 + scale) + shift
 
-    return _row_wise("norm_modulate", size, make, arguments, exact)
+    return _row_wise("norm_modulate", size, tensors, arguments, exact)
 
 
-def _gate_residual(size: str, make: Maker) -> Case:
+def _gate_residual(size: CaseSize, tensors: CaseTensors) -> Case:
     def arguments() -> Arguments:
         shape = (tokens_of(size), DIM)
-        return make(*shape), make(*shape, dtype=BF16, seed=1), make(1, DIM, seed=2)
+        return tensors(*shape), tensors(*shape, dtype=BF16, seed=1), tensors(1, DIM, seed=2)
 
     def exact(arguments: Arguments, rows: Tensor) -> Tensor:
         x, y, gate = arguments
         return x[rows].double() + y[rows].double() * gate.double()
 
-    return _row_wise("gate_residual", size, make, arguments, exact)
+    return _row_wise("gate_residual", size, tensors, arguments, exact)
 
 
-def _gate_residual_norm(size: str, make: Maker, *, modulated: bool) -> Case:
-    """After self-attention: gated, then the norm with parameters; after that to the text: not."""
+def _gate_residual_norm(size: CaseSize, tensors: CaseTensors, *, modulated: bool) -> Case:
+    """Return the case after text attention (modulated), or after self-attention (gated, affine)."""
 
     def arguments() -> Arguments:
         shape = (tokens_of(size), DIM)
-        x, y = make(*shape), make(*shape, dtype=BF16, seed=1)
-        gate, *rows = (make(1, DIM, seed=seed) for seed in (2, 3, 4))
+        x, y = tensors(*shape), tensors(*shape, dtype=BF16, seed=1)
+        gate, *rows = (tensors(1, DIM, seed=seed) for seed in (2, 3, 4))
         if not modulated:
             return x, y, gate, rows[0][0], rows[1][0], EPS, BF16
         return x, y, None, *rows, EPS, BF16
@@ -173,13 +174,13 @@ def _gate_residual_norm(size: str, make: Maker, *, modulated: bool) -> Case:
         normed = _normed(x[rows].double() + y)
         return normed * (weight.double() + (1 if modulated else 0)) + bias.double()
 
-    def call(*given: Any) -> Tensor:
-        return pw_kernels.gate_residual_norm(*given, modulated=modulated)
+    def call(*arguments: Any) -> Tensor:
+        return pw_kernels.gate_residual_norm(*arguments, modulated=modulated)
 
     case = _row_wise(
         "gate_residual_norm",
         size,
-        make,
+        tensors,
         arguments,
         exact,
         name=f"residual, {'modulated' if modulated else 'affine'} norm",
@@ -187,43 +188,41 @@ def _gate_residual_norm(size: str, make: Maker, *, modulated: bool) -> Case:
     return replace(case, call=call)
 
 
-def _qk_norm_rope(size: str, make: Maker) -> Case:
-    """In place on a packed projection."""
+def _qk_norm_rope(size: CaseSize, tensors: CaseTensors) -> Case:
+    """Return the case in place on a packed projection."""
 
     def arguments() -> Arguments:
-        packed = make(tokens_of(size), 3 * DIM, dtype=BF16)
-        gains = [1 + make(DIM, dtype=BF16, seed=seed) / 4 for seed in (1, 2)]
-        angle = make(ANGLES, DIM // HEADS // 2, seed=3)
-        place = torch.tensor([0, *GRIDS[size][1:]], device=make.device)
-        return *packed.split(DIM, dim=1)[:2], *gains, angle.cos(), angle.sin(), place, HEADS, EPS
+        packed = tensors(tokens_of(size), 3 * DIM, dtype=BF16)
+        weights = [1 + tensors(DIM, dtype=BF16, seed=seed) / 4 for seed in (1, 2)]
+        angle = tensors(ANGLES, DIM // HEADS // 2, seed=3)
+        origin = torch.tensor([0, *GRIDS[size][1:]], device=tensors.device)
+        return *packed.split(DIM, dim=1)[:2], *weights, angle.cos(), angle.sin(), origin, HEADS, EPS
 
     def exact(arguments: Arguments, rows: Tensor) -> Tensor:
-        q, _, gain, _, cos, sin, place = arguments[:7]
+        q, _, weight, _, cos, sin, origin = arguments[:7]
         x = q[rows].double()
-        x = x / (x.square().mean(-1, True) + EPS).sqrt() * gain.double()
-        cos, sin = (angles_of_tokens(one, place, len(q))[rows].double() for one in (cos, sin))
+        x = x / (x.square().mean(-1, True) + EPS).sqrt() * weight.double()
+        cos, sin = (angles_of_tokens(x, origin, len(q))[rows].double() for x in (cos, sin))
         pairs = torch.view_as_complex(x.unflatten(-1, (HEADS, -1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(1)
 
     return _row_wise(
-        "qk_norm_rope", size, make, arguments, exact, result=lambda _, arguments: arguments[0]
+        "qk_norm_rope", size, tensors, arguments, exact, result=lambda _, arguments: arguments[0]
     )
 
 
-def _guided_update(size: str, make: Maker) -> Case:
-    """A step of the second order with its corrector."""
+def _guided_update(size: CaseSize, tensors: CaseTensors) -> Case:
+    """Return the case of a second-order step with its corrector."""
     frames, rows, columns = GRIDS[size]
     corrector, predictor = Update(0.4, 0.6, 0.6, 0.3, 0.2, -0.7), Update(0.5, 0.5, 0.5, 0, 0.5, -1)
 
     def arguments() -> Arguments:
-        latents = (make(48, frames, 2 * rows, 2 * columns, seed=seed) for seed in range(6))
+        latents = (tensors(48, frames, 2 * rows, 2 * columns, seed=seed) for seed in range(6))
         return *latents, 5.0, 0.8, corrector, predictor
 
     def exact(arguments: Arguments, rows: Tensor) -> Tensor:
-        some = [one[:, :, -1:].double() for one in arguments[:6]]
-        return step_reference(*some, *arguments[6:])[0]
+        last_rows = [x[:, :, -1:].double() for x in arguments[:6]]
+        return step_reference(*last_rows, *arguments[6:])[0]
 
-    case = _row_wise(
-        "guided_update", size, make, arguments, exact, result=lambda given, _: given[0]
-    )
+    case = _row_wise("guided_update", size, tensors, arguments, exact, result=lambda out, _: out[0])
     return replace(case, sample=lambda out: out[:, :, -1:])

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How things are measured: time, memory, the machine's peaks, the environment."""
+"""Instruments: time, memory, the machine's ceilings, and the record of the environment."""

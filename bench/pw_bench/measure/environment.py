@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On what and with what a result was measured; the envelope of every result is made here."""
+"""Machine, sources and settings of a measurement, and the envelope of every result."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import av
 import torch
 
-from pw_bench.measure.commit import commit, is_dirty
 from pw_bench.measure.nvml import Nvml
 from pw_bench.results import Ceilings, Identity, Kind, Result
-from pw_kernels.op import OPS, chosen
+from pw_kernels.op import OPS, select
 from pw_runtime.system.machine import describe
 
+NO_CHECKOUT = "not a checkout"
+_HERE = Path(__file__).parent
 
-def identify(device: torch.device, nvml: Nvml) -> Identity:
-    """This machine and checkout, before the command does anything else. Takes seconds.
+
+def identify(device: torch.device, nvml: Nvml | None = None) -> Identity:
+    """Record machine and checkout, before the command does anything else. Takes seconds.
 
     Args:
-        device: that is measured.
-        nvml: of its GPU.
+        device: device under test.
+        nvml: of that device; None where its state is not recorded.
     """
-    gpu = device.type == "cuda"
+    gpu = nvml if device.type == "cuda" else None
     return Identity(
         machine=describe(),
         commit=commit().removesuffix("-dirty"),
@@ -36,26 +40,50 @@ def identify(device: torch.device, nvml: Nvml) -> Identity:
         load_average=os.getloadavg()[0],
         weights={},
         engines={},
-        operations={name: chosen(name, device).implementation for name in sorted(OPS)},
+        operations={name: select(name, device) for name in sorted(OPS)},
         libraries=libraries(),
-        gpu_start=nvml.state() if gpu else None,
-        nvml=nvml.reason if gpu else "",
+        gpu_start=None if gpu is None else gpu.state(),
+        nvml="" if gpu is None else gpu.reason,
     )
 
 
+def commit() -> str:
+    """Return the commit of these sources, with the suffix "-dirty" where files differ from it."""
+    if not _git("ls-files", "--error-unmatch", Path(__file__).name):
+        return NO_CHECKOUT  # perhaps installed into the environment of some other checkout
+    return _git("describe", "--always", "--dirty") or NO_CHECKOUT
+
+
+def is_dirty() -> bool:
+    """Return True where tracked files differ from the commit, or this cannot be determined."""
+    return commit().endswith("-dirty") or commit() == NO_CHECKOUT
+
+
+def _git(*arguments: str) -> str:
+    try:
+        command = ("git", "-C", str(_HERE), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def libraries() -> dict[str, str]:
-    """Versions of what the packages bring with them or were built for."""
-    found = {"FFmpeg": av.ffmpeg_version_info, "CUDA": torch.version.cuda}
+    """Return the versions of libraries that packages bundle or were built for."""
+    versions = {"FFmpeg": av.ffmpeg_version_info, "CUDA": torch.version.cuda}
     cudnn = torch.backends.cudnn.version()
-    found["cuDNN"] = None if cudnn is None else str(cudnn)
-    return {name: version for name, version in found.items() if version}
+    versions["cuDNN"] = None if cudnn is None else str(cudnn)
+    return {name: version for name, version in versions.items() if version}
 
 
 def envelope(
-    kind: Kind, scope: Mapping[str, str], identity: Identity, ceilings: Ceilings, nvml: Nvml
+    kind: Kind,
+    scope: Mapping[str, str],
+    identity: Identity,
+    ceilings: Ceilings | None = None,
+    nvml: Nvml | None = None,
 ) -> Result:
-    """A result without figures, of what has just been measured by this command."""
-    if identity.gpu_start is not None:
+    """Return a result without figures, for what this command has just measured."""
+    if identity.gpu_start is not None and nvml is not None:
         identity = replace(identity, gpu_end=nvml.state(), nvml=nvml.reason)
     return Result(
         kind=kind,

@@ -12,75 +12,75 @@ from types import TracebackType
 from pw_bench.measure.nvml import Nvml
 
 INTERVAL = 0.05  # seconds between samples
-# Samples between two of PSS, for which the kernel walks all pages of the process: every quarter of
-# a second that took a tenth of a core for a process of 2 GB, a hundredth every two seconds.
+# Samples of RSS between two of PSS, for which the kernel walks all pages of the process: for a
+# process of 2 GB, four a second took a tenth of a core, one every two seconds a hundredth.
 PSS_EVERY = 40
 
 
-class Watch:
-    """Samples a process from outside, from its beginning to the end of the block.
+class MemorySampler:
+    """Samples a process from outside, from the start to the end of the block.
 
     Attributes:
         host: (time.perf_counter, resident bytes).
-        pss: (time.perf_counter, its share of resident bytes, shared pages divided).
-        device: (time.perf_counter, bytes of the GPU).
+        pss: (time.perf_counter, proportional set size in bytes: shared pages are divided).
+        device: (time.perf_counter, GPU bytes).
     """
 
     def __init__(self, pid: int, nvml: Nvml | None) -> None:
-        """Of a process, and what it holds of the GPU where there is one."""
+        """Sample host memory, and GPU memory where `nvml` is given."""
         self.host: list[tuple[float, int]] = []
         self.pss: list[tuple[float, int]] = []
         self.device: list[tuple[float, int]] = []
         self._pid, self._nvml = pid, nvml
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pw-watch")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pw-memory-sampler")
 
-    def __enter__(self) -> Watch:
-        """Begin."""
+    def __enter__(self) -> MemorySampler:
+        """Start sampling."""
         self._thread.start()
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End, also where the process goes on."""
-        self._over.set()
+        """Stop sampling, even if the process is still running."""
+        self._stop.set()
         self._thread.join()
 
     def _run(self) -> None:
         count = 0
         while True:
             now = time.perf_counter()
-            rss = _field(self._pid, "status", "VmRSS")
+            rss = _proc_bytes(self._pid, "status", "VmRSS")
             if rss is not None:
                 self.host.append((now, rss))
             if count % PSS_EVERY == 0:
-                pss = _field(self._pid, "smaps_rollup", "Pss")
+                pss = _proc_bytes(self._pid, "smaps_rollup", "Pss")
                 if pss is not None:
                     self.pss.append((now, pss))
             held = self._nvml.memory_of(self._pid) if self._nvml is not None else None
             if held is not None:
                 self.device.append((now, held))
             count += 1
-            if self._over.wait(INTERVAL):
+            if self._stop.wait(INTERVAL):
                 return
 
 
-def _field(pid: int, file: str, name: str) -> int | None:
-    """Bytes by name out of /proc; None where the process or the file is gone."""
+def _proc_bytes(pid: int, file: str, field: str) -> int | None:
+    """Read a field of /proc in bytes; None where the process or the file is gone."""
     try:
         text = Path(f"/proc/{pid}/{file}").read_text()
     except OSError:
         return None
-    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    match = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 def between(
     samples: list[tuple[float, int]], start: float, end: float
 ) -> tuple[tuple[float, int], ...]:
-    """Those of a time, in seconds from its start."""
+    """Return the samples within [start, end], in seconds since `start`."""
     return tuple((round(t - start, 3), size) for t, size in samples if start <= t <= end)

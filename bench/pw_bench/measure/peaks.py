@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine can do at best, measured in the same run as what is compared with it."""
+"""The best rates of this machine, measured in the same run as what is compared with them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from pw_bench.results import Ceiling, Ceilings
 
 
 def measure_ceilings(device: torch.device, protocol: Protocol) -> Ceilings:
-    """Time a product, an attention, a 3-D convolution and a copy, all of random numbers: large and
-    in bf16 on a GPU, small and in fp32 on a CPU, few of which have products in bf16."""
-    found = _measured(device, protocol)
+    """Time a matrix product, an attention, a 3-D convolution and a copy of random numbers.
+
+    They are large and in bf16 on a GPU, small and in fp32 on a CPU, since few CPUs have matrix
+    products in bf16.
+    """
+    ceilings = _measure(device, protocol)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # gigabytes that the programs measured next may need
-    return found
+    return ceilings
 
 
-def _measured(device: torch.device, protocol: Protocol) -> Ceilings:
+def _measure(device: torch.device, protocol: Protocol) -> Ceilings:
     large = device.type == "cuda"
-    kind = torch.bfloat16 if large else torch.float32
+    dtype = torch.bfloat16 if large else torch.float32
     width = 8192 if large else 1024
     tokens, heads = (16384, 24) if large else (1024, 4)
     channels, side = (512, 128) if large else (128, 48)
     elements = 2**31 if large else 2**24
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device).to(kind)
+        return torch.randn(*shape, device=device).to(dtype)
 
     a, b = randn(width, width), randn(width, width)
     q, k, v = (randn(1, heads, tokens, 128) for _ in range(3))
@@ -47,8 +50,8 @@ def _measured(device: torch.device, protocol: Protocol) -> Ceilings:
             "copy": lambda: target.copy_(source),
         }
         timings = time_all(runs, device, protocol)
-    name = str(kind).removeprefix("torch.")
-    amounts = {
+    name = str(dtype).removeprefix("torch.")
+    work = {
         "gemm": (f"[{width}, {width}] @ the same, {name}", 2 * width**3),
         "attention": (
             f"{heads} heads of 128, {tokens} tokens, {name}",
@@ -58,10 +61,10 @@ def _measured(device: torch.device, protocol: Protocol) -> Ceilings:
             f"3x3x3, {channels} channels, {side}x{side}, {name}",
             2 * channels**2 * 27 * side**2,
         ),
-        "copy": (f"{target.nbytes / 2**20:.0f} MiB", 2 * target.nbytes),
+        "copy": (f"{elements >> 19} MiB", 4 * elements),  # of 2 bytes, read and written
     }
-    found = {
-        one: Ceiling(work=work, rate=amount / timings[one].median, figure=timings[one])
-        for one, (work, amount) in amounts.items()
+    ceilings = {
+        key: Ceiling(work=text, rate=amount / timings[key].median, figure=timings[key])
+        for key, (text, amount) in work.items()
     }
-    return Ceilings(**found)
+    return Ceilings(**ceilings)

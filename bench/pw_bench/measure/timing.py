@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long something takes: warmed up, interleaved with its rivals, every sample kept."""
+"""Times of functions: warmed up, interleaved with their rivals, every sample kept."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 from pw_bench.results import Figure
 
-FLUSHED_BYTES = 256 * 2**20  # written between samples: no L2 is as large
+FLUSHED_BYTES = 256 * 2**20  # written between samples: more than any L2 cache holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """How much is measured."""
+    """Amount of measuring: candidates take turns (A B A B ...) for `rounds` rounds."""
 
     warmup_seconds: float
-    rounds: int  # A B A B ...: this often
+    rounds: int
     samples_per_round: int
 
 
@@ -30,19 +30,18 @@ FULL = Protocol(warmup_seconds=0.3, rounds=4, samples_per_round=5)
 def time_all(
     candidates: Mapping[str, Callable[[], object]], device: torch.device, protocol: Protocol
 ) -> dict[str, Figure]:
-    """Time candidates in turns, so that a drift of the clocks meets all of them.
+    """Time candidates in turns, so that a drift of the clocks affects all of them.
 
-    Where one comes out unstable, all are measured once more, and the first samples kept as
-    rejected.
+    Where one is unstable, all are measured once more and the first samples are kept as rejected.
     """
-    first = _turns(candidates, device, protocol)
+    first = _take_turns(candidates, device, protocol)
     if protocol is QUICK or all(figure.stable for figure in first.values()):
         return first
-    second = _turns(candidates, device, protocol)
+    second = _take_turns(candidates, device, protocol)
     return {name: replace(figure, rejected=first[name].samples) for name, figure in second.items()}
 
 
-def _turns(
+def _take_turns(
     candidates: Mapping[str, Callable[[], object]], device: torch.device, protocol: Protocol
 ) -> dict[str, Figure]:
     sample = _gpu_sample if device.type == "cuda" else _cpu_sample
@@ -51,12 +50,13 @@ def _turns(
         run()
         while time.monotonic() < until:
             sample(run, device)
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(protocol.rounds):
         for name, run in candidates.items():
-            taken[name] += [sample(run, device) for _ in range(protocol.samples_per_round)]
+            samples[name] += [sample(run, device) for _ in range(protocol.samples_per_round)]
     return {
-        name: Figure(name=name, unit="s", samples=tuple(samples)) for name, samples in taken.items()
+        name: Figure(name=name, unit="s", samples=tuple(seconds))
+        for name, seconds in samples.items()
     }
 
 
@@ -67,7 +67,7 @@ def _cpu_sample(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _gpu_sample(run: Callable[[], object], device: torch.device) -> float:
-    """Time on the GPU's clock, its cache full of something else; the flush hides the launch."""
+    """Return seconds by the GPU's clock with a cold L2 cache; the flush hides the launch."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device).fill_(1)
     start.record()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The official DiT forward, plain and unoptimised, over official key names.
 
-What the official forward does in every call is done in every call: a modulation row per token, the
-text embedded anew, rotary factors built for every query and key and multiplied in complex128.
+Every call does what the official forward does in every call: a modulation row per token, the text
+embedded anew, rotary factors built for every query and key and multiplied in complex128.
 
 Shapes: L tokens in (t, h, w) order, D model width, H heads, K = D / H. One sample per call.
 """
@@ -25,7 +25,7 @@ ADAPTER = "spatial_adapter."
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Timesteps [L] to [L, dim] fp32: cosines, then sines, computed in fp64."""
+    """Embed timesteps [L] as [L, dim] fp32: cosines, then sines, computed in fp64."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float64, device=t.device) / half
     angles = t.double()[:, None] * 10000.0**-exponents
@@ -33,14 +33,14 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 
 
 def rope_frequencies(positions: Tensor, dim: int) -> Tensor:
-    """Positions [P] to the unit complex numbers [P, dim / 2] (complex128) of one axis."""
+    """Turn positions [P] into unit complex numbers [P, dim / 2] (complex128) of one axis."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
     angles = positions.double()[:, None] * 10000.0**-exponents
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def rope_axes(grid: Grid, head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The factors of every position along time, height and width, each [size, pairs of it]."""
+    """Return the factors of every position along time, height, width: [size, pairs] each."""
     third = head_dim // 2 // 3
     widths = (head_dim - 4 * third, 2 * third, 2 * third)
     return tuple(
@@ -50,7 +50,7 @@ def rope_axes(grid: Grid, head_dim: int, device: torch.device) -> tuple[Tensor, 
 
 
 def rope_table(axes: tuple[Tensor, ...]) -> Tensor:
-    """One row of K / 2 unit complex numbers per token of the grid: time | height | width."""
+    """Return K / 2 unit complex numbers per token of the grid: time | height | width."""
     t, h, w = (len(axis) for axis in axes)
     time, rows, columns = axes
     spread = [
@@ -70,14 +70,14 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention written out: q [Lq, H, K], k and v [Lk, H, K] to [Lq, H, K]; fp32 inside."""
+    """Compute attention of q [Lq, H, K] over k and v [Lk, H, K]: [Lq, H, K]; fp32 inside."""
     scores = torch.einsum("qhc,khc->hqk", q.float(), k.float()) / q.shape[-1] ** 0.5
     return torch.einsum("hqk,khc->qhc", scores.softmax(dim=-1), v.float()).to(q.dtype)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by PyTorch's own kernel, in the place of flash-attn, which takes CUDA alone."""
-    q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))
+    """Compute the same by PyTorch's own kernel, in place of flash-attn, which needs CUDA."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
@@ -85,9 +85,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Weights:
     """Official tensors under the rounding rules of the official run.
 
-    Plain: everything is fp32. With the casts of CUDA's bf16 autocast: parameters are held in bf16
-    (the adapter in fp32), `linear` takes and gives bf16, `linear_fp32` works in fp32 on the held
-    values. A state that has these types already is used as it is.
+    Without `bf16`, everything is fp32. With it, the casts are those of CUDA's bf16 autocast:
+    parameters are held in bf16 (the adapter in fp32), `linear` takes and gives bf16, `linear_fp32`
+    works in fp32 on the held values. A state that has these dtypes already is used as it is.
     """
 
     state: State
@@ -97,49 +97,49 @@ class Weights:
 
     @property
     def low(self) -> torch.dtype:
-        """What matrix products take and give."""
+        """Dtype of the inputs and outputs of matrix products."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def held(self, name: str) -> Tensor:
-        """A parameter in the type that the official run keeps it in."""
+        """Return a parameter in the dtype that the official run keeps it in."""
         return self.state[name].to(torch.float32 if name.startswith(ADAPTER) else self.low)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """x [.., in] to [.., out], in the low type."""
+        """Map x [.., in] to [.., out], in the low dtype."""
         weight, bias = self.held(f"{name}.weight"), self.held(f"{name}.bias")
         return F.linear(x.to(self.low), weight.to(self.low), bias.to(self.low))
 
     def linear_fp32(self, name: str, x: Tensor) -> Tensor:
-        """x [.., in] to [.., out], in fp32."""
+        """Map x [.., in] to [.., out], in fp32."""
         return F.linear(
             x.float(), self.held(f"{name}.weight").float(), self.held(f"{name}.bias").float()
         )
 
     def conv(self, name: str, x: Tensor, stride: tuple[int, int, int], padding: int = 0) -> Tensor:
-        """3-D convolution of x [1, C, T, H, W], in the low type."""
+        """Apply a 3-D convolution to x [1, C, T, H, W], in the low dtype."""
         weight, bias = self.held(f"{name}.weight"), self.held(f"{name}.bias")
         return F.conv3d(
             x.to(self.low), weight.to(self.low), bias.to(self.low), stride=stride, padding=padding
         )
 
     def rms_norm(self, name: str, x: Tensor) -> Tensor:
-        """Over all channels jointly, rounded before and after the gain."""
+        """Normalise over all channels jointly, rounding before and after the gain."""
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config["eps"])
         return normed.to(x.dtype) * self.held(f"{name}.weight")
 
     def layer_norm(self, x: Tensor, affine: str | None = None) -> Tensor:
-        """In fp32, rounded to the type of x."""
+        """Normalise in fp32, rounded to the dtype of x."""
         gain = self.held(f"{affine}.weight").float() if affine else None
         shift = self.held(f"{affine}.bias").float() if affine else None
         return F.layer_norm(x.float(), x.shape[-1:], gain, shift, self.config["eps"]).to(x.dtype)
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Normed, scaled and shifted token by token: all [L, D], in fp32."""
+        """Normalise, scale and shift token by token: all [L, D], in fp32."""
         return self.layer_norm(x).float() * (1 + scale) + shift
 
     def project(self, name: str, which: str, x: Tensor) -> Tensor:
-        """One of q, k, v as [L, H, K]; q and k are RMS-normed over all D channels first."""
+        """Return q, k or v as [L, H, K]; q and k are RMS-normed over all D channels first."""
         y = self.linear(f"{name}.{which}", x)
         if which != "v":
             y = self.rms_norm(f"{name}.norm_{which}", y)
@@ -148,7 +148,7 @@ class Weights:
 
 
 def time_vectors(w: Weights, t: Tensor, dt: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Per-token t [L] and dt [L] to e [L, D] (for the head) and e0 [L, 6, D] (for the blocks)."""
+    """Embed per-token t [L] and dt [L] as e [L, D] (for the head) and e0 [L, 6, D] (blocks)."""
 
     def embed(name: str, value: Tensor) -> Tensor:
         hidden = F.silu(w.linear_fp32(f"{name}.0", sinusoid(value, w.config["freq_dim"])))
@@ -161,7 +161,7 @@ def time_vectors(w: Weights, t: Tensor, dt: Tensor | None) -> tuple[Tensor, Tens
 
 
 def text_keys(w: Weights, context: Tensor) -> Tensor:
-    """Text rows [n, text_dim] zero-padded to text_len rows, then embedded: [text_len, D]."""
+    """Zero-pad text rows [n, text_dim] to text_len rows and embed them: [text_len, D]."""
     padded = F.pad(context, (0, 0, 0, w.config["text_len"] - context.shape[0]))
     return w.linear(
         "text_embedding.2", F.gelu(w.linear("text_embedding.0", padded), approximate="tanh")
@@ -169,7 +169,10 @@ def text_keys(w: Weights, context: Tensor) -> Tensor:
 
 
 def controls(w: Weights, condition: Tensor, t: Tensor, dt: Tensor) -> dict[int, Tensor]:
-    """Spatial adapter: condition [1, C, T, h, w], t and dt [1] to {block index: [T*h*w, D]}."""
+    """Apply the spatial adapter.
+
+    Maps condition [1, C, T, h, w], t and dt [1] to {block index: [T*h*w, D]}.
+    """
     name = f"{ADAPTER}backbone"
     x = w.conv(f"{name}.0", condition, (1, 1, 1)).float()
     x = F.silu(F.group_norm(x, 16, w.held(f"{name}.1.weight"), w.held(f"{name}.1.bias"), 1e-5))
@@ -191,7 +194,7 @@ def controls(w: Weights, condition: Tensor, t: Tensor, dt: Tensor) -> dict[int, 
 def block(
     w: Weights, index: int, x: Tensor, e0: Tensor, text: Tensor, axes: tuple[Tensor, ...]
 ) -> Tensor:
-    """One transformer block on x [L, D]; keys past the grid are padding and not attended."""
+    """Apply one transformer block to x [L, D]; keys past the grid are padding, not attended."""
     name, tokens = f"blocks.{index}", math.prod(map(len, axes))
     m = (w.held(f"{name}.modulation").float() + e0).unbind(dim=1)
 
@@ -213,7 +216,7 @@ def block(
 
 
 def unpatchify(tokens: Tensor, grid: Grid) -> Tensor:
-    """Rows [T*h*w, 4*C] whose channel runs fastest to [C, T, 2h, 2w]."""
+    """Turn rows [T*h*w, 4*C], whose channel runs fastest, into [C, T, 2h, 2w]."""
     t, h, w = grid
     return tokens.view(t, h, w, 2, 2, -1).permute(5, 0, 1, 3, 2, 4).reshape(-1, t, 2 * h, 2 * w)
 

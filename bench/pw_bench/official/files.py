@@ -20,7 +20,7 @@ EXTRA = ("dt_embedding.", ADAPTER)
 
 
 def load_base(ckpt_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The DiT of an official directory, as stored, and its config.json."""
+    """Load the DiT of an official directory, as stored, and its config.json."""
     index = ckpt_dir / "diffusion_pytorch_model.safetensors.index.json"
     if index.exists():
         names = set(json.loads(index.read_text())["weight_map"].values())
@@ -33,13 +33,13 @@ def load_base(ckpt_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_pth(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A plain state dict, in one type."""
+    """Load a plain state dict, in one dtype."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {key: value.to(dtype) for key, value in state.items()}
 
 
 def load_pixelwizard(path: Path) -> dict[str, Tensor]:
-    """A PixelWizard .pt with its wrapper infixes and leading "model." stripped, as stored."""
+    """Load a PixelWizard .pt as stored, without wrapper infixes and leading "model."."""
     file = torch.load(path, map_location="cpu", weights_only=True)
     state = file.get("generator", file.get("generator_ema", file))
     clean: dict[str, Tensor] = {}
@@ -52,16 +52,16 @@ def load_pixelwizard(path: Path) -> dict[str, Tensor]:
     return clean
 
 
-def check_keys(found: Mapping[str, Tensor], base: Mapping[str, Tensor], highres: bool) -> None:
+def check_keys(state: Mapping[str, Tensor], base: Mapping[str, Tensor], highres: bool) -> None:
     """Refuse a PixelWizard file that lacks base tensors or has unknown ones."""
-    extra = {key for key in found if highres and key.startswith(EXTRA)}
-    wrong = (set(found) - extra) ^ set(base)
+    extra = {key for key in state if highres and key.startswith(EXTRA)}
+    wrong = (set(state) - extra) ^ set(base)
     if wrong or (highres and not extra):
         raise ValueError(f"unexpected or missing tensors: {sorted(wrong)[:4]}, {len(extra)} extra")
 
 
 def transformer_weights(state: Mapping[str, Tensor], *, bf16: bool) -> dict[str, Tensor]:
-    """A DiT in the types it computes with: fp32, or bf16 but for the adapter."""
+    """Cast a DiT to the dtypes it computes with: fp32, or bf16 except for the adapter."""
     low = torch.bfloat16 if bf16 else torch.float32
     return {
         key: value.to(torch.float32 if key.startswith(ADAPTER) else low)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Official schedules and solvers of flow matching, in scalar arithmetic (fp64) on fp32 latents.
 
-A velocity function gets (latent, timestep, dt) and gives the latent's velocity.
+A velocity function maps (latent, timestep, dt) to the latent's velocity.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Velocity = Callable[[Tensor, int, int], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """sigmas has one entry more than timesteps and dts; all are plain numbers."""
+    """Plain numbers; sigmas has one entry more than timesteps and dts."""
 
     sigmas: tuple[float, ...]
     timesteps: tuple[int, ...]
     dts: tuple[int, ...]
 
     def lam(self, i: int) -> float:
-        """Half log signal-to-noise ratio: ln(1 - sigma) - ln(sigma)."""
+        """Return half the log signal-to-noise ratio: ln(1 - sigma) - ln(sigma)."""
         sigma = self.sigmas[i]
         if sigma in (0.0, 1.0):
             return math.inf if sigma == 0.0 else -math.inf
@@ -37,13 +37,13 @@ class Schedule:
 
 
 def quantise_dt(timesteps: list[int]) -> tuple[int, ...]:
-    """Distance to the next timestep (0 after the last), made even, at least 2."""
+    """Return the distance to the next timestep (0 after the last), made even, at least 2."""
     gaps = [abs(now - after) for now, after in zip(timesteps, [*timesteps[1:], 0], strict=True)]
     return tuple(max(gap - gap % 2, 2) for gap in gaps)
 
 
 def schedule(solver: Solver, steps: int, shift: float) -> Schedule:
-    """The shifted grid of "unipc" (starting at fp32(0.999)) or "dpm++" (starting at 1)."""
+    """Return the shifted grid of "unipc" (from fp32(0.999)) or "dpm++" (from 1)."""
     top = {"unipc": float(np.float32(0.999)), "dpm++": 1.0}[solver]
     grid = np.linspace(top, 0, steps + 1)[:steps]
     sigmas = shift * grid / (1 + (shift - 1) * grid)
@@ -53,7 +53,7 @@ def schedule(solver: Solver, steps: int, shift: float) -> Schedule:
 
 
 def _einsum(coefficient: float, difference: Tensor, bf16: bool) -> Tensor:
-    """coefficient * difference; under autocast from bf16 operands to a bf16 result."""
+    """Compute coefficient * difference; under autocast from bf16 operands to a bf16 result."""
     if not bf16:
         return coefficient * difference
     rounded = torch.tensor(coefficient, device=difference.device).bfloat16()
@@ -63,7 +63,7 @@ def _einsum(coefficient: float, difference: Tensor, bf16: bool) -> Tensor:
 def _unipc_correct(
     s: Schedule, i: int, order: int, x: Tensor, m: list[Tensor], bf16_einsum: bool
 ) -> Tensor:
-    """Corrected sample at step i from the corrected x at i - 1; m ends with that of step i."""
+    """Correct the sample at step i, from the corrected x at i - 1; m ends with step i."""
     sigma, alpha = s.sigmas[i], 1 - s.sigmas[i]
     h = s.lam(i) - s.lam(i - 1)
     phi = math.expm1(-h)
@@ -83,7 +83,7 @@ def _unipc_correct(
 def _unipc_predict(
     s: Schedule, i: int, order: int, x: Tensor, m: list[Tensor], bf16_einsum: bool
 ) -> Tensor:
-    """Sample at step i + 1 from the corrected x at i; m ends with that of step i."""
+    """Predict the sample at step i + 1, from the corrected x at i; m ends with step i."""
     if i + 1 == len(s.timesteps):
         return m[-1]
     alpha = 1 - s.sigmas[i + 1]
@@ -102,7 +102,7 @@ def _unipc_predict(
 def unipc(
     velocity: Velocity, noise: Tensor, s: Schedule, *, bf16_einsum: bool = False
 ) -> Iterator[Tensor]:
-    """UniPC order 2, bh2, predicting x0. The latents after each step."""
+    """Solve by UniPC of order 2, bh2, predicting x0; yield the latent after each step."""
     steps = len(s.timesteps)
     orders = [min(2, steps - i, i + 1) for i in range(steps)]
     m: list[Tensor] = []  # predictions of x0, of the last three steps
@@ -117,7 +117,7 @@ def unipc(
 
 
 def dpmpp(velocity: Velocity, noise: Tensor, s: Schedule) -> Iterator[Tensor]:
-    """DPM-Solver++ 2M, midpoint. The latents after each step."""
+    """Solve by DPM-Solver++ 2M, midpoint; yield the latent after each step."""
     steps = len(s.timesteps)
     m: list[Tensor] = []  # predictions of x0, of the last two steps
     x = noise
@@ -139,7 +139,7 @@ def dpmpp(velocity: Velocity, noise: Tensor, s: Schedule) -> Iterator[Tensor]:
 def solve(
     solver: Solver, velocity: Velocity, noise: Tensor, s: Schedule, *, bf16_einsum: bool = False
 ) -> Tensor:
-    """Final latent in fp32; every step's is shown as "latent"."""
+    """Return the final latent in fp32; each step's latent is observed as "latent"."""
     if solver == "unipc":
         trajectory = unipc(velocity, noise, s, bf16_einsum=bf16_einsum)
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two denoising stages of the official recipe and what lies between them."""
+"""The two denoising stages of the official recipe and the step between them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def denoise(
     bf16: bool = False,
     bf16_einsum: bool = False,
 ) -> Tensor:
-    """Noise [C, T, h, w] to the clean latent; two passes per step, the prompt's first.
+    """Denoise [C, T, h, w] to the clean latent; two passes per step, the prompt's first.
 
-    Everything lies on the device of the noise. `contexts` are the text rows of the prompt and its
-    negative, each [n, text_dim]; `condition` is the high-res stage's, as of `resize_latent`.
+    Everything is on the device of the noise. `contexts` are the text rows of the prompt and its
+    negative, each [n, text_dim]; `condition` is the high-res stage's, from `resize_latent`.
     """
     one_pass = partial(
         dit.forward, state, config, condition=condition, attention=attention, bf16=bf16
@@ -47,7 +47,7 @@ def denoise(
 
 
 def resize_latent(latent: Tensor, plan: StageConfig) -> Tensor:
-    """Per-frame bilinear resize of [C, T, h, w] to the condition of a stage: a cell per token.
+    """Resize [C, T, h, w] per frame, bilinearly, to the condition of a stage: a cell per token.
 
     Returns [1, C, T, rows, columns].
     """
@@ -61,7 +61,7 @@ def resize_latent(latent: Tensor, plan: StageConfig) -> Tensor:
 
 
 def check_noise(noise: Tensor, plan: StageConfig, frames: int) -> None:
-    """Noise must be the latent of `frames` frames at the stage's pixel size."""
+    """Raise ValueError unless noise is the latent of `frames` frames at the stage's size."""
     expected = ((frames - 1) // 4 + 1, plan.height // 16, plan.width // 16)
     if tuple(noise.shape[1:]) != expected:
         raise ValueError(f"noise {tuple(noise.shape)} does not fit {expected}")

@@ -30,14 +30,14 @@ def clean(text: str) -> str:
 
 
 def load_tokenizer(ckpt_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in an official directory."""
+    """Load the tokenizer of an official directory."""
     from transformers import AutoTokenizer  # seconds to import
 
     return AutoTokenizer.from_pretrained(ckpt_dir / "google" / "umt5-xxl", local_files_only=True)
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, text_len: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, each [text_len] int64, right-padded, with the end token."""
+    """Return token ids and mask, [text_len] int64 each, right-padded, with the end token."""
     out = tokenizer(
         [clean(text)],
         padding="max_length",
@@ -50,7 +50,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, text_len: int) -> tu
 
 
 def buckets(relative: Tensor, count: int) -> Tensor:
-    """Bidirectional T5 bucket of (key - query); int64, same shape."""
+    """Return the bidirectional T5 bucket of (key - query); int64, same shape."""
     half = count // 2
     exact = half // 2
     distance = relative.abs()
@@ -60,7 +60,7 @@ def buckets(relative: Tensor, count: int) -> Tensor:
 
 
 def position_bias(table: Tensor, length: int) -> Tensor:
-    """Bias table [buckets, H] to [H, length, length], query by key."""
+    """Expand the bias table [buckets, H] to [H, length, length], query by key."""
     positions = torch.arange(length, device=table.device)
     relative = positions[None, :] - positions[:, None]
     return table[buckets(relative, table.shape[0])].permute(2, 0, 1)
@@ -72,7 +72,7 @@ def _rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 def _attention(state: State, name: str, x: Tensor, mask: Tensor) -> Tensor:
-    """Unscaled self-attention with a relative bias; x [L, D], mask [L]."""
+    """Apply unscaled self-attention with a relative bias; x [L, D], mask [L]."""
     table = state[f"{name}.pos_embedding.embedding.weight"]
     heads = table.shape[1]
     q, k, v = (
@@ -86,7 +86,7 @@ def _attention(state: State, name: str, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def hidden_states(state: State, ids: Tensor, mask: Tensor) -> Tensor:
-    """Ids and mask [L] to the encoder's output [L, D], in the type of the weights."""
+    """Map ids and mask [L] to the encoder's output [L, D], in the dtype of the weights."""
     x = state["token_embedding.weight"][ids]
     layers = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
     for index in sorted(layers):

@@ -36,19 +36,19 @@ STD = (
 
 
 def latent_scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and inverse standard deviation, each [1, 48, 1, 1, 1] fp32."""
+    """Return mean and inverse standard deviation, [1, 48, 1, 1, 1] fp32 each."""
     mean = torch.tensor(MEAN, device=device).view(1, -1, 1, 1, 1)
     std = torch.tensor(STD, device=device).view(1, -1, 1, 1, 1)
     return mean, std.reciprocal()
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """Unit length over the channels (axis 1), times sqrt(C) and gamma."""
+    """Normalise to unit length over the channels (axis 1), times sqrt(C) and gamma."""
     return F.normalize(x, dim=1) * math.sqrt(x.shape[1]) * gamma
 
 
 def dup_up(x: Tensor, out: int, ft: int, fs: int, first_chunk: bool) -> Tensor:
-    """Parameterless upsampling to `out` channels, ft times the frames, fs times the sides."""
+    """Upsample without parameters: `out` channels, ft times the frames, fs times the sides."""
     _, channels, t, h, w = x.shape
     x = x.repeat_interleave(out * ft * fs * fs // channels, dim=1)
     x = x.view(1, out, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
@@ -57,7 +57,7 @@ def dup_up(x: Tensor, out: int, ft: int, fs: int, first_chunk: bool) -> Tensor:
 
 
 def pixel_unpatchify(x: Tensor) -> Tensor:
-    """[1, 12, T, H, W] to [1, 3, T, 2H, 2W]: the inverse of `pixel_patchify`."""
+    """Turn [1, 12, T, H, W] into [1, 3, T, 2H, 2W]: the inverse of `pixel_patchify`."""
     b, c, t, h, w = x.shape
     return (
         x.view(b, c // 4, 2, 2, t, h, w)
@@ -75,12 +75,12 @@ class Stream:
         self.started: set[str] = set()
 
     def children(self, prefix: str) -> list[int]:
-        """The numbers that follow `prefix.` in the keys, in order."""
+        """Return the numbers that follow `prefix.` in the keys, in order."""
         keys = (key for key in self.state if key.startswith(f"{prefix}."))
         return sorted({int(key[len(prefix) + 1 :].split(".")[0]) for key in keys})
 
     def first_visit(self, name: str) -> bool:
-        """True once per name: whether this is the clip's first chunk there."""
+        """Return True at the first call for a name, which is the clip's first chunk there."""
         new = name not in self.started
         self.started.add(name)
         return new
@@ -104,7 +104,7 @@ class Stream:
         return F.conv3d(x, weight, bias)
 
     def residual(self, name: str, x: Tensor) -> Tensor:
-        """RMS, SiLU, conv, RMS, SiLU, conv, plus the (possibly projected) input."""
+        """Apply RMS, SiLU, conv, RMS, SiLU, conv, and add the (possibly projected) input."""
         gammas = [self.state[f"{name}.residual.{i}.gamma"] for i in (0, 3)]
         y = self.causal_conv(f"{name}.residual.2", F.silu(rms_norm(x, gammas[0])))
         y = self.causal_conv(f"{name}.residual.6", F.silu(rms_norm(y, gammas[1])))
@@ -112,13 +112,13 @@ class Stream:
         return y + (self.causal_conv(f"{name}.shortcut", x) if projected else x)
 
     def frame_conv(self, name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
-        """2-D convolution of every frame."""
+        """Convolve every frame in 2-D."""
         weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
         frames = x[0].transpose(0, 1)
         return F.conv2d(frames, weight, bias, stride, padding).transpose(0, 1)[None]
 
     def attention(self, name: str, x: Tensor) -> Tensor:
-        """Single-head attention over the positions of each frame, plus the input."""
+        """Apply single-head attention over the positions of each frame, and add the input."""
         _, c, t, h, w = x.shape
         normed = rms_norm(x, self.state[f"{name}.norm.gamma"][..., None])
         qkv = self.frame_conv(f"{name}.to_qkv", normed)
@@ -129,16 +129,16 @@ class Stream:
         return x + self.frame_conv(f"{name}.proj", y)
 
     def middle(self, name: str, x: Tensor) -> Tensor:
-        """Residual block, attention, residual block."""
+        """Apply residual block, attention, residual block."""
         x = self.residual(f"{name}.0", x)
         return self.residual(f"{name}.2", self.attention(f"{name}.1", x))
 
     def head(self, name: str, x: Tensor) -> Tensor:
-        """RMS, SiLU, conv."""
+        """Apply RMS, SiLU, conv."""
         return self.causal_conv(f"{name}.2", F.silu(rms_norm(x, self.state[f"{name}.0.gamma"])))
 
     def upsample(self, name: str, x: Tensor) -> Tensor:
-        """Double the frames (not in the first chunk; where there is a time_conv) and the sides."""
+        """Double the sides and, where there is a time_conv, the frames after the first chunk."""
         has_time = f"{name}.time_conv.weight" in self.state
         if has_time and not self.first_visit(name):
             pairs = self.causal_conv(f"{name}.time_conv", x).chunk(2, dim=1)
@@ -151,7 +151,7 @@ class Stream:
         return F.conv2d(frames, weight, bias, padding=1).transpose(0, 1)[None]
 
     def up_stage(self, name: str, x: Tensor) -> Tensor:
-        """Residual blocks and, except in the last stage, an upsampler beside a DupUp shortcut."""
+        """Apply residual blocks and, except in the last stage, upsampler plus DupUp shortcut."""
         first = self.first_visit(name)
         y = x.clone()
         for index in self.children(name):
@@ -165,7 +165,7 @@ class Stream:
         return y
 
     def decode_chunk(self, x: Tensor) -> Tensor:
-        """One latent frame [1, 48, 1, h, w] to [1, 12, 1 or 4, 8h, 8w]."""
+        """Decode one latent frame [1, 48, 1, h, w] to [1, 12, 1 or 4, 8h, 8w]."""
         x = self.middle("decoder.middle", self.causal_conv("decoder.conv1", x))
         for stage in self.children("decoder.upsamples"):
             x = self.up_stage(f"decoder.upsamples.{stage}.upsamples", x)
@@ -173,20 +173,20 @@ class Stream:
 
 
 def post_conv2(state: State, z: Tensor) -> Tensor:
-    """Latent [48, T, h, w] to the decoder's input [1, 48, T, h, w]."""
+    """Turn a latent [48, T, h, w] into the decoder's input [1, 48, T, h, w]."""
     mean, inv_std = latent_scale(z.device)
     return Stream(state).causal_conv("conv2", z[None] / inv_std + mean)
 
 
 def decode_chunks(state: State, z: Tensor) -> Iterator[Tensor]:
-    """The decoder's 12-channel output per latent frame of z [48, T, h, w]."""
+    """Yield the decoder's 12-channel output per latent frame of z [48, T, h, w]."""
     stream = Stream(state)
     for frame in post_conv2(state, z).split(1, dim=2):
         yield stream.decode_chunk(frame)
 
 
 def decode(state: State, z: Tensor) -> Tensor:
-    """Latent [48, T, h, w] to video [3, F, 16h, 16w], not clamped."""
+    """Decode a latent [48, T, h, w] to video [3, F, 16h, 16w], not clamped."""
     clip: Tensor | None = None
     for chunk in decode_chunks(state, z):
         clip = chunk if clip is None else torch.cat([clip, chunk], dim=2)
@@ -195,7 +195,7 @@ def decode(state: State, z: Tensor) -> Tensor:
 
 
 def tile_ranges(width: int, strips: int, overlap: int) -> list[tuple[int, int]]:
-    """Latent columns of each tile: equal strips (the last takes the rest), widened inwards."""
+    """Return the latent columns of each tile: equal strips, widened by the overlap."""
     base = width // strips
     starts = [i * base for i in range(strips)]
     ends = [*starts[1:], width]
@@ -206,7 +206,7 @@ def tile_ranges(width: int, strips: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def tile_mask(columns: int, overlap: int, *, is_first: bool, is_last: bool) -> Tensor:
-    """Weight per pixel column of one tile: a cosine ramp on each side that has a neighbour."""
+    """Return the weight of each pixel column of a tile: cosine ramps towards neighbours."""
     mask = torch.ones(16 * columns)
     pixels = min(16 * overlap, len(mask))
     ramp = 0.5 - 0.5 * torch.cos(math.pi * torch.linspace(0, 1, pixels))
@@ -218,10 +218,10 @@ def tile_mask(columns: int, overlap: int, *, is_first: bool, is_last: bool) -> T
 
 
 def decode_tiled(state: State, z: Tensor, strips: int, overlap: int) -> Tensor:
-    """Official blended tiles along the width: each decoded in full, clamped, averaged on the host.
+    """Decode in official blended tiles along the width.
 
-    Latent [48, T, h, w], on any device, to video [3, F, 16h, 16w] fp32 in [-1, 1]. Decoded where
-    the weights are.
+    Each tile is decoded in full, clamped and averaged on the host. Maps a latent [48, T, h, w], on
+    any device, to video [3, F, 16h, 16w] fp32 in [-1, 1]. Decodes on the device of the weights.
     """
     _, t, h, width = z.shape
     device = next(iter(state.values())).device
@@ -237,5 +237,5 @@ def decode_tiled(state: State, z: Tensor, strips: int, overlap: int) -> Tensor:
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """Video [..] in [-1, 1] to bytes, truncating."""
+    """Convert video [..] in [-1, 1] to bytes, truncating."""
     return ((video + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)

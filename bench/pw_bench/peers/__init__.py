@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ours beside other implementations, and the memory of whole programs."""
+"""Single networks beside diffusers', and the memory of whole programs."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our transformer in parts beside diffusers' WanTransformer3DModel: time, memory, difference.
+"""Our transformer in chunks beside diffusers' WanTransformer3DModel: time, memory, difference.
 
-    python -m pw_bench.peers.dit --out bench/results/NAME.json
+    pw bench dit-peers --out bench/results/NAME.json
 
 A stage of a few steps from noise to latent, two passes a step, on this CPU: the same random
-weights, noise and texts in fp32, the same sampler, a process of its own for every sample, the sides
-in turns. diffusers knows neither adapter nor step size, so both run the plain Wan transformer: the
+weights, noise and texts in fp32, the same sampler, a process for every sample, the contenders in
+turns. diffusers supports neither adapter nor step size, so both run the plain Wan transformer: the
 same blocks as in the high-res stage, under the draft's interface. Its passes are those of its
 WanPipeline: texts padded to 512 rows, and one timestep, or (`expand_timesteps`, the setting of
 Wan2.2-TI2V-5B) one for every token.
@@ -13,20 +13,24 @@ Wan2.2-TI2V-5B) one for every token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any, Final
 
-import click
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor
 
-from pw_bench.measure.commit import commit
-from pw_bench.peers.subprocess_ab import Sample, in_turns, report
+from pw_bench.e2e.diffusers_networks import wan_transformer
+from pw_bench.measure.environment import envelope, identify
+from pw_bench.peers.subprocess_ab import Run, figures_of, ratios_of, run_in_turns, serve
+from pw_bench.result_sections import OutputDifference
+from pw_bench.results import Result
+from pw_engines.engine import relative_l2
 from pw_export import keymaps
+from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import eager_engines
 from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.execution.transformer_segments import segments_of
@@ -34,29 +38,21 @@ from pw_runtime.models import WanDiT
 from pw_runtime.sampling.schedule import make_schedule, time_input
 from pw_runtime.sampling.solver import sample
 from pw_runtime.stages.draft import denoise_draft
-from pw_runtime.system.atomic_files import write_text
-from pw_runtime.system.machine import Machine, describe
 from pw_runtime.types import VAE_STRIDE, Compat, DitConfig, StageConfig, TextContext
 
-THEIRS, PER_TOKEN, OURS = "diffusers", "diffusers expand_timesteps", "ours"
+DIFFUSERS: Final = "diffusers"
+PER_TOKEN: Final = "diffusers expand_timesteps"
+OURS: Final = "ours"
 HEAD_DIM = 128
 TEXT_ROWS = 512  # max_sequence_length of WanPipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """All samples of one program, and the most bytes of tensors that it made and held."""
+class DitWork:
+    """Sizes of the network, of the clip in pixels and frames, and of the computation.
 
-    name: str
-    samples: list[Sample]
-    ledger_bytes: int
-    relative_l2: float  # of the difference to diffusers with one timestep
-    max_abs: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What is computed: the network, the clip in pixels and frames, and how."""
+    Raises BadRequest for sizes that the network cannot have.
+    """
 
     dim: int
     layers: int
@@ -64,18 +60,23 @@ class Work:
     height: int
     frames: int
     steps: int
-    text: int  # rows of the texts that are no padding
-    part: int  # most tokens that we work on at a time
+    text: int  # rows of the texts without their padding
+    chunk: int  # tokens that we work on at a time, at most
 
     def __post_init__(self) -> None:
-        whole = not (self.dim % 384 or self.width % 32 or self.height % 32 or self.frames % 4 != 1)
-        if not whole or not 0 < self.text <= TEXT_ROWS:
-            wanted = "dim in 384s, width and height in 32s, frames 4n+1, text up to 512"
-            raise click.UsageError(f"wanted {wanted}, got {self}")
+        odd = self.dim % 384 or self.width % 32 or self.height % 32 or self.frames % 4 != 1
+        if odd or not 0 < self.text <= TEXT_ROWS:
+            raise BadRequest(
+                "the transformer cannot have these sizes",
+                got=f"dim {self.dim}, {self.width}x{self.height}, {self.frames} frames, "
+                f"{self.text} rows of text",
+                wanted=f"dim a multiple of 384, width and height of 32, frames 4n+1, text from 1 "
+                f"to {TEXT_ROWS}",
+            )
 
     @property
     def config(self) -> DitConfig:
-        """The network, with the proportions of the published one."""
+        """Config of the network, with the proportions of the published one."""
         return DitConfig(
             dim=self.dim,
             ffn_dim=14 * self.dim // 3,
@@ -93,23 +94,19 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Of the clip."""
+        """Number of tokens of the clip."""
         t, h, w = self.grid
         return t * h * w // 4
 
     @property
-    def plan(self) -> StageConfig:
-        """The stage, with shift and guidance of the built-in presets' high-res stage."""
+    def stage(self) -> StageConfig:
+        """Config of the stage, with shift and guidance of the built-in high-res presets."""
         return StageConfig(
-            width=self.width,
-            height=self.height,
-            steps=self.steps,
-            shift=5.5,
-            guidance=5.0,
+            width=self.width, height=self.height, steps=self.steps, shift=5.5, guidance=5.0
         )
 
     def inputs(self) -> tuple[Tensor, TextContext]:
-        """Noise and texts."""
+        """Return noise and texts."""
         generator = torch.Generator().manual_seed(1)
         config = self.config
         noise = torch.randn(config.in_dim, *self.grid, generator=generator)
@@ -117,55 +114,94 @@ class Work:
         return noise, TextContext(cond=cond, uncond=uncond)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Content of the result file."""
+def measure_dit_peers(work: DitWork, rounds: int) -> Result:
+    """Compare the transformers, with `rounds` samples of each."""
+    identity = identify(torch.device("cpu"))
+    trials = run_in_turns(__name__, (DIFFUSERS, PER_TOKEN, OURS), work, rounds)
+    figures = figures_of(trials)
+    reference = trials[DIFFUSERS].output
+    with torch.device("meta"):
+        parameters = sum(x.numel() for x in WanDiT(work.config).parameters())
+    stage = work.stage
+    scope = {
+        "words": "one denoising stage of the plain Wan transformer, two passes a step",
+        "network": f"width {work.dim}, {work.layers} blocks, {parameters} parameters",
+        "clip": f"{work.width}x{work.height}, {work.frames} frames, {work.tokens} tokens",
+        "sampler": f"{work.steps} steps of {stage.solver}, shift {stage.shift}, "
+        f"guidance {stage.guidance}",
+        "text": f"{work.text} rows, which diffusers pads to {TEXT_ROWS}",
+        "chunk": f"{work.chunk} tokens at a time in ours",
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    theirs = f"WanTransformer3DModel of diffusers ({version('diffusers')})"
+    return replace(
+        envelope("dit-peers", scope, identity),
+        figures=figures,
+        sides={
+            DIFFUSERS: f"{theirs}, one timestep",
+            PER_TOKEN: f"{theirs}, a timestep per token",
+            OURS: "this runtime's segmented transformer, on eager engines",
+        },
+        ratios=ratios_of(figures, OURS, (DIFFUSERS, PER_TOKEN)),
+        differences=tuple(
+            OutputDifference(
+                side=name,
+                against=DIFFUSERS,
+                max_abs=(trial.output - reference).abs().max().item(),
+                unit="latent",
+                relative_l2=relative_l2(trial.output, reference),
+            )
+            for name, trial in trials.items()
+            if name != DIFFUSERS
+        ),
+    )
 
-    machine: Machine
-    commit: str
-    diffusers: str
-    threads: int
-    work: Work
-    tokens: int
-    parameters: int
-    sides: list[Side]
+
+def prepare(contender: str, work: DitWork) -> tuple[Run, Iterable[Tensor]]:
+    """Return the stage of a contender, and the weights and inputs that it uses."""
+    noise, text = work.inputs()
+    theirs = their_net(work.config)
+    if contender == OURS:
+        ours = our_net(theirs, work.config, work.chunk)
+        run = partial(our_stage, ours, text, noise, work.stage)
+    else:
+        per_token = contender == PER_TOKEN
+        run = partial(their_stage, theirs, text, noise, work.stage, per_token=per_token)
+    held = [noise, text.cond, text.uncond, *theirs.state_dict().values(), *theirs.buffers()]
+    return run, held
 
 
 def their_net(config: DitConfig) -> Any:
-    """WanTransformer3DModel with random weights."""
-    import diffusers
-
+    """Return WanTransformer3DModel with random weights."""
     torch.manual_seed(0)
-    kind: Any = diffusers.WanTransformer3DModel
-    net = kind(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-    )
-    return net.requires_grad_(False).eval()
+    return wan_transformer(config).requires_grad_(False).eval()
 
 
-def our_net(theirs: Any, config: DitConfig, part: int) -> SegmentedDiT:
-    """Ours with their weights, on eager engines, as a stage is given it."""
+def our_net(theirs: Any, config: DitConfig, chunk: int) -> SegmentedDiT:
+    """Return ours with their weights, on eager engines, as a stage receives it."""
     with torch.device("meta"):
         net = WanDiT(config).requires_grad_(False)
-    named = ((keymaps.dit_from_diffusers(name), x) for name, x in theirs.state_dict().items())
-    net.load_state_dict({name: x for name, x in named if name is not None}, assign=True)
-    segments = segments_of(config, "fp32", part)
+    renamed = ((keymaps.dit_from_diffusers(name), x) for name, x in theirs.state_dict().items())
+    net.load_state_dict({name: x for name, x in renamed if name is not None}, assign=True)
+    segments = segments_of(config, "fp32", chunk)
     return SegmentedDiT(net, segments, eager_engines(segments))
 
 
+def our_stage(net: SegmentedDiT, text: TextContext, noise: Tensor, stage: StageConfig) -> Tensor:
+    """Run the draft stage: the latent [C, T, H, W]."""
+    with torch.inference_mode():
+        return denoise_draft(net, text, noise, stage, Compat(), lambda share: None).x
+
+
 def their_stage(
-    net: Any, text: TextContext, noise: Tensor, plan: StageConfig, *, per_token: bool
+    net: Any, text: TextContext, noise: Tensor, stage: StageConfig, *, per_token: bool
 ) -> Tensor:
-    """The denoising loop of WanPipeline, [C, T, H, W], with our sampler in the place of theirs."""
-    schedule = make_schedule(plan.solver, plan.steps, plan.shift)
-    texts = [F.pad(one, (0, 0, 0, TEXT_ROWS - len(one)))[None] for one in (text.cond, text.uncond)]
+    """Run the denoising loop of WanPipeline, [C, T, H, W], with our sampler in place of theirs."""
+    schedule = make_schedule(stage.solver, stage.steps, stage.shift)
+    texts = [
+        F.pad(rows, (0, 0, 0, TEXT_ROWS - len(rows)))[None] for rows in (text.cond, text.uncond)
+    ]
     _, frames, rows, columns = noise.shape
     tokens = frames * rows * columns // 4
 
@@ -173,91 +209,11 @@ def their_stage(
         t = time_input(schedule.timesteps[step], x.device)  # [1]
         if per_token:
             t = t.expand(1, tokens)
-        return [net(x[None], t, one, return_dict=False)[0][0] for one in texts]
+        return [net(x[None], t, padded, return_dict=False)[0][0] for padded in texts]
 
-    return sample(velocities, noise, schedule.sigmas, plan.solver, plan.guidance)
-
-
-def run_side(side: str, work: Work, *, account: bool, file: Path) -> None:
-    """In a child: run the stage once, write the latent to a file."""
-    noise, text = work.inputs()
-    theirs = their_net(work.config)
-    run: Callable[[], Tensor]
-    if side == OURS:
-        ours = our_net(theirs, work.config, work.part)
-
-        def run() -> Tensor:
-            return denoise_draft(ours, text, noise, work.plan, Compat(), lambda part: None).x
-    else:
-
-        def run() -> Tensor:
-            return their_stage(theirs, text, noise, work.plan, per_token=side == PER_TOKEN)
-
-    held = [noise, text.cond, text.uncond, *theirs.state_dict().values(), *theirs.buffers()]
     with torch.inference_mode():
-        report(run, held, account=account, file=file)
-
-
-def compare(args: list[str], rounds: int) -> list[Side]:
-    """All sides in turns, then their accounts."""
-    taken = in_turns("pw_bench.peers.dit", [THEIRS, PER_TOKEN, OURS], args, rounds)
-    wanted = taken[THEIRS].output
-    sides = []
-    for name, one in taken.items():
-        difference = one.output - wanted
-        side = Side(
-            name=name,
-            samples=one.samples,
-            ledger_bytes=one.ledger_bytes,
-            relative_l2=(difference.norm() / wanted.norm()).item(),
-            max_abs=difference.abs().max().item(),
-        )
-        sides.append(side)
-        click.echo(
-            f"{name:26} {one}, differs by {side.relative_l2:.1e} (relative L2), "
-            f"{side.max_abs:.1e} at most"
-        )
-    for name in (THEIRS, PER_TOKEN):
-        click.echo(f"ours against {name}: {taken[OURS].against(taken[name])}")
-    return sides
-
-
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Result file.")
-@click.option("--dim", default=1152, show_default=True, help="A multiple of 384.")
-@click.option("--layers", default=4, show_default=True)
-@click.option("--width", default=1536, show_default=True, help="In pixels, a multiple of 32.")
-@click.option("--height", default=896, show_default=True, help="In pixels, a multiple of 32.")
-@click.option("--frames", default=9, show_default=True)
-@click.option("--steps", default=4, show_default=True)
-@click.option("--text", default=60, show_default=True, help="Rows of a text beside its padding.")
-@click.option("--part", default=512, show_default=True, help="Tokens that we work on at a time.")
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--side", type=click.Choice([THEIRS, PER_TOKEN, OURS]), hidden=True)
-@click.option("--account", is_flag=True, hidden=True)
-def main(out: Path, rounds: int, side: str | None, account: bool, **sizes: int) -> None:
-    """Compare the transformers."""
-    work = Work(**sizes)
-    if side is not None:
-        run_side(side, work, account=account, file=out)
-        return
-    import diffusers
-
-    args = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
-    with torch.device("meta"):
-        parameters = sum(x.numel() for x in WanDiT(work.config).parameters())
-    result = Result(
-        machine=describe(),
-        commit=commit(),
-        diffusers=diffusers.__version__,
-        threads=torch.get_num_threads(),
-        work=work,
-        tokens=work.tokens,
-        parameters=parameters,
-        sides=compare(args, rounds),
-    )
-    write_text(out, TypeAdapter(Result).dump_json(result, indent=1).decode() + "\n")
+        return sample(velocities, noise, schedule.sigmas, stage.solver, stage.guidance)
 
 
 if __name__ == "__main__":
-    main()
+    serve(DitWork, prepare)

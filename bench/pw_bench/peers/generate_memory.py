@@ -1,164 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory of `pw generate` over time, for clips of several lengths.
+"""Host memory of whole clips over time, for clips of several lengths.
 
-Each clip is made by a process of its own whose resident memory is sampled from outside. If the
-decode holds a few frames only, its peak does not depend on the length of the clip.
+Each clip is made by a process of its own whose memory is sampled from outside. If the decode holds
+only a few frames, the memory that it adds does not depend on the length of the clip.
 
-    python -m pw_bench.peers.generate_memory --model BUNDLE --out bench/results/NAME.json
+    pw bench generate-memory --model BUNDLE --out bench/results/NAME.json
 """
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 import tempfile
-import threading
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import click
-import psutil
-from pydantic import TypeAdapter
+import torch
 
-from pw_bench.measure.commit import commit
-from pw_runtime.system.atomic_files import write_text
-from pw_runtime.system.machine import Machine, describe
+from pw_bench.choices import OURS
+from pw_bench.e2e.job import Job
+from pw_bench.e2e.process import ProgramFailed, run_process
+from pw_bench.e2e.weights import write_noise
+from pw_bench.e2e.worker import Task
+from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.memory_sampler import between
+from pw_bench.result_sections import Clip
+from pw_bench.results import Figure, Result
+from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.errors import BadResult
+from pw_runtime.job.preflight import default_precision, pick_device
+from pw_runtime.types import OFFICIAL_NEGATIVE, Preset, StageConfig, VideoConfig
 
-INTERVAL = 0.05  # seconds between samples
-
-PRESET = """\
-[draft]
-width = 320
-height = 192
-steps = 1
-shift = 5.0
-guidance = 5.0
-[highres]
-width = {width}
-height = {height}
-steps = 1
-shift = 5.5
-guidance = 5.0
-[video]
-frames = {frames}
-fps = 24
-"""
+DRAFT = StageConfig(width=320, height=192, steps=1, shift=5.0, guidance=5.0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipMemory:
-    """One run. Samples are (seconds since start, resident bytes); marks are (seconds, line).
+def measure_generate_memory(
+    model: Path, width: int, height: int, frames: Sequence[int], say: Callable[[str], None]
+) -> Result:
+    """Measure the host memory of clips of several lengths.
 
-    What the decode adds is `peak_bytes - at_decode_start_bytes`; it should not grow with
-    `frames`, while what the transformer leaves behind does.
+    Args:
+        model: bundle.
+        width: of the clips, in pixels.
+        height: of the clips, in pixels.
+        frames: number of frames of each clip.
+        say: receives progress.
+
+    Raises BadRequest, BadWeights, BadResult where a clip cannot be made.
     """
-
-    frames: int
-    seconds: float
-    peak_bytes: int
-    peak_before_decode_bytes: int
-    at_decode_start_bytes: int
-    clip_fp32_bytes: int  # what holding the decoded clip would take
-    frame_fp32_bytes: int
-    samples: list[tuple[float, int]]
-    marks: list[tuple[float, str]]
-    # By stage, "predicted" and "measured" bytes: the plan's account in the clip's receipt.
-    plan: dict[str, dict[str, dict[str, int]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Content of the result file."""
-
-    machine: Machine
-    commit: str
-    width: int
-    height: int
-    clips: list[ClipMemory]
-
-
-def measure(model: Path, width: int, height: int, frames: int) -> ClipMemory:
-    """Make one clip in a child process and watch its resident memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        preset = Path(folder) / "preset.toml"
-        preset.write_text(PRESET.format(width=width, height=height, frames=frames))
-        command = [
-            *(sys.executable, "-m", "pw_runtime", "generate", "--model", str(model)),
-            *("--prompt", "a red ball", "--preset", str(preset), "--out", folder),
-        ]
-        start = time.monotonic()
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        samples: list[tuple[float, int]] = []
-        sampler = threading.Thread(target=_sample, args=(child.pid, start, samples))
-        sampler.start()
-        assert child.stderr is not None
-        lines = [(round(time.monotonic() - start, 2), line.strip()) for line in child.stderr]
-        code = child.wait()
-        sampler.join()
-        receipt = Path(folder) / "0.json"
-        plan = json.loads(receipt.read_text())["plan"]["stages"] if receipt.exists() else {}
-    if code != 0:
-        raise SystemExit(f"pw generate ended with {code}: {[line for _, line in lines]}")
-    marks = [(t, line) for t, line in lines if re.search(r": \d+/\d+", line)]  # progress
-    decode_start = next(t for t, line in marks if line.startswith("highres"))
-    frame = 3 * width * height * 4
-    return ClipMemory(
-        frames=frames,
-        seconds=round(samples[-1][0], 1),
-        peak_bytes=max(rss for _, rss in samples),
-        peak_before_decode_bytes=max(rss for t, rss in samples if t <= decode_start),
-        at_decode_start_bytes=[rss for t, rss in samples if t <= decode_start][-1],
-        clip_fp32_bytes=frame * frames,
-        frame_fp32_bytes=frame,
-        samples=samples[:: max(1, len(samples) // 400)],
-        marks=marks,
-        plan=plan,
+    bundle = open_bundle(model)
+    device = pick_device("auto")
+    identity = identify(device)
+    highres = StageConfig(width=width, height=height, steps=1, shift=5.5, guidance=5.0)
+    clips = []
+    for count in frames:
+        preset = Preset(draft=DRAFT, highres=highres, video=VideoConfig(frames=count, fps=24))
+        clip = make_clip(model, preset, device)
+        clips.append(replace(clip, side=f"{count} frames"))
+        say(f"{count} frames: {clip.wall:.0f} s")
+    return replace(
+        envelope(
+            "generate-memory",
+            {
+                "words": "`pw generate --policy eager`, one step a stage, a process for each clip",
+                "clip": f"{width}x{height}, draft {DRAFT.width}x{DRAFT.height}",
+                "frames": ", ".join(str(count) for count in frames),
+                "device": device.type,
+            },
+            replace(identity, weights={model.name: f"sha256:{bundle.digest}"}),
+        ),
+        figures=tuple(
+            figure
+            for clip, count in zip(clips, frames, strict=True)
+            for figure in figures_of(clip, 3 * width * height * 4 * count)
+        ),
+        sides={clip.side: f"a clip of {clip.side}" for clip in clips},
+        clips=tuple(clips),
     )
 
 
-def _sample(pid: int, start: float, samples: list[tuple[float, int]]) -> None:
-    process = psutil.Process(pid)
-    while True:
-        try:
-            rss = process.memory_info().rss
-        except psutil.NoSuchProcess:
-            return
-        if rss == 0:  # the process has ended and waits to be collected
-            return
-        samples.append((round(time.monotonic() - start, 2), rss))
-        time.sleep(INTERVAL)
-
-
-@click.command()
-@click.option("--model", type=click.Path(path_type=Path), required=True, help="Bundle to run.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Result file.")
-@click.option("--width", default=1280, show_default=True)
-@click.option("--height", default=704, show_default=True)
-@click.option("--frames", multiple=True, type=int, default=(17, 61, 121), show_default=True)
-def main(model: Path, out: Path, width: int, height: int, frames: tuple[int, ...]) -> None:
-    """Measure the host memory of clips of several lengths."""
-    clips = []
-    for count in frames:
-        clip = measure(model, width, height, count)
-        clips.append(clip)
-        click.echo(
-            f"{count:4d} frames {width}x{height}: peak {clip.peak_bytes / 2**20:7.0f} MiB, "
-            f"before the decode {clip.peak_before_decode_bytes / 2**20:5.0f} MiB, "
-            f"added by it {(clip.peak_bytes - clip.at_decode_start_bytes) / 2**20:5.0f} MiB, "
-            f"the clip in fp32 {clip.clip_fp32_bytes / 2**20:6.0f} MiB, {clip.seconds:.0f} s"
+def make_clip(model: Path, preset: Preset, device: torch.device) -> Clip:
+    """Make one clip in a process of its own. Raises BadResult where it fails."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        videos = folder / "videos"
+        videos.mkdir()
+        job = Job(
+            checkpoint=model,
+            bundle=model.resolve(),
+            prompt="a red ball",
+            negative=OFFICIAL_NEGATIVE,
+            preset=preset,
+            noise=write_noise(preset, folder / "noise.safetensors"),
+            device=str(device),
+            precision=default_precision(None, device),
+            codec="h264",
         )
-        for stage, one in clip.plan.items():
-            predicted, measured = one["predicted"]["host"], one["measured"]["host"]
-            click.echo(
-                f"     {stage:<8} predicted {predicted / 2**20:6.0f} MiB, "
-                f"measured {measured / 2**20:6.0f} MiB, {measured / predicted:.3f} of it"
-            )
-    result = Result(machine=describe(), commit=commit(), width=width, height=height, clips=clips)
-    write_text(out, TypeAdapter(Result).dump_json(result, indent=1).decode() + "\n")
+        try:
+            run = run_process(Task(program=OURS, job=job, folder=videos, clips=1), {}, None)
+        except ProgramFailed as error:
+            raise BadResult("the clip could not be made", got=error) from error
+    return run.clips[0]
 
 
-if __name__ == "__main__":
-    main()
+def figures_of(clip: Clip, clip_bytes: int) -> tuple[Figure, ...]:
+    """Return peak memory, what the decode adds, and what holding the decoded clip would take.
+
+    Args:
+        clip: a clip with spans and samples of host memory.
+        clip_bytes: size of the decoded clip in fp32.
+    """
+    start = max(span.end for span in clip.spans if span.name.partition(" ")[0] == "highres")
+    before = [size for _, size in between(list(clip.host), 0.0, start)]
+    sizes = {
+        "peak": clip.peaks["rss"],
+        "peak before the decode": max(before),
+        "added by the decode": clip.peaks["rss"] - before[-1],
+    }
+    measured = tuple(
+        Figure(name=f"{clip.side}/{name}", unit="B", samples=(size,))
+        for name, size in sizes.items()
+    )
+    held = Figure(
+        name=f"{clip.side}/the clip in fp32", unit="B", samples=(clip_bytes,), counted=True
+    )
+    return (*measured, held)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that compute the same, side by side: a process of its own for every sample, in turns.
+"""Contenders that compute the same, side by side: a process for every sample, in turns.
 
-A program that compares has two commands in one. Without `--side` it starts itself for every sample
-(`in_turns`); with it, it is such a sample (`report`).
+A module that compares has a function `prepare(contender, work)`. The parent starts the module as
+a child for every sample (`run_in_turns`); as `__main__` the module calls `serve`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from pw_bench.measure.tensor_ledger import Ledger
+from pw_bench.result_sections import Ratio
+from pw_bench.results import Figure
+from pw_runtime.errors import BadResult
+from pw_runtime.system.machine import peak_rss_bytes, reset_peak_rss, rss_bytes
+
+Run = Callable[[], Tensor]
+# Contender and work -> the function to measure, and the weights and inputs that it does not count.
+Prepare = Callable[[str, Any], tuple[Run, Iterable[Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One run in a process of its own; `peak_bytes` beyond what lay there before it."""
+    """One run in a process of its own.
+
+    Attributes:
+        seconds: wall time; 0 where tensors were counted.
+        cpu_seconds: CPU time of all threads.
+        peak_bytes: resident memory beyond what the process held before; or, where tensors were
+            counted, their bytes beyond weights and inputs.
+    """
 
     seconds: float
     cpu_seconds: float
@@ -31,114 +48,139 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
-    """What the processes of one side gave."""
+class Trials:
+    """All processes of one contender."""
 
-    samples: list[Sample]
-    ledger_bytes: int  # most that its tensors took at once, beside weights and inputs
+    samples: tuple[Sample, ...]
+    tensor_bytes: int  # peak of its tensors, beyond weights and inputs
     output: Tensor
 
-    @property
-    def seconds(self) -> float:
-        """Wall seconds, at best."""
-        return min(one.seconds for one in self.samples)
 
-    @property
-    def cpu_seconds(self) -> float:
-        """CPU seconds, at best."""
-        return min(one.cpu_seconds for one in self.samples)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Resident bytes, at most."""
-        return max(one.peak_bytes for one in self.samples)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.seconds:6.1f} s and {self.cpu_seconds:6.1f} CPU s at best, "
-            f"process +{self.peak_bytes / 2**20:5.0f} MiB, "
-            f"tensors {self.ledger_bytes / 2**20:5.0f} MiB"
-        )
-
-    def against(self, other: Taken) -> str:
-        """How much faster than another side, and what share of its memory."""
-        theirs = max(other.peak_bytes, 1)  # a small run may find all its pages there
-        return (
-            f"{other.seconds / self.seconds:.2f} x as fast "
-            f"({other.cpu_seconds / self.cpu_seconds:.2f} x in CPU seconds), "
-            f"{self.peak_bytes / theirs:.2f} of its process memory, "
-            f"{self.ledger_bytes / other.ledger_bytes:.2f} of its tensors"
-        )
-
-
-def in_turns(module: str, names: Sequence[str], args: list[str], rounds: int) -> dict[str, Taken]:
-    """All sides in turns, `rounds` times, then the account of each.
+def run_in_turns(
+    module: str, contenders: Sequence[str], work: object, rounds: int
+) -> dict[str, Trials]:
+    """Run all contenders in turns, `rounds` times; then count the tensors of each once.
 
     Args:
-        module: whose command takes `--side NAME --out FILE [--account]`, and calls `report`.
-        names: of the sides.
-        args: of the command, for all sides.
-        rounds: samples of each side.
+        module: name of the module that serves as child.
+        contenders: names.
+        work: what is computed, a dataclass; the same for all.
+        rounds: samples of each contender.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in names}
-    taken = {}
+    samples: dict[str, list[Sample]] = {name: [] for name in contenders}
+    trials = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "output.pt"
         for _ in range(rounds):
-            for name in names:
-                samples[name].append(run_child(module, [*args, "--side", name, "--out", str(file)]))
-        for name in names:
-            command = [*args, "--side", name, "--out", str(file), "--account"]
-            account = run_child(module, command).peak_bytes
-            output = torch.load(file)
-            taken[name] = Taken(samples=samples[name], ledger_bytes=account, output=output)
-    return taken
+            for name in contenders:
+                samples[name].append(run_child(module, name, work, file, count_tensors=False))
+        for name in contenders:
+            counted = run_child(module, name, work, file, count_tensors=True).peak_bytes
+            trials[name] = Trials(
+                samples=tuple(samples[name]), tensor_bytes=counted, output=torch.load(file)
+            )
+    return trials
 
 
-def run_child(module: str, args: list[str]) -> Sample:
-    """Run a command that ends with `report`."""
-    command = [sys.executable, "-m", module, *args]
-    return parsed(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def run_child(
+    module: str, contender: str, work: object, file: Path, *, count_tensors: bool
+) -> Sample:
+    """Run one sample in a process of its own; its output goes to `file`."""
+    mode = "tensors" if count_tensors else "time"
+    child = subprocess.run(
+        [sys.executable, "-m", module, contender, str(file), mode],
+        check=True,
+        input=TypeAdapter(type(work)).dump_json(work).decode(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return TypeAdapter(Sample).validate_json(child.stdout.splitlines()[-1])
 
 
-def parsed(printed: str) -> Sample:
-    """What `report` printed, last of all that a child did."""
-    seconds, cpu_seconds, peak = printed.split()[-3:]
-    return Sample(seconds=float(seconds), cpu_seconds=float(cpu_seconds), peak_bytes=int(peak))
+def serve(work_type: type, prepare: Prepare) -> None:
+    """Be the child of `run_child`: read the work from stdin, write the sample to stdout."""
+    contender, file, mode = sys.argv[1:]
+    adapter: TypeAdapter[Any] = TypeAdapter(work_type)
+    work = adapter.validate_json(sys.stdin.read())
+    sample = measure(*prepare(contender, work), Path(file), count_tensors=mode == "tensors")
+    print(TypeAdapter(Sample).dump_json(sample).decode())
 
 
-def report(run: Callable[[], Tensor], held: Iterable[Tensor], *, account: bool, file: Path) -> None:
-    """In a child: run once, write the output; print seconds, CPU seconds and bytes for the parent.
+def measure(run: Run, held: Iterable[Tensor], file: Path, *, count_tensors: bool) -> Sample:
+    """Run once and save the output.
 
     Args:
         run: one sample.
-        held: weights and inputs, which are no part of what `run` takes.
-        account: count tensors, for which no time is taken, instead of resident memory.
+        held: weights and inputs, which are not counted.
         file: for the output.
+        count_tensors: count tensors, without timing, instead of resident memory.
     """
-    if account:
+    if count_tensors:
         with Ledger() as ledger:
             ledger.enter(held, "held")
-            before, seconds, cpu_seconds = ledger.live["cpu"], 0.0, 0.0
+            before = ledger.live["cpu"]
             output = run()
-        peak = ledger.peak["cpu"] - before
+        sample = Sample(seconds=0.0, cpu_seconds=0.0, peak_bytes=ledger.peak["cpu"] - before)
     else:
         before = reset_peak()
         start, cpu = time.perf_counter(), time.process_time()
         output = run()
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        peak = process_bytes("VmHWM") - before
+        sample = Sample(
+            seconds=time.perf_counter() - start,
+            cpu_seconds=time.process_time() - cpu,
+            peak_bytes=peak_rss_bytes() - before,
+        )
     torch.save(output, file)
-    print(seconds, cpu_seconds, peak)
-
-
-def process_bytes(key: str) -> int:
-    """A size of this process as Linux states it: VmRSS, or VmHWM, the most it has been."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    return sample
 
 
 def reset_peak() -> int:
-    """Begin the process's peak anew; resident bytes now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return process_bytes("VmRSS")
+    """Reset this process's peak of resident memory; return what it holds now, in bytes.
+
+    Raises BadResult where the system cannot.
+    """
+    if not reset_peak_rss():
+        raise BadResult(
+            "the peak of resident memory cannot be reset",
+            got="/proc/self/clear_refs is not writable",
+            do="measure memory on Linux",
+        )
+    return rss_bytes()
+
+
+def figures_of(trials: Mapping[str, Trials]) -> tuple[Figure, ...]:
+    """Return times, process memory and counted tensors of every contender."""
+    figures = []
+    for name, trial in trials.items():
+        seconds, cpu, peaks = (
+            tuple(getattr(sample, field) for sample in trial.samples)
+            for field in ("seconds", "cpu_seconds", "peak_bytes")
+        )
+        figures += [
+            Figure(name=f"{name}/time", unit="s", samples=seconds),
+            Figure(name=f"{name}/CPU time", unit="s", samples=cpu),
+            Figure(name=f"{name}/process memory", unit="B", samples=peaks),
+            Figure(name=f"{name}/tensors", unit="B", samples=(trial.tensor_bytes,), counted=True),
+        ]
+    return tuple(figures)
+
+
+def ratios_of(figures: Iterable[Figure], ours: str, others: Sequence[str]) -> tuple[Ratio, ...]:
+    """Return the ratios of medians, ours against each other contender."""
+    medians = {figure.name: figure.median for figure in figures}
+
+    def quotient(measure: str, above: str, below: str) -> float | None:
+        divisor = medians[f"{below}/{measure}"]  # a small run may need no new pages
+        return medians[f"{above}/{measure}"] / divisor if divisor else None
+
+    return tuple(
+        Ratio(
+            side=ours,
+            against=other,
+            time=quotient("time", other, ours),
+            cpu_time=quotient("CPU time", other, ours),
+            memory=quotient("process memory", ours, other),
+            tensors=quotient("tensors", ours, other),
+        )
+        for other in others
+    )

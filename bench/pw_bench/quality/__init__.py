@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the built-in model's clips show, by plain measurement (docs/quality.md)."""
+"""Quality of the built-in model's clips, by plain measurement (docs/quality.md)."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what was measured: frames of clips beside each other, and bars of the shares."""
+"""Pictures of the measurements: frames of clips side by side, and bars of the shares."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from torch import Tensor
 
-from pw_bench.quality.gate import (
-    DRAFT,
-    PARTS,
-    TRUE,
-    Way,
-    enlarged,
-    highres_of,
-    true_video,
-    ways_to_paint,
-)
-from pw_bench.quality.render import Example, Studio
+from pw_bench.quality.gate import enlarge, highres_of, highres_variants, true_video
+from pw_bench.quality.measure import ATTRIBUTES
+from pw_bench.quality.render import Example, Renderer
+from pw_bench.result_sections import Variant
 from pw_runtime.job.contact_sheet import (
     Filmstrip,
     SheetRow,
@@ -29,39 +22,40 @@ from pw_runtime.job.contact_sheet import (
 )
 from pw_runtime.types import FrameChunk, Preset
 
-THUMBS = 4
-USUAL = "4 steps"
+THUMBNAILS = 4
+STANDARD = "4 steps"
 
 # pixels
 LABEL, BAR, STEP, GAP, WIDTH = 130, 9, 11, 12, 640
 COLOURS = {"colour": "#4269d0", "shape": "#efb118", "motion": "#3ca951"}
 
 
-def write_sheets(studio: Studio, preset: Preset, shown: Sequence[Example], path: Path) -> None:
-    """Two sheets: drafts of captions and their high-res clips; half as many true drafts, beside
-    the truth.
+def write_sheets(
+    renderer: Renderer, preset: Preset, held_out: Sequence[Example], path: Path
+) -> None:
+    """Write two sheets: drafts and high-res clips of captions; true drafts beside the truth.
 
     Args:
-        studio: the networks.
+        renderer: the networks.
         preset: sizes and sampler settings.
-        shown: captions.
+        held_out: captions; the second sheet has the first half of them.
         path: of the first sheet, .png; the second one has "-true" in its name.
     """
-    plan, paint = highres_of(preset), ways_to_paint(studio, preset)[USUAL]
-    made, true = [], []
-    for example in shown:
-        low = studio.draft_of(example, preset)
-        strips = {"draft": studio.frames(low), "high-res": studio.frames(paint(example, low))}
-        made.append(_row(example, strips))
-        seen = studio.latent_of(true_video(example.scene, preset.draft, preset))
+    config, highres = highres_of(preset), highres_variants(renderer, preset)[STANDARD]
+    generated, true = [], []
+    for example in held_out:
+        low = renderer.draft_latent(example, preset)
+        high = renderer.decode(highres(example, low))
+        generated.append(_row(example, {"draft": renderer.decode(low), "high-res": high}))
+        low = renderer.encode(true_video(example.scene, preset.draft, preset))
         strips = {
-            "true draft, enlarged": enlarged(studio.frames(seen), plan),
-            "high-res of the true draft": studio.frames(paint(example, seen)),
-            "true rendering": true_video(example.scene, plan, preset),
+            "true draft, enlarged": enlarge(renderer.decode(low), config),
+            "high-res of the true draft": renderer.decode(highres(example, low)),
+            "true rendering": true_video(example.scene, config, preset),
         }
         true.append(_row(example, strips))
-    write_contact_sheet(made, path)
-    write_contact_sheet(true[: len(true) // 2], path.with_stem(f"{path.stem}-true"))
+    write_contact_sheet(generated, path)
+    write_contact_sheet(true[: (len(true) + 1) // 2], path.with_stem(f"{path.stem}-true"))
 
 
 def _row(example: Example, strips: dict[str, Tensor]) -> SheetRow:
@@ -72,59 +66,52 @@ def _row(example: Example, strips: dict[str, Tensor]) -> SheetRow:
 
 
 def _strip(name: str, video: Tensor) -> Filmstrip:
-    """Of a video [3, F, height, width] in [-1, 1]."""
+    """Return thumbnails of a video [3, F, height, width] in [-1, 1]."""
     pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous()
-    whole = FrameChunk(start=0, pixel_format="rgb24", frames=pixels)
-    thumbs = tuple(make_thumb(whole, frame) for frame in sample_frames(len(pixels), THUMBS))
-    return Filmstrip(name=name, width=video.shape[3], height=video.shape[2], thumbs=thumbs)
+    chunk = FrameChunk(start=0, pixel_format="rgb24", frames=pixels)
+    frames = sample_frames(len(pixels), THUMBNAILS)
+    thumbnails = tuple(make_thumb(chunk, frame) for frame in frames)
+    return Filmstrip(name=name, width=video.shape[3], height=video.shape[2], thumbs=thumbnails)
 
 
-def bars(ways: Sequence[Way]) -> str:
-    """SVG of the shares of every way, a group of bars each; stands by itself."""
-    top, group = 26, len(PARTS) * STEP + GAP
-    height = top + group * len(ways)
-    said = f"{', '.join(PARTS)} as the caption says, share of {len(ways[0].seen)} captions"
+def bars(variants: Sequence[Variant]) -> str:
+    """Return an SVG of the shares of every variant, a group of bars each; a file of its own."""
+    top, group = 26, len(ATTRIBUTES) * STEP + GAP
+    height = top + group * len(variants)
+    names, count = ", ".join(ATTRIBUTES), len(variants[0].seen)
     picture = Element(
         "svg",
         {
             "xmlns": "http://www.w3.org/2000/svg",
             "viewBox": f"0 0 {WIDTH} {height}",
             "role": "img",
-            "aria-label": said,
+            "aria-label": f"{names} as the caption says, share of {count} captions",
             "font-family": "sans-serif",
             "font-size": "11",
         },
     )
     _rect(picture, 0, 0, WIDTH, height, "#ffffff")
-    for place, part in enumerate(PARTS):
-        _rect(picture, LABEL + 90 * place, 8, 9, 9, COLOURS[part])
-        _text(picture, LABEL + 90 * place + 14, 16, part)
-    for number, way in enumerate(ways):
+    for i, attribute in enumerate(ATTRIBUTES):
+        _rect(picture, LABEL + 90 * i, 8, 9, 9, COLOURS[attribute])
+        _text(picture, LABEL + 90 * i + 14, 16, attribute)
+    for number, variant in enumerate(variants):
         y = top + group * number
-        _text(picture, LABEL - 8, y + 20, way.name.removesuffix(" renderings"), anchor="end")
-        for place, part in enumerate(PARTS):
-            share, line = way.adherence[part], y + STEP * place
-            _rect(picture, LABEL, line, (WIDTH - LABEL - 50) * share, BAR, COLOURS[part])
-            _text(picture, LABEL + (WIDTH - LABEL - 50) * share + 5, line + 9, f"{share:.0%}")
+        name = variant.name.removesuffix(" renderings")
+        _text(picture, LABEL - 8, y + 20, name, anchor="end")
+        for i, attribute in enumerate(ATTRIBUTES):
+            share, line = variant.adherence[attribute], y + STEP * i
+            width = (WIDTH - LABEL - 50) * share
+            _rect(picture, LABEL, line, width, BAR, COLOURS[attribute])
+            _text(picture, LABEL + width + 5, line + 9, f"{share:.0%}")
     return tostring(picture, encoding="unicode") + "\n"
 
 
 def _rect(parent: Element, x: float, y: float, width: float, height: float, colour: str) -> None:
-    places = {"x": x, "y": y, "width": width, "height": height}
-    SubElement(parent, "rect", {k: f"{v:g}" for k, v in places.items()} | {"fill": colour})
+    attributes = {"x": x, "y": y, "width": width, "height": height}
+    text = {name: f"{value:g}" for name, value in attributes.items()}
+    SubElement(parent, "rect", text | {"fill": colour})
 
 
 def _text(parent: Element, x: float, y: float, words: str, anchor: str = "start") -> None:
-    where = {"x": f"{x:g}", "y": f"{y:g}", "text-anchor": anchor, "fill": "#222222"}
-    SubElement(parent, "text", where).text = words
-
-
-def table(ways: Sequence[Way]) -> str:
-    """The same shares and the sharpness as a Markdown table; sharpness in parts of the truth's."""
-    true = next(way.sharpness for way in ways if way.name == TRUE)
-    lines = [f"| | {' | '.join(PARTS)} | sharpness |", "| --- |" + " --- |" * (len(PARTS) + 1)]
-    for way in ways:
-        name = f"{DRAFT}, enlarged" if way.name == DRAFT else way.name
-        cells = [f"{way.adherence[part]:.0%}" for part in PARTS]
-        lines.append(f"| {name} | {' | '.join(cells)} | {way.sharpness / true:.2f} |")
-    return "\n".join(lines) + "\n"
+    attributes = {"x": f"{x:g}", "y": f"{y:g}", "text-anchor": anchor, "fill": "#222222"}
+    SubElement(parent, "text", attributes).text = words

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips of held-out scenes, made by the stages of the runtime, for measurement.
+"""Clips of held-out scenes, made by the stages of the runtime.
 
 Videos are [3, F, height, width] in [-1, 1].
 """
@@ -41,110 +41,110 @@ from pw_runtime.types import (
     TilingConfig,
 )
 
-FIRST_HELD_OUT = 10**6  # no training draws numbers from here on
+FIRST_HELD_OUT = 10**6  # training draws smaller numbers only
 SMALLEST_STEP = 2.0  # dt of the high-res network's plain velocity
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A held-out scene and a way to say it."""
+    """A held-out scene and a caption of it."""
 
     scene: Scene
     text: str
-    position: int  # as that of a prompt: it fixes the seeds
+    position: int  # as of a prompt: it determines the seeds
 
 
 def examples(count: int) -> list[Example]:
-    """The first held-out scenes, of combinations that no training clip has."""
-    found: list[Example] = []
+    """Return the first held-out scenes, of combinations that no training clip has."""
+    held_out: list[Example] = []
     number = FIRST_HELD_OUT
-    while len(found) < count:
+    while len(held_out) < count:
         scene = draw_scene(number)
         if scene.held_out:
             text = caption(scene, random.Random(number))
-            found.append(Example(scene, text, len(found) + 1))
+            held_out.append(Example(scene, text, len(held_out) + 1))
         number += 1
-    return found
+    return held_out
 
 
-class NotToldTheStep(SegmentedDiT):
-    """A high-res network that is always given the smallest step size."""
+class FixedStepSize(SegmentedDiT):
+    """A high-res network that always receives the smallest step size."""
 
     def modulation(self, t: Tensor, dt: Tensor | None = None) -> Modulation:
-        """As ever, without dt."""
+        """Do the same as the base class, ignoring dt."""
         return super().modulation(t, None if dt is None else torch.full_like(dt, SMALLEST_STEP))
 
     def control_inputs(self, features: Tensor, t: Tensor, dt: Tensor) -> ControlInputs:
-        """As ever, without dt."""
+        """Do the same as the base class, ignoring dt."""
         return super().control_inputs(features, t, torch.full_like(dt, SMALLEST_STEP))
 
 
 @dataclass(frozen=True, slots=True)
-class Studio:
-    """All networks of a bundle on the CPU, in fp32."""
+class Renderer:
+    """All networks of a bundle on the CPU, in fp32; `no_dt` and `no_adapter` lack that part."""
 
     text: TextNetwork
     draft: SegmentedDiT
     highres: SegmentedDiT
-    no_step: SegmentedDiT
+    no_dt: SegmentedDiT
     no_adapter: SegmentedDiT
     encoder: VaeEncoder
     decoder: VaeDecoder
     text_len: int
 
     def context(self, text: str) -> TextContext:
-        """Contexts of a prompt and of the default negative."""
+        """Encode a prompt and the default negative."""
         cond, uncond = (
-            encode_text(self.text, one, self.text_len, print) for one in (text, OFFICIAL_NEGATIVE)
+            encode_text(self.text, line, self.text_len, print) for line in (text, OFFICIAL_NEGATIVE)
         )
         return TextContext(cond=cond, uncond=uncond)
 
-    def draft_of(self, example: Example, preset: Preset) -> Latent:
-        """The draft latent, from the noise that a run would draw."""
+    def draft_latent(self, example: Example, preset: Preset) -> Latent:
+        """Denoise the draft, from the noise that a run would draw."""
         shape = latent_shape(preset.draft, preset.video)
         noise = draw_noise(shape, seeds_for(0, example.position).draft, torch.device("cpu"))
         context = self.context(example.text)
-        return denoise_draft(self.draft, context, noise, preset.draft, preset.compat, _quiet)
+        return denoise_draft(self.draft, context, noise, preset.draft, preset.compat, _ignore)
 
-    def paint(
+    def highres_latent(
         self, example: Example, low: Latent, preset: Preset, net: SegmentedDiT, steps: int
     ) -> Latent:
-        """The high-res latent of a draft, in some number of steps."""
+        """Denoise the high-res latent of a draft, in some number of steps."""
         assert preset.highres is not None
-        plan = replace(preset.highres, steps=steps)
+        config = replace(preset.highres, steps=steps)
         noise = draw_noise(
-            latent_shape(plan, preset.video),
+            latent_shape(config, preset.video),
             seeds_for(0, example.position).highres,
             torch.device("cpu"),
         )
-        conditioning = resize_draft(low, plan)
-        context, compat = self.context(example.text), preset.compat
-        return denoise_highres(net, context, conditioning, noise, plan, compat, _quiet)
+        context, conditioning = self.context(example.text), resize_draft(low, config)
+        inputs = (context, conditioning, noise, config, preset.compat)
+        return denoise_highres(net, *inputs, _ignore)
 
-    def latent_of(self, video: Tensor) -> Latent:
-        """What the encoder makes of a video."""
+    def encode(self, video: Tensor) -> Latent:
+        """Encode a video."""
         return Latent(x=self.encoder(video))
 
-    def frames(self, latent: Latent) -> Tensor:
-        """The video of a latent, of 8 bits as the runtime writes them."""
+    def decode(self, latent: Latent) -> Tensor:
+        """Decode a latent to video, rounded to 8 bits as the runtime writes it."""
         chunks = decode_frames(self.decoder, latent, TilingConfig(), Compat())
         frames = torch.cat([chunk.frames for chunk in chunks]).float()
         return frames.permute(3, 0, 1, 2) / 127.5 - 1
 
 
-def _quiet(part: float) -> None:
+def _ignore(share: float) -> None:
     pass
 
 
-def open_studio(bundle: Bundle) -> Studio:
-    """Load everything. Raises BadWeights."""
+def load_renderer(bundle: Bundle) -> Renderer:
+    """Load all networks. Raises BadWeights."""
     cpu = torch.device("cpu")
-    return Studio(
+    return Renderer(
         text=load_text_network(bundle, "fp32", cpu),
         draft=_network(bundle, "draft"),
         highres=_network(bundle, "highres"),
-        no_step=_network(bundle, "highres", NotToldTheStep),
-        no_adapter=_network(bundle, "highres", silent=True),
+        no_dt=_network(bundle, "highres", FixedStepSize),
+        no_adapter=_network(bundle, "highres", mute_adapter=True),
         encoder=_encoder(bundle),
         decoder=load_decoder(bundle, cpu),
         text_len=bundle.networks.draft.config.text_len,
@@ -160,14 +160,14 @@ def _encoder(bundle: Bundle) -> VaeEncoder:
 def _network(
     bundle: Bundle,
     stage: StageName,
-    kind: type[SegmentedDiT] = SegmentedDiT,
+    network: type[SegmentedDiT] = SegmentedDiT,
     *,
-    silent: bool = False,
+    mute_adapter: bool = False,
 ) -> SegmentedDiT:
-    """A transformer; a silent one's adapter adds nothing."""
+    """Load a transformer; a muted adapter adds nothing."""
     net = load_dit(bundle, stage, "fp32", torch.device("cpu"))
-    if silent:
+    if mute_adapter:
         for weight in net.spatial_adapter.zero_layers.parameters():
             weight.zero_()
     segments = segments_of(net.config, "fp32", CHUNK)
-    return kind(net, segments, eager_engines(segments))
+    return network(net, segments, eager_engines(segments))

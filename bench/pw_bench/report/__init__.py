@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What results files say: one HTML page, tables for a README, lines for other programs."""
+"""Presentation of results files: one HTML page, tables for a README, JSON lines, the terminal."""
 
 from pw_bench.report.page import write_html
 from pw_bench.report.text import json_lines, markdown

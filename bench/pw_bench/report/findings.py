@@ -1,42 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be said of a result, and what speaks against it: the same for every form of report."""
+"""Statements that a result supports, and what weakens them: the same for every form of report."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from pw_bench.e2e.programs import OURS
+from pw_bench.choices import OURS
 from pw_bench.report.units import percent, quantity, times
-from pw_bench.results import Ceiling, Figure, Ratio, Result
+from pw_bench.result_sections import Ratio
+from pw_bench.results import Ceiling, Figure, Kind, Result
 from pw_runtime.errors import BadRequest
 
 MEMORIES = ("GPU memory", "process memory")
-# Last parts of the names of end-to-end figures.
-MEASURES = ("cold", "warm", *MEMORIES, "energy")
-TITLES = {"kernels": "Kernels", "stages": "Stages", "e2e": "End to end"}
+# Last parts of figure names that are a measure of the program named before them.
+MEASURES = ("cold", "warm", "time", "CPU time", *MEMORIES, "tensors", "energy")
+SPEEDS: Final[Mapping[str, str]] = {
+    "cold": "as fast cold",
+    "warm": "as fast warm",
+    "time": "as fast",
+    "CPU time": "as fast in CPU time",
+}
+TITLES: Final[Mapping[Kind, str]] = {
+    "kernels": "Kernels",
+    "stages": "Stages",
+    "e2e": "End to end",
+    "dit-peers": "Transformer beside diffusers",
+    "vae-peers": "Decoder beside diffusers",
+    "generate-memory": "Memory of whole clips",
+    "decoder-memory": "Memory of the decoder",
+    "quality": "Quality of the built-in model",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headline:
-    """What is said first of a result; without statements the reasons say why there is none."""
+    """First lines about a result; without statements, the reasons why there are none."""
 
     statements: tuple[str, ...]
     reasons: tuple[str, ...]
 
     @property
     def line(self) -> str:
-        """In one line."""
+        """The headline in one line."""
         if self.statements:
             return "; ".join(self.statements)
         return "no headline: " + ("; ".join(self.reasons) or "nothing was measured")
 
 
 def require_content(results: Sequence[Result]) -> None:
-    """Raises BadRequest: no result, a figure without samples, a clip that took no time."""
+    """Raise BadRequest for no results, a figure without samples, a clip that took no time."""
     if not results:
-        raise BadRequest("no results to report", wanted="one file of `pw bench` or more")
+        raise BadRequest("no results to report", wanted="one or more files of `pw bench`")
     for result in results:
         for figure in result.figures:
             if not figure.samples:
@@ -56,22 +73,22 @@ def require_content(results: Sequence[Result]) -> None:
 
 
 def faults(figure: Figure) -> tuple[str, ...]:
-    """Why no headline is made of a figure; empty where nothing is wrong with it."""
-    found = [f"fell back: {one}" for one in figure.fell_back]
+    """Return the reasons why a figure makes no headline; empty where nothing is wrong with it."""
+    reasons = [f"fell back: {fallback}" for fallback in figure.fell_back]
     if not figure.stable:
         low, high = figure.spread
         few = len(figure.samples) < 3
         wide = percent((high - low) / figure.median) if figure.median else "not 0 %"
         why = f"{len(figure.samples)} samples" if few else f"p10 to p90 is {wide} of the median"
-        found.append(f"unstable: {why.replace('1 samples', '1 sample')}")
-    return tuple(found)
+        reasons.append(f"unstable: {why.replace('1 samples', '1 sample')}")
+    return tuple(reasons)
 
 
-def parts(name: str) -> tuple[str, str, str]:
-    """What a figure's name says: (group before, program, measure).
+def split_name(name: str) -> tuple[str, str, str]:
+    """Split a figure's name into (group, program, measure).
 
-    The measure is empty where the last part is none of `MEASURES`: then the last part tells those
-    apart that are compared, as the implementations of an operation.
+    The measure is empty where the last part is none of `MEASURES`: then the last part tells apart
+    what is compared, for instance the implementations of an operation.
     """
     *before, last = name.split("/")
     if last in MEASURES and before:
@@ -79,80 +96,101 @@ def parts(name: str) -> tuple[str, str, str]:
     return "/".join(before), last, ""
 
 
-def figures_of(result: Result, side: str, measure: str) -> list[Figure]:
-    """The figures of a program and a measure, of every group."""
-    return [one for one in result.figures if parts(one.name)[1:] == (side, measure)]
+def figures_of(result: Result, program: str, measure: str) -> list[Figure]:
+    """Return the figures of a program and a measure, in every group."""
+    return [f for f in result.figures if split_name(f.name)[1:] == (program, measure)]
 
 
-def label_of(result: Result, side: str) -> str | None:
-    """How a program's clip differs from what it was compared with, in words."""
-    for one in result.equivalence:
-        if one.side == side:
-            return f"{one.label} against {one.against}"
-    against = [one for one in result.equivalence if one.against == side]
-    return "reference clip" if against else None
+def label_of(result: Result, program: str) -> str | None:
+    """Describe how a program's clip differs from the clip it was compared with."""
+    for same in result.equivalence:
+        if same.side == program:
+            return f"{same.label} against {same.against}"
+    is_reference = any(same.against == program for same in result.equivalence)
+    return "reference clip" if is_reference else None
 
 
 def ratio_label(result: Result, ratio: Ratio) -> str:
-    """How the clips of a ratio's two programs differ, from one another or from a third one's."""
-    both = (ratio.side, ratio.against)
-    direct = [one.label for one in result.equivalence if {one.side, one.against} == {*both}]
+    """Describe how the outputs of a ratio's programs differ, from each other or from a third."""
+    pair = {ratio.side, ratio.against}
+    for difference in result.differences:
+        if {difference.side, difference.against} == pair:
+            return f"differ by at most {difference.max_abs:.2g} ({difference.unit})"
+    direct = [s.label for s in result.equivalence if {s.side, s.against} == pair]
     if direct:
         return direct[0]
-    found = {
-        one.side: f"{one.side} {one.label} against {one.against}" for one in result.equivalence
+    labels = {s.side: f"{s.side} {s.label} against {s.against}" for s in result.equivalence}
+    return ", ".join(
+        labels.get(program, f"{program} not compared") for program in (ratio.side, ratio.against)
+    )
+
+
+def ratio_values(result: Result, ratio: Ratio) -> dict[str, float]:
+    """Return the values of a ratio by measure: speed-ups, then shares of memory."""
+    memory = next((m for m in MEMORIES if figures_of(result, ratio.side, m)), MEMORIES[-1])
+    values = {
+        "cold": ratio.cold,
+        "warm": ratio.warm,
+        "time": ratio.time,
+        "CPU time": ratio.cpu_time,
+        memory: ratio.memory,
+        "tensors": ratio.tensors,
     }
-    return ", ".join(found.get(side, f"{side} not compared") for side in both)
+    return {measure: value for measure, value in values.items() if value is not None}
 
 
-def memory_of(result: Result, ratio: Ratio) -> str:
-    """Which memory a ratio's share is of: the GPU's where it was measured."""
-    return next((one for one in MEMORIES if figures_of(result, ratio.side, one)), MEMORIES[-1])
+def describe_value(measure: str, value: float) -> str:
+    """Return one value of a ratio in words."""
+    if measure in SPEEDS:
+        return f"{times(value)} {SPEEDS[measure]}"
+    return f"{percent(value)} of its {measure}"
 
 
 def ratio_faults(result: Result, ratio: Ratio, measure: str) -> list[str]:
-    """What is wrong with the figures that a ratio is made of."""
-    wrong = []
-    for side in (ratio.side, ratio.against):
-        figures = figures_of(result, side, measure)
-        wrong += [] if figures else [f"there is no figure of {side}, {measure}"]
+    """Return what is wrong with the figures behind a ratio."""
+    reasons = []
+    for program in (ratio.side, ratio.against):
+        figures = figures_of(result, program, measure)
+        reasons += [] if figures else [f"there is no figure of {program}, {measure}"]
         for figure in figures:
-            wrong += [f"{figure.name} {one}" for one in faults(figure)]
-    return wrong
+            reasons += [f"{figure.name} {fault}" for fault in faults(figure)]
+    return reasons
 
 
 def ceilings(result: Result) -> dict[str, Ceiling]:
-    """By name; all but the copy are of arithmetic."""
-    found = result.ceilings
+    """Return the measured ceilings by name; all but the copy are of arithmetic."""
+    measured = result.ceilings
+    if measured is None:
+        return {}
     return {
-        "matrix product": found.gemm,
-        "attention": found.attention,
-        "convolution": found.convolution,
-        "copy": found.copy,
+        "matrix product": measured.gemm,
+        "attention": measured.attention,
+        "convolution": measured.convolution,
+        "copy": measured.copy,
     }
 
 
-def marks(result: Result) -> dict[str, list[str]]:
-    """What a reader must not overlook: a word and what it is said of."""
-    found: dict[str, list[str]] = {}
-    for word, why in _marks(result):
-        found.setdefault(word, []).append(why)
-    return found
+def warnings(result: Result) -> dict[str, list[str]]:
+    """Return what a reader must not overlook: a keyword and the items it applies to."""
+    by_keyword: dict[str, list[str]] = {}
+    for keyword, item in _warnings(result):
+        by_keyword.setdefault(keyword, []).append(item)
+    return by_keyword
 
 
-def _marks(result: Result) -> Iterator[tuple[str, str]]:
+def _warnings(result: Result) -> Iterator[tuple[str, str]]:
     identity = result.identity
     if identity.dirty:
         where = f"files differed from commit {identity.commit}"
         yield "Dirty", f"{where}; these figures belong to no commit"
     for figure in result.figures:
         for fault in faults(figure):
-            word, _, rest = fault.partition(": ")
-            yield word.capitalize(), f"{figure.name}: {rest}"
+            keyword, _, rest = fault.partition(": ")
+            yield keyword.capitalize(), f"{figure.name}: {rest}"
     for name, ceiling in ceilings(result).items():
         for fault in faults(ceiling.figure):
-            word, _, rest = fault.partition(": ")
-            yield word.capitalize(), f"ceiling {name}: {rest}"
+            keyword, _, rest = fault.partition(": ")
+            yield keyword.capitalize(), f"ceiling {name}: {rest}"
     for row in result.kernels:
         where = f"{row.op}, {row.size}, {row.implementation}"
         if row.same_twice is False:
@@ -167,75 +205,71 @@ def _marks(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def headline(result: Result) -> Headline:
-    """Of figures that are stable and ran as asked, and of no others."""
+    """Return statements about figures that are stable and ran as requested, and no others."""
     if not result.figures:
         return Headline(statements=(), reasons=("the result has no figures",))
-    statements, reasons = [], []
-    if result.kind == "e2e":
-        for statement, reason in [_clips(result), *(_ratio(result, one) for one in result.ratios)]:
-            statements += statement
-            reasons += reason
-    else:
-        statements, reasons = _many(result)
+    describe = _clip_statements if result.kind == "e2e" else _summary
+    statements, reasons = describe(result)
+    for ratio in result.ratios:
+        statement, reason = _ratio_statement(result, ratio)
+        statements += statement
+        reasons += reason
     if statements and result.identity.dirty:
         statements.append("measured with uncommitted changes")
     return Headline(statements=tuple(statements), reasons=tuple(reasons))
 
 
-def _clips(result: Result) -> tuple[list[str], list[str]]:
-    """Times, memory and energy of our programs, by group."""
-    named = [parts(one.name) for one in result.figures]
-    ours = list(dict.fromkeys(one[:2] for one in named if one[2] and one[1].startswith(OURS)))
+def _clip_statements(result: Result) -> tuple[list[str], list[str]]:
+    """Return times, memory and energy of our programs, by group."""
+    names = [split_name(figure.name) for figure in result.figures]
+    ours = list(dict.fromkeys(name[:2] for name in names if name[2] and name[1].startswith(OURS)))
     statements, reasons = [], [] if ours else ["there is no figure of ours"]
-    for group, side in ours:
+    for group, program in ours:
         values = []
         for measure in MEASURES:
-            for figure in figures_of(result, side, measure):
-                wrong = faults(figure) if parts(figure.name)[0] == group else None
-                reasons += [f"{figure.name} {one}" for one in wrong or ()]
-                if wrong == ():
+            for figure in figures_of(result, program, measure):
+                if split_name(figure.name)[0] != group:
+                    continue
+                reasons += [f"{figure.name} {fault}" for fault in faults(figure)]
+                if not faults(figure):
                     values.append(f"{quantity(figure.unit, figure.median)} {measure}")
         if values:
-            name = f"{side}, {group}" if group else side
+            name = f"{program}, {group}" if group else program
             statements.append(f"{name}: {', '.join(values)}")
     return statements, reasons
 
 
-def _ratio(result: Result, ratio: Ratio) -> tuple[list[str], list[str]]:
+def _ratio_statement(result: Result, ratio: Ratio) -> tuple[list[str], list[str]]:
     where = f"{ratio.side} against {ratio.against}"
     if ratio.refused is not None:
         return [], [f"no ratio of {where}: {ratio.refused}"]
-    said, reasons = [], []
-    memory = memory_of(result, ratio)
-    values = {"cold": ratio.cold, "warm": ratio.warm, memory: ratio.memory}
-    for measure, value in values.items():
-        if value is None:
-            continue
+    values, reasons = [], []
+    for measure, value in ratio_values(result, ratio).items():
         wrong = ratio_faults(result, ratio, measure)
-        reasons += [f"no {measure} ratio of {where}: {one}" for one in wrong]
+        reasons += [f"no {measure} ratio of {where}: {reason}" for reason in wrong]
         if not wrong:
-            fast = f"{times(value)} as fast {measure}"
-            said.append(f"{percent(value)} of its {memory}" if measure == memory else fast)
-    label = ratio_label(result, ratio)
-    return ([f"{where}: {', '.join(said)} (clips: {label})"] if said else []), reasons
+            values.append(describe_value(measure, value))
+    outputs = "clips" if result.kind == "e2e" else "outputs"
+    label = f"({outputs}: {ratio_label(result, ratio)})"
+    return ([f"{where}: {', '.join(values)} {label}"] if values else []), reasons
 
 
-def _many(result: Result) -> tuple[list[str], list[str]]:
-    """Of kernels and stages no figure is picked: how many count, and their range."""
-    good = [one for one in result.figures if not faults(one)]
-    all_ = len(result.figures)
-    bad = all_ - len(good)
-    reasons = [f"{bad} of {all_} figures are unstable or fell back, as named below"] if bad else []
-    said = [f"{len(good)} of {all_} figures are stable and ran as asked"]
-    shares = [one.of_ceiling for one in good if one.of_ceiling is not None]
-    shaky = [name for name, one in ceilings(result).items() if faults(one.figure)]
+def _summary(result: Result) -> tuple[list[str], list[str]]:
+    """Return how many figures count, and their range: no single figure is picked."""
+    good = [figure for figure in result.figures if not faults(figure)]
+    total = len(result.figures)
+    bad = total - len(good)
+    reasons = [f"{bad} of {total} figures are unstable or fell back, as named below"] if bad else []
+    parts = [f"{len(good)} of {total} figures are stable and ran as requested"]
+    shares = [figure.of_ceiling for figure in good if figure.of_ceiling is not None]
+    shaky = [name for name, ceiling in ceilings(result).items() if faults(ceiling.figure)]
     if shares and shaky:
         reasons.append(f"no shares of ceilings: {', '.join(shaky)} unstable")
     elif shares:
-        middle, ends = percent(statistics.median(shares)), (min(shares), max(shares))
-        ends_text = " to ".join(percent(one) for one in ends)
-        said.append(f"they reach {ends_text} of the measured ceilings, the median {middle}")
+        ends = f"{percent(min(shares))} to {percent(max(shares))}"
+        median = percent(statistics.median(shares))
+        parts.append(f"they reach {ends} of the measured ceilings, the median {median}")
     refused = sum(row.refused is not None for row in result.kernels)
     if refused:
-        said.append(f"{refused} of {len(result.kernels)} implementations refused to run")
-    return ["; ".join(said)] if good else [], reasons
+        parts.append(f"{refused} of {len(result.kernels)} implementations refused to run")
+    return ["; ".join(parts)] if good else [], reasons

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On what and with what a result was measured: every field, also those added later."""
+"""Machine and settings of a result as text: every field, including those added later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pw_bench.report.units import quantity
 from pw_bench.results import Identity
 from pw_runtime.system.machine import Gpu, Package
 
-_WORDS = {
+_LABELS = {
     "os": "system",
     "cpu": "CPU",
     "gpus": "GPUs",
@@ -23,19 +23,19 @@ _UNITS = {"_mhz": "MHz", "_w": "W", "_c": "°C"}
 
 
 def machine_rows(identity: Identity) -> list[tuple[str, str]]:
-    """Name and value of every field, nested ones under their path in words."""
+    """Return label and value of every field."""
     return [row for field, value in _fields(identity) for row in _rows(field, value)]
 
 
 def machine_name(identity: Identity) -> str:
-    """In one line: the GPUs with their driver, or the CPU."""
+    """Return the GPUs with their driver, or the CPU, in one line."""
     machine = identity.machine
     if not machine.gpus:
         return f"{machine.cpu}, {machine.cores} cores"
-    counted = dict.fromkeys(gpu.name for gpu in machine.gpus)
     names = [gpu.name for gpu in machine.gpus]
-    said = ", ".join(f"{names.count(n)} x {n}" if names.count(n) > 1 else n for n in counted)
-    return f"{said}, driver {machine.driver or 'unknown'}, {machine.cpu}"
+    unique = dict.fromkeys(names)
+    gpus = ", ".join(f"{names.count(n)} x {n}" if names.count(n) > 1 else n for n in unique)
+    return f"{gpus}, driver {machine.driver or 'unknown'}, {machine.cpu}"
 
 
 def _fields(noun: Any) -> Iterator[tuple[str, Any]]:
@@ -50,26 +50,26 @@ def _rows(name: str, value: Any) -> Iterator[tuple[str, str]]:
         for field, inner in _fields(value):
             yield from _rows(field, inner)
     elif dataclasses.is_dataclass(value):
-        said = [f"{_words(field)} {_text(field, inner)}" for field, inner in _fields(value)]
-        yield _words(name), ", ".join(said)
+        parts = [f"{_label(field)} {_text(field, inner)}" for field, inner in _fields(value)]
+        yield _label(name), ", ".join(parts)
     else:
-        yield _words(name), _text(name, value)
+        yield _label(name), _text(name, value)
 
 
-def _words(name: str) -> str:
+def _label(name: str) -> str:
     for ending in ("_bytes", *_UNITS):
         name = name.removesuffix(ending)
-    return _WORDS.get(name, name.replace("_", " "))
+    return _LABELS.get(name, name.replace("_", " "))
 
 
 def _text(name: str, value: Any) -> str:
     unit = next((unit for ending, unit in _UNITS.items() if name.endswith(ending)), None)
     if value is None:
-        return "not told"
+        return "unknown"
     if isinstance(value, Mapping):
         return "\n".join(f"{key}: {inner}" for key, inner in value.items()) or "none"
     if isinstance(value, tuple):
-        return ", ".join(_part(one) for one in value) or "none"
+        return ", ".join(_item(item) for item in value) or "none"
     if name.endswith("_bytes"):
         return quantity("B", value)
     if isinstance(value, float):
@@ -77,10 +77,10 @@ def _text(name: str, value: Any) -> str:
     return f"{value} {unit}" if unit else str(value) or "works or is not needed"
 
 
-def _part(one: Any) -> str:
-    if isinstance(one, Package):
-        broken = f" BROKEN: {one.broken}" if one.broken else ""
-        return f"{one.name} {one.version or '(not installed)'}{broken}"
-    if isinstance(one, Gpu):
-        return f"{one.name} ({quantity('B', one.memory_bytes)}, sm {one.capability})"
-    return str(one)
+def _item(item: Any) -> str:
+    if isinstance(item, Package):
+        broken = f" BROKEN: {item.broken}" if item.broken else ""
+        return f"{item.name} {item.version or '(not installed)'}{broken}"
+    if isinstance(item, Gpu):
+        return f"{item.name} ({quantity('B', item.memory_bytes)}, sm {item.capability})"
+    return str(item)

@@ -12,22 +12,23 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pw_bench.report import bars, findings, machine, roofline, tables, waterfall
-from pw_bench.results import Equivalence, Result, to_json
+from pw_bench.result_sections import Equivalence
+from pw_bench.results import Result, to_json
 from pw_runtime.system.atomic_files import write_text
 
-# In JSON these stand in strings alone, where they may be written so: no tag can be closed.
-_ESCAPED = {ord(one): f"\\u{ord(one):04x}" for one in "<>&\u2028\u2029"}
+# In JSON these occur in strings only, where this form is allowed: no tag can be closed.
+_ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """What the page shows of one result."""
+    """Everything that the page shows of one result."""
 
     id: str
     title: str
     result: Result
     headline: findings.Headline
-    marks: dict[str, list[str]]
+    warnings: dict[str, list[str]]
     groups: list[bars.Group]
     folded: bool  # many bars: behind the tables
     legend: str
@@ -37,10 +38,12 @@ class Section:
     peaks: tables.Table | None
     kernels: tables.Table | None
     roofline: roofline.Roofline | None
+    quality: list[tables.Table]
     equivalence: tables.Table | None
     steps: list[tuple[Equivalence, tables.Table]]
+    differences: tables.Table | None
     ratios: tables.Table | None
-    ceilings: tables.Table
+    ceilings: tables.Table | None
     json: Markup
 
 
@@ -54,7 +57,7 @@ def write_html(results: Sequence[Result], path: Path) -> None:
     Raises BadRequest where there is nothing to report, WriteFailed where the disk refuses.
     """
     findings.require_content(results)
-    sections = [_section(one, f"result-{i}") for i, one in enumerate(results, 1)]
+    sections = [_section(result, f"result-{i}") for i, result in enumerate(results, 1)]
     environment = Environment(
         loader=PackageLoader("pw_bench.report", ""),
         autoescape=True,
@@ -67,32 +70,36 @@ def write_html(results: Sequence[Result], path: Path) -> None:
 
 
 def embedded(result: Result) -> Markup:
-    """A result's JSON, as it may stand in a script element."""
+    """Return a result's JSON in the form that a script element may contain."""
     return Markup(json.dumps(json.loads(to_json(result))).translate(_ESCAPED))
 
 
 def _section(result: Result, id_: str) -> Section:
     titles = tables.clip_titles(result)
     groups = bars.groups(result)
-    drawn = [waterfall.drawing(*both) for both in zip(result.clips, titles, strict=True)]
+    quality = result.quality
     return Section(
         id=id_,
         title=findings.TITLES[result.kind],
         result=result,
         headline=findings.headline(result),
-        marks=findings.marks(result),
+        warnings=findings.warnings(result),
         groups=groups,
-        folded=sum(len(one.bars) for one in groups) > bars.MANY and bool(result.kernels),
+        folded=sum(len(group.bars) for group in groups) > bars.FOLD_FROM and bool(result.kernels),
         legend=bars.legend(result.figures),
         machine=machine.machine_rows(result.identity),
         machine_name=machine.machine_name(result.identity),
-        clips=drawn,
+        clips=[waterfall.drawing(*pair) for pair in zip(result.clips, titles, strict=True)],
         peaks=tables.peaks_table(result) if result.clips else None,
         kernels=tables.kernels_table(result) if result.kernels else None,
         roofline=roofline.roofline(result),
+        quality=[]
+        if quality is None
+        else [tables.adherence_table(quality), tables.likeness_table(quality)],
         equivalence=tables.equivalence_table(result) if result.equivalence else None,
-        steps=[(one, tables.steps_table(one)) for one in result.equivalence if one.steps],
+        steps=[(same, tables.steps_table(same)) for same in result.equivalence if same.steps],
+        differences=tables.differences_table(result) if result.differences else None,
         ratios=tables.ratios_table(result) if result.ratios else None,
-        ceilings=tables.ceilings_table(result),
+        ceilings=tables.ceilings_table(result) if result.ceilings else None,
         json=embedded(result),
     )

@@ -16,12 +16,12 @@ _NUMBERED = re.compile(r"(.*\D) \d+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Spans of one name in one place of a thread.
+    """Spans of one name at one position in a thread.
 
     Attributes:
-        thread: they all belong to.
-        path: names of the spans around them, outermost first, then their own; without numbers.
-        spans: one after the other.
+        thread: that all of them belong to.
+        path: names of the enclosing spans, outermost first, then their own; without numbers.
+        spans: in order of time.
     """
 
     thread: str
@@ -30,78 +30,78 @@ class Row:
 
     @property
     def name(self) -> str:
-        """With how many there are."""
+        """Name with the number of spans."""
         many = len(self.spans) > 1 or _NUMBERED.fullmatch(self.spans[0].name)
         return f"{self.path[-1]} × {len(self.spans)}" if many else self.path[-1]
 
     @property
     def level(self) -> int:
-        """How many rows it lies in."""
+        """Number of rows that enclose this one."""
         return len(self.path) - 1
 
     @property
     def seconds(self) -> float:
-        """Of all its spans."""
-        return sum(one.end - one.start for one in self.spans)
+        """Seconds of all spans."""
+        return sum(span.end - span.start for span in self.spans)
 
     @property
     def numbered(self) -> bool:
-        """Whether its spans are steps, counted in their names."""
+        """True for steps, which are counted in their names."""
         return _NUMBERED.fullmatch(self.spans[0].name) is not None
 
 
 def rows(spans: Sequence[Span]) -> list[Row]:
-    """All rows, those of the main thread first, each below the one that it lies in.
+    """Return all rows, those of the main thread first, each below the row that encloses it.
 
-    A span lies in the one before it of its thread that is less deep and not over: a thread that
-    was started inside a span counts its depth from there.
+    A span is enclosed by the last earlier span of its thread that is less deep and not yet over:
+    a thread that was started inside a span counts its depth from there.
     """
-    found: dict[tuple[str, tuple[str, ...]], list[Span]] = {}
+    by_path: dict[tuple[str, tuple[str, ...]], list[Span]] = {}
     open_: dict[str, list[tuple[Span, tuple[str, ...]]]] = {}
-    for one in sorted(spans, key=lambda span: (span.start, span.depth)):
-        stack = open_.setdefault(one.thread, [])
-        while stack and (stack[-1][0].depth >= one.depth or stack[-1][0].end <= one.start):
+    for span in sorted(spans, key=lambda span: (span.start, span.depth)):
+        stack = open_.setdefault(span.thread, [])
+        while stack and (stack[-1][0].depth >= span.depth or stack[-1][0].end <= span.start):
             stack.pop()
-        numbered = _NUMBERED.fullmatch(one.name)
-        path = (*(stack[-1][1] if stack else ()), numbered[1] if numbered else one.name)
-        stack.append((one, path))
-        found.setdefault((one.thread, path), []).append(one)
+        numbered = _NUMBERED.fullmatch(span.name)
+        path = (*(stack[-1][1] if stack else ()), numbered[1] if numbered else span.name)
+        stack.append((span, path))
+        by_path.setdefault((span.thread, path), []).append(span)
 
-    def place(key: tuple[str, tuple[str, ...]]) -> tuple[object, ...]:
+    def position(key: tuple[str, tuple[str, ...]]) -> tuple[object, ...]:
         thread, path = key
-        above = [path[: i + 1] for i in range(len(path))]
-        starts = tuple((found[thread, one][0].start, one[-1]) for one in above)
+        enclosing = [path[: i + 1] for i in range(len(path))]
+        starts = tuple((by_path[thread, p][0].start, p[-1]) for p in enclosing)
         return thread != main_thread(spans), thread, starts
 
     return [
-        Row(thread=thread, path=path, spans=tuple(found[thread, path]))
-        for thread, path in sorted(found, key=place)
+        Row(thread=thread, path=path, spans=tuple(by_path[thread, path]))
+        for thread, path in sorted(by_path, key=position)
     ]
 
 
 def main_thread(spans: Sequence[Span]) -> str:
-    """The thread whose spans the wall time is made of."""
-    if not spans or any(one.thread == MAIN for one in spans):
+    """Return the thread whose spans make up the wall time."""
+    if not spans or any(span.thread == MAIN for span in spans):
         return MAIN
     return min(spans, key=lambda span: span.start).thread
 
 
 def covered(spans: Sequence[Span]) -> list[tuple[float, float]]:
-    """When any of them was going on, as times from and to, apart from one another."""
-    together: list[tuple[float, float]] = []
-    for start, end in sorted((one.start, one.end) for one in spans):
-        if together and start <= together[-1][1]:
-            together[-1] = (together[-1][0], max(end, together[-1][1]))
+    """Return the disjoint intervals in which any of the spans was going on."""
+    intervals: list[tuple[float, float]] = []
+    for start, end in sorted((span.start, span.end) for span in spans):
+        if intervals and start <= intervals[-1][1]:
+            intervals[-1] = (intervals[-1][0], max(end, intervals[-1][1]))
         else:
-            together.append((start, end))
-    return together
+            intervals.append((start, end))
+    return intervals
 
 
 def gaps(spans: Sequence[Span], wall: float) -> list[tuple[float, float]]:
-    """When none of them was going on, between 0 and `wall`."""
-    ends, found = 0.0, []
+    """Return the intervals between 0 and `wall` in which none of the spans was going on."""
+    ends, intervals = 0.0, []
     for start, end in [*covered(spans), (wall, wall)]:
         if start > ends:
-            found.append((ends, min(start, wall)))
+            intervals.append((ends, min(start, wall)))
         ends = max(ends, end)
-    return found
+    return intervals

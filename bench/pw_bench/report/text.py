@@ -8,22 +8,22 @@ import re
 from collections.abc import Iterator, Sequence
 
 from pw_bench.report import tables
-from pw_bench.report.findings import TITLES, faults, headline, marks, require_content
+from pw_bench.report.findings import TITLES, faults, headline, require_content, warnings
 from pw_bench.report.machine import machine_name
 from pw_bench.results import Figure, Result
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Tables of every result, each with what speaks against it.
+    """Return the tables of every result, each with what weakens it.
 
-    Raises BadRequest where nothing can be shown.
+    Raises BadRequest where there is nothing to show.
     """
     require_content(results)
     return "\n".join(line for result in results for line in _section(result))
 
 
 def json_lines(results: Sequence[Result]) -> str:
-    """One line for every figure. Raises BadRequest where nothing can be shown."""
+    """Return one line for every figure. Raises BadRequest where there is nothing to show."""
     require_content(results)
     lines = [_line(result, figure) for result in results for figure in result.figures]
     return "".join(f"{json.dumps(line)}\n" for line in lines)
@@ -38,19 +38,23 @@ def _section(result: Result) -> Iterator[str]:
         yield ""
         yield f"Not in that line: {_plain('; '.join(head.reasons))}."
     yield ""
-    for word, said in marks(result).items():
-        yield f"- **{_plain(word)}**: {_plain('; '.join(said))}"
+    for keyword, items in warnings(result).items():
+        yield f"- **{_plain(keyword)}**: {_plain('; '.join(items))}"
     yield ""
     yield from _table(tables.overview_table(result), header=("on", machine_name(result.identity)))
-    yield from _table(tables.figures_table(result))
+    if result.quality is not None:
+        yield from _table(tables.adherence_table(result.quality))
+        yield from _table(tables.likeness_table(result.quality))
     for table, rows in (
+        (tables.figures_table, result.quality is None),
         (tables.ratios_table, result.ratios),
         (tables.equivalence_table, result.equivalence),
+        (tables.differences_table, result.differences),
         (tables.kernels_table, result.kernels),
+        (tables.ceilings_table, result.ceilings),
     ):
         if rows:
             yield from _table(table(result))
-    yield from _table(tables.ceilings_table(result))
     for skipped in result.skipped:
         yield f"- not measured: {_plain(skipped.part)} ({_plain(skipped.reason)})"
     if result.skipped:
@@ -68,13 +72,13 @@ def _table(table: tables.Table, header: Sequence[str] | None = None) -> Iterator
     yield ""
 
 
-def _cells(words: Iterator[str] | Sequence[str]) -> str:
-    return f"| {' | '.join(_plain(one) for one in words)} |"
+def _cells(cells: Iterator[str] | Sequence[str]) -> str:
+    return f"| {' | '.join(_plain(cell) for cell in cells)} |"
 
 
-def _plain(words: str) -> str:
-    """In one line, and nothing in it that Markdown would take for its own."""
-    return re.sub(r"([\\|<>`*_\[\]])", r"\\\1", " ".join(words.split()))
+def _plain(text: str) -> str:
+    """Join lines and escape what Markdown would interpret."""
+    return re.sub(r"([\\|<>`*_\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def _line(result: Result, figure: Figure) -> dict[str, object]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One clip, drawn: where its time went, the time of each step, memory on the same time axis."""
+"""One clip, drawn: its spans, the time of each step, memory on the same time axis."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pw_bench.report import svg
 from pw_bench.report.spans import SHORT, Row, covered, gaps, main_thread, rows
 from pw_bench.report.tables import Table
 from pw_bench.report.units import Scale, percent, quantity, scale_of, ticks
-from pw_bench.results import Clip
+from pw_bench.result_sections import Clip
 
 BAR, STEPS, MEMORY = 18.0, 56.0, 84.0  # heights in pixels
-POINTS = 400  # of a memory curve: of more, the least and the most of each stretch are drawn
+POINTS = 400  # of a memory curve: with more, minimum and maximum of each stretch are drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """A row of the drawing: words left, plot, words right."""
+    """A row of the drawing: text on the left, plot, text on the right."""
 
     name: str
     level: int = 0
@@ -33,11 +33,11 @@ class Lane:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """A clip's section."""
+    """The section of one clip."""
 
     title: str
     wall: str
-    reconciled: str  # how the main thread and what is unattributed add up to the wall time
+    reconciled: str  # how main thread and unattributed time add up to the wall time
     lanes: tuple[Lane, ...]
     others: tuple[Lane, ...]  # other threads
     memory: tuple[Lane, ...]
@@ -49,14 +49,15 @@ class Drawing:
 
 
 def drawing(clip: Clip, title: str) -> Drawing:
-    """Everything that a clip shows."""
+    """Draw a clip."""
     scale = scale_of("s", [clip.wall, clip.wall / 10])
     all_rows = rows(clip.spans)
     main = main_thread(clip.spans)
-    shown = [one for one in all_rows if one.seconds >= SHORT * clip.wall]
-    lanes = [_lane(one, clip.wall, scale) for one in shown if one.thread == main]
-    others = [_lane(one, clip.wall, scale) for one in shown if one.thread != main]
-    steps = [one for one in all_rows if one.numbered and one.path[-1] == "step"]
+    long = [row for row in all_rows if row.seconds >= SHORT * clip.wall]
+    short = [row for row in all_rows if row not in long]
+    lanes = [_lane(row, clip.wall, scale) for row in long if row.thread == main]
+    others = [_lane(row, clip.wall, scale) for row in long if row.thread != main]
+    steps = [row for row in all_rows if row.numbered and row.path[-1] == "step"]
     marks = ticks(clip.wall / scale.factor)
     return Drawing(
         title=title,
@@ -65,25 +66,25 @@ def drawing(clip: Clip, title: str) -> Drawing:
         lanes=(*lanes, _unattributed(clip, main, scale)),
         others=tuple(others),
         memory=tuple(_memory(clip)),
-        steps=tuple(_steps(one) for one in steps),
-        seconds=tuple((_stage(one), _seconds(one)) for one in steps),
+        steps=tuple(_steps(row) for row in steps),
+        seconds=tuple((_stage(row), _seconds(row)) for row in steps),
         axis=svg.axis(
-            [(one * scale.factor / clip.wall, f"{one:g}") for one in marks],
+            [(mark * scale.factor / clip.wall, f"{mark:g}") for mark in marks],
             f"0 to {scale(clip.wall)}",
         ),
         unit=scale.unit,
-        short=_short([one for one in all_rows if one not in shown], clip.wall),
+        short=_short_spans(short, clip.wall),
     )
 
 
-def _plot_spans(row: Row, wall: float, kind: str) -> Markup:
-    says = f"{row.name}: {quantity('s', row.seconds)}"
-    plot = svg.picture(BAR, says)
+def _plot_spans(row: Row, wall: float, css_class: str) -> Markup:
+    title = f"{row.name}: {quantity('s', row.seconds)}"
+    plot = svg.picture(BAR, title)
     for start, end in covered(row.spans):
-        svg.rect(plot, kind, (start / wall, end / wall), (3, 15), says)
+        svg.rect(plot, css_class, (start / wall, end / wall), (3, 15), title)
     if len(row.spans) > 1:
-        for one in row.spans:
-            svg.line(plot, "cut", (one.start / wall,) * 2, (0, 3))
+        for span in row.spans:
+            svg.line(plot, "cut", (span.start / wall,) * 2, (0, 3))
     return svg.finished(plot)
 
 
@@ -100,7 +101,7 @@ def _lane(row: Row, wall: float, scale: Scale) -> Lane:
 
 
 def _unattributed(clip: Clip, main: str, scale: Scale) -> Lane:
-    own = [one for one in clip.spans if one.thread == main]
+    own = [span for span in clip.spans if span.thread == main]
     value = scale(clip.unattributed)
     plot = svg.picture(BAR, f"in no span: {value}")
     for start, end in gaps(own, clip.wall):
@@ -115,37 +116,38 @@ def _unattributed(clip: Clip, main: str, scale: Scale) -> Lane:
 
 
 def _reconciled(clip: Clip, main: str, scale: Scale) -> str:
-    within = sum(end - start for start, end in covered([s for s in clip.spans if s.thread == main]))
+    own = [span for span in clip.spans if span.thread == main]
+    within = sum(end - start for start, end in covered(own))
     total = within + clip.unattributed
-    said = (
+    text = (
         f"Spans of the main thread {scale(within)} + unattributed {scale(clip.unattributed)} "
         f"= {scale(total)} of {scale(clip.wall)} wall time"
     )
     away = abs(total - clip.wall) / clip.wall
-    said += "." if away <= 0.01 else f": they do not add up, by {percent(away)}."
+    text += "." if away <= 0.01 else f": they do not add up, by {percent(away)}."
     shares = clip.unattributed_shares
     if len(shares) < 2:
-        return said
+        return text
     ends = f"{percent(min(shares))} to {percent(max(shares))}"
-    return f"{said} This is the run of median time; unattributed in all {len(shares)}: {ends}."
+    return f"{text} This is the run of median time; unattributed in all {len(shares)}: {ends}."
 
 
-def _short(short: Sequence[Row], wall: float) -> Table | None:
-    if not short:
+def _short_spans(rows: Sequence[Row], wall: float) -> Table | None:
+    if not rows:
         return None
-    scale = scale_of("s", [one.seconds for one in short])
+    scale = scale_of("s", [row.seconds for row in rows])
     return Table(
         columns=("span", "thread", "times", scale.unit, "of the wall time"),
         numbers=(2, 3, 4),
         rows=tuple(
             (
-                " / ".join(one.path),
-                one.thread,
-                str(len(one.spans)),
-                scale.number(one.seconds),
-                f"{100 * one.seconds / wall:.2f} %",
+                " / ".join(row.path),
+                row.thread,
+                str(len(row.spans)),
+                scale.number(row.seconds),
+                f"{100 * row.seconds / wall:.2f} %",
             )
-            for one in short
+            for row in rows
         ),
     )
 
@@ -155,78 +157,79 @@ def _stage(row: Row) -> str:
 
 
 def _seconds(row: Row) -> str:
-    taken = [one.end - one.start for one in row.spans]
-    scale = scale_of("s", taken)
-    return f"{', '.join(scale.number(one) for one in taken)} {scale.unit}"
+    seconds = [span.end - span.start for span in row.spans]
+    scale = scale_of("s", seconds)
+    return f"{', '.join(scale.number(value) for value in seconds)} {scale.unit}"
 
 
 def _steps(row: Row) -> Lane:
-    """A column for each step of a denoising stage."""
-    taken = [one.end - one.start for one in row.spans]
-    scale, top, count = scale_of("s", taken), max(taken) or 1.0, len(taken)
-    middle = statistics.median(taken)
+    """Draw a column for each step of a denoising stage."""
+    times = [span.end - span.start for span in row.spans]
+    scale, top, count = scale_of("s", times), max(times) or 1.0, len(times)
+    median = statistics.median(times)
     plot = svg.picture(STEPS, f"{_stage(row)}: seconds of each of {count} steps")
-    room = 0.8 if count > 8 else 0.95
-    for i, (one, seconds) in enumerate(zip(row.spans, taken, strict=True)):
+    width = 0.8 if count > 8 else 0.95
+    for i, (span, seconds) in enumerate(zip(row.spans, times, strict=True)):
         y = STEPS - 2 - (STEPS - 6) * seconds / top
-        says = f"{one.name}: {scale(seconds)}"
-        svg.rect(plot, "span level1", (i / count, (i + room) / count), (y, STEPS - 2), says)
-    y = STEPS - 2 - (STEPS - 6) * middle / top
+        title = f"{span.name}: {scale(seconds)}"
+        svg.rect(plot, "span level1", (i / count, (i + width) / count), (y, STEPS - 2), title)
+    y = STEPS - 2 - (STEPS - 6) * median / top
     svg.line(plot, "median", (0, 1), (y, y))
     return Lane(
         name=_stage(row),
         note=f"{count} steps, in order; line: median",
         plot=svg.finished(plot),
-        value=scale(middle),
-        detail=f"{scale.number(min(taken))} to {scale.number(max(taken))}",
+        value=scale(median),
+        detail=f"{scale.number(min(times))} to {scale.number(max(times))}",
     )
 
 
 def _memory(clip: Clip) -> list[Lane]:
-    """Curves of host and GPU; the plan's prediction is dashed where the stage went on."""
-    places = (("host", "resident, of the process", clip.host), ("device", "by NVML", clip.device))
-    found = []
-    for place, what, samples in places:
-        planned = {stage: by[place] for stage, by in clip.predicted.items() if place in by}
+    """Draw memory of host and GPU; the plan's prediction is dashed during its stage."""
+    curves = (("host", "resident, of the process", clip.host), ("device", "by NVML", clip.device))
+    lanes = []
+    for place, source, samples in curves:
         if not samples:
             continue
-        most = max(value for _, value in samples)
-        scale, top = scale_of("B", [most]), 1.08 * max(most, *planned.values(), 1)
-        plot = svg.picture(MEMORY, f"{place} memory over time, at most {scale(most)}")
+        planned = {stage: sizes[place] for stage, sizes in clip.predicted.items() if place in sizes}
+        peak = max(value for _, value in samples)
+        scale, top = scale_of("B", [peak]), 1.08 * max(peak, *planned.values(), 1)
+        plot = svg.picture(MEMORY, f"{place} memory over time, at most {scale(peak)}")
         svg.curve(plot, "curve", _thinned(samples, clip.wall, top), MEMORY)
         for stage, size in planned.items():
             y = MEMORY * (1 - size / top)
-            start, end = _when(clip, stage)
-            says = f"plan: {stage} {scale(size)}"
-            svg.line(plot, "planned", (start / clip.wall, end / clip.wall), (y, y), says)
+            start, end = _interval_of(clip, stage)
+            title = f"plan: {stage} {scale(size)}"
+            svg.line(plot, "planned", (start / clip.wall, end / clip.wall), (y, y), title)
         dashed = ", ".join(f"{stage} {scale(size)}" for stage, size in planned.items())
         svg.line(plot, "grid", (0, 1), (MEMORY, MEMORY))
-        found.append(
+        lanes.append(
             Lane(
                 name=f"{place} memory",
-                note=f"{what}; dashed, as planned: {dashed}" if dashed else what,
+                note=f"{source}; dashed, as planned: {dashed}" if dashed else source,
                 plot=svg.finished(plot),
-                value=scale(most),
+                value=scale(peak),
                 detail="at most",
             )
         )
-    return found
+    return lanes
 
 
-def _when(clip: Clip, stage: str) -> tuple[float, float]:
-    """From the first to the last span of a stage; the whole run where it has none."""
-    named = [one for one in clip.spans if one.name.partition(" ")[0] == stage]
-    if not named:
+def _interval_of(clip: Clip, stage: str) -> tuple[float, float]:
+    """Return the time from first to last span of a stage; the whole run where it has none."""
+    spans = [span for span in clip.spans if span.name.partition(" ")[0] == stage]
+    if not spans:
         return 0.0, clip.wall
-    return min(one.start for one in named), max(one.end for one in named)
+    return min(span.start for span in spans), max(span.end for span in spans)
 
 
 def _thinned(
     samples: Sequence[tuple[float, int]], wall: float, top: float
 ) -> list[tuple[float, float]]:
+    """Keep the minimum and maximum of each stretch, as shares of wall time and height."""
     stretch = max(1, -(-2 * len(samples) // POINTS))
     kept: list[tuple[float, int]] = []
     for i in range(0, len(samples), stretch):
-        part = samples[i : i + stretch]
-        kept += sorted({min(part, key=lambda one: one[1]), max(part, key=lambda one: one[1])})
+        window = samples[i : i + stretch]
+        kept += sorted({min(window, key=lambda s: s[1]), max(window, key=lambda s: s[1])})
     return [(min(1.0, time / wall), size / top) for time, size in kept]

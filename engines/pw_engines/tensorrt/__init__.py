@@ -1,5 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines built by TensorRT: plans for one GPU model and one version of TensorRT."""
+"""The TensorRT backend: plans for one GPU model and one version of TensorRT.
+
+This module builds plans from ONNX models and loads plans; `torch_tensorrt` is the other front end.
+
+    library              the package: versions, messages, description of tensors
+    onnx_rules           what an ONNX model may contain
+    process, request     a build in a process of its own
+    onnx_build, torch_tensorrt_build   the programs of that process
+    engine               running a plan
+    plan_names           names of tensors stored behind a plan
+"""
 
 from __future__ import annotations
 
@@ -13,21 +23,21 @@ import torch
 
 from pw_engines.engine import EngineError
 from pw_engines.spec import EngineSpec
-from pw_engines.tensorrt.build import Request
 from pw_engines.tensorrt.engine import TensorrtEngine
 from pw_engines.tensorrt.library import bindings
 from pw_engines.tensorrt.onnx_rules import check_importable
-from pw_engines.tensorrt.process import PLAN, build_elsewhere
+from pw_engines.tensorrt.process import build_in_process
+from pw_engines.tensorrt.request import PLAN, Request
 
 FILE: Final = PLAN
-# Raise it when tensorrt_build.py makes another plan of the same ONNX model, or the export another
-# model of the same segment: neither is part of a key, as the runtime does not know the exporter.
+# Bump when onnx_build.py makes another plan of the same ONNX model, or the export another model of
+# the same segment: neither is part of a key, as the runtime does not know the exporter.
 RECIPE: Final = "1"
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why TensorRT engines cannot be built or run on `device`, and the remedy; None if they can."""
+    """Return why engines cannot be built or run on `device`, and what to do; None if they can."""
     if device.type != "cuda":
         return f"TensorRT runs on NVIDIA GPUs, got the device {device}: use --device cuda"
     if not torch.cuda.is_available():
@@ -40,9 +50,9 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def tensorrt_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
-    """What a plan depends on. Raises EngineError without a usable TensorRT."""
+    """Describe what a plan depends on. Raises EngineError without a usable TensorRT."""
     properties = torch.cuda.get_device_properties(device)
-    found = {
+    facts = {
         "tensorrt": bindings().__version__,
         "torch": torch.__version__,  # which made the model that TensorRT was given
         "recipe": RECIPE,
@@ -51,17 +61,17 @@ def tensorrt_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
         "machine": f"{platform.system()} {platform.machine()}",
     }
     if driver := _driver():
-        found["driver"] = driver
-    return tuple(sorted(found.items()))
+        facts["driver"] = driver
+    return tuple(sorted(facts.items()))
 
 
 def _driver() -> str | None:
-    """Version of the NVIDIA driver, where the system tells it."""
+    """Read the version of the NVIDIA driver, where the system has it."""
     try:
-        found = re.search(r"\s(\d+\.\d[\d.]*)\s", _DRIVER.read_text())
+        match = re.search(r"\s(\d+\.\d[\d.]*)\s", _DRIVER.read_text())
     except OSError:
         return None
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def build(
@@ -76,35 +86,35 @@ def build(
     """Build the plan `path` of a segment, in a process of its own.
 
     Args:
-        spec: of the segment; what varies in the ONNX model is fixed at its limits.
+        spec: of the segment; named dimensions of the ONNX model are fixed at its limits.
         onnx: the model; its inputs and outputs have the names of the spec.
         path: to write.
         device: to build on and for.
-        timing_cache: a file that makes the next build on this device faster; made if missing.
-        say: takes lines for the user: the estimate first.
+        timing_cache: a file that speeds up the next build on this device; created if missing.
+        say: called with lines for the user, the estimate first.
 
     Raises:
         EngineError: the model cannot be imported, TensorRT refuses it, or the build was killed.
     """
     check_importable(onnx, weights_inside=spec.weights is not None)
 
-    def prepare(folder: Path) -> str:
+    def prepare(folder: Path) -> Request:
         request = Request(
             spec=spec,
-            onnx=folder / "model.onnx",
+            model=folder / "model.onnx",
             plan=folder / PLAN,
             device=device.index,
             timing_cache=timing_cache,
         )
-        request.onnx.write_bytes(onnx)
-        return request.to_json()
+        request.model.write_bytes(onnx)
+        return request
 
-    build_elsewhere(spec, "pw_engines.tensorrt.build", prepare, path, say)
+    build_in_process(spec, "pw_engines.tensorrt.onnx_build", prepare, path, say)
 
 
 def load(spec: EngineSpec, path: Path, device: torch.device) -> TensorrtEngine:
     """Open a plan that the store has verified.
 
-    Raises EngineError where the plan is not one for this TensorRT, this GPU and this spec.
+    Raises EngineError where the plan is not for this TensorRT, this GPU and this spec.
     """
     return TensorrtEngine(spec, path, device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an ONNX model may contain so that TensorRT's parser takes it.
+"""Check that TensorRT's parser will take an ONNX model.
 
-The table is of the operators that our segments may need, a part of the parser's own table of
-TensorRT 10.15 (onnx-tensorrt, docs/operators.md): a fault is found in a second, here, and not
+The table lists the operators that our segments may need, a subset of the parser's own table of
+TensorRT 10.15 (onnx-tensorrt, docs/operators.md): a problem is found here in a second, and not
 after minutes on a machine with a GPU.
 """
 
@@ -17,7 +17,7 @@ from pw_engines.engine import EngineError
 
 OPSETS: Final = range(9, 25)
 NEWEST_IR: Final = 12  # of ONNX 1.19, the release of opset 24
-LARGEST_CONSTANT: Final = 64 << 10  # bytes; more is a weight that should have been an input
+LARGEST_CONSTANT: Final = 64 << 10  # bytes; anything larger should have been an input
 
 _FLOATS: Final = frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
 _NUMBERS: Final = _FLOATS | {"INT32", "INT64"}
@@ -35,11 +35,11 @@ _OPERATORS: Final[Mapping[frozenset[str], str]] = MappingProxyType(
 ALLOWED: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {name: types for types, names in _OPERATORS.items() for name in names.split()}
 )
-# The input, by position, that is a mask, positions or sizes and has a type of its own.
+# Position of the input that is a mask, positions or sizes, and has a type of its own.
 _NO_DATA: Final[Mapping[str, int]] = MappingProxyType(
     {"Attention": 3, "Resize": 3, "RotaryEmbedding": 3}
 )
-# Inputs, by position, that must be known when the plan is built.
+# Position of the input that must be known when the plan is built.
 _CONSTANT: Final[Mapping[str, int]] = MappingProxyType(
     {
         **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum"), 1),
@@ -54,32 +54,32 @@ def check_importable(model: bytes, *, weights_inside: bool = False) -> None:
 
     Args:
         model: serialised, with all its data.
-        weights_inside: weights are constants of the model; else a constant of more than
-            LARGEST_CONSTANT bytes is a fault.
+        weights_inside: weights are constants of the model; otherwise a constant of more than
+            LARGEST_CONSTANT bytes is an error.
 
     Raises:
-        EngineError: the model is damaged or wrong, or not for TensorRT: one line per fault,
-            naming the node. Also where the package onnx is missing.
+        EngineError: the model is damaged or invalid, or not for TensorRT, with one line per
+            problem naming the node; or the package onnx is missing.
     """
     onnx = _onnx()
     try:
         parsed = onnx.load_model_from_string(model)
         onnx.checker.check_model(parsed, full_check=True)
         inferred = onnx.shape_inference.infer_shapes(parsed, check_type=True, strict_mode=True)
-    except Exception as error:  # protobuf and onnx raise types of their own
+    except Exception as error:  # protobuf and onnx raise their own types
         raise EngineError(f"the ONNX model is not valid: {error}") from error
-    faults = [*_model_faults(parsed), *_node_faults(onnx, inferred.graph)]
+    problems = [*_model_problems(parsed), *_node_problems(onnx, inferred.graph)]
     if not weights_inside:
-        faults += _constant_faults(onnx, parsed.graph)
-    if faults:
-        raise EngineError("\n  ".join(["TensorRT cannot import the ONNX model:", *faults]))
+        problems += _constant_problems(onnx, parsed.graph)
+    if problems:
+        raise EngineError("\n  ".join(["TensorRT cannot import the ONNX model:", *problems]))
 
 
 def _onnx() -> Any:
     try:
         onnx: Any = importlib.import_module("onnx")
-        for part in ("checker", "shape_inference", "numpy_helper"):
-            importlib.import_module(f"onnx.{part}")
+        for module in ("checker", "shape_inference", "numpy_helper"):
+            importlib.import_module(f"onnx.{module}")
     except ImportError as error:
         raise EngineError(
             f'the package onnx is needed ({error}): pip install "pixelwizard-runtime[tensorrt]"'
@@ -87,77 +87,77 @@ def _onnx() -> Any:
     return onnx
 
 
-def _model_faults(model: Any) -> Iterator[str]:
+def _model_problems(model: Any) -> Iterator[str]:
     if model.ir_version > NEWEST_IR:
-        yield f"IR version {model.ir_version}, wanted at most {NEWEST_IR}: export opset 20"
+        yield f"IR version {model.ir_version}, expected at most {NEWEST_IR}: export opset 20"
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version not in OPSETS:
-            wanted = f"{OPSETS.start} to {OPSETS.stop - 1}"
-            yield f"opset {opset.version}, wanted {wanted}: export opset 20"
+            supported = f"{OPSETS.start} to {OPSETS.stop - 1}"
+            yield f"opset {opset.version}, expected {supported}: export opset 20"
     for function in model.functions:
-        yield f"function {function.domain}.{function.name}: wanted operators only"
+        yield f"function {function.domain}.{function.name}: expected operators only"
 
 
-def _constant_faults(onnx: Any, graph: Any) -> Iterator[str]:
-    """Constants too large to be anything but weights."""
-    found = [(one.name, one) for one in graph.initializer]
-    found += [
+def _constant_problems(onnx: Any, graph: Any) -> Iterator[str]:
+    """Find constants too large to be anything but weights."""
+    constants = [(initializer.name, initializer) for initializer in graph.initializer]
+    constants += [
         (node.output[0], attribute.t)
         for node in graph.node
         if node.op_type == "Constant"
         for attribute in node.attribute
         if attribute.name == "value"
     ]
-    for name, tensor in found:
-        size = onnx.numpy_helper.to_array(tensor).nbytes
+    for name, tensor_proto in constants:
+        size = onnx.numpy_helper.to_array(tensor_proto).nbytes
         if size > LARGEST_CONSTANT:
             yield (
-                f"constant {name} of {size} bytes, wanted at most {LARGEST_CONSTANT}: "
+                f"constant {name} of {size} bytes, expected at most {LARGEST_CONSTANT}: "
                 "make weights inputs of the segment"
             )
 
 
-def _node_faults(onnx: Any, graph: Any) -> Iterator[str]:
+def _node_problems(onnx: Any, graph: Any) -> Iterator[str]:
     values = [*graph.input, *graph.output, *graph.value_info]
-    types = {one.name: one.type.tensor_type.elem_type for one in values}
-    types |= {one.name: one.data_type for one in graph.initializer}
-    names = {name: onnx.TensorProto.DataType.Name(kind) for name, kind in types.items()}
-    ranks = {one.name: len(one.type.tensor_type.shape.dim) for one in values}
-    ranks |= {one.name: len(one.dims) for one in graph.initializer}
-    constants = {one.name for one in graph.initializer}
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {initializer.name: initializer.data_type for initializer in graph.initializer}
+    names = {name: onnx.TensorProto.DataType.Name(number) for name, number in types.items()}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+    ranks |= {initializer.name: len(initializer.dims) for initializer in graph.initializer}
+    constants = {initializer.name for initializer in graph.initializer}
     constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     for node in graph.node:
         where = f"node {node.name or node.output[0]} ({node.op_type})"
-        for fault in (
-            *_type_faults(node, names),
-            *_input_faults(node, ranks, constants),
-            *_attribute_faults(onnx, node),
+        for problem in (
+            *_type_problems(node, names),
+            *_input_problems(node, ranks, constants),
+            *_attribute_problems(onnx, node),
         ):
-            yield f"{where}: {fault}"
+            yield f"{where}: {problem}"
 
 
-def _type_faults(node: Any, names: Mapping[str, str]) -> Iterator[str]:
-    """Operators and types that are not in the table."""
+def _type_problems(node: Any, names: Mapping[str, str]) -> Iterator[str]:
+    """Find operators and types that are not in the table."""
     if node.domain not in ("", "ai.onnx"):
-        yield f"domain {node.domain}, wanted the standard one"
+        yield f"domain {node.domain}, expected the standard one"
         return
     if node.op_type not in ALLOWED:
-        yield "no operator of the table"
+        yield "operator not in the table"
         return
     allowed = ALLOWED[node.op_type]
-    # Further inputs of operators on any type are axes, sizes and conditions, which have their own.
+    # Other inputs of operators on any type are axes, sizes and conditions, with types of their own.
     inputs = list(node.input) if allowed == _FLOATS else node.input[:1]
     for name in (*inputs[: _NO_DATA.get(node.op_type)], *node.output):
-        kind = names.get(name)
-        if kind is not None and kind not in allowed:
-            yield f"{name} is {kind}, wanted {', '.join(sorted(allowed))}"
+        dtype = names.get(name)
+        if dtype is not None and dtype not in allowed:
+            yield f"{name} is {dtype}, expected {', '.join(sorted(allowed))}"
 
 
-def _input_faults(node: Any, ranks: Mapping[str, int], constants: set[str]) -> Iterator[str]:
-    """Inputs of a rank, a kind or a number that the parser does not take."""
-    place = _CONSTANT.get(node.op_type, len(node.input))
-    if place < len(node.input) and node.input[place] and node.input[place] not in constants:
-        yield f"input {node.input[place]} is computed, wanted a constant"
+def _input_problems(node: Any, ranks: Mapping[str, int], constants: set[str]) -> Iterator[str]:
+    """Find inputs that the parser does not take, by rank, number, or being computed."""
+    index = _CONSTANT.get(node.op_type, len(node.input))
+    if index < len(node.input) and node.input[index] and node.input[index] not in constants:
+        yield f"input {node.input[index]} is computed, expected a constant"
     if node.op_type == "LayerNormalization" and any(node.output[1:]):
         yield "more than its first output is used"
     if node.op_type == "Attention":
@@ -165,18 +165,18 @@ def _input_faults(node: Any, ranks: Mapping[str, int], constants: set[str]) -> I
             yield "a cache, or more than its first output, is used"
         for name in filter(None, node.input[:4]):
             if ranks.get(name, 4) != 4:
-                yield f"input {name} has rank {ranks[name]}, wanted 4"
+                yield f"input {name} has rank {ranks[name]}, expected 4"
 
 
-def _attribute_faults(onnx: Any, node: Any) -> Iterator[str]:
-    given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+def _attribute_problems(onnx: Any, node: Any) -> Iterator[str]:
+    values = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
     if node.op_type == "Attention":
         for name in ("softcap", "qk_matmul_output_mode"):
-            if name in given:  # the exporter of PyTorch writes their defaults
+            if name in values:  # PyTorch's exporter writes their defaults
                 yield f"attribute {name}: delete it, even with its default value"
     if node.op_type == "Gemm":
         for name in ("alpha", "beta"):
-            if given.get(name, 1.0) != 1.0:
-                yield f"attribute {name} of {given[name]}, wanted 1: it becomes an fp32 constant"
-    if node.op_type == "Resize" and (given.get("antialias") or given.get("mode") == b"cubic"):
+            if values.get(name, 1.0) != 1.0:
+                yield f"attribute {name} of {values[name]}, expected 1: it becomes an fp32 constant"
+    if node.op_type == "Resize" and (values.get("antialias") or values.get("mode") == b"cubic"):
         yield "antialiasing and cubic interpolation are not supported"

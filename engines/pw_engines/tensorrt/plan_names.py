@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a plan's tensors at the end of its file, where they are not those of the spec.
+"""Store the names of a plan's tensors behind it in its file, where they are not those of the spec.
 
-    plan | names as JSON | length of that in 8 bytes | MARK
+    plan | names as JSON | their length in 8 bytes | MARK
 
 TensorRT is given the plan alone; the store's digest covers both.
 """
@@ -18,16 +18,16 @@ _LENGTH: Final = 8  # bytes of the length, least significant first
 
 
 def append_names(path: Path, names: Sequence[str]) -> None:
-    """Add the names of a plan's inputs and outputs, in the order of the spec, to its file."""
+    """Append the names of a plan's inputs and outputs, in the order of the spec, to its file."""
     text = json.dumps(list(names)).encode()
     with path.open("ab") as file:
         file.write(text + len(text).to_bytes(_LENGTH, "little") + MARK)
 
 
 def split_plan(data: bytes) -> tuple[bytes | memoryview, list[str] | None]:
-    """The plan itself, and the names that were appended to it; None where none were.
+    """Return the plan and the names appended to it; None where none were.
 
-    The store has verified the file: what bears the mark was written by `append_names`.
+    The store has verified the file: a mark was written by `append_names`.
     """
     if not data.endswith(MARK):
         return data, None

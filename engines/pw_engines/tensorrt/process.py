@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TensorRT build in a process of its own: its estimate, its end, and what it said."""
+"""Run a TensorRT build in a process of its own: the estimate, the end, and what it reported.
+
+A builder takes gigabytes, and a system that runs out of memory kills it: the caller survives and
+reports it.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +20,14 @@ from typing import Final
 
 from pw_engines.engine import EngineError
 from pw_engines.spec import DTYPES, EngineSpec
-from pw_engines.tensorrt.build import REFUSED
+from pw_engines.tensorrt.request import LOG, PLAN, REFUSED, Request
 
-PLAN: Final = "engine.plan"  # in the folder of a build
-HEARD: Final = "heard.txt"  # likewise: what a builder's libraries said, where it keeps that
 GIB: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What a build will take. Guesses from the sizes of the tensors: nothing is measured."""
+    """Estimated resources of a build, guessed from the sizes of the tensors."""
 
     seconds: float
     host_bytes: float
@@ -46,21 +48,21 @@ def forecast(spec: EngineSpec, model_bytes: int) -> Forecast:
     2 TB/s.
     """
     sizes = dict(spec.limits)
-    each = [
-        math.prod(one.sized(sizes)) * DTYPES[one.dtype].itemsize
-        for one in (*spec.inputs, *spec.outputs)
+    tensor_bytes = [
+        math.prod(tensor_spec.sized(sizes)) * DTYPES[tensor_spec.dtype].itemsize
+        for tensor_spec in (*spec.inputs, *spec.outputs)
     ]
     return Forecast(
-        seconds=60 + 20_000 * sum(each) / 2e12,
+        seconds=60 + 20_000 * sum(tensor_bytes) / 2e12,
         host_bytes=4 * GIB + 3 * model_bytes,
-        gpu_bytes=GIB + sum(each) + 8 * max(each) + model_bytes,
+        gpu_bytes=GIB + sum(tensor_bytes) + 8 * max(tensor_bytes) + model_bytes,
     )
 
 
-def build_elsewhere(
+def build_in_process(
     spec: EngineSpec,
     module: str,
-    prepare: Callable[[Path], str],
+    prepare: Callable[[Path], Request],
     path: Path,
     say: Callable[[str], None],
 ) -> None:
@@ -68,11 +70,11 @@ def build_elsewhere(
 
     Args:
         spec: of the segment.
-        module: of the builder: it writes the file PLAN of its folder, and ends with REFUSED where
-            standard error is why it cannot.
-        prepare: puts the model into the folder and gives the text of the request.
+        module: the builder: it writes the file PLAN of its folder, and exits with REFUSED and the
+            reason on standard error where it cannot.
+        prepare: writes the model into the folder and returns the request.
         path: to write.
-        say: takes lines for the user: the estimate first.
+        say: called with lines for the user, the estimate first.
 
     Raises:
         EngineError: the builder refused, or was killed.
@@ -81,12 +83,12 @@ def build_elsewhere(
     with tempfile.TemporaryDirectory(prefix=".tensorrt-", dir=path.parent) as name:
         folder = Path(name)
         request = prepare(folder)
-        expected = forecast(spec, sum(one.stat().st_size for one in folder.iterdir()))
-        say(f"building {spec.segment} with TensorRT: {expected}")
-        (folder / "request.json").write_text(request)
+        estimate = forecast(spec, request.model.stat().st_size)
+        say(f"building {spec.segment} with TensorRT: {estimate}")
+        (folder / "request.json").write_text(request.to_json())
         code, peak = _run_builder(module, folder)
         if code != 0:
-            raise EngineError(_reason(spec.segment, code, peak, expected, folder))
+            raise EngineError(_reason(spec.segment, code, peak, estimate, folder))
         for line in (folder / "stdout").read_text().splitlines():
             say(line)
         size = (folder / PLAN).stat().st_size
@@ -98,7 +100,7 @@ def build_elsewhere(
 
 
 def _run_builder(module: str, folder: Path) -> tuple[int, int]:
-    """Run the build process; give its exit code (negative: a signal) and peak memory in bytes."""
+    """Run the build process; return its exit code (negative: a signal) and peak memory in bytes."""
     # why the path: the child must find what this process found, installed or not
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = (sys.executable, "-m", module, str(folder / "request.json"))
@@ -114,17 +116,17 @@ def _run_builder(module: str, folder: Path) -> tuple[int, int]:
     return process.returncode, usage.ru_maxrss * 1024
 
 
-def _reason(segment: str, code: int, peak: int, expected: Forecast, folder: Path) -> str:
-    """Why a build process failed, and what to do."""
-    files = (folder / HEARD, folder / "stderr")
-    said = "\n".join(one.read_text(errors="replace").strip() for one in files if one.exists())
+def _reason(segment: str, code: int, peak: int, estimate: Forecast, folder: Path) -> str:
+    """Say why a build process failed, and what to do."""
     if code == REFUSED:
         return (folder / "stderr").read_text(errors="replace").strip()
     if code == -9:
         return (
             f"the build of {segment} was killed (signal 9), as a system does that runs out of "
-            f"memory\n  got to: {peak / GIB:.1f} GiB\n  expected: {expected}\n"
-            "  do this: end other programs, or allow this one more memory, and build again"
+            f"memory\n  got to: {peak / GIB:.1f} GiB\n  expected: {estimate}\n"
+            "  do this: close other programs, or allow this one more memory, and build again"
         )
-    ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"the build process of {segment} {ended}: {said[-2000:].strip() or 'it said nothing'}"
+    files = (folder / LOG, folder / "stderr")
+    output = "\n".join(x.read_text(errors="replace").strip() for x in files if x.exists())
+    end = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"the build process of {segment} {end}: {output[-2000:].strip() or 'no output'}"

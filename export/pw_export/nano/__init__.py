@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small built-in model, in the official layout: made-up weights for tests, trained ones."""
+"""The small built-in model in the official layout, with random weights for tests or trained."""
 
 from pw_export.nano.random_weights import (
     NANO_DIT,

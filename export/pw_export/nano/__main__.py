@@ -16,12 +16,10 @@ from pw_export.nano.weights import TRAINED, write_trained_checkpoint
 def main() -> None:
     """Run `python -m pw_export.nano`."""
     parser = argparse.ArgumentParser(description="Write the small demo checkpoint.")
-    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="folder that must not exist yet")
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--weights", type=Path, default=TRAINED, help="folder of trained ones, not the package's"
-    )
-    weights.add_argument("--seed", type=int, help="made-up ones instead, by this seed")
+    weights.add_argument("--weights", type=Path, default=TRAINED, help="folder of trained weights")
+    weights.add_argument("--seed", type=int, help="random weights with this seed instead")
     arguments = parser.parse_args()
     if arguments.seed is None:
         write_trained_checkpoint(arguments.out, arguments.weights)

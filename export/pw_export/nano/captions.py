@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions of scenes: a small grammar with synonyms, and its words as a tokenizer."""
+"""Captions of scenes: a small grammar with synonyms, and a tokenizer of its words."""
 
 from __future__ import annotations
 
@@ -49,27 +49,27 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 
 def caption(scene: Scene, draw: random.Random) -> str:
-    """One of many ways to say what a scene shows."""
+    """Describe a scene in one of many ways."""
     words = {
         part: draw.choice(WORDS[getattr(scene, part)])
         for part in ("colour", "shape", "size", "motion", "background", "camera")
     }
-    thing = f"a {words['size']} {words['colour']} {words['shape']} {words['motion']}"
-    place = words["background"]
-    text = f"{place}, {thing}" if draw.random() < 0.25 else f"{thing} {place}"
+    subject = f"a {words['size']} {words['colour']} {words['shape']} {words['motion']}"
+    background = words["background"]
+    text = f"{background}, {subject}" if draw.random() < 0.25 else f"{subject} {background}"
     return f"{text}, {words['camera']}" if words["camera"] else text
 
 
 def vocabulary() -> list[str]:
-    """Every word of the grammar and of the default negative prompt, in alphabetical order."""
-    said = " ".join(way for ways in WORDS.values() for way in ways)
-    return sorted({"a", *re.findall("[a-z]+", f"{said} {OFFICIAL_NEGATIVE.lower()}")})
+    """List every word of the grammar and of the default negative prompt, alphabetically."""
+    phrases = " ".join(phrase for synonyms in WORDS.values() for phrase in synonyms)
+    return sorted({"a", *re.findall("[a-z]+", f"{phrases} {OFFICIAL_NEGATIVE.lower()}")})
 
 
 def make_tokenizer() -> Tokenizer:
-    """One token per word, <unk> for a word that no caption has; every text ends with </s>.
+    """Make a tokenizer with a token per word and <unk> for other words; texts end with </s>.
 
-    What is no Latin letter separates words and is otherwise passed over.
+    Characters other than Latin letters separate words and are otherwise ignored.
     """
     vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))

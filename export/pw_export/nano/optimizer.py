@@ -13,10 +13,10 @@ INNER = re.compile(r"(^|\.)blocks\.|\.residual\.|\.resample\.")
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are made orthogonal (Jordan et al. 2024).
+    """Momentum with orthogonalised updates (Jordan et al. 2024).
 
-    Why not torch.optim.Muon: it multiplies in bf16, which most CPUs do ten times slower than fp32,
-    and matrix by matrix; here all matrices of one shape are one product.
+    Unlike torch.optim.Muon it does not multiply in bf16, ten times slower than fp32 on most CPUs,
+    and multiplies all matrices of one shape in a single batch.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
@@ -24,9 +24,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Update every weight that has a gradient; updates have an rms of 0.2 lr, as AdamW's.
+        """Update every weight that has a gradient, with an rms of 0.2 lr, like AdamW.
 
-        A kernel [C', C, ...] counts as the matrix [C', C ...] that it is to each position.
+        A kernel [C', C, ...] is treated as the matrix [C', C ...] that it applies at each position.
         """
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """[n, rows, columns] -> the same with singular values near 1, by five Newton-Schulz steps."""
+    """Bring singular values of [n, rows, columns] near 1, by five Newton-Schulz steps."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
@@ -63,7 +63,7 @@ def orthogonal(x: Tensor) -> Tensor:
 def make_optimizers(
     modules: nn.Module, matrix_lr: float, other_lr: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of INNER layers, AdamW for the rest."""
+    """Use Muon for the weights of INNER layers and AdamW for the rest."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, weight in modules.named_parameters():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Made-up weights of the small model: for tests.
+"""Random weights of the small model, for tests.
 
-It draws soft drifting colours instead of what the prompt asks for, by construction:
+By construction the model draws soft drifting colours, whatever the prompt:
 
-* patch embedding and head are each other's inverse, and between them the first block's attention
-  takes more than a neighbourhood's mean away: rough noise decays while smooth noise grows;
+* patch embedding and head are inverses of each other, and in between the attention of the first
+  block subtracts more than the mean of a neighbourhood: rough noise decays, smooth noise grows;
 * every VAE convolution smooths in space, and mixes channels at random or not at all.
 """
 
@@ -32,7 +32,7 @@ from pw_runtime.types import PATCH, DitConfig, TextEncoderConfig, VaeConfig
 
 Shape = tuple[int, ...]
 
-_CONSTANT = 4.0  # rms of the constant part of a token; a patch of noise has 1
+_CONSTANT = 4.0  # rms of the constant part of a token; that of a patch of noise is 1
 NANO_DIT = DitConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=4, text_dim=64)
 NANO_HIGHRES = replace(NANO_DIT, has_dt=True, adapter_dim=64, control_blocks=(1,))
 NANO_VAE = VaeConfig(
@@ -68,7 +68,7 @@ def write_nano_checkpoint(
 
     The same arguments give the same bytes. All tensors are fp32.
 
-    Raises BadRequest when `out` exists, WriteFailed when the disk refuses.
+    Raises BadRequest when `out` exists, WriteFailed when the disk is full or fails.
     """
     write_checkpoint(
         out,
@@ -92,14 +92,14 @@ def _dit(config: DitConfig, generator: torch.Generator) -> Tensors:
     tensors = {name: _plain(name, shape, generator, _dit_gain) for name, shape in shapes.items()}
     inputs = config.in_dim * PATCH**2
     basis = torch.randn(max(config.dim, inputs + 2), inputs + 2, generator=generator)
-    basis[:, 0] = 1.0  # what LayerNorm removes; the rest of the basis is orthogonal to it
+    basis[:, 0] = 1.0  # removed by LayerNorm; the rest of the basis is orthogonal to it
     basis = torch.linalg.qr(basis)[0][: config.dim]
-    # why: a large constant in every token makes LayerNorm a division by that constant
+    # A large constant in every token makes LayerNorm a division by that constant.
     constant, patch = _CONSTANT * math.sqrt(config.dim) * basis[:, 1], basis[:, 2:]
     unit = math.sqrt(config.dim / inputs)
     tensors["patch_embedding.bias"] = constant
     tensors["patch_embedding.weight"] = patch.reshape(shapes["patch_embedding.weight"]) * unit
-    # why: a patch runs channel by channel on its way in, cell by cell on its way out
+    # Channels run slowest in a patch on the way in and fastest on the way out.
     head = patch.T.reshape(config.in_dim, PATCH**2, config.dim).transpose(0, 1)
     head = head.reshape(inputs, config.dim)[: config.out_dim * PATCH**2]
     tensors["head.head.weight"] = head * (1.5 * _CONSTANT / unit)
@@ -107,7 +107,7 @@ def _dit(config: DitConfig, generator: torch.Generator) -> Tensors:
         if name.startswith("blocks.") and name.endswith(".modulation"):
             tensors[name][:, [2, 5]] = 1.0  # the gates
         if name.endswith("cross_attn.q.weight"):
-            tensors[name].zero_()  # guidance amplifies whatever the text does to the noise
+            tensors[name].zero_()  # guidance would amplify the effect of the text on the noise
     attention = "blocks.0.self_attn."
     tensors[f"{attention}v.weight"] = torch.eye(config.dim)
     mean = patch.reshape(config.dim, config.in_dim, PATCH**2).sum(-1)  # over the cells of a patch
@@ -120,12 +120,12 @@ def _dit(config: DitConfig, generator: torch.Generator) -> Tensors:
 
 
 def _window(config: DitConfig) -> torch.Tensor:
-    """The query and key that, equal in all tokens, make each attend to a few tokens around it."""
+    """Return the query and key which, equal in all tokens, make each attend to its neighbours."""
     pairs = config.head_dim // 2
     side = pairs // 3
     along_time = pairs - 2 * side
     bias = torch.zeros(config.num_heads, pairs, 2)
-    # why: high frequencies of the rotary embedding make a narrow window, lower ones a wide one
+    # High frequencies of the rotary embedding make a narrow window, low ones a wide one.
     for start in (1, along_time, along_time + side):
         bias[:, start : start + 3, 0] = 1.0
     return bias.flatten()
@@ -154,7 +154,7 @@ def _text_encoder(config: TextEncoderConfig, generator: torch.Generator) -> Tens
 
 
 def _text_gain(name: str) -> float:
-    # why: nothing scales the scores of T5's attention down
+    # T5 does not scale the scores of its attention down.
     return 0.3 if ".attn.q." in name or ".attn.k." in name else 1.0
 
 
@@ -164,7 +164,7 @@ def _vae(config: VaeConfig, generator: torch.Generator) -> Tensors:
         tensors[name] = _plain(name, shape, generator, lambda _: 1.0)
         if len(shape) > 2 and name.endswith(".weight"):
             mix = torch.randn(shape[:2], generator=generator) / math.sqrt(shape[1])
-            mix -= mix.mean(1, keepdim=True)  # SiLU makes all channels positive on average
+            mix -= mix.mean(1, keepdim=True)  # SiLU makes channels positive on average
             if "resample" in name or "time_conv" in name:
                 mix = torch.eye(shape[1]).repeat(shape[0] // shape[1], 1)
             elif "residual.6" in name or "middle.1.proj" in name:
@@ -176,7 +176,7 @@ def _vae(config: VaeConfig, generator: torch.Generator) -> Tensors:
 
 
 def _smoothing(kernel: Shape) -> torch.Tensor:
-    """Weights of a convolution kernel that add up to 1: binomial in space, causal in time."""
+    """Return kernel weights that sum to 1: binomial in space, causal in time."""
     weights = torch.ones(())
     for axis, size in enumerate(kernel):
         taps = torch.tensor([math.comb(size - 1, k) for k in range(size)], dtype=torch.float32)
@@ -191,7 +191,7 @@ def _plain(
 ) -> torch.Tensor:
     if name.endswith(".bias"):
         return torch.zeros(shape)
-    if "embedding.weight" in name and "patch" not in name:  # tables, not products
+    if "embedding.weight" in name and "patch" not in name:  # tables, not matrices
         return torch.randn(shape, generator=generator)
     if name.endswith("modulation"):
         return torch.zeros(shape)
@@ -201,12 +201,11 @@ def _plain(
 
 
 def write_byte_tokenizer(folder: Path, text_len: int) -> None:
-    """Write a tokenizer of one token per byte; every text ends with </s>."""
+    """Write a tokenizer with a token per byte; every text ends with </s>."""
     write_tokenizer(folder, _byte_tokenizer(), text_len)
 
 
 def _byte_tokenizer() -> Tokenizer:
-    """One token per byte; every text ends with </s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Procedural clips with known content: a shape moves over a landscape.
+"""Procedural clips with known content: a shape that moves over a landscape.
 
-A scene is drawn from its number and lives in units of the picture's height, so that it can be
-rendered at any size. Rendering is plain tensor arithmetic, on any device.
+A scene is drawn from a number. Its lengths are in units of the picture's height, so that it can be
+rendered at any size, with plain tensor arithmetic on any device.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MOTIONS: dict[str, tuple[float, float]] = {  # across the picture, rows downward
     "down": (0.0, 0.40),
 }
 CAMERAS = ("still", "zoom", "pan")
-ASPECT = 2.0  # width of the picture
+ASPECT = 2.0  # width of the picture in units of its height
 
 
 @dataclass(frozen=True, slots=True)
 class Landscape:
-    """Muted colours, unlike those of the shapes."""
+    """Colours of a background, more muted than those of the shapes."""
 
     top: Colour
     horizon: Colour
@@ -57,7 +57,7 @@ BACKGROUNDS: dict[str, Landscape] = {
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a caption says, then what it leaves open; lengths in heights of the picture."""
+    """Attributes of a caption, then details it leaves open; lengths in heights of the picture."""
 
     colour: str
     shape: str
@@ -65,35 +65,34 @@ class Scene:
     motion: str
     background: str
     camera: str
-    x: float  # centre of the shape half-way
+    x: float  # centre of the shape at half time
     y: float
-    dx: float  # its way from the first frame to the last
+    dx: float  # its displacement from the first frame to the last
     dy: float
     radius: float
     hills: float  # phase of the horizon
 
     @property
     def held_out(self) -> bool:
-        """Whether no training clip has this combination of colour, shape, motion and background."""
-        places = (
+        """True if no training clip has this combination of colour, shape, motion, background."""
+        indices = (
             list(COLOURS).index(self.colour),
             SHAPES.index(self.shape),
             list(MOTIONS).index(self.motion),
             list(BACKGROUNDS).index(self.background),
         )
-        return (
-            sum(place * weight for place, weight in zip(places, (1, 2, 4, 3), strict=True)) % 9 == 0
-        )
+        factors = (1, 2, 4, 3)
+        return sum(i * factor for i, factor in zip(indices, factors, strict=True)) % 9 == 0
 
 
 def draw_scene(number: int) -> Scene:
-    """The scene of a number, the same everywhere."""
+    """Draw the scene of a number, the same everywhere."""
     draw = random.Random(number)
     colour, background = draw.choice(list(COLOURS)), draw.choice(list(BACKGROUNDS))
     shape, size = draw.choice(SHAPES), draw.choice(list(SIZES))
     motion = draw.choice(list(MOTIONS))
     camera = draw.choices(CAMERAS, (8, 1, 1))[0]
-    way_x, way_y = MOTIONS[motion]
+    motion_x, motion_y = MOTIONS[motion]
     pace = draw.uniform(0.92, 1.08)
     across = draw.uniform(-1, 1)
     return Scene(
@@ -103,10 +102,10 @@ def draw_scene(number: int) -> Scene:
         motion=motion,
         background=background,
         camera=camera,
-        x=ASPECT / 2 + (0.45 * across if way_x == 0 else draw.uniform(-0.04, 0.04)),
-        y=0.5 + (0.14 * across if way_y == 0 else draw.uniform(-0.02, 0.02)),
-        dx=way_x * pace,
-        dy=way_y * pace,
+        x=ASPECT / 2 + (0.45 * across if motion_x == 0 else draw.uniform(-0.04, 0.04)),
+        y=0.5 + (0.14 * across if motion_y == 0 else draw.uniform(-0.02, 0.02)),
+        dx=motion_x * pace,
+        dy=motion_y * pace,
         radius=SIZES[size] * draw.uniform(0.95, 1.05),
         hills=draw.uniform(0, 2 * math.pi),
     )
@@ -114,7 +113,7 @@ def draw_scene(number: int) -> Scene:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Part of the picture, in pixels."""
+    """A rectangle of the picture, in pixels."""
 
     left: int
     top: int
@@ -131,14 +130,14 @@ def render(
     window: Window | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Draw a clip, edges smoothed over two pixels.
+    """Render a clip, with edges smoothed over two pixels.
 
     Args:
-        scene: what to draw.
-        width, height: of the whole picture, in pixels.
+        scene: the scene.
+        width, height: size of the whole picture in pixels.
         frames: F, evenly spaced from the beginning of the motion to its end.
-        window: draw this part of it alone.
-        device: where to draw.
+        window: render only this rectangle.
+        device: device to render on.
 
     Returns:
         [3, F, rows, columns] in [-1, 1].
@@ -151,21 +150,22 @@ def render(
     y = ((rows + 0.5) / height).view(1, -1, 1)
     zoom = 1 + 0.35 * time if scene.camera == "zoom" else torch.ones_like(time)
     x, y = ASPECT / 2 + (x - ASPECT / 2) / zoom, 0.5 + (y - 0.5) / zoom
-    pixels = zoom * height / 2  # pairs of pixels in one unit
+    pixels = zoom * height / 2  # pairs of pixels per unit of length
     picture = _landscape(scene, x, y, time, pixels)
-    here = x - (scene.x + scene.dx * (time - 0.5)), y - (scene.y + scene.dy * (time - 0.5))
-    cover = (0.5 - outside(scene.shape, *here, scene.radius) * pixels).clamp(0, 1)
-    light = 1.0 - 0.12 * (here[1] / scene.radius).clamp(-1, 1)
+    offset = x - (scene.x + scene.dx * (time - 0.5)), y - (scene.y + scene.dy * (time - 0.5))
+    cover = (0.5 - outside(scene.shape, *offset, scene.radius) * pixels).clamp(0, 1)
+    light = 1.0 - 0.12 * (offset[1] / scene.radius).clamp(-1, 1)
     paint = picture.new_tensor(COLOURS[scene.colour]).view(3, 1, 1, 1) * light
     picture = torch.lerp(picture, paint.expand_as(picture), cover.expand(picture.shape[1:]))
     return picture.clamp_(0, 1).mul_(2).sub_(1)
 
 
 def _landscape(scene: Scene, x: Tensor, y: Tensor, time: Tensor, pixels: Tensor) -> Tensor:
-    """[3, F, rows, columns] of sky and ground."""
-    look = BACKGROUNDS[scene.background]
+    """Render sky and ground, [3, F, rows, columns]."""
+    colours = BACKGROUNDS[scene.background]
     top, horizon, ground = (
-        x.new_tensor(c).view(3, 1, 1, 1) for c in (look.top, look.horizon, look.ground)
+        x.new_tensor(colour).view(3, 1, 1, 1)
+        for colour in (colours.top, colours.horizon, colours.ground)
     )
     along = x + 0.5 * time if scene.camera == "pan" else x
     edge = 0.70 + 0.05 * torch.sin(2 * math.pi * along / 1.4 + scene.hills)
@@ -175,11 +175,11 @@ def _landscape(scene: Scene, x: Tensor, y: Tensor, time: Tensor, pixels: Tensor)
 
 
 def outside(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
-    """Signed distance from the edge, positive outside; all shapes have about the circle's area."""
+    """Return the signed distance from the edge, positive outside; all areas are about equal."""
     if shape == "circle":
         return torch.sqrt(x * x + y * y) - radius
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - 0.886 * radius
-    inner = 0.72 * radius  # of the circle inside the triangle
+    inner = 0.72 * radius  # radius of the circle inside the triangle
     slope = 0.866 * x.abs() - 0.5 * y
     return torch.maximum(slope, y.expand_as(slope)) - inner

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the whole built-in model, or go on with it, and keep its weights.
+"""Train the built-in model, or continue a training, and export its weights.
 
 python -m pw_export.nano.train --work DIR [NETWORK ...]
 
-Each network trains until its recipe's steps are done; what is done already is not done again.
-Without names all are trained, and the weights end up in DIR/weights. The VAE needs neither
-transformer: on two cores, two such programs of one thread each train faster than one of two.
+Each network trains for the steps of its recipe; a stopped training continues where it was. Without
+names all networks are trained, and the weights are written to DIR/weights. The VAE does not depend
+on the transformers: on two cores, two such programs with one thread each are faster than one with
+two threads.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ TRAIN: dict[str, Callable[[Path, torch.device], object]] = {
 def main() -> None:
     """Run `python -m pw_export.nano.train`."""
     parser = argparse.ArgumentParser(description="Train the built-in model.")
-    parser.add_argument("--work", type=Path, required=True, help="folder of data, states and logs")
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(TRAIN)}")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, states and logs")
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"one of {', '.join(TRAIN)}")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
     given = parser.parse_args()
     if unknown := set(given.networks) - set(TRAIN):
-        parser.error(f"no network {', '.join(sorted(unknown))}; there are {', '.join(TRAIN)}")
+        names = ", ".join(sorted(unknown))
+        parser.error(f"unknown network {names}: expected one of {', '.join(TRAIN)}")
     given.work.mkdir(parents=True, exist_ok=True)
     for name in given.networks or TRAIN:
         TRAIN[name](given.work, given.device)

@@ -30,18 +30,18 @@ from pw_export.nano.training import Recipe, train
 from pw_runtime.models import WanDiT, build_text_encoder, expected_shapes
 from pw_runtime.types import PATCH, DitConfig, Network, TextEncoderConfig
 
-DIT = replace(NANO_DIT, text_len=TEXT_LEN, ffn_dim=768)  # all weights together stay under 24 MB
+DIT = replace(NANO_DIT, text_len=TEXT_LEN, ffn_dim=768)  # keeps all weights together below 24 MB
 TEXT_ENCODER = replace(NANO_TEXT_ENCODER, vocab_size=make_tokenizer().get_vocab_size())
 SCENES = 24_000
 BATCH = 48
-SHIFT = 3.0  # of the noise levels that are trained
-# What adds to the residual stream, or to the time embedding, adds nothing at first.
-CLOSING = re.compile(r"\.o\.|ffn\.2\.|zero_layers\.|dt_proj\.2\.|dt_embedding\.2\.")
+SHIFT = 3.0  # shift of the noise levels in training
+# Layers that add to the residual stream or to the time embedding start at zero.
+ZERO_INIT = re.compile(r"\.o\.|ffn\.2\.|zero_layers\.|dt_proj\.2\.|dt_embedding\.2\.")
 RECIPE = Recipe(steps=2400, matrix_lr=0.006, other_lr=2e-3)
 
 
 class TextToLatent(nn.Module):
-    """What is trained together: parameter names are prefixed, nothing else."""
+    """The draft network and the text encoder, trained together, as `dit` and `text`."""
 
     def __init__(self, dit: DitConfig, text_encoder: TextEncoderConfig) -> None:
         super().__init__()
@@ -55,10 +55,10 @@ class TextToLatent(nn.Module):
 def initial_dit(
     config: DitConfig, generator: torch.Generator, network: Network = "draft"
 ) -> dict[str, Tensor]:
-    """Weights to begin with: blocks pass on what they get, the head says the noise it was given.
+    """Return initial weights, with which blocks are the identity and the head returns the noise.
 
-    The embedding lays the values of a patch along orthogonal directions and the head reads them off
-    again. LayerNorm between the two makes their rms 1, which is that of the noise.
+    The embedding maps the values of a patch to orthogonal directions, and the head maps them back.
+    LayerNorm in between gives them an rms of 1, that of the noise.
     """
     tensors = {}
     for name, shape in expected_shapes(network, config).items():
@@ -72,7 +72,7 @@ def initial_dit(
             tensor = torch.ones(shape)
         else:
             tensor = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
-            if CLOSING.search(name):
+            if ZERO_INIT.search(name):
                 tensor.zero_()
             elif "time_projection" in name:
                 tensor *= 0.1
@@ -82,11 +82,11 @@ def initial_dit(
 
 
 def _through(config: DitConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Patch embedding and head that are each other's inverse but for the scale."""
+    """Return a patch embedding and a head that are inverses up to scale."""
     values = config.in_dim * PATCH**2
     basis = torch.linalg.qr(torch.randn(config.dim, values, generator=generator))[0]
     scale = math.sqrt(config.dim / values)
-    # why: a patch runs channel by channel on its way in, cell by cell on its way out
+    # Channels run slowest in a patch on the way in and fastest on the way out.
     head = basis.T.unflatten(0, (config.in_dim, PATCH**2)).transpose(0, 1).flatten(0, 1)
     embedding = basis.unflatten(1, (config.in_dim, 1, PATCH, PATCH))
     return {
@@ -96,7 +96,7 @@ def _through(config: DitConfig, generator: torch.Generator) -> dict[str, Tensor]
 
 
 def initialise_text(encoder: nn.Module, generator: torch.Generator) -> None:
-    """Weights to begin with, T5's way: nothing scales the scores of its attention down."""
+    """Initialise the weights for T5's attention, which does not scale its scores down."""
     with torch.no_grad():
         for name, weight in encoder.named_parameters():
             if weight.dim() == 1:
@@ -111,19 +111,19 @@ def initialise_text(encoder: nn.Module, generator: torch.Generator) -> None:
 def train_draft(
     work: Path, recipe: Recipe = RECIPE, device: torch.device = CPU
 ) -> dict[str, Tensor]:
-    """Train from where an earlier call stopped; the averaged weights of `TextToLatent`."""
+    """Train, or continue a training; return the averaged weights of `TextToLatent`."""
     pca, scenes, tokenizer = open_pca(work), training_scenes(SCENES), make_tokenizer()
     latents = open_latents(work, pca, DRAFT_SIZE, scenes)
-    both = TextToLatent(DIT, TEXT_ENCODER).to(device)
+    model = TextToLatent(DIT, TEXT_ENCODER).to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        picked = torch.randint(SCENES, (BATCH,), generator=generator)
-        clean = latents[picked].to(device, torch.float32)
-        texts = draw_texts([scenes[int(i)] for i in picked], generator)
-        contexts = encode_texts(both.text, *tokens(tokenizer, texts, device))
+        indices = torch.randint(SCENES, (BATCH,), generator=generator)
+        clean = latents[indices].to(device, torch.float32)
+        texts = draw_texts([scenes[int(i)] for i in indices], generator)
+        contexts = encode_texts(model.text, *tokens(tokenizer, texts, device))
         noise = torch.randn(clean.shape, generator=generator).to(device)
         sigma = noise_levels(BATCH, SHIFT, generator).to(device)
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        return F.mse_loss(velocities(both.dit, noisy, 1000 * sigma, contexts), noise - clean)
+        return F.mse_loss(velocities(model.dit, noisy, 1000 * sigma, contexts), noise - clean)
 
-    return train(work, "draft", both, loss, recipe)
+    return train(work, "draft", model, loss, recipe)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the high-res transformer from the draft transformer, PixelWizard's way.
+"""Train the high-res transformer from the draft transformer, as PixelWizard does.
 
-It is told how far a step will go (dt) and sees the draft's latent on its token grid. Most clips of
-a batch learn the velocity itself, with the smallest dt; the others learn that one step of dt is two
-of half its length. Shortcut models (Frans et al. 2024) take those two with dt/2; here both are
-plain velocities, because what the network said of long steps ran away from what it says of short
-ones.
+It is conditioned on the size of a step (dt) and on the draft latent, resized to its token grid.
+Most clips of a batch train the velocity itself, with the smallest dt; the others train one step of
+dt to equal two steps of half its size. Shortcut models (Frans et al. 2024) take those two steps
+with dt/2; here both are plain velocities, because predictions for long steps diverged from those
+for short ones.
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ from pw_runtime.types import PATCH
 HIGHRES = replace(DIT, has_dt=True, adapter_dim=48, control_blocks=(1,))
 SCENES = 2_400
 BATCH, LARGE_BATCH = 12, 3
-LARGE_EVERY = 4  # steps: one of them is on the pictures of nano-hd
-JUMPS = 0.25  # share of the clips that learn long steps
-ASTRAY = 0.3  # share of the drafts whose shape is drawn anew: the text has the last word on it
+LARGE_EVERY = 4  # steps; one of them uses the size of nano-hd
+JUMPS = 0.25  # share of clips that train long steps
+ASTRAY = 0.3  # share of drafts that show another shape, so that the text decides the shape
 SHIFT = 3.0
-SMALLEST = 2.0  # dt of what is no jump, in thousandths
-BLUR = 0.8  # most noise that the draft network takes out of a latent before it conditions
+SMALLEST = 2.0  # dt of all other clips, in thousandths
+BLUR = 0.8  # maximum noise that the draft network removes from a latent before it conditions
 RECIPE = Recipe(steps=2000, matrix_lr=0.004, other_lr=1e-3, seed=4)
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """Networks that do not learn: they make texts and drafts such as a run makes."""
+    """Frozen networks that produce texts and drafts like those of a run."""
 
-    both: TextToLatent
+    model: TextToLatent
     tokenizer: Tokenizer
     device: torch.device
 
     def texts(self, scenes: list[Scene], generator: torch.Generator) -> Tensor:
-        """[B, TEXT_LEN, text_dim] of captions."""
+        """Encode captions of scenes, [B, TEXT_LEN, text_dim]."""
         ids, mask = tokens(self.tokenizer, draw_texts(scenes, generator), self.device)
-        return encode_texts(self.both.text, ids, mask)
+        return encode_texts(self.model.text, ids, mask)
 
     def drafts(self, clean: Tensor, texts: Tensor, generator: torch.Generator) -> Tensor:
-        """[B, C, T, h, w] latents, as the draft network sees them through more or less noise."""
+        """Blur latents [B, C, T, h, w]: add some noise and let the draft network remove it."""
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
         sigma = BLUR * torch.rand(len(clean), generator=generator).to(self.device)
         sigma = sigma.view(-1, 1, 1, 1, 1)
         noisy = torch.lerp(clean, noise, sigma)
-        return noisy - sigma * velocities(self.both.dit, noisy, 1000 * sigma.flatten(), texts)
+        return noisy - sigma * velocities(self.model.dit, noisy, 1000 * sigma.flatten(), texts)
 
 
 def initial_highres(draft: dict[str, Tensor]) -> WanDiT:
-    """The draft network with an adapter and a dt embedding that change nothing yet."""
+    """Return the draft network with an adapter and a dt embedding that have no effect yet."""
     net = WanDiT(HIGHRES)
     fresh = initial_dit(HIGHRES, torch.Generator().manual_seed(5), "highres")
     net.load_state_dict(fresh | draft)
@@ -82,7 +82,7 @@ def initial_highres(draft: dict[str, Tensor]) -> WanDiT:
 def jump_targets(
     net: WanDiT, noisy: Tensor, t: Tensor, dt: Tensor, texts: Tensor, drafts: Tensor
 ) -> Tensor:
-    """Mean velocity of two plain steps from t that together go dt; [B, C, T, H, W]."""
+    """Return the mean velocity of two plain steps of dt / 2 from t, [B, C, T, H, W]."""
     with torch.no_grad():
         half, plain = dt / 2, torch.full_like(dt, SMALLEST)
         first = velocities(net, noisy, t, texts, plain, drafts)
@@ -91,16 +91,16 @@ def jump_targets(
 
 
 def on_token_grid(drafts: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, T, h, w] -> [B, C, T, rows, columns] of tokens, as `stages.condition` resizes."""
+    """Resize [B, C, T, h, w] to the token grid, as `stages.condition` does."""
     grid = (size[1] // (16 * PATCH), size[0] // (16 * PATCH))
     frames = drafts.transpose(1, 2).flatten(0, 1)
     frames = F.interpolate(frames, size=grid, mode="bilinear", align_corners=False)
     return frames.unflatten(0, (len(drafts), -1)).transpose(1, 2)
 
 
-def draft_shapes(shown: list[Scene], generator: torch.Generator) -> Tensor:
-    """[B] places in SHAPES of what drafts of scenes show: mostly the scene's own."""
-    own = torch.tensor([SHAPES.index(scene.shape) for scene in shown])
+def draft_shapes(scenes: list[Scene], generator: torch.Generator) -> Tensor:
+    """Draw the shapes that drafts show, [B] indices into SHAPES: mostly those of the scenes."""
+    own = torch.tensor([SHAPES.index(scene.shape) for scene in scenes])
     drawn = torch.randint(len(SHAPES), own.shape, generator=generator)
     return torch.where(torch.rand(own.shape, generator=generator) < ASTRAY, drawn, own)
 
@@ -108,35 +108,35 @@ def draft_shapes(shown: list[Scene], generator: torch.Generator) -> Tensor:
 def train_highres(
     work: Path, draft: dict[str, Tensor], recipe: Recipe = RECIPE, device: torch.device = CPU
 ) -> dict[str, Tensor]:
-    """Train from where an earlier call stopped; the averaged weights.
+    """Train, or continue a training; return the averaged weights.
 
     Args:
-        work: folder of data, states and logs.
+        work: folder for data, states and logs.
         draft: averaged weights of `TextToLatent`.
-        recipe: how long and how fast.
-        device: where.
+        recipe: steps and learning rates.
+        device: device to train on.
     """
     pca, scenes = open_pca(work), training_scenes(SCENES)
     in_all_shapes = [replace(scene, shape=shape) for scene in scenes for shape in SHAPES]
-    low = open_latents(work, pca, DRAFT_SIZE, in_all_shapes).unflatten(0, (SCENES, len(SHAPES)))
-    high, large = (open_latents(work, pca, size, scenes) for size in HIGHRES_SIZES)
+    draft_latents = open_latents(work, pca, DRAFT_SIZE, in_all_shapes)
+    draft_latents = draft_latents.unflatten(0, (SCENES, len(SHAPES)))
+    small, large = (open_latents(work, pca, size, scenes) for size in HIGHRES_SIZES)
     teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER).to(device), make_tokenizer(), device)
-    teacher.both.load_state_dict(draft)
-    teacher.both.requires_grad_(False)
-    net = initial_highres(teacher.both.dit.state_dict()).to(device)
+    teacher.model.load_state_dict(draft)
+    teacher.model.requires_grad_(False)
+    net = initial_highres(teacher.model.dit.state_dict()).to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        latents, count, size = high, BATCH, HIGHRES_SIZES[0]
+        latents, count, size = small, BATCH, HIGHRES_SIZES[0]
         if step % LARGE_EVERY == LARGE_EVERY - 1:
             latents, count, size = large, LARGE_BATCH, HIGHRES_SIZES[1]
-        picked = torch.randint(SCENES, (count,), generator=generator)
-        shown = [scenes[int(i)] for i in picked]
-        texts = teacher.texts(shown, generator)
-        shapes = draft_shapes(shown, generator)
-        drafts = teacher.drafts(low[picked, shapes].to(device, torch.float32), texts, generator)
-        seen = on_token_grid(drafts, size)
-        clean = latents[picked].to(device, torch.float32)
-        return shortcut_loss(net, clean, texts, seen, generator)
+        indices = torch.randint(SCENES, (count,), generator=generator)
+        batch = [scenes[int(i)] for i in indices]
+        texts = teacher.texts(batch, generator)
+        low = draft_latents[indices, draft_shapes(batch, generator)].to(device, torch.float32)
+        drafts = on_token_grid(teacher.drafts(low, texts, generator), size)
+        clean = latents[indices].to(device, torch.float32)
+        return shortcut_loss(net, clean, texts, drafts, generator)
 
     return train(work, "highres", net, loss, recipe)
 
@@ -144,16 +144,17 @@ def train_highres(
 def shortcut_loss(
     net: WanDiT, clean: Tensor, texts: Tensor, drafts: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Flow matching for most clips of a batch, long steps for the others."""
+    """Compute the loss: flow matching for most clips of a batch, long steps for the others."""
     count, device = len(clean), clean.device
     noise = torch.randn(clean.shape, generator=generator).to(device)
     sigma = noise_levels(count, SHIFT, generator)
     sigma = sigma[torch.randperm(count, generator=generator)].to(device)
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
     t, target = 1000 * sigma, noise - clean
-    far = torch.rand(count, generator=generator).to(device) < JUMPS
-    length = torch.rand(count, generator=generator).to(device)  # of a jump, in parts of the way
-    dt = SMALLEST + far * length * (t - SMALLEST).clamp_min(0)
-    if far.any():
-        target[far] = jump_targets(net, noisy[far], t[far], dt[far], texts[far], drafts[far])
+    jumps = torch.rand(count, generator=generator).to(device) < JUMPS
+    length = torch.rand(count, generator=generator).to(device)  # as a fraction of t
+    dt = SMALLEST + jumps * length * (t - SMALLEST).clamp_min(0)
+    if jumps.any():
+        args = (x[jumps] for x in (noisy, t, dt, texts, drafts))
+        target[jumps] = jump_targets(net, *args)
     return F.mse_loss(velocities(net, noisy, t, texts, dt, drafts), target)

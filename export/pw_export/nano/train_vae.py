@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the VAE: its decoder and its encoder each learn the principal components on their own."""
+"""Train decoder and encoder of the VAE, separately, to compute the principal components."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from pw_runtime.models.vae import VaeEncoder
 
 VAE = replace(NANO_VAE, encoder_dims=(16, 16, 16, 32, 32), decoder_dims=(64, 64, 32, 32, 16))
 BATCH = 3
-FRAMES = 9  # of the clips that are trained on
-SIDE = 64  # pixels of the square parts of a picture that are trained on
+FRAMES = 9  # per training clip
+SIDE = 64  # pixels; training clips are square
 CELL = 16
-ERROR = 0.1  # most noise in the latents that the decoder learns from, as transformers leave some
+ERROR = 0.1  # maximum noise in the decoder's training latents; transformers leave some, too
 DECODER = Recipe(steps=3500, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=1)
 ENCODER = Recipe(steps=2000, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=2)
 
 
-def initialise(part: nn.Module, generator: torch.Generator) -> None:
-    """Weights to begin with: residual branches add nothing, resampling passes its input on."""
+def initialise(net: nn.Module, generator: torch.Generator) -> None:
+    """Initialise weights: residual branches are zero, resampling is the identity."""
     with torch.no_grad():
-        for name, weight in part.named_parameters():
+        for name, weight in net.named_parameters():
             if name.endswith("bias"):
                 weight.zero_()
             elif name.endswith("gamma"):
@@ -54,16 +54,16 @@ def initialise(part: nn.Module, generator: torch.Generator) -> None:
 
 
 def draw_clips(generator: torch.Generator) -> Tensor:
-    """[BATCH, 3, FRAMES, SIDE, SIDE]: parts of pictures of all sizes, mostly around the shape."""
+    """Draw [BATCH, 3, FRAMES, SIDE, SIDE] crops from clips of all sizes, around the shape."""
     draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
     clips = []
     for _ in range(BATCH):
         width, height = draw.choices(VAE_SIZES, (1, 4, 2))[0]
         scene = draw_scene(draw.randrange(10**9))
         window = _window(scene, width, height, draw)
-        whole = render(scene, width, height, data.FRAMES, window=window)
+        crop = render(scene, width, height, data.FRAMES, window=window)
         start = draw.randrange(data.FRAMES - FRAMES + 1)
-        clips.append(whole[:, start : start + FRAMES])
+        clips.append(crop[:, start : start + FRAMES])
     return torch.stack(clips)
 
 
@@ -72,21 +72,21 @@ def _window(scene: Scene, width: int, height: int, draw: random.Random) -> Windo
     x = (scene.x + scene.dx * moment + draw.uniform(-0.3, 0.3)) / ASPECT * width
     y = (scene.y + scene.dy * moment + draw.uniform(-0.3, 0.3)) * height
     left, top = (
-        min(max(round((at - SIDE / 2) / CELL), 0), (whole - SIDE) // CELL) * CELL
-        for at, whole in ((x, width), (y, height))
+        min(max(round((centre - SIDE / 2) / CELL), 0), (size - SIDE) // CELL) * CELL
+        for centre, size in ((x, width), (y, height))
     )
     return Window(left, top, SIDE, SIDE)
 
 
 def encode_batch(pca: Pca, clips: Tensor) -> Tensor:
-    """[B, 3, F, height, width] -> [B, 48, T, H, W]."""
+    """Encode [B, 3, F, height, width] -> [B, 48, T, H, W]."""
     return torch.stack([pca.encode(clip) for clip in clips])
 
 
 def train_decoder(
     work: Path, recipe: Recipe = DECODER, device: torch.device = CPU
 ) -> dict[str, Tensor]:
-    """Train from where an earlier call stopped; the averaged weights."""
+    """Train, or continue a training; return the averaged weights."""
     pca, decoder = open_pca(work), VaeDecoder(VAE)
     initialise(decoder, torch.Generator().manual_seed(2))
     decoder = decoder.to(device)
@@ -96,8 +96,8 @@ def train_decoder(
         latents = encode_batch(pca, clips)
         error = ERROR * torch.rand(BATCH, 1, 1, 1, 1, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
-        off = decode_clips(decoder, (latents + error * noise).to(device)) - clips.to(device)
-        return off.abs().mean() + 4 * off.square().mean()
+        difference = decode_clips(decoder, (latents + error * noise).to(device)) - clips.to(device)
+        return difference.abs().mean() + 4 * difference.square().mean()
 
     return train(work, "decoder", decoder, loss, recipe)
 
@@ -105,14 +105,14 @@ def train_decoder(
 def train_encoder(
     work: Path, recipe: Recipe = ENCODER, device: torch.device = CPU
 ) -> dict[str, Tensor]:
-    """Train from where an earlier call stopped; the averaged weights."""
+    """Train, or continue a training; return the averaged weights."""
     pca, encoder = open_pca(work), VaeEncoder(VAE)
     initialise(encoder, torch.Generator().manual_seed(3))
     encoder = encoder.to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         clips = draw_clips(generator)
-        wanted = encode_batch(pca, clips).to(device)
-        return F.mse_loss(encode_clips(encoder, clips.to(device)), wanted)
+        latents = encode_batch(pca, clips).to(device)
+        return F.mse_loss(encode_clips(encoder, clips.to(device)), latents)
 
     return train(work, "encoder", encoder, loss, recipe)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of the runtime as training runs them: batches, and nothing overwritten.
+"""Differentiable forward passes of the runtime's transformers, on batches.
 
-Modules and weights are those of pw_runtime.models. What is written again here is the order of
-the calls, because the runtime overwrites activations that a backward pass needs; the tests hold
-the two against each other.
+Modules and weights are those of pw_runtime.models. Only the order of the calls is repeated here,
+because the runtime overwrites activations that a backward pass needs; tests compare the two.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def encode_texts(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Token ids [B, E] and which are real, [B, E] -> contexts [B, E, text_dim], zero elsewhere."""
+    """Encode token ids [B, E] with a mask [B, E]: contexts [B, E, text_dim], 0 where masked."""
     hidden: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     return hidden * mask[..., None]
 
@@ -52,9 +51,9 @@ def velocities(
         net: draft or high-res network, in fp32.
         latents: [B, C, T, H, W].
         t: [B] timesteps, in thousandths.
-        contexts: [B, text_len, text_dim], rows of zeros behind each text.
-        dt: [B] step sizes; of the high-res network.
-        drafts: [B, C, T, H/2, W/2] resized draft latents; of the high-res network.
+        contexts: [B, text_len, text_dim], zero rows after each text.
+        dt: [B] step sizes, for the high-res network only.
+        drafts: [B, C, T, H/2, W/2] resized draft latents, for the high-res network only.
 
     Returns:
         [B, C, T, H, W].
@@ -65,8 +64,8 @@ def velocities(
     modulation = net.block_rows(*net.time_rows(*steps))
     x = net.embed(patchify(latents.transpose(0, 1).flatten(1, 2))).unflatten(0, (batch, -1))
     tables = rope_tables(max(grid), net.config.head_dim, x.device)
-    place = torch.tensor([0, *grid[1:]], device=x.device)
-    cos, sin = (angles_of_tokens(table, place, x.shape[1]) for table in tables)
+    origin = torch.tensor([0, *grid[1:]], device=x.device)
+    cos, sin = (angles_of_tokens(table, origin, x.shape[1]) for table in tables)
     text = net.embed_text(contexts)
     control = () if drafts is None else _control(net, drafts, steps)
     added = dict(zip(net.config.control_blocks, control, strict=True))
@@ -89,7 +88,7 @@ def _control(net: WanDiT, drafts: Tensor, steps: list[Tensor]) -> tuple[Tensor, 
 
 
 def _block(block: Block, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, text: Tensor) -> Tensor:
-    """[B, S, D] tokens, [B, 6, D] rows, [B, E, D] texts -> [B, S, D]."""
+    """Run a block on tokens [B, S, D] with rows [B, 6, D] and texts [B, E, D]."""
     shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
     attention, cross, norm3 = block.self_attn, block.cross_attn, block.norm3
     h = _modulated(x, shift1, scale1, block.eps)
@@ -109,13 +108,13 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel pairs of [B, S, N, K] by the angles of the tokens, [S, K/2]."""
+    """Rotate channel pairs of x [B, S, N, K] by the angles of the tokens, [S, K/2]."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, S, N, K], twice [B, S', N, K] -> [B, S, D]."""
+    """Attend with q [B, S, N, K] and k, v [B, S', N, K]; merge heads, [B, S, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

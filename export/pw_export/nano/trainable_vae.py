@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runtime's VAE as training runs it: a batch of whole clips at once, nothing overwritten.
+"""Differentiable forward passes of the runtime's VAE, on batches of whole clips.
 
-As in `trainable`: the modules of pw_runtime.models, called in an order that has a backward pass.
-A whole clip gives what the runtime's chunks of frames give, since the past of a chunk is the
-frames before it; only the first frame takes a way of its own.
+Like `trainable`, it calls the modules of pw_runtime.models. A whole clip gives the same as the
+runtime's chunks, because the past of a chunk is the frames before it; only the first frame is
+treated differently.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pw_runtime.models.vae_blocks import (
 
 
 def decode_clips(vae: VaeDecoder, latents: Tensor) -> Tensor:
-    """[B, C, T, H, W] normalised latents -> [B, 3, F, 16 H, 16 W], not clamped."""
+    """Decode [B, C, T, H, W] normalised latents to [B, 3, F, 16 H, 16 W], not clamped."""
     shape = (1, -1, 1, 1, 1)
     mean = latents.new_tensor(vae.config.latent_mean).view(shape)
     std = latents.new_tensor(vae.config.latent_std).view(shape)
@@ -42,7 +42,7 @@ def decode_clips(vae: VaeDecoder, latents: Tensor) -> Tensor:
 
 
 def encode_clips(vae: VaeEncoder, videos: Tensor) -> Tensor:
-    """[B, 3, F, height, width] in [-1, 1] -> [B, C, T, H, W] normalised latents."""
+    """Encode [B, 3, F, height, width] in [-1, 1] to [B, C, T, H, W] normalised latents."""
     x = fold_pixels(videos).contiguous(memory_format=torch.channels_last_3d)
     x = _conv(vae.encoder.conv1, x)
     for stage in vae.encoder.downsamples:
@@ -57,19 +57,19 @@ def encode_clips(vae: VaeEncoder, videos: Tensor) -> Tensor:
 
 
 def fold_pixels(x: Tensor) -> Tensor:
-    """[B, 3, F, h, w] -> [B, 12, F, h/2, w/2], channel (colour, column, row)."""
+    """Fold pixels [B, 3, F, h, w] to [B, 12, F, h/2, w/2], channel (colour, column, row)."""
     x = x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # [B, 3, F, h/2, 2, w/2, 2]
     return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
 
 
 def unfold_pixels(x: Tensor) -> Tensor:
-    """[B, 12, F, h/2, w/2] -> [B, 3, F, h, w]: the inverse of `fold_pixels`."""
+    """Invert `fold_pixels`: [B, 12, F, h/2, w/2] -> [B, 3, F, h, w]."""
     x = x.unflatten(1, (3, 2, 2)).permute(0, 1, 4, 5, 3, 6, 2)
     return x.flatten(5, 6).flatten(3, 4)
 
 
 def _conv(conv: nn.Module, x: Tensor) -> Tensor:
-    """Behind zeros instead of a past."""
+    """Convolve with zeros as the past."""
     assert isinstance(conv, CausalConv3d)
     past = conv.kernel_size[0] - 1
     x = F.pad(x, (0, 0, 0, 0, past, 0)) if past else x
@@ -93,28 +93,28 @@ def _layer(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, Downsample):
         return _downsample(layer, x)
     assert isinstance(layer, ResidualBlock)
-    parts = layer.residual
-    h = _conv(parts["2"], F.silu(_norm(parts["0"], x)))
-    h = _conv(parts["6"], F.silu(_norm(parts["3"], h)))
+    residual = layer.residual
+    h = _conv(residual["2"], F.silu(_norm(residual["0"], x)))
+    h = _conv(residual["6"], F.silu(_norm(residual["3"], h)))
     return h + (x if layer.shortcut is None else _conv(layer.shortcut, x))
 
 
 def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
     batch, frames = x.shape[0], x.shape[2]
-    each = x.transpose(1, 2).flatten(0, 1)  # [B T, C, H, W]
-    qkv = block.to_qkv(_norm(block.norm, each)).flatten(2).mT  # [B T, H W, 3C]
-    y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1)).mT.view_as(each)
-    return (each + block.proj(y)).unflatten(0, (batch, frames)).transpose(1, 2)
+    x = x.transpose(1, 2).flatten(0, 1)  # [B T, C, H, W]
+    qkv = block.to_qkv(_norm(block.norm, x)).flatten(2).mT  # [B T, H W, 3C]
+    y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1)).mT.view_as(x)
+    return (x + block.proj(y)).unflatten(0, (batch, frames)).transpose(1, 2)
 
 
 def _frames(conv: nn.Module, x: Tensor) -> Tensor:
-    """A 2-D convolution of every frame of [B, C, T, H, W]."""
+    """Apply a 2-D convolution to every frame of [B, C, T, H, W]."""
     y: Tensor = conv(x.transpose(1, 2).flatten(0, 1))
     return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 def _upsample(layer: Upsample, x: Tensor) -> Tensor:
-    if layer.time_conv is not None and x.shape[2] > 1:  # the first frame stays one
+    if layer.time_conv is not None and x.shape[2] > 1:  # the first frame is not doubled
         pairs = _conv(layer.time_conv, x[:, :, 1:]).unflatten(1, (2, -1))
         pairs = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
         x = torch.cat((x[:, :, :1], pairs), dim=2)
@@ -131,7 +131,7 @@ def _up(stage: nn.Module, x: Tensor) -> Tensor:
 
 
 def _duplicated(x: Tensor, channels: int, ft: int) -> Tensor:
-    """Official DupUp3D of a whole clip: [B, C, T, H, W] -> [B, channels, ft T - (ft-1), 2H, 2W]."""
+    """Apply the official DupUp3D: [B, C, T, H, W] -> [B, channels, ft T - (ft-1), 2H, 2W]."""
     x = x.repeat_interleave(channels * ft * 4 // x.shape[1], dim=1).unflatten(1, (-1, ft, 2, 2))
     x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # [B, channels, T, ft, H, 2, W, 2]
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, ft - 1 :]
@@ -141,7 +141,7 @@ def _downsample(layer: Downsample, x: Tensor) -> Tensor:
     x = _frames(layer.resample["1"], F.pad(x, (0, 1, 0, 1)))
     if layer.time_conv is None or x.shape[2] == 1:
         return x
-    return torch.cat((x[:, :, :1], layer.time_conv(x)), dim=2)  # the first frame stays as it is
+    return torch.cat((x[:, :, :1], layer.time_conv(x)), dim=2)  # the first frame is kept
 
 
 def _down(stage: nn.Module, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained weights: how they are kept, and the checkpoint that they make."""
+"""Files of the trained weights, and the checkpoint written from them."""
 
 from __future__ import annotations
 
@@ -18,52 +18,52 @@ from pw_runtime.system.atomic_files import write_tensors, write_text
 
 FILES = ("draft", "highres", "vae", "text_encoder")
 TRAININGS = ("draft", "highres", "decoder", "encoder")
-TRAINED = Path(__file__).parent / "trained"  # comes with the package
+TRAINED = Path(__file__).parent / "trained"  # part of the package
 
 
 def write_trained_checkpoint(out: Path, folder: Path = TRAINED) -> None:
-    """Write the trained model in the official layout; see `write_checkpoint`."""
+    """Write the trained model in the official layout. Raises what `write_checkpoint` raises."""
     write_checkpoint(out, DIT, read_weights(folder), make_tokenizer())
 
 
 def read_weights(folder: Path) -> NanoTensors:
-    """What `keep_weights` has kept, in fp32. Raises BadWeights where a file is missing."""
+    """Read the files of `keep_weights`, as fp32. Raises BadWeights if one is missing."""
     if missing := [name for name in FILES if not (folder / f"{name}.safetensors").exists()]:
         raise BadWeights(
-            f"{folder} has not all trained weights",
+            f"{folder} lacks trained weights",
             got=f"no {', '.join(missing)}",
             wanted=f"a safetensors file for each of {', '.join(FILES)}",
-            do="run python -m pw_export.nano.train to its end",
+            do="run python -m pw_export.nano.train until it is complete",
         )
-    kept = {name: load_file(folder / f"{name}.safetensors") for name in FILES}
-    return NanoTensors(**{name: _cast(tensors, torch.float32) for name, tensors in kept.items()})
+    stored = {name: load_file(folder / f"{name}.safetensors") for name in FILES}
+    return NanoTensors(**{name: _cast(tensors, torch.float32) for name, tensors in stored.items()})
 
 
 def keep_weights(work: Path, folder: Path) -> None:
-    """Write the averaged weights of all trainings, in fp16 under official names, and the losses.
+    """Write the averaged weights of all trainings, in fp16 with official names, and the losses.
 
     Args:
-        work: where the training programs have run to their ends.
-        folder: where a file for each network is written, and losses.json.
+        work: folder of the completed trainings.
+        folder: folder for a file per network and losses.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in _trained(work).items():
         write_tensors(folder / f"{name}.safetensors", _cast(tensors, torch.float16))
-    kept = []
+    losses = []
     for name in TRAININGS:
         rows = (work / f"{name}.jsonl").read_text().strip().replace("\n", ",\n")
-        kept.append(f'"{name}": [\n{rows}\n]')
-    write_text(folder / "losses.json", "{\n" + ",\n".join(kept) + "\n}\n")
+        losses.append(f'"{name}": [\n{rows}\n]')
+    write_text(folder / "losses.json", "{\n" + ",\n".join(losses) + "\n}\n")
 
 
 def _trained(work: Path) -> dict[str, Tensors]:
-    """Tensors of each network under official names."""
+    """Collect the tensors of each network, with official names."""
     states = {
         name: torch.load(work / f"{name}.pt", weights_only=True, map_location="cpu")["average"]
         for name in TRAININGS
     }
     text = _under("text.", states["draft"])
-    text["shared.weight"] = text.pop(TIED_KEY)  # the same table; training knows it by this name
+    text["shared.weight"] = text.pop(TIED_KEY)  # tied; this is the name that training updates
     return {
         "draft": _under("dit.", states["draft"]),
         "highres": states["highres"],
@@ -73,9 +73,12 @@ def _trained(work: Path) -> dict[str, Tensors]:
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:
-    """The tensors whose names begin with `prefix`, without it."""
-    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): tensor for name, tensor in inside.items()}
+    """Return the tensors whose names start with `prefix`, and remove it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _official(name: str) -> str:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gluon kernel of `pw_kernels.attention` for Hopper, scheduled by hand as in FlashAttention-3.
 
-Arithmetic and arguments are those of `attention_hopper`; the grid is one program for each
-multiprocessor, or for each tile of queries of each head where those are fewer. It is compiled with
-num_warps=4 and has 12: one of them fetches by TMA. Two warpgroups, consumers, own 64 queries each;
-each computes the exponentials of a tile of keys while its tensor cores add the values of the tile
-before. tests/kernels/gluon_model.py runs these very functions over modelled barriers;
-tests/kernels/test_attention_gluon.py looks at the machine code.
+Arithmetic and arguments are those of `attention_hopper`; the grid has one program per
+multiprocessor, or per tile of queries of each head if those are fewer. It is compiled with
+num_warps=4 and has 12: one of them fetches by TMA. Two warpgroups, the consumers, own 64 queries
+each; each computes the exponentials of a tile of keys while its tensor cores add the values of the
+previous tile. tests/kernels/gluon_model.py runs these very functions over modelled barriers;
+tests/kernels/test_attention_gluon.py inspects the machine code.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from pw_kernels._triton import attention_portable
 
+# Triton 3.8 has both names; 3.9 keeps the old one as a stub that raises when compiled.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 LN2 = attention_portable.LN2
 ROWS = gl.constexpr(64)  # queries of a consumer
 CONSUMERS = gl.constexpr(2)
 
-# A ring is (tiles, full, empty): slots of shared memory, each with a barrier that its filling
-# completes and one that the consumers' last use of it completes. The n-th tile that passes
-# through a ring of s slots lies in slot n % s; the parity to wait for changes each time round.
+# A ring is (tiles, full, empty): slots of shared memory, each with a barrier that filling it
+# completes and a barrier that the consumers' last use completes. The n-th tile of a ring of s slots
+# is in slot n % s; the parity to wait for flips with every round.
 
 
 @gluon.jit
@@ -39,7 +41,7 @@ def make_ring(
     K: gl.constexpr,
     readers: gl.constexpr,
 ):
-    """An empty ring of tiles [rows, K], each for a number of consumers to read."""
+    """Make an empty ring of tiles [rows, K], each read by a number of consumers."""
     tiles = gl.allocate_shared_memory(dtype, [slots, rows, K], gl.NVMMASharedLayout(128, 16, 2))
     full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
@@ -51,13 +53,13 @@ def make_ring(
 
 @gluon.jit
 def fetch(ring, n, rows, row, column):
-    """Fill the slot of tile n once it is empty; a new ring's slots count as emptied."""
+    """Fill the slot of tile n once it is empty, as all slots of a new ring are."""
     tiles, full, empty = ring
     slots: gl.constexpr = tiles.shape[0]
     slot = n % slots
     mbarrier.wait(empty.index(slot), (n // slots & 1) ^ 1)
     mbarrier.expect(full.index(slot), rows.block_type.nbytes)
-    tma.async_copy_global_to_shared(rows, [row, column], full.index(slot), tiles.index(slot))
+    load_tile(rows, [row, column], full.index(slot), tiles.index(slot))
 
 
 @gluon.jit
@@ -70,14 +72,14 @@ def wait_for(ring, n):
 
 @gluon.jit
 def tile(ring, n):
-    """Tile n, where it lies."""
+    """Return tile n in shared memory."""
     tiles, _full, _empty = ring
     return tiles.index(n % tiles.shape[0])
 
 
 @gluon.jit
 def release(ring, n):
-    """This consumer has read tile n: its products are complete."""
+    """Release tile n for this consumer, whose products with it are complete."""
     tiles, _full, empty = ring
     mbarrier.arrive(empty.index(n % tiles.shape[0]))
 
@@ -92,15 +94,15 @@ def produce(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """Fetch what this program's consumers read, in the order in which they read it."""
+    """Fetch what this program's consumers read, in their order."""
     q_ptr, k_ptr, v_ptr = pointers
     q_stride, k_stride, v_stride = strides
     n_queries, n_keys, n_heads = counts
     q_ring, k_ring, v_ring = rings
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    # One descriptor for all heads: they lie side by side in a token's row, and what has to read
-    # as zeros is past the last row. Made here, because the warp that uses one has to make it
-    # visible to its own TMA unit.
+    # One descriptor for all heads, which are adjacent in a token's row; rows past the last read as
+    # zeros. Made here, because the warp that uses a descriptor has to make it visible to its TMA
+    # unit.
     width = n_heads * K
     q_rows = tma.make_tensor_descriptor(q_ptr, [n_queries, width], [q_stride, 1], [ROWS, K], layout)
     k_rows = tma.make_tensor_descriptor(k_ptr, [n_keys, width], [k_stride, 1], [BLOCK_N, K], layout)
@@ -124,7 +126,7 @@ def produce(
 
 @gluon.jit
 def start_logits(q, k_ring, n, BLOCK_N: gl.constexpr):
-    """Issue the product of the queries with the keys of tile n."""
+    """Start the product of the queries with the keys of tile n."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     blank = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
     wait_for(k_ring, n)
@@ -141,7 +143,7 @@ def weigh(
     BLOCK_N: gl.constexpr,
     IS_LAST: gl.constexpr,
 ):
-    """exp2 of the logits less their running maximum, and that; IS_LAST: perhaps past the end."""
+    """Return exp2(logits - running maximum) and the maximum; IS_LAST: mask keys past the end."""
     if IS_LAST:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
         inside = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout)) < n_keys
@@ -161,9 +163,9 @@ def consume(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """Attention of this consumer's queries in each of the program's tiles.
+    """Compute attention of this consumer's queries in each of the program's tiles.
 
-    Keys are read from the last to the first, so that the mask is needed before the loop only.
+    Keys are read from last to first, so that only the tile before the loop needs a mask.
     """
     out_ptr, lse_ptr = pointers
     n_queries, n_keys, n_heads = counts
@@ -198,8 +200,8 @@ def consume(
             grown = gl.exp2(m - m_new)
             total = total * grown + gl.sum(weights, 1)
             m = m_new
-            # Waiting for the next values here and not where they are used splits the machine code
-            # in two blocks. In one, ptxas moves the wait for acc up before all exponentials.
+            # Waiting for the next values here, not where they are used, splits the machine code
+            # into two blocks. In a single one ptxas moves the wait for acc before all exponentials.
             wait_for(v_ring, n)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
             release(v_ring, n - 1)
@@ -242,9 +244,9 @@ def kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """out [S, N, K] and lse [S, N] of attention; strides are those from token to token."""
+    """Compute out [S, N, K] and lse [S, N] of attention; strides are from token to token."""
     gl.static_assert(BLOCK_M == ROWS * CONSUMERS)
-    # A consumer waits for the next values before it gives back those it has.
+    # a consumer waits for the next values before it releases the current ones
     gl.static_assert(STAGES >= 2)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     rings = (
@@ -262,6 +264,6 @@ def kernel(
             (consume, (1, others, counts, scale, rings, K, BLOCK_M, BLOCK_N)),
             (produce, (inputs, strides, counts, rings, K, BLOCK_M, BLOCK_N)),
         ],
-        [4, 1],  # warps; the first has those of the kernel
-        [240, 24],  # registers; the first has what is left of 3 * 168, 240
+        [4, 1],  # warps; the first partition has the kernel's
+        [240, 24],  # registers; the first partition has what is left of 3 * 168, 240
     )

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernel of `pw_kernels.attention` for Hopper: TMA and warp specialisation.
 
-Arithmetic and arguments are those of `attention_portable`, without a bias: the compiler gives up on
-a loop that loads through pointers. The compiler makes 12 warps out of 4:
-four that fetch keys and values by TMA and twice four that own 64 queries each, so that the
-exponentials of one half run under the products of the other. Triton 3.7 does so only for one loop
-over descriptors, num_warps=4 and 128 queries; tests/kernels/test_attention_compiled.py looks at
-the result.
+Arithmetic and arguments are those of `attention_portable` without a bias: the compiler does not
+specialise a loop that loads through pointers. It makes 12 warps out of 4: four that fetch keys and
+values by TMA and twice four that own 64 queries each, so that the exponentials of one half overlap
+with the products of the other. Triton does so only for a single loop over descriptors, num_warps=4
+and 128 queries; tests/kernels/test_attention_compiled.py inspects the result.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ def kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out [S, N, K] and lse [S, N] of attention; strides are those from token to token."""
-    # All query tiles of a head in a row: its keys and values stay in L2.
+    """Compute out [S, N, K] and lse [S, N] of attention; strides are from token to token."""
+    # all query tiles of a head in sequence: its keys and values stay in L2
     tiles = tl.cdiv(n_queries, BLOCK_M)
     head = tl.program_id(0) // tiles
     first = (tl.program_id(0) % tiles) * BLOCK_M
-    # One descriptor a head: rows past the last token read as zeros and are not written. Made
-    # here and not on the host, because the compiler halves the tiles of queries, and only a
-    # descriptor made in the kernel can be halved with them.
+    # One descriptor per head: rows past the last token read as zeros and are not written. Made here
+    # and not on the host, because the compiler halves the tiles of queries, and only a descriptor
+    # made in the kernel can be halved with them.
     q_rows = tl.make_tensor_descriptor(
         q_ptr + head * K, [n_queries, K], [q_stride, 1], [BLOCK_M, K]
     )
@@ -58,8 +57,8 @@ def kernel(
     acc = tl.zeros([BLOCK_M, K], tl.float32)
     for start in tl.range(0, n_keys, BLOCK_N, warp_specialize=True):
         s = tl.dot(q, k_rows.load([start, 0]).T)
-        # A key past the end reads as zeros: a logit of 0, which still has to become -inf. Here
-        # for every tile: with a second loop or a branch the warps are not specialised.
+        # A key past the end reads as zeros, and its logit of 0 has to become -inf. For every tile,
+        # because with a second loop or a branch the warps are not specialised.
         s = tl.where((column < n_keys - start)[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - m_new[:, None])

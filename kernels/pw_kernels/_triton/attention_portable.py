@@ -2,8 +2,8 @@
 """Triton kernel of `pw_kernels.attention` for every GPU.
 
 A program owns a tile of queries of one head and passes over that head's keys once, with a running
-maximum m, the total of the exponentials and the weighted values acc, all fp32: total and acc are
-rescaled when m grows. Logits are kept times log2(e), so that every exponential is one exp2.
+maximum m, the total of the exponentials and the weighted values acc, all fp32; total and acc are
+rescaled when m grows. Logits are multiplied by log2(e), so that every exponential is an exp2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def key_biases(bias_ptr, start, n_keys, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """[keys] times log2(e): the bias of each key of a tile, -inf past the last of n_keys."""
+    """Return the bias of each key of a tile times log2(e); -inf past the last of n_keys."""
     key = start + tl.arange(0, BLOCK_N)
     inside = key < n_keys
     if HAS_BIAS:
@@ -48,10 +48,10 @@ def add_keys(
     HAS_BIAS: tl.constexpr,
     IS_LAST: tl.constexpr,
 ):
-    """m, total and acc with the keys from `start`; IS_LAST: past the end or with biases."""
+    """Add the keys from `start` to m, total and acc; IS_LAST: with a mask and biases."""
     row = tl.arange(0, BLOCK_N)
     column = tl.arange(0, K)
-    # int64 for where the tile starts; within a tile 32 bits do
+    # int64 for the start of the tile; 32 bits suffice within it
     k_ptr += tl.cast(start, tl.int64) * k_stride
     v_ptr += tl.cast(start, tl.int64) * v_stride
     k_ptrs = k_ptr + (row[None, :] * k_stride + column[:, None])
@@ -69,7 +69,7 @@ def add_keys(
     grown = tl.exp2(m - m_new)
     total = total * grown + tl.sum(p, 1)
     acc = acc * grown[:, None]
-    # Values are fetched only now: earlier, 50 more registers are taken and some spill.
+    # Values are loaded only here: earlier, they take 50 more registers and some spill.
     v = tl.load(v_ptrs, mask=inside[:, None], other=0.0) if IS_LAST else tl.load(v_ptrs)
     return m_new, total, tl.dot(p.to(v.dtype), v, acc)
 
@@ -94,11 +94,11 @@ def kernel(
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """out [S, N, K] and lse [S, N] of attention; strides are those from token to token.
+    """Compute out [S, N, K] and lse [S, N] of attention; strides are from token to token.
 
-    bias [E] is read where HAS_BIAS.
+    bias [E] is read only if HAS_BIAS.
     """
-    # All query tiles of a head in a row: its keys and values stay in L2.
+    # all query tiles of a head in sequence: its keys and values stay in L2
     tiles = tl.cdiv(n_queries, BLOCK_M)
     head = tl.program_id(0) // tiles
     first = (tl.program_id(0) % tiles) * BLOCK_M
@@ -114,8 +114,8 @@ def kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, K], tl.float32)
-    # The mask costs only the last tile anything: the first loop has none. Biases are for the text,
-    # a few tiles of keys, where it does not matter.
+    # Only the last tile needs the mask, so the first loop has none. Biases are for the text, a few
+    # tiles of keys, where the mask does not matter.
     plain = 0 if HAS_BIAS else n_keys // BLOCK_N * BLOCK_N
     for start in tl.range(0, plain, BLOCK_N):
         m, total, acc = add_keys(

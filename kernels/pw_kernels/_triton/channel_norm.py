@@ -27,10 +27,10 @@ def kernel(
     BLOCK_P: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """out[:, p] = x[:, p] / max(|x[:, p]|, 1e-12) * root * gamma, then SiLU.
+    """Compute out[:, p] = x[:, p] / max(|x[:, p]|, 1e-12) * root * gamma, then SiLU.
 
-    One of x's strides of positions and of channels is 1, and so is one of out's, not always the
-    same: what comes channels first may leave channels last.
+    Either the positions or the channels of x have stride 1, and likewise of out, not always the
+    same: channels-first input may leave as channels last.
     """
     # int64 throughout: a channel times the positions of a 4K chunk passes 2^31.
     position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]

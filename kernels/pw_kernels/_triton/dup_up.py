@@ -32,10 +32,10 @@ def kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """h[o, t, y, w] += x[(((o FT + a) FS + b) FS + c) // REPEATS, t // FT, y // FS, w // FS].
+    """Add x[(((o FT + a) FS + b) FS + c) // REPEATS, t // FT, y // FS, w // FS] to h[o, t, y, w].
 
-    A program has one row of one frame of h, BLOCK_C channels and BLOCK_W columns of it; sizes
-    are h's. (a, b, c) are the remainders of the three divisions, t counts the DROPPED frames.
+    A program has BLOCK_C channels and BLOCK_W columns of one row of one frame of h; sizes are h's.
+    (a, b, c) are the remainders of the three divisions; t includes the DROPPED frames.
     """
     across = tl.cdiv(columns, BLOCK_W)
     tiles = across * tl.cdiv(channels, BLOCK_C)

@@ -18,7 +18,7 @@ def kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[s] = x[s] + y[s] * gate[r] in fp32, r = s // tokens_per_row."""
+    """Compute out[s] = x[s] + y[s] * gate[r] in fp32, r = s // tokens_per_row."""
     program = tl.program_id(0)
     token = program.to(tl.int64)  # int64: the bytes before a token pass 2^31 at 4K
     row = (program // tokens_per_row).to(tl.int64) * row_stride

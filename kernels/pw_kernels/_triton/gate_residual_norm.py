@@ -24,9 +24,10 @@ def kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x[s] += y[s] * gate[r]; out[s] = LN(x[s]) * weight[r] + bias[r], r = s // tokens_per_row.
+    """Compute x[s] += y[s] * gate[r] and out[s] = LN(x[s]) * weight[r] + bias[r].
 
-    Not GATED, gate is 1 and gate_ptr is not read. MODULATED, 1 is added to weight.
+    r = s // tokens_per_row. Unless GATED, gate is 1 and gate_ptr is not read. If MODULATED, 1 is
+    added to weight.
     """
     program = tl.program_id(0)
     token = program.to(tl.int64)  # int64: the bytes before a token pass 2^31 at 4K

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def update(x, m, new, old, keep, data, slope, new_weight, old_weight, inverse_r):
-    """The formula of `pw_kernels.Update`, in the reference's order."""
+    """Apply the formula of `pw_kernels.Update`, in the reference's order."""
     correction = old_weight * ((old - m) * inverse_r) + new_weight * (new - m)
     return keep * x + data * m + slope * correction
 
@@ -41,18 +41,18 @@ def kernel(
     inverse_r,
     BLOCK: tl.constexpr,
 ):
-    """One step; where a term is not wanted its weight is 0 and its tensor is any of the others."""
+    """Compute one step; an unused term has weight 0, and its tensor is any of the others."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    place = tl.arange(0, BLOCK)
-    inside = place < numel - start
-    cond = tl.load(cond_ptr + start + place, mask=inside, other=0.0)
-    uncond = tl.load(uncond_ptr + start + place, mask=inside, other=0.0)
-    x = tl.load(x_ptr + start + place, mask=inside, other=0.0)
-    base = tl.load(base_ptr + start + place, mask=inside, other=0.0)
-    before = tl.load(before_ptr + start + place, mask=inside, other=0.0)
-    earlier = tl.load(earlier_ptr + start + place, mask=inside, other=0.0)
+    offset = tl.arange(0, BLOCK)
+    inside = offset < numel - start
+    cond = tl.load(cond_ptr + start + offset, mask=inside, other=0.0)
+    uncond = tl.load(uncond_ptr + start + offset, mask=inside, other=0.0)
+    x = tl.load(x_ptr + start + offset, mask=inside, other=0.0)
+    base = tl.load(base_ptr + start + offset, mask=inside, other=0.0)
+    before = tl.load(before_ptr + start + offset, mask=inside, other=0.0)
+    earlier = tl.load(earlier_ptr + start + offset, mask=inside, other=0.0)
     m = x - sigma * (uncond + guidance * (cond - uncond))
-    tl.store(prediction_ptr + start + place, m, mask=inside)
+    tl.store(prediction_ptr + start + offset, m, mask=inside)
     base = update(
         base,
         before,
@@ -65,7 +65,7 @@ def kernel(
         correct_old,
         correct_inverse_r,
     )
-    tl.store(corrected_ptr + start + place, base, mask=inside)
-    # nothing is newer than m
+    tl.store(corrected_ptr + start + offset, base, mask=inside)
+    # no prediction is newer than m
     result = update(base, m, m, before, keep, data, slope, 0.0, old_weight, inverse_r)
-    tl.store(next_ptr + start + place, result, mask=inside)
+    tl.store(next_ptr + start + offset, result, mask=inside)

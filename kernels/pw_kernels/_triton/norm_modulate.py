@@ -19,7 +19,7 @@ def kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[s] = LN(x[s]) * (1 + scale[r]) + shift[r], r = s // tokens_per_row."""
+    """Compute out[s] = LN(x[s]) * (1 + scale[r]) + shift[r], r = s // tokens_per_row."""
     program = tl.program_id(0)
     token = program.to(tl.int64)  # int64: the bytes before a token pass 2^31 at 4K
     column = tl.arange(0, BLOCK)
@@ -30,7 +30,7 @@ def kernel(
     centred = tl.where(inside, x - mean, 0.0)
     variance = tl.sum(centred * centred, axis=0) / D
     normed = centred * (1.0 / tl.sqrt(variance + eps))
-    normed = normed.to(stored.dtype).to(tl.float32)  # the rounding of WanLayerNorm
+    normed = normed.to(stored.dtype).to(tl.float32)  # as WanLayerNorm rounds
     row = (program // tokens_per_row).to(tl.int64) * row_stride
     scale = tl.load(scale_ptr + row + column, mask=inside, other=0.0)
     shift = tl.load(shift_ptr + row + column, mask=inside, other=0.0)

@@ -21,10 +21,10 @@ def kernel(
     TRUNCATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[frame, y, x, c] = byte of x[(2 c + x % 2) 2 + y % 2, frame, y // 2, x // 2].
+    """Convert x[(2 c + x % 2) 2 + y % 2, frame, y // 2, x // 2] to the byte out[frame, y, x, c].
 
-    A program has BLOCK pixels of one row and walks its bytes in their order, so that stores are
-    wide; the twelve channels are read through the cache.
+    A program has BLOCK pixels of one row and writes their bytes in order, so that stores are wide;
+    the twelve channels are read through the cache.
     """
     row, frame = tl.program_id(1), tl.program_id(2)
     rows = tl.num_programs(1)
@@ -34,8 +34,8 @@ def kernel(
     out_ptr += (frame.to(tl.int64) * rows + row) * width * 3
     for third in tl.static_range(3):
         at = third * BLOCK + tl.arange(0, BLOCK)
-        place, pixel = 3 * start + at, start + at // 3
-        inside = place < 3 * width  # of the bytes, so that a mask covers whole words of them
+        byte, pixel = 3 * start + at, start + at // 3
+        inside = byte < 3 * width  # of bytes, so that a mask covers whole words
         channel = (at % 3 * 2 + pixel % 2) * 2 + row % 2
         offset = channel.to(tl.int64) * x_channel + (pixel // 2).to(tl.int64) * x_column
         value = tl.load(x_ptr + offset, mask=inside, other=0.0)
@@ -44,6 +44,6 @@ def kernel(
         value = tl.minimum(tl.maximum(value, -1.0), 1.0)
         scaled = (value + 1.0) * 0.5 * 255.0
         if not TRUNCATE:
-            # Adding 1.5 * 2^23 leaves no fraction bits: fp32 itself rounds, half to even.
+            # adding 1.5 * 2^23 leaves no fraction bits: fp32 rounds, half to even
             scaled = (scaled + 12582912.0) - 12582912.0
-        tl.store(out_ptr + place, scaled.to(tl.int32).to(tl.uint8), mask=inside)
+        tl.store(out_ptr + byte, scaled.to(tl.int32).to(tl.uint8), mask=inside)

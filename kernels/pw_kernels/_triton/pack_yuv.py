@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _value(at, weight, inside, WEIGHTED: tl.constexpr):
-    """One value of each block, in [0, 1]."""
+    """Load one value of each block, in [0, 1]."""
     value = tl.load(at, mask=inside, other=0.0)
     if WEIGHTED:
         value = tl.div_rn(value, weight)
@@ -18,8 +18,8 @@ def _value(at, weight, inside, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _sample(level, BITS: tl.constexpr, like: tl.constexpr):
-    """An 8-bit level as `BITS` bits, rounded half to even, 10 of them in the upper ones of 16."""
-    # Adding 1.5 * 2^23 leaves no fraction bits: fp32 itself rounds.
+    """Round an 8-bit level to `BITS` bits, half to even; 10 bits go into the upper bits of 16."""
+    # adding 1.5 * 2^23 leaves no fraction bits: fp32 rounds
     rounded = (level * (1 << (BITS - 8)) + 12582912.0) - 12582912.0
     whole = rounded.to(tl.int32)
     return (whole * 64 if BITS == 10 else whole).to(like)
@@ -40,10 +40,10 @@ def kernel(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Y, U and V of BLOCK blocks of one row of blocks; sizes are those of the grid of blocks.
+    """Compute Y, U and V of BLOCK blocks of one row of blocks; sizes are of the grid of blocks.
 
-    Channel (colour 2 + column) 2 + row of x. A frame of out has 2 rows 2 columns samples of Y,
-    then the planes U and V, or U and V in turn.
+    Channel (colour 2 + column) 2 + row of x. A frame of out has 2 rows 2 columns samples of Y, then
+    the planes U and V, or U and V interleaved.
     """
     row, frame = tl.program_id(1), tl.program_id(2)
     rows = tl.num_programs(1)

@@ -8,9 +8,9 @@ import triton.language as tl
 
 
 @triton.jit
-def norm_and_turn(
+def norm_rope(
     x_ptr,
-    gain_ptr,
+    weight_ptr,
     cos,
     sin,
     eps,
@@ -19,17 +19,17 @@ def norm_and_turn(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x = rope(rms_norm(x)) of one token, N heads of K channels; cos and sin [1, BLOCK_K/2]."""
+    """Set x = rope(rms_norm(x)): one token, N heads of K channels; cos and sin [1, BLOCK_K/2]."""
     head, lane = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_K)[None, :]
     channel, inside = head * K + lane, (head < N) & (lane < K)
     stored = tl.load(x_ptr + channel, mask=inside, other=0.0)
     dtype = stored.dtype
     x = stored.to(tl.float32)
     square = tl.sum(tl.sum(x * x, axis=1), axis=0) / (N * K)
-    gain = tl.load(gain_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    # Rounded before and after the gain, as WanRMSNorm does.
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    # Rounded before and after the weight, as in WanRMSNorm.
     normed = (x * tl.rsqrt(square + eps)).to(dtype).to(tl.float32)
-    normed = (normed * gain).to(dtype).to(tl.float32)
+    normed = (normed * weight).to(dtype).to(tl.float32)
     even, odd = tl.split(tl.reshape(normed, (BLOCK_N, BLOCK_K // 2, 2)))
     pairs = tl.join(even * cos - odd * sin, even * sin + odd * cos)
     tl.store(x_ptr + channel, tl.reshape(pairs, (BLOCK_N, BLOCK_K)).to(dtype), mask=inside)
@@ -39,33 +39,37 @@ def norm_and_turn(
 def kernel(
     q_ptr,
     k_ptr,
-    gain_q_ptr,
-    gain_k_ptr,
+    weight_q_ptr,
+    weight_k_ptr,
     cos_ptr,
     sin_ptr,
-    place_ptr,
+    origin_ptr,
     q_stride,
     k_stride,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
-    TIME: tl.constexpr,
-    ROW: tl.constexpr,
+    T_PAIRS: tl.constexpr,
+    H_PAIRS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One token of both. TIME pairs of a head turn with its frame, the next ROW with its row."""
+    """Normalise and rotate one token of q and of k.
+
+    The first T_PAIRS pairs of a head rotate with the frame, the next H_PAIRS with the row, the
+    others with the column.
+    """
     program = tl.program_id(0)
     # 32 bits: a clip has fewer tokens than 2^31.
-    rows, columns = tl.load(place_ptr + 1).to(tl.int32), tl.load(place_ptr + 2).to(tl.int32)
-    place = tl.load(place_ptr).to(tl.int32) + program
-    column, line = place % columns, place // columns
+    rows, columns = tl.load(origin_ptr + 1).to(tl.int32), tl.load(origin_ptr + 2).to(tl.int32)
+    index = tl.load(origin_ptr).to(tl.int32) + program
+    column, line = index % columns, index // columns
     row, frame = line % rows, line // rows
     pair = tl.arange(0, BLOCK_K // 2)
-    position = tl.where(pair < TIME, frame, tl.where(pair < TIME + ROW, row, column))
+    position = tl.where(pair < T_PAIRS, frame, tl.where(pair < T_PAIRS + H_PAIRS, row, column))
     angle = position * (K // 2) + pair
     cos = tl.load(cos_ptr + angle, mask=pair < K // 2, other=0.0)[None, :]
     sin = tl.load(sin_ptr + angle, mask=pair < K // 2, other=0.0)[None, :]
     token = program.to(tl.int64)  # int64: token * 3D of a packed q, k, v passes 2^31 at 4K
-    norm_and_turn(q_ptr + token * q_stride, gain_q_ptr, cos, sin, eps, N, K, BLOCK_N, BLOCK_K)
-    norm_and_turn(k_ptr + token * k_stride, gain_k_ptr, cos, sin, eps, N, K, BLOCK_N, BLOCK_K)
+    norm_rope(q_ptr + token * q_stride, weight_q_ptr, cos, sin, eps, N, K, BLOCK_N, BLOCK_K)
+    norm_rope(k_ptr + token * k_stride, weight_k_ptr, cos, sin, eps, N, K, BLOCK_N, BLOCK_K)

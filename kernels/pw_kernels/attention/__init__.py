@@ -3,152 +3,94 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pw_kernels.attention.libraries import LIBRARIES
-from pw_kernels.attention.variants import run, variant_for
+from pw_kernels.attention.variants import run, tiling_for
 from pw_kernels.launcher import capability
-from pw_kernels.op import Cost, Op, chosen, register, require
+from pw_kernels.op import Cost, Op, register, require, select
 
 HEAD_WIDTHS = (64, 128)  # of the Triton kernels
 _NAME = "attention"
-_ELSE = "pw_kernels.attention.reference takes others"
+_ALTERNATIVE = "pw_kernels.attention.reference takes others"
 
 
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    return_lse: Literal[False] = False,
-) -> Tensor: ...
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute softmax(q kT / sqrt(K) + bias) v.
 
-
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q kT / sqrt(K) + bias) v.
-
-    A bias lets one key stand for n identical ones (ln n): the softmax of the zero-padded text is
+    A bias of ln n lets one key stand for n identical ones: the softmax over zero-padded text is
     then exact without attending to every pad row.
 
-    Other people's kernels (cudnn, flash, flash-attn) know neither a bias nor the log-sum-exp: what
-    asks for those, the short attention to the text, runs the reference beside them.
+    Third-party kernels (cudnn, flash, flash-attn, flash-attn-4) take no bias: with one, as in the
+    short attention to the text, the reference runs in their place.
 
     Args:
         q: [S, N, K] queries.
         k: [E, N, K] keys.
         v: [E, N, K] values.
         bias: [E] in q's dtype, added to the logits of each key after the 1/sqrt(K) scale.
-        return_lse: give ln(sum(exp(logits))) too, by which `merge_attention` joins results over
-            parts of the keys.
 
     Returns:
-        [S, N, K] in q's dtype; with `return_lse` also [S, N] fp32.
+        [S, N, K] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, no token; and where a
-            Triton kernel was asked for, what it does not take.
+        ValueError: shapes, dtypes or devices that do not match, or no token; input that a Triton
+            kernel does not take, where one was requested.
     """
-    _check(q, k, v, bias)
-    implementation = chosen(_NAME, q.device).implementation
-    if implementation in LIBRARIES and bias is None and not return_lse:
-        return LIBRARIES[implementation](q, k, v)
+    implementation = select(_NAME, q.device)
     if implementation in ("triton", "gluon"):
-        _check_for_triton(q, k, v, bias)
-        out, lse = torch.ops.pw.attention(q, k, v, bias, implementation == "gluon")
-        return (out, lse) if return_lse else out
-    return reference(q, k, v, bias, return_lse=return_lse)
+        return torch.ops.pw.attention(q, k, v, bias, implementation == "gluon")[0]
+    _check(q, k, v, bias)
+    if implementation in LIBRARIES and bias is None:
+        return LIBRARIES[implementation](q, k, v)
+    return reference(q, k, v, bias)
 
 
-@overload
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    return_lse: Literal[False] = False,
-) -> Tensor: ...
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute `attention` and the log-sum-exp of its logits, ln(sum(exp(logits))).
+
+    `merge_attention` needs the log-sum-exp to join results over disjoint sets of keys. Third-party
+    kernels do not return it: the reference runs in their place.
+
+    Returns:
+        [S, N, K] in q's dtype, and [S, N] fp32.
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    implementation = select(_NAME, q.device)
+    if implementation in ("triton", "gluon"):
+        return torch.ops.pw.attention(q, k, v, bias, implementation == "gluon")
+    _check(q, k, v, bias)
+    return reference_with_lse(q, k, v, bias)
 
 
-@overload
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The oracle of `attention`, for every head width and dtype."""
+def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Oracle of `attention`, for every head width and dtype."""
     mask = None if bias is None else bias.expand(1, 1, q.shape[0], -1)
     heads_q, heads_k, heads_v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, N, S|E, K]
     out = F.scaled_dot_product_attention(heads_q, heads_k, heads_v, attn_mask=mask)
-    out = out[0].transpose(0, 1)
-    if not return_lse:
-        return out
+    return out[0].transpose(0, 1)
+
+
+def reference_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Oracle of `attention_with_lse`."""
     logits = torch.einsum("snk,enk->sne", q.float(), k.float()) * q.shape[-1] ** -0.5
     if bias is not None:
         logits = logits + bias.float()
-    return out, logits.logsumexp(-1)
+    return reference(q, k, v, bias), logits.logsumexp(-1)
 
 
-def cost(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    return_lse: bool = False,
-) -> Cost:
-    """Two products of 2 S E K FLOPs a head; one read of q, k, v and one write of the result."""
+def cost(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Cost:
+    """Count two products of 2 S E K FLOPs per head, one read of q, k, v and one write."""
     moved = (2 * q.numel() + k.numel() + v.numel()) * q.element_size()
-    lse_bytes = 4 * q.shape[0] * q.shape[1] if return_lse else 0
-    return Cost(flops=4 * q.numel() * k.shape[0], bytes=moved + lse_bytes)
+    return Cost(flops=4 * q.numel() * k.shape[0], bytes=moved)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
@@ -168,19 +110,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
         require(x.device == q.device, _NAME, f"all tensors on {q.device}", x.device)
 
 
-def _check_for_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError for what only the reference takes."""
+def check_for_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError for input that the Triton kernels do not take."""
+    _check(q, k, v, bias)
     width = q.shape[2]
-    require(width in HEAD_WIDTHS, _NAME, f"head width 64 or 128 ({_ELSE})", width)
-    narrow = q.dtype in (torch.bfloat16, torch.float16)
-    require(narrow, _NAME, f"bf16 or fp16 ({_ELSE})", q.dtype)
+    require(width in HEAD_WIDTHS, _NAME, f"head width 64 or 128 ({_ALTERNATIVE})", width)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    require(half, _NAME, f"bf16 or fp16 ({_ALTERNATIVE})", q.dtype)
     if bias is not None:
         require(bias.is_contiguous(), _NAME, "a contiguous bias", bias.stride())
     for x in (q, k, v):
         packed = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == width)
-        require(packed, _NAME, "the heads of a token side by side (call .contiguous())", x.stride())
-        # TMA wants rows at multiples of 16 bytes, and the portable kernel spills registers where
-        # the stride is no multiple of 16. A tile's own offsets, up to 128 rows, have 32 bits.
+        require(packed, _NAME, "the heads of a token adjacent (call .contiguous())", x.stride())
+        # TMA needs rows at multiples of 16 bytes, and the portable kernel spills registers where
+        # the stride is no multiple of 16. Offsets within a tile, up to 128 rows, have 32 bits.
         step = x.stride(0) if x.shape[0] > 1 else 0
         aligned = step % 16 == 0 and x.storage_offset() % 8 == 0
         require(aligned, _NAME, "tokens at multiples of 16 elements (call .contiguous())", step)
@@ -188,14 +131,8 @@ def _check_for_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> N
 
 
 @torch.library.custom_op("pw::attention", mutates_args=())
-def _op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None,
-    gluon: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = reference(q, k, v, bias, return_lse=True)
+def _op(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gluon: bool) -> tuple[Tensor, Tensor]:
+    out, lse = reference_with_lse(q, k, v, bias)
     return out.contiguous(), lse
 
 
@@ -203,9 +140,10 @@ def _op(
 def run_kernel(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gluon: bool
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel; the input was checked by the caller."""
-    variant = variant_for(capability(q.device), q.shape[2], bias=bias is not None, gluon=gluon)
-    return run(variant, q, k, v, bias)
+    """Check the input and launch the kernel. Raises ValueError for what it does not take."""
+    check_for_triton(q, k, v, bias)
+    tiling = tiling_for(capability(q.device), q.shape[2], bias=bias is not None, gluon=gluon)
+    return run(tiling, q, k, v, bias)
 
 
 @_op.register_fake
@@ -217,10 +155,10 @@ def _fake(
 
 OP = register(
     Op(
-        "attention",
+        _NAME,
         reference,
         cost,
         run_kernel,
-        libraries=("gluon", "cudnn", "flash", "flash-attn"),
+        libraries=("gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"),
     )
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of one head too wide for a fused kernel, in rows of queries."""
+"""Attention of one head that is too wide for a fused kernel, over chunks of queries."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from pw_kernels.op import Cost, Op, register, require
 
-SCORE_BYTES = 256 * 2**20  # that the scores of one step may take
+SCORE_BYTES = 256 * 2**20  # limit for the scores of one step
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kT / sqrt(K)) v of a single head, some rows of queries at a time.
+    """Compute softmax(q kT / sqrt(K)) v of a single head, a chunk of queries at a time.
 
-    The VAE's middle attends with one head as wide as all its channels (1024), which no
+    The VAE's middle block attends with one head as wide as all its channels (1024), which no
     flash-attention kernel takes, over up to 32160 positions: the scores of all rows would take
-    4 GB. A row needs no other row, so the result is exact but for rounding. Scores, sums and
-    products are fp32 for narrower inputs; the result is rounded once.
+    4 GB. Rows are independent, so the result is exact up to rounding. Scores, sums and products
+    are fp32 for narrower inputs; the result is rounded once.
 
     Args:
         q: [S, K] queries.
@@ -28,7 +28,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         [S, K] in q's dtype, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, no token.
+        ValueError: shapes, dtypes or devices that do not match, or no token.
     """
     _check(q, k, v)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -39,24 +39,24 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = part.to(dtype) * q.shape[1] ** -0.5 @ keys  # [rows, E], the one large tensor
         scores.sub_(scores.amax(dim=1, keepdim=True)).exp_()
         result.copy_((scores @ values).div_(scores.sum(dim=1, keepdim=True)))
-        del scores  # the next ones must not stand beside them
+        del scores  # before the next ones are allocated
     return out
 
 
 def score_rows(keys: int, dtype: torch.dtype) -> int:
-    """Rows of queries whose scores stay within SCORE_BYTES; one at least."""
+    """Return how many rows of queries keep their scores within SCORE_BYTES; at least one."""
     return max(1, SCORE_BYTES // (keys * dtype.itemsize))
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The oracle of `chunked_attention`: all scores at once."""
+    """Oracle of `chunked_attention`: all scores at once."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(dtype) @ k.to(dtype).T * q.shape[1] ** -0.5
     return (scores.softmax(dim=1) @ v.to(dtype)).to(q.dtype)
 
 
 def cost(q: Tensor, k: Tensor, v: Tensor) -> Cost:
-    """Two products of 2 S E K FLOPs; one read of q, k, v and one write of the result."""
+    """Count two products of 2 S E K FLOPs, one read of q, k, v, one write of the result."""
     moved = (2 * q.numel() + k.numel() + v.numel()) * q.element_size()
     return Cost(flops=4 * q.numel() * k.shape[0], bytes=moved)
 

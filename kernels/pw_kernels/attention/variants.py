@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel of `pw_kernels.attention` runs on which GPU, in which tiles; its launch."""
+"""Choose and launch the kernel of `pw_kernels.attention` for a GPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pw_kernels.launcher import Argument, Kernel, cdiv, launch, multiprocessors
+from pw_kernels.launcher import cdiv, launch, multiprocessors
 from pw_kernels.op import require
+from pw_kernels.variant import Argument, Kernel
 
 LOG2E = math.log2(math.e)
 
 
-class Variant(NamedTuple):
-    """A kernel, what one program of it works on at a time, and with how many warps."""
+class Tiling(NamedTuple):
+    """A kernel, the tile that one program works on at a time, and its warps."""
 
     kernel: Kernel
     queries: int
@@ -30,27 +31,27 @@ _PORTABLE = Kernel("attention_portable", _COUNTS)
 _HOPPER = Kernel("attention_hopper", _COUNTS)
 _GLUON = Kernel("attention_gluon", _COUNTS)
 
-# Head width -> variant. 128 queries read each key once for 128 rows, which keeps L2 ahead of the
-# tensor cores; keys and stages are the most that neither spill a register nor leave the limit of
+# Head width -> tiling. With 128 queries each key is read once for 128 rows, which keeps L2 ahead
+# of the tensor cores; keys and stages are the most that neither spill registers nor exceed the
 # shared memory, as compiled by Triton 3.7.1 (tests/kernels/test_attention_compiled.py).
-LARGE = {64: Variant(_PORTABLE, 128, 64, 8, 3), 128: Variant(_PORTABLE, 128, 64, 8, 2)}
-# 99 KB of shared memory instead of 163 or 227, and spills at 64 keys of width 128.
-SMALL = {64: Variant(_PORTABLE, 128, 64, 8, 3), 128: Variant(_PORTABLE, 128, 32, 8, 2)}
-# 4 warps and 128 queries are what the compiler specialises, see attention_hopper; 193 KB.
-HOPPER = {64: Variant(_HOPPER, 128, 128, 4, 2), 128: Variant(_HOPPER, 128, 128, 4, 2)}
-# As many slots for keys and for values as shared memory holds: 224 KB of them and queries.
-GLUON = {64: Variant(_GLUON, 128, 128, 4, 4), 128: Variant(_GLUON, 128, 128, 4, 3)}
+LARGE = {64: Tiling(_PORTABLE, 128, 64, 8, 3), 128: Tiling(_PORTABLE, 128, 64, 8, 2)}
+# for 99 KB of shared memory instead of 163 or 227; 64 keys of width 128 would spill
+SMALL = {64: Tiling(_PORTABLE, 128, 64, 8, 3), 128: Tiling(_PORTABLE, 128, 32, 8, 2)}
+# 4 warps and 128 queries are what the compiler specialises, see attention_hopper; 193 KB
+HOPPER = {64: Tiling(_HOPPER, 128, 128, 4, 2), 128: Tiling(_HOPPER, 128, 128, 4, 2)}
+# as many slots for keys and for values as shared memory holds: 224 KB with the queries
+GLUON = {64: Tiling(_GLUON, 128, 128, 4, 4), 128: Tiling(_GLUON, 128, 128, 4, 3)}
 _SMALL_CAPABILITIES = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
-def variant_for(
+def tiling_for(
     gpu: tuple[int, int], width: int, *, bias: bool = False, gluon: bool = False
-) -> Variant:
-    """The kernel for a GPU of this compute capability and heads of this width.
+) -> Tiling:
+    """Return the kernel and tiling for a GPU of this compute capability and heads of this width.
 
-    Only the portable one takes a bias: it is for the short attention to the text.
+    Only the portable kernel takes a bias: it is for the short attention to the text.
 
-    Raises ValueError where the Gluon kernel is asked for on anything but Hopper.
+    Raises ValueError where the Gluon kernel is requested on anything but Hopper.
     """
     if gluon:
         require(gpu == (9, 0), "attention", "compute capability 9.0 for gluon", gpu)
@@ -59,10 +60,21 @@ def variant_for(
     return (GLUON if gluon else HOPPER)[width]
 
 
+def tilings_of(gpu: tuple[int, int]) -> tuple[Tiling, ...]:
+    """Return every tiling that a GPU of this compute capability may launch."""
+    return tuple(
+        tiling_for(gpu, width, bias=bias, gluon=gluon)
+        for width in LARGE
+        for bias in (False, True)
+        for gluon in (False, True)
+        if gpu == (9, 0) or not gluon
+    )
+
+
 def run(
-    variant: Variant, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
+    tiling: Tiling, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Launch one variant; out [S, N, K] and lse [S, N] as of `pw_kernels.attention`."""
+    """Launch a kernel; return out [S, N, K] and lse [S, N] as `attention_with_lse`."""
     queries, heads, width = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((queries, heads), dtype=torch.float32)
@@ -80,25 +92,25 @@ def run(
         "v_stride": _token_stride(v),
         "scale": LOG2E * width**-0.5,
     }
-    constants = {"K": width, "BLOCK_M": variant.queries, "BLOCK_N": variant.keys}
-    programs = cdiv(queries, variant.queries) * heads
-    if variant.kernel is _GLUON:  # its programs go through several tiles each
+    constants = {"K": width, "BLOCK_M": tiling.queries, "BLOCK_N": tiling.keys}
+    programs = cdiv(queries, tiling.queries) * heads
+    if tiling.kernel is _GLUON:  # a program processes several tiles
         programs = min(programs, multiprocessors(q.device))
-        constants["STAGES"] = variant.num_stages
-    if variant.kernel is _PORTABLE:
+        constants["STAGES"] = tiling.num_stages
+    if tiling.kernel is _PORTABLE:
         arguments["bias_ptr"] = q if bias is None else bias  # q: not read
         constants["HAS_BIAS"] = bias is not None
     launch(
-        variant.kernel,
+        tiling.kernel,
         (programs,),
         arguments,
         constants,
-        num_warps=variant.num_warps,
-        num_stages=variant.num_stages,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
     )
     return out, lse
 
 
 def _token_stride(x: Tensor) -> int:
-    """Elements from one token to the next; that of a single token means nothing in PyTorch."""
+    """Return the elements between tokens; PyTorch's stride for a single token is arbitrary."""
     return x.stride(0) if x.shape[0] > 1 else x.shape[1] * x.shape[2]

@@ -50,18 +50,20 @@ NEEDED = (
 def version_of(folder: Path) -> str:
     """10.8.0.43 and so on."""
     text = (folder / "tensorrt_bindings" / "__init__.py").read_text()
-    found = re.search(r"""__version__ = ["']([\d.]+)["']""", text)
-    assert found, f"no version in {folder}"
-    return found[1]
+    match = re.search(r"""__version__ = ["']([\d.]+)["']""", text)
+    assert match, f"no version in {folder}"
+    return match[1]
 
 
 def load(folder: Path) -> Any:
     """Import the bindings of a folder into this process: one version per process."""
     major = version_of(folder).partition(".")[0]
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as folder_name:
         for library, functions in LIBRARIES.items():
-            source, shared = Path(made, f"{library}.c"), Path(made, f"{library}.so.{major}")
-            source.write_text("".join(f"void *{one}(void) {{ return 0; }}\n" for one in functions))
+            source = Path(folder_name, f"{library}.c")
+            shared = Path(folder_name, f"{library}.so.{major}")
+            stubs = (f"void *{name}(void) {{ return 0; }}\n" for name in functions)
+            source.write_text("".join(stubs))
             linked = f"-Wl,-soname,{shared.name}"  # what has this soname is not looked for again
             subprocess.run(("cc", "-shared", "-fPIC", linked, "-o", shared, source), check=True)
             ctypes.CDLL(str(shared), mode=ctypes.RTLD_GLOBAL)
@@ -115,8 +117,8 @@ def main() -> None:
         return
     folders = {version_of(Path(name)): Path(name) for name in sys.argv[1:]}
     ordered = sorted(folders, key=lambda version: [int(part) for part in version.split(".")])
-    found = {version: introspect_elsewhere(folders[version]) for version in ordered}
-    MANIFEST.write_text(json.dumps(found, indent=1) + "\n")
+    names = {version: introspect_elsewhere(folders[version]) for version in ordered}
+    MANIFEST.write_text(json.dumps(names, indent=1) + "\n")
 
 
 if __name__ == "__main__":

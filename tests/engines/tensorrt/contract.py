@@ -22,8 +22,8 @@ def bound_to_manifest(cls: type, entries: dict[str, Any], seen: set[str]) -> dic
         full = f"{cls.__name__}.{name}"
         what = entries.get(full)
         if isinstance(member, property):
-            wanted = "read-write" if member.fset else "read-only"
-            assert what in (wanted, "read-write"), f"{full} is {what} in the bindings"
+            expected = "read-write" if member.fset else "read-only"
+            assert what in (expected, "read-write"), f"{full} is {what} in the bindings"
             members[name] = _recorded(member, full, seen)
         elif callable(member) and full in entries:
             members[name] = _checked(member, full, what, seen)
@@ -55,7 +55,7 @@ def _checked(
         seen.add(full)
         reasons = [_mismatch(signature, arguments, named) for signature in signatures]
         if all(reasons):
-            raise TypeError(f"{full}: {'; '.join(map(str, reasons))}; wanted {signatures}")
+            raise TypeError(f"{full}: {'; '.join(map(str, reasons))}; expected {signatures}")
         return function(self, *arguments, **named)
 
     return call
@@ -63,18 +63,18 @@ def _checked(
 
 def _mismatch(signature: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> str | None:
     """Why the arguments do not fit; None if they do."""
-    wanted = parameters(signature)
-    if len(arguments) > len(wanted):
+    expected = parameters(signature)
+    if len(arguments) > len(expected):
         return f"{len(arguments)} arguments"
-    given = dict(zip(wanted, arguments, strict=False))
-    if wrong := (given.keys() & named.keys()) | (named.keys() - wanted.keys()):
-        return f"argument {', '.join(sorted(wrong))}"
+    given = dict(zip(expected, arguments, strict=False))
+    if unexpected := (given.keys() & named.keys()) | (named.keys() - expected.keys()):
+        return f"argument {', '.join(sorted(unexpected))}"
     given |= named
-    for name, (kind, required) in wanted.items():
+    for name, (annotation, required) in expected.items():
         if name not in given:
             if required:
                 return f"no {name}"
-        elif not accepts(kind, given[name]):
+        elif not accepts(annotation, given[name]):
             return f"{name} is {type(given[name]).__name__}"
     return None
 
@@ -82,24 +82,24 @@ def _mismatch(signature: str, arguments: tuple[Any, ...], named: dict[str, Any])
 def parameters(signature: str) -> dict[str, tuple[str, bool]]:
     """Name -> (type, whether it must be given) of "f(self: A, b: int = 0) -> C"."""
     inner = signature[signature.index("(") + 1 : signature.rindex(") ->")]
-    found = {}
+    parameters_of = {}
     for part in re.split(r", (?=\w+: )", inner):
         name, _, rest = part.partition(": ")
-        kind, default, _ = rest.partition(" = ")
-        found[name] = (kind, not default)
-    found.pop("self")
-    return found
+        annotation, default, _ = rest.partition(" = ")
+        parameters_of[name] = (annotation, not default)
+    parameters_of.pop("self")
+    return parameters_of
 
 
-def accepts(kind: str, value: Any) -> bool:
-    """Whether pybind11 would convert a value to a type of the bindings."""
-    kind = kind.rpartition(".")[2]
-    if kind in ("int", "SupportsInt"):
+def accepts(annotation: str, value: Any) -> bool:
+    """Return True if pybind11 would convert a value to a type of the bindings."""
+    annotation = annotation.rpartition(".")[2]
+    if annotation in ("int", "SupportsInt"):
         return isinstance(value, int)
-    if kind in ("buffer", "Buffer"):
+    if annotation in ("buffer", "Buffer"):
         return isinstance(value, bytes | memoryview)
-    if kind in ("bool", "str", "tuple", "list"):
-        return type(value).__name__ == kind
-    if kind == "Dims" and isinstance(value, tuple | list):
+    if annotation in ("bool", "str", "tuple", "list"):
+        return type(value).__name__ == annotation
+    if annotation == "Dims" and isinstance(value, tuple | list):
         return True
-    return any(one.__name__ == kind for one in type(value).__mro__)
+    return any(base.__name__ == annotation for base in type(value).__mro__)

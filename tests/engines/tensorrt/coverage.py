@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 import torch
 
 from pw_engines.tensorrt import torch_tensorrt
-from pw_engines.tensorrt.torch_tensorrt_build import TorchRequest, settings
+from pw_engines.tensorrt.request import Request
+from pw_engines.tensorrt.torch_tensorrt_build import settings
 from pw_runtime.execution.transformer_segments import Segment, segments_of
 from tests.engines.tensorrt.bindings import load
 from tests.engines.test_segments import HIGHRES
@@ -48,23 +49,23 @@ def without_converter(front: Any, segment: Segment) -> list[str]:
     from torch_tensorrt.dynamo._settings import CompilationSettings
     from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
 
-    request = TorchRequest(spec=segment.spec, program=Path(), plan=Path("plan"), device=None)
-    asked = settings(front, request)
-    assert len(compiler.prepare_inputs(asked.pop("arg_inputs"))) == len(segment.spec.inputs)
-    asked.pop("device")  # of the GPU that is not there
-    given = CompilationSettings(**asked)
+    request = Request(spec=segment.spec, model=Path(), plan=Path("plan"), device=None)
+    keywords = settings(front, request)
+    assert len(compiler.prepare_inputs(keywords.pop("arg_inputs"))) == len(segment.spec.inputs)
+    keywords.pop("device")  # of the GPU that is not there
+    compilation_settings = CompilationSettings(**keywords)
     program = torch_tensorrt.export(segment.spec, segment.module, CPU)
     names = list(program.graph_signature.user_inputs)
-    program = compiler.pre_export_lowering(program, given)
+    program = compiler.pre_export_lowering(program, compilation_settings)
     program = program.run_decompositions(compiler.get_decompositions(False, True, False))
-    lowered = compiler.post_lowering(program.module(), given)
-    DYNAMO_CONVERTERS.set_compilation_settings(given)
-    assert [one.target for one in lowered.graph.find_nodes(op="placeholder")] == names
+    lowered = compiler.post_lowering(program.module(), compilation_settings)
+    DYNAMO_CONVERTERS.set_compilation_settings(compilation_settings)
+    assert [node.target for node in lowered.graph.find_nodes(op="placeholder")] == names
     return sorted(
         {
-            str(one.target)
-            for one in lowered.graph.nodes
-            if one.op.startswith("call") and DYNAMO_CONVERTERS.get(one) is None
+            str(node.target)
+            for node in lowered.graph.nodes
+            if node.op.startswith("call") and DYNAMO_CONVERTERS.get(node) is None
         }
     )
 
@@ -74,7 +75,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     front = front_end(Path(sys.argv[1]))
     segments = segments_of(HIGHRES, "bf16", 64)
-    print(json.dumps({name: without_converter(front, one) for name, one in segments.items()}))
+    print(
+        json.dumps({name: without_converter(front, segment) for name, segment in segments.items()})
+    )
 
 
 if __name__ == "__main__":

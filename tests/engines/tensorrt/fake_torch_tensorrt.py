@@ -29,8 +29,8 @@ THEIRS = {"x": "inputs_0", "weight": "inputs_1", "bias": "inputs_2", "y": "outpu
 
 def plan_of(names: dict[str, str], *, width: int | None = None) -> bytes:
     """The plan of the small segment, its tensors renamed."""
-    one = spec() if width is None else spec(width=width)
-    model = onnx.load_model_from_string(onnx_of(one, fixed=True))
+    engine_spec = spec() if width is None else spec(width=width)
+    model = onnx.load_model_from_string(onnx_of(engine_spec, fixed=True))
     graph = model.graph
     for tensor in (*graph.input, *graph.output):
         tensor.name = names[tensor.name]
@@ -41,14 +41,14 @@ def plan_of(names: dict[str, str], *, width: int | None = None) -> bytes:
     return MAGIC + json.dumps(content).encode()
 
 
-def convert(program: Any, **asked: Any) -> Any:
-    """As the real one, or as it fails."""
+def convert(program: Any, **keywords: Any) -> Any:
+    """Convert as the real function, or fail as it does."""
     fault = os.environ.get(FAULT, "")
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if RECORD in os.environ:
         record = {"placeholders": list(program.graph_signature.user_inputs)}
-        record |= {name: str(value) for name, value in asked.items()}
+        record |= {name: str(value) for name, value in keywords.items()}
         Path(os.environ[RECORD]).write_text(json.dumps(record))
     if fault == "unsupported":
         print("[TRT] [E] IBuilder: what TensorRT says itself", file=sys.stderr)
@@ -71,14 +71,14 @@ def convert(program: Any, **asked: Any) -> Any:
 def make(version: str) -> ModuleType:
     """The fake of a version: its function takes what the real one does, and no more."""
     names = [name for name in known()[version] if name != "**"]
-    kinds = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names[1:]]
+    keyword_only = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names[1:]]
     first = inspect.Parameter(names[0], inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
-    def checked(program: Any, **asked: Any) -> Any:
-        assert asked.keys() <= set(names), asked.keys() - set(names)
-        return convert(program, **asked)
+    def checked(program: Any, **keywords: Any) -> Any:
+        assert keywords.keys() <= set(names), keywords.keys() - set(names)
+        return convert(program, **keywords)
 
-    checked.__signature__ = inspect.Signature([first, *kinds])  # type: ignore[attr-defined]
+    checked.__signature__ = inspect.Signature([first, *keyword_only])  # type: ignore[attr-defined]
     module = ModuleType("torch_tensorrt")
     module.__version__ = version  # type: ignore[attr-defined]
     module.Input = lambda shape, dtype: (tuple(shape), dtype)  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-SOURCES = sorted((ROOT / "engines" / "pw_engines").glob("tensorrt*.py"))
+SOURCES = sorted((ROOT / "engines/pw_engines/tensorrt").glob("*.py"))
 MANIFEST = Path(__file__).with_name("manifest.json")
 RECEIVERS = {
     "builder": "Builder",
@@ -24,9 +24,9 @@ RECEIVERS = {
     "config": "IBuilderConfig",
     "context": "IExecutionContext",
     "engine": "ICudaEngine",
-    "fault": "ParserError",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
+    "parser_error": "ParserError",
     "profile": "IOptimizationProfile",
     "runtime": "Runtime",
     "tensor": "ITensor",
@@ -37,8 +37,8 @@ UNNAMED = ("ILogger.log", "IHostMemory", "Dims.__len__", "Dims.__getitem__")
 
 
 def used(sources: Iterable[Path] = SOURCES) -> dict[str, list[str]]:
-    """Where each name is used: "IBuilderConfig.set_flag" -> ["tensorrt_build.py:112"]."""
-    found: dict[str, list[str]] = {name: [] for name in UNNAMED}
+    """Where each name is used: "IBuilderConfig.set_flag" -> ["onnx_build.py:112"]."""
+    uses: dict[str, list[str]] = {name: [] for name in UNNAMED}
     for path in sources:
         tree = ast.parse(path.read_text())
         inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -49,8 +49,8 @@ def used(sources: Iterable[Path] = SOURCES) -> dict[str, list[str]]:
                 if name is not None:
                     is_class = id(node) in called and "." not in name
                     place = f"{path.name}:{node.lineno}"
-                    found.setdefault(name + ".__init__" * is_class, []).append(place)
-    return dict(sorted(found.items()))
+                    uses.setdefault(name + ".__init__" * is_class, []).append(place)
+    return dict(sorted(uses.items()))
 
 
 def _resolve(node: ast.Attribute) -> str | None:

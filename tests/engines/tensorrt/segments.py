@@ -45,8 +45,8 @@ def nodes() -> list[Any]:
 
 
 def onnx_of(
-    one: EngineSpec,
-    made: list[Any] | None = None,
+    engine_spec: EngineSpec,
+    own_nodes: list[Any] | None = None,
     *,
     opset: int = 20,
     ir: int = 10,
@@ -54,7 +54,7 @@ def onnx_of(
     fixed: bool = False,
 ) -> bytes:
     """An ONNX model with the inputs and outputs of a spec; named dimensions stay named."""
-    limits = dict(one.limits)
+    limits = dict(engine_spec.limits)
     inputs, outputs = (
         [
             helper.make_tensor_value_info(
@@ -62,10 +62,14 @@ def onnx_of(
             )
             for tensor in tensors
         ]
-        for tensors in (one.inputs, one.outputs)
+        for tensors in (engine_spec.inputs, engine_spec.outputs)
     )
     graph = helper.make_graph(
-        nodes() if made is None else made, one.segment, inputs, outputs, initializers
+        nodes() if own_nodes is None else own_nodes,
+        engine_spec.segment,
+        inputs,
+        outputs,
+        initializers,
     )
     opsets = [helper.make_opsetid("", opset)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=ir).SerializeToString()
@@ -80,22 +84,22 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def data(
-    one: EngineSpec, device: str = "cpu", seed: int = 0
+    engine_spec: EngineSpec, device: str = "cpu", seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Inputs, outputs full of NaN, and what PyTorch makes of the inputs in fp32."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = dict(one.limits)
+    sizes = dict(engine_spec.limits)
     inputs = [
         aligned(
             torch.randn(tensor.sized(sizes), generator=generator)
             .to(DTYPES[tensor.dtype])
             .to(device)
         )
-        for tensor in one.inputs
+        for tensor in engine_spec.inputs
     ]
     outputs = [
         aligned(torch.full(t.sized(sizes), float("nan"), dtype=DTYPES[t.dtype], device=device))
-        for t in one.outputs
+        for t in engine_spec.outputs
     ]
-    (wanted,) = function(*(x.float() for x in inputs))
-    return inputs, outputs, wanted
+    (expected,) = function(*(x.float() for x in inputs))
+    return inputs, outputs, expected

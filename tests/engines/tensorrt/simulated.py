@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both halves of the simulator stand on: faults on request, plans, tensors, the logger."""
+"""The base of both halves of the simulator: faults on request, plans, tensors, the logger."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fault() -> str:
 
 
 def read_plan(plan: bytes | memoryview) -> dict[str, Any]:
-    """What a plan holds; ValueError if it is not whole."""
+    """Read the content of a plan. Raises ValueError if it is not whole."""
     data = bytes(plan)
     if not data.startswith(MAGIC):
         raise ValueError("no plan")
@@ -52,10 +52,10 @@ class Dims(tuple[int, ...]):
 
 class ITensor(Simulated):
     def __init__(self, value: Any) -> None:
-        kind = value.type.tensor_type
+        tensor_type = value.type.tensor_type
         self._name = value.name
-        self._kind = KINDS[kind.elem_type]
-        self._shape = Dims(dim.dim_value or -1 for dim in kind.shape.dim)
+        self._kind = KINDS[tensor_type.elem_type]
+        self._shape = Dims(dim.dim_value or -1 for dim in tensor_type.shape.dim)
 
     @property
     def name(self) -> str:

@@ -71,8 +71,8 @@ class OnnxParser(Simulated):
             self._say("ModelImporter: parsing failed")
             return False
         self._network._model = model
-        self._network._inputs = [self._trt.ITensor(one) for one in parsed.graph.input]
-        self._network._outputs = [self._trt.ITensor(one) for one in parsed.graph.output]
+        self._network._inputs = [self._trt.ITensor(value) for value in parsed.graph.input]
+        self._network._outputs = [self._trt.ITensor(value) for value in parsed.graph.output]
         return True
 
 

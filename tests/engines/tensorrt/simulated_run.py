@@ -52,8 +52,8 @@ class ICudaEngine(Simulated):
         self._model = onnx.load_model_from_string(bytes.fromhex(plan["model"]))
         self._shapes = plan["shapes"]
         graph = self._model.graph
-        self._inputs = [one.name for one in graph.input]
-        self._io = {one.name: self._trt.ITensor(one) for one in (*graph.output, *graph.input)}
+        self._inputs = [value.name for value in graph.input]
+        self._io = {value.name: self._trt.ITensor(value) for value in (*graph.output, *graph.input)}
 
     @property
     def num_io_tensors(self) -> int:
@@ -73,7 +73,7 @@ class ICudaEngine(Simulated):
         return self._io[name]._shape
 
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
-        return 1000 * sum(len(one._shape) for one in self._io.values())
+        return 1000 * sum(len(value._shape) for value in self._io.values())
 
     def create_execution_context(self, strategy: Any = None) -> Any:
         if fault() == "no context":
@@ -93,11 +93,11 @@ class IExecutionContext(Simulated):
         self._memory: tuple[int, int] | None = None
 
     def set_input_shape(self, name: str, shape: Any) -> bool:
-        wanted = self._engine._shapes.get(name, self._engine._io[name]._shape)
-        if tuple(shape) != tuple(wanted):
+        expected = self._engine._shapes.get(name, self._engine._io[name]._shape)
+        if tuple(shape) != tuple(expected):
             self._say(f"{name}: static dimension mismatch")
             return False
-        (value,) = [one for one in self._engine._model.graph.input if one.name == name]
+        (value,) = [item for item in self._engine._model.graph.input if item.name == name]
         for dim, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
             self._sizes[dim.dim_param] = size
         self._set.add(name)
@@ -105,7 +105,7 @@ class IExecutionContext(Simulated):
 
     def get_tensor_shape(self, name: str) -> Dims:
         graph = self._engine._model.graph
-        (value,) = [one for one in (*graph.input, *graph.output) if one.name == name]
+        (value,) = [item for item in (*graph.input, *graph.output) if item.name == name]
         dims = value.type.tensor_type.shape.dim
         return Dims(dim.dim_value or self._sizes.get(dim.dim_param, -1) for dim in dims)
 
@@ -139,14 +139,14 @@ class IExecutionContext(Simulated):
         ctypes.memset(memory[0], 0xA5, memory[1])
         model = self._engine._model
         inputs = {name: self._array(name, addresses[name]).copy() for name in self._engine._inputs}
-        outputs = [one.name for one in model.graph.output]
+        outputs = [value.name for value in model.graph.output]
         results = ReferenceEvaluator(model).run(outputs, inputs)
         for name, result in zip(outputs, results, strict=True):
             target = self._array(name, addresses[name])
             target[...] = np.asarray(result).astype(target.dtype)
 
     def _array(self, name: str, address: int) -> np.ndarray:
-        kind = np.dtype(NUMPY[self._engine._io[name]._kind])
+        dtype = np.dtype(NUMPY[self._engine._io[name]._kind])
         shape = tuple(self.get_tensor_shape(name))
-        memory = (ctypes.c_char * (math.prod(shape) * kind.itemsize)).from_address(address)
-        return np.frombuffer(memory, dtype=kind).reshape(shape)
+        memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
+        return np.frombuffer(memory, dtype=dtype).reshape(shape)

@@ -49,7 +49,7 @@ class Stream:
 
 
 class Cuda:
-    """What our code asks of torch.cuda, on the CPU."""
+    """The parts of torch.cuda that our code uses, on the CPU."""
 
     def __init__(self) -> None:
         self.current = Stream()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where TensorRT cannot be used, the reason and the remedy are told."""
+"""Where TensorRT cannot be used, the reason and the remedy are reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_other_devices_are_refused() -> None:
     assert reason == "TensorRT runs on NVIDIA GPUs, got the device cpu: use --device cuda"
 
 
-def test_a_machine_without_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no usable NVIDIA GPU: install a driver" in str(tensorrt.unavailable(GPU))
 
@@ -43,9 +43,9 @@ def test_other_versions_are_refused(
     version: str, trt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trt, "__version__", version)
-    reason = f"TensorRT {version} is installed, wanted >=10.8,<12: pip install"
+    reason = f"TensorRT {version} is installed, expected >=10.8,<12: pip install"
     assert str(tensorrt.unavailable(GPU)).startswith(reason)
-    with pytest.raises(EngineError, match=r"wanted >=10\.8,<12"):
+    with pytest.raises(EngineError, match=r"expected >=10\.8,<12"):
         bindings()
 
 
@@ -68,9 +68,9 @@ def test_platform_is_what_a_plan_depends_on(
     monkeypatch.setattr(tensorrt, "_DRIVER", tmp_path / "version")
     assert "driver" not in dict(tensorrt.tensorrt_platform(GPU))
     (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
-    found = dict(tensorrt.tensorrt_platform(GPU))
-    assert found["driver"] == "580.65.06"
-    assert found["tensorrt"] == trt.__version__
-    assert found["gpu"] == "Simulated H200"
-    assert found["capability"] == "9.0"
-    assert found.keys() == {"capability", "driver", "gpu", "machine", "recipe", "tensorrt", "torch"}
+    facts = dict(tensorrt.tensorrt_platform(GPU))
+    assert facts["driver"] == "580.65.06"
+    assert facts["tensorrt"] == trt.__version__
+    assert facts["gpu"] == "Simulated H200"
+    assert facts["capability"] == "9.0"
+    assert facts.keys() == {"capability", "driver", "gpu", "machine", "recipe", "tensorrt", "torch"}

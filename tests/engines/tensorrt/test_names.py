@@ -66,7 +66,7 @@ def test_the_walk_finds_what_does_not_exist(tmp_path: Path) -> None:
     }
 
 
-def test_table_tells_name_and_versions() -> None:
+def test_table_lists_name_and_versions() -> None:
     lines = table().splitlines()
     assert lines[0].split() == ["name", *manifest()]
     assert all(line.split()[1:] == ["yes"] * 4 for line in lines[1:])

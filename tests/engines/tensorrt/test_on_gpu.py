@@ -32,15 +32,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     root = tmp_path_factory.mktemp("store")
     store = EngineStore(root)
 
-    def get(one: EngineSpec) -> TensorrtEngine:
-        key = EngineKey(spec=one, backend="tensorrt", platform=tensorrt.tensorrt_platform(GPU))
+    def get(engine_spec: EngineSpec) -> TensorrtEngine:
+        key = EngineKey(
+            spec=engine_spec, backend="tensorrt", platform=tensorrt.tensorrt_platform(GPU)
+        )
         if store.find(key).state != "fresh":
             with store.locked(key), store.publishing(key, tensorrt.FILE) as path:
                 cache = root / "timing.cache"
-                tensorrt.build(one, onnx_of(one), path, GPU, timing_cache=cache)
+                tensorrt.build(engine_spec, onnx_of(engine_spec), path, GPU, timing_cache=cache)
         path = store.find(key).path
         assert path is not None
-        return tensorrt.load(one, path, GPU)
+        return tensorrt.load(engine_spec, path, GPU)
 
     return get
 
@@ -57,8 +59,8 @@ def test_calls_may_follow_each_other_without_waiting(built: Built) -> None:
     calls = [(engine, *data(engine.spec, "cuda", seed)) for seed in range(8) for engine in engines]
     for engine, inputs, outputs, _ in calls:
         engine.run(inputs, outputs)
-    for _, _, outputs, wanted in calls:
-        assert relative_l2(outputs[0], wanted) < 2e-2
+    for _, _, outputs, expected in calls:
+        assert relative_l2(outputs[0], expected) < 2e-2
 
 
 def test_a_captured_graph_gives_the_same_bits(built: Built) -> None:
@@ -84,12 +86,12 @@ def test_a_damaged_plan_is_refused(built: Built, tmp_path: Path) -> None:
 
 def test_tensorrt_refuses_what_our_rules_would_not_let_through(tmp_path: Path) -> None:
     """A type clash: strongly typed networks take no fp32 weight for a bf16 input."""
-    one, other = spec("bf16"), spec("fp32")
+    bf16, fp32 = spec("bf16"), spec("fp32")
     mixed = EngineSpec(
         segment="mixed",
-        inputs=(one.inputs[0], *other.inputs[1:]),
-        outputs=one.outputs,
-        limits=one.limits,
+        inputs=(bf16.inputs[0], *fp32.inputs[1:]),
+        outputs=bf16.outputs,
+        limits=bf16.limits,
         sources="0",
     )
     with pytest.raises(EngineError):

@@ -13,7 +13,9 @@ import torch
 
 from pw_engines import tensorrt
 from pw_engines.engine import EngineError
-from pw_engines.tensorrt.build import WORKSPACE, Request, build_plan
+from pw_engines.tensorrt.library import WORKSPACE
+from pw_engines.tensorrt.onnx_build import build_plan
+from pw_engines.tensorrt.request import Request
 from tests.engines.tensorrt.names import manifest
 from tests.engines.tensorrt.segments import TOKENS, WIDTH, onnx_of, spec
 from tests.engines.tensorrt.simulated import FAULT, read_plan
@@ -26,7 +28,7 @@ def request_of(tmp_path: Path) -> Callable[..., Request]:
     def make(model: bytes, **changes: Any) -> Request:
         (tmp_path / "model.onnx").write_bytes(model)
         request = Request(
-            spec=spec(), onnx=tmp_path / "model.onnx", plan=tmp_path / "plan", device=None
+            spec=spec(), model=tmp_path / "model.onnx", plan=tmp_path / "plan", device=None
         )
         return replace(request, **changes)
 
@@ -71,7 +73,7 @@ def test_parser_errors_name_the_node(
     assert "error: ModelImporter: parsing failed" in str(caught.value)
 
 
-def test_a_failed_build_says_what_tensorrt_said(
+def test_a_failed_build_quotes_tensorrt(
     trt: Any, request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FAULT, "no plan")
@@ -87,10 +89,10 @@ def test_a_model_of_another_segment_is_refused_before_the_build(
     other = spec("fp32", width=WIDTH + 1)
     with pytest.raises(EngineError, match=r"the ONNX model is not one of up") as caught:
         build_plan(request_of(onnx_of(other)))
-    assert "x: wanted bf16, got fp32" in str(caught.value)
+    assert "x: expected bf16, got fp32" in str(caught.value)
 
 
-def test_a_machine_without_a_gpu_is_told(trt: Any, request_of: Callable[..., Request]) -> None:
+def test_a_machine_without_a_gpu_is_reported(trt: Any, request_of: Callable[..., Request]) -> None:
     def refuse(logger: Any) -> None:
         logger.log(trt.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
         raise TypeError("pybind11::init(): factory function returned nullptr")
@@ -117,17 +119,18 @@ def test_timing_cache_is_made_used_and_started_anew(
     assert known() == "11.0.0.114"
     simulate("11.4.0.106")
     (note,) = build_plan(request)
-    assert "is of another device or version: started anew" in note
+    assert "is for another device or version: starting a new one" in note
     assert known() == ""
     assert cache.read_text() == "11.4.0.106"
-    assert {one.name for one in tmp_path.iterdir()} == {"model.onnx", "plan", "timing.cache"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "plan", "timing.cache"}
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         ("killed", r"the build of up was killed \(signal 9\), .*\n  got to: 0\.\d GiB\n  expected"),
-        ("no plan", r"cannot build up\n  error: Could not find any implementation"),
+        # and no warning of Python's before it: seen when the package imported the program it runs
+        ("no plan", r"^TensorRT \S+ cannot build up\n  error: Could not find any implementation"),
     ],
 )
 def test_a_build_process_that_fails_leaves_a_message_and_nothing_else(

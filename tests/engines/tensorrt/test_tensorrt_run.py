@@ -16,8 +16,9 @@ from pw_engines import tensorrt
 from pw_engines.engine import EngineError, check_parity
 from pw_engines.spec import DType, EngineKey, EngineSpec, TensorSpec
 from pw_engines.store import EngineStore
-from pw_engines.tensorrt.build import Request, build_plan
 from pw_engines.tensorrt.engine import TensorrtEngine, lane
+from pw_engines.tensorrt.onnx_build import build_plan
+from pw_engines.tensorrt.request import Request
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.names import manifest, used
 from tests.engines.tensorrt.segments import HIDDEN, TOKENS, WIDTH, aligned, data, onnx_of, spec
@@ -33,10 +34,10 @@ Open = Callable[..., TensorrtEngine]
 def plan_of(tmp_path: Path) -> Callable[[EngineSpec], Path]:
     """Builds a plan in this process."""
 
-    def build(one: EngineSpec) -> Path:
+    def build(engine_spec: EngineSpec) -> Path:
         model, path = tmp_path / "model.onnx", tmp_path / tensorrt.FILE
-        model.write_bytes(onnx_of(one))
-        build_plan(Request(spec=one, onnx=model, plan=path, device=None))
+        model.write_bytes(onnx_of(engine_spec))
+        build_plan(Request(spec=engine_spec, model=model, plan=path, device=None))
         return path
 
     return build
@@ -57,38 +58,40 @@ def test_a_plan_computes_what_its_segment_does(
     plan_of: Callable[[EngineSpec], Path],
 ) -> None:
     trt = simulate(version)
-    one = spec(dtype)
-    engine = tensorrt.load(one, plan_of(one), CPU)
+    engine_spec = spec(dtype)
+    engine = tensorrt.load(engine_spec, plan_of(engine_spec), CPU)
     for seed in range(2):  # other addresses
-        inputs, outputs, wanted = data(one, seed=seed)
+        inputs, outputs, expected = data(engine_spec, seed=seed)
         engine.run(inputs, outputs)
-        assert relative_l2(outputs[0], wanted) < tolerance
+        assert relative_l2(outputs[0], expected) < tolerance
     assert trt.seen <= used().keys()  # the walk through the source overlooks nothing
 
 
 def test_from_build_process_through_store_to_result(trt: Any, tmp_path: Path) -> None:
-    one = spec()
-    said: list[str] = []
+    engine_spec = spec()
+    lines: list[str] = []
     cache = tmp_path / "timing.cache"
     cache.write_text("of another device")
     store = EngineStore(tmp_path / "store")
-    key = EngineKey(spec=one, backend="tensorrt", platform=tensorrt.tensorrt_platform(CPU))
+    key = EngineKey(spec=engine_spec, backend="tensorrt", platform=tensorrt.tensorrt_platform(CPU))
     with store.locked(key), store.publishing(key, tensorrt.FILE) as path:
-        tensorrt.build(one, onnx_of(one), path, CPU, timing_cache=cache, say=said.append)
-    found = store.find(key)
-    assert found.state == "fresh"
-    assert found.path is not None
-    assert {file.name for file in found.path.parent.iterdir()} == {tensorrt.FILE, "manifest.json"}
+        tensorrt.build(
+            engine_spec, onnx_of(engine_spec), path, CPU, timing_cache=cache, say=lines.append
+        )
+    lookup = store.find(key)
+    assert lookup.state == "fresh"
+    assert lookup.path is not None
+    assert {file.name for file in lookup.path.parent.iterdir()} == {tensorrt.FILE, "manifest.json"}
     assert {file.name for file in tmp_path.iterdir()} == {"store", "timing.cache"}
 
-    inputs, outputs, wanted = data(one)
-    tensorrt.load(one, found.path, CPU).run(inputs, outputs)
-    assert relative_l2(outputs[0], wanted) < 1e-2
+    inputs, outputs, expected = data(engine_spec)
+    tensorrt.load(engine_spec, lookup.path, CPU).run(inputs, outputs)
+    assert relative_l2(outputs[0], expected) < 1e-2
 
-    first, note, last = said
+    first, note, last = lines
     assert first.startswith("building up with TensorRT: 1 min, 4 GiB of memory")
     assert first.endswith("(estimate)")
-    assert "started anew" in note
+    assert "starting a new one" in note
     assert last.startswith("built up in ")
     assert "peak memory" in last
 
@@ -101,19 +104,19 @@ class OnOwnMemory:
         self._engine = engine
 
     def run(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        made = [aligned(x) for x in outputs]
-        self._engine.run([aligned(x) for x in inputs], made)
-        for target, x in zip(outputs, made, strict=True):
+        results = [aligned(x) for x in outputs]
+        self._engine.run([aligned(x) for x in inputs], results)
+        for target, x in zip(outputs, results, strict=True):
             target.copy_(x)
 
 
 def test_self_check_finds_it_good(engine: TensorrtEngine) -> None:
-    (found,) = check_parity(OnOwnMemory(engine), segment, CPU)
-    assert found.good
-    assert found.error > 0
+    (parity,) = check_parity(OnOwnMemory(engine), segment, CPU)
+    assert parity.good
+    assert parity.error > 0
 
 
-def wrong(engine: TensorrtEngine, index: int, x: Tensor) -> None:
+def run_with(engine: TensorrtEngine, index: int, x: Tensor) -> None:
     inputs, outputs, _ = data(engine.spec)
     tensors = [*inputs, *outputs]
     tensors[index] = x
@@ -123,17 +126,17 @@ def wrong(engine: TensorrtEngine, index: int, x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("index", "x", "message"),
     [
-        (0, torch.zeros(TOKENS, WIDTH), "up, tensor x: wanted bf16, got torch.float32"),
-        (1, torch.zeros(HIDDEN, 31, dtype=torch.bfloat16), "tensor weight: wanted 32 of 32"),
+        (0, torch.zeros(TOKENS, WIDTH), "up, tensor x: expected bf16, got torch.float32"),
+        (1, torch.zeros(HIDDEN, 31, dtype=torch.bfloat16), "tensor weight: expected 32 of 32"),
         (0, torch.zeros(23, WIDTH, dtype=torch.bfloat16), "tokens padded to 24, got 23"),
         (0, torch.zeros(25, WIDTH, dtype=torch.bfloat16), "tokens from 2 to 24, got 25"),
-        (3, torch.zeros(23, HIDDEN, dtype=torch.bfloat16), r"y: wanted shape \(24, 64\), got"),
-        (1, torch.zeros(WIDTH, HIDDEN, dtype=torch.bfloat16).T, "weight: wanted contiguous"),
-        (2, torch.zeros(HIDDEN, dtype=torch.bfloat16, device="meta"), "bias: wanted it on cpu"),
+        (3, torch.zeros(23, HIDDEN, dtype=torch.bfloat16), r"y: expected shape \(24, 64\), got"),
+        (1, torch.zeros(WIDTH, HIDDEN, dtype=torch.bfloat16).T, "weight: expected contiguous"),
+        (2, torch.zeros(HIDDEN, dtype=torch.bfloat16, device="meta"), "bias: expected it on cpu"),
         (
             2,
             aligned(torch.zeros(HIDDEN + 1, dtype=torch.bfloat16))[1:],
-            "bias: wanted an address of a multiple of 256 bytes, got 2 more; pass a tensor",
+            "bias: expected an address that is a multiple of 256, got 2 more; pass a whole tensor",
         ),
     ],
 )
@@ -141,14 +144,14 @@ def test_tensors_that_the_plan_cannot_take_are_refused(
     index: int, x: Tensor, message: str, engine: TensorrtEngine
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        wrong(engine, index, x)
+        run_with(engine, index, x)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("expected", "message"),
     [
-        (spec("fp32"), "x: wanted fp32, got bf16"),
-        (spec(width=WIDTH * 2), r"x: wanted shape \(24, 64\), got \(-1, 32\)"),
+        (spec("fp32"), "x: expected fp32, got bf16"),
+        (spec(width=WIDTH * 2), r"x: expected shape \(24, 64\), got \(-1, 32\)"),
         (
             replace(spec(), inputs=(*spec().inputs[:2], TensorSpec(name="b", dtype="bf16",
                     shape=(HIDDEN,)))),
@@ -156,16 +159,16 @@ def test_tensors_that_the_plan_cannot_take_are_refused(
         ),
         (
             replace(spec(), inputs=spec().inputs[:2], outputs=(*spec().outputs, spec().inputs[2])),
-            "bias: wanted an output, got an input",
+            "bias: expected an output, got an input",
         ),
     ],
 )  # fmt: skip
 def test_a_plan_of_another_spec_is_refused(
-    wanted: EngineSpec, message: str, trt: Any, plan_of: Callable[[EngineSpec], Path]
+    expected: EngineSpec, message: str, trt: Any, plan_of: Callable[[EngineSpec], Path]
 ) -> None:
     path = plan_of(spec())
     with pytest.raises(EngineError, match=message):
-        tensorrt.load(wanted, path, CPU)
+        tensorrt.load(expected, path, CPU)
 
 
 def test_a_plan_of_other_limits_is_refused(trt: Any, plan_of: Callable[[EngineSpec], Path]) -> None:
@@ -218,16 +221,16 @@ def test_a_context_without_addresses_or_scratch_runs_nothing(engine: TensorrtEng
     """What the simulator would say if run() forgot them."""
     shared = lane(CPU)
     assert engine._context.execute_async_v3(shared.stream.cuda_stream) is False
-    said = str(shared.messages.error(""))
-    assert "no address of x" in said
-    assert "bytes of scratch memory needed, got None" in said
+    messages = str(shared.messages.error(""))
+    assert "no address of x" in messages
+    assert "bytes of scratch memory needed, got None" in messages
 
 
 def test_engines_share_one_scratch_buffer_that_grows(
     trt: Any, plan_of: Callable[[EngineSpec], Path]
 ) -> None:
     small = tensorrt.load(spec(), plan_of(spec()), CPU)
-    inputs, outputs, wanted = data(small.spec)
+    inputs, outputs, expected = data(small.spec)
     small.run(inputs, outputs)
     first = lane(CPU).scratch
     lane(CPU).reserve(first[1] * 100)
@@ -238,13 +241,13 @@ def test_engines_share_one_scratch_buffer_that_grows(
     outputs[0].fill_(float("nan"))
     small.run(inputs, outputs)
     assert small._context._memory == second
-    assert relative_l2(outputs[0], wanted) < 1e-2
+    assert relative_l2(outputs[0], expected) < 1e-2
 
 
 def test_the_first_run_is_not_captured(engine: TensorrtEngine, cuda: Cuda) -> None:
     inputs, outputs, _ = data(engine.spec)
     cuda.capturing = True
-    with pytest.raises(EngineError, match="run it once before"):
+    with pytest.raises(EngineError, match="run it once first"):
         engine.run(inputs, outputs)
 
 
@@ -257,5 +260,5 @@ def test_a_captured_graph_keeps_its_scratch(engine: TensorrtEngine, cuda: Cuda) 
     engine.run(inputs, outputs)
     cuda.capturing = False
     lane(CPU).reserve(captured.numel() * 2)
-    assert [one is captured for one in lane(CPU)._captured] == [True]
+    assert [buffer is captured for buffer in lane(CPU)._captured] == [True]
     assert lane(CPU)._scratch is not captured

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from pw_engines import tensorrt
 from pw_engines.engine import EngineError
 from pw_engines.tensorrt import torch_tensorrt
-from pw_engines.tensorrt.library import Found, match_by_order
+from pw_engines.tensorrt.library import TensorInfo, match_by_order
 from pw_engines.tensorrt.plan_names import append_names, split_plan
-from pw_engines.tensorrt.torch_tensorrt_build import TorchRequest, build_plan, settings
+from pw_engines.tensorrt.request import Request
+from pw_engines.tensorrt.torch_tensorrt_build import build_plan, settings
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.fake_torch_tensorrt import FITTING, RECORD, THEIRS, make, plan_of
 from tests.engines.tensorrt.segments import HIDDEN, TOKENS, WIDTH, data, function, spec
@@ -46,28 +47,26 @@ def front(simulate: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> py
 
 
 @pytest.fixture
-def request_of(tmp_path: Path) -> TorchRequest:
+def request_of(tmp_path: Path) -> Request:
     program = torch_tensorrt.export(spec(), Up(), CPU)
     torch.export.save(program, tmp_path / "program.pt2")
-    return TorchRequest(
-        spec=spec(), program=tmp_path / "program.pt2", plan=tmp_path / "plan", device=None
-    )
+    return Request(spec=spec(), model=tmp_path / "program.pt2", plan=tmp_path / "plan", device=None)
 
 
-def build(path: Path, said: Callable[[str], None] = lambda line: None) -> None:
-    torch_tensorrt.build(spec(), Up(), path, CPU, say=said)
+def build(path: Path, say: Callable[[str], None] = lambda line: None) -> None:
+    torch_tensorrt.build(spec(), Up(), path, CPU, say=say)
 
 
-def test_a_request_survives_its_file(request_of: TorchRequest) -> None:
-    assert TorchRequest.from_json(request_of.to_json()) == request_of
+def test_a_request_survives_its_file(request_of: Request) -> None:
+    assert Request.from_json(request_of.to_json()) == request_of
 
 
 def test_a_program_is_of_the_limits_and_leaves_its_examples_behind(
-    request_of: TorchRequest,
+    request_of: Request,
 ) -> None:
-    program = torch.export.load(request_of.program)
-    places = program.graph.find_nodes(op="placeholder")
-    assert [tuple(one.meta["val"].shape) for one in places] == [
+    program = torch.export.load(request_of.model)
+    placeholders = program.graph.find_nodes(op="placeholder")
+    assert [tuple(node.meta["val"].shape) for node in placeholders] == [
         (TOKENS, WIDTH), (HIDDEN, WIDTH), (HIDDEN,),
     ]  # fmt: skip
     assert program.example_inputs is None
@@ -75,20 +74,22 @@ def test_a_program_is_of_the_limits_and_leaves_its_examples_behind(
 
 @pytest.mark.parametrize("version", known())
 def test_every_setting_exists_and_asks_for_a_whole_and_exact_plan(
-    version: str, request_of: TorchRequest
+    version: str, request_of: Request
 ) -> None:
-    asked = settings(make(version), request_of)
-    assert asked.keys() <= set(known()[version])
-    assert asked["require_full_compilation"] is True
-    assert asked["disable_tf32"] is True
-    assert asked["attn_bias_is_causal"] is False
-    assert asked["arg_inputs"][0] == ((TOKENS, WIDTH), torch.bfloat16)
-    assert Path(asked["timing_cache_path"]).parent == request_of.plan.parent
+    keywords = settings(make(version), request_of)
+    assert keywords.keys() <= set(known()[version])
+    assert keywords["require_full_compilation"] is True
+    assert keywords["disable_tf32"] is True
+    assert keywords["attn_bias_is_causal"] is False
+    assert keywords["arg_inputs"][0] == ((TOKENS, WIDTH), torch.bfloat16)
+    assert Path(keywords["timing_cache_path"]).parent == request_of.plan.parent
     # weak typing is the default of old versions; the newest takes the word and does not know it
-    assert asked.get("use_explicit_typing") is (None if version == "2.13.0" else True)
+    assert keywords.get("use_explicit_typing") is (
+        True if version in ("2.11.0", "2.12.0") else None
+    )
 
 
-def test_a_setting_that_a_version_lacks_is_an_error(request_of: TorchRequest) -> None:
+def test_a_setting_that_a_version_lacks_is_an_error(request_of: Request) -> None:
     fake = make("2.13.0")
 
     def takes_anything(program: Any, arg_inputs: Any, device: Any, **rest: Any) -> bytes:
@@ -100,19 +101,19 @@ def test_a_setting_that_a_version_lacks_is_an_error(request_of: TorchRequest) ->
 
 
 def test_from_build_process_to_result(front: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     front.setenv(RECORD, str(tmp_path / "record.json"))
     path = tmp_path / tensorrt.FILE
-    build(path, said.append)
-    assert {one.name for one in tmp_path.iterdir()} == {tensorrt.FILE, "record.json"}
+    build(path, lines.append)
+    assert {file.name for file in tmp_path.iterdir()} == {tensorrt.FILE, "record.json"}
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["placeholders"] == list(THEIRS.values())[:3]
     assert record["device"] == "cuda:0"
     engine = tensorrt.load(spec(), path, CPU)
-    inputs, outputs, wanted = data(spec())
+    inputs, outputs, expected = data(spec())
     engine.run(inputs, outputs)
-    assert relative_l2(outputs[0], wanted) < 1e-2
-    assert [line.split(":")[0].split(" in ")[0] for line in said] == [
+    assert relative_l2(outputs[0], expected) < 1e-2
+    assert [line.split(":")[0].split(" in ")[0] for line in lines] == [
         "building up with TensorRT", "built up",
     ]  # fmt: skip
 
@@ -141,12 +142,12 @@ def test_a_build_process_that_fails_leaves_a_message_and_nothing_else(
     ("fault", "message"),
     [
         ("no engine", r"cannot build up: AssertionError: cuda_engine$"),
-        ("no bytes", r"cannot build up: it gave NoneType and no plan"),
-        ("other sizes", r"x, there inputs_0: wanted shape \(24, 32\), got \(24, 8\)"),
+        ("no bytes", r"cannot build up: expected a plan, got NoneType"),
+        ("other sizes", r"x, there inputs_0: expected shape \(24, 32\), got \(24, 8\)"),
     ],
 )
 def test_what_is_no_plan_of_the_segment_is_refused(
-    fault: str, message: str, front: pytest.MonkeyPatch, request_of: TorchRequest
+    fault: str, message: str, front: pytest.MonkeyPatch, request_of: Request
 ) -> None:
     front.setenv(FAULT, fault)
     with pytest.raises(EngineError, match=message):
@@ -154,17 +155,17 @@ def test_what_is_no_plan_of_the_segment_is_refused(
     assert not request_of.plan.exists()
 
 
-def test_a_package_that_cannot_be_imported_is_told(
-    front: pytest.MonkeyPatch, request_of: TorchRequest
+def test_a_package_that_cannot_be_imported_is_reported(
+    front: pytest.MonkeyPatch, request_of: Request
 ) -> None:
     front.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(EngineError, match=r"cannot be imported \(.*use --frontend onnx"):
         build_plan(request_of)
 
 
-def found(*tensors: tuple[str, bool, str, tuple[int, ...]]) -> list[Found]:
+def infos(*tensors: tuple[str, bool, str, tuple[int, ...]]) -> list[TensorInfo]:
     keys = ("name", "is_input", "dtype", "shape")
-    return [Found(**dict(zip(keys, one, strict=True))) for one in tensors]  # type: ignore[arg-type]
+    return [TensorInfo(**dict(zip(keys, values, strict=True))) for values in tensors]  # type: ignore[arg-type]
 
 
 IN = (
@@ -177,22 +178,25 @@ OUT = ("output0", False, "bf16", (TOKENS, HIDDEN))
 
 def test_tensors_are_matched_by_their_order_whatever_they_are_called() -> None:
     names = ("inputs_0", "inputs_1", "inputs_2", "output0")
-    assert match_by_order(spec(), found(*IN, OUT), "the plan") == names
-    assert match_by_order(spec(), found(OUT, *IN), "the plan") == names
+    assert match_by_order(spec(), infos(*IN, OUT), "the plan") == names
+    assert match_by_order(spec(), infos(OUT, *IN), "the plan") == names
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ((*IN[:2], OUT), r"the plan has not .* of up in their order\n  wanted 3 inputs, got 2"),
-        ((*IN, OUT, OUT), r"wanted 1 outputs, got 2"),
-        ((IN[1], IN[0], IN[2], OUT), r"x, there inputs_1: wanted shape"),
-        ((("inputs_0", True, "fp32", (TOKENS, WIDTH)), *IN[1:], OUT), r"wanted bf16, got fp32"),
+        (
+            (*IN[:2], OUT),
+            r"the plan does not have .*\n  expected 3 inputs, got 2",
+        ),
+        ((*IN, OUT, OUT), r"expected 1 outputs, got 2"),
+        ((IN[1], IN[0], IN[2], OUT), r"x, there inputs_1: expected shape"),
+        ((("inputs_0", True, "fp32", (TOKENS, WIDTH)), *IN[1:], OUT), r"expected bf16, got fp32"),
     ],
 )
 def test_another_number_order_or_dtype_is_refused(tensors: Any, message: str) -> None:
     with pytest.raises(EngineError, match=message):
-        match_by_order(spec(), found(*tensors), "the plan")
+        match_by_order(spec(), infos(*tensors), "the plan")
 
 
 def test_names_end_the_file_and_tensorrt_does_not_see_them(tmp_path: Path) -> None:
@@ -210,7 +214,7 @@ def test_a_plan_with_other_names_than_it_was_built_with_is_refused(
     path = tmp_path / "plan"
     path.write_bytes(plan_of(THEIRS))
     append_names(path, ["a", "b", "c", "d"])
-    with pytest.raises(EngineError, match="has other names than it was built with"):
+    with pytest.raises(EngineError, match="does not have the tensor names it was built with"):
         tensorrt.load(spec(), path, CPU)
 
 
@@ -229,22 +233,22 @@ def missing(name: str) -> str:
         ),
         (
             "2.12.1", lambda name: "2.13.0", "10.16.1.11",
-            "torch-tensorrt 2.13.0 is installed, wanted 2.12 for PyTorch 2.12.1: pip install "
+            "torch-tensorrt 2.13.0 is installed, expected 2.12 for PyTorch 2.12.1: pip install "
             '"torch-tensorrt==2.12.*" "tensorrt==10.16.*"',
         ),
         (
             "2.13.0", lambda name: "2.13.0", "11.4.0.106",
-            "TensorRT 11.4.0.106 is installed, wanted 11.0 for torch-tensorrt 2.13.0: pip install "
-            '"torch-tensorrt==2.13.*" "tensorrt==11.0.*", or use --frontend onnx',
+            "TensorRT 11.4.0.106 is installed, expected 11.0 for torch-tensorrt 2.13.0: pip "
+            'install "torch-tensorrt==2.13.*" "tensorrt==11.0.*", or use --frontend onnx',
         ),
         (
             "2.99.0", lambda name: "2.13.0", FITTING,
-            "which torch-tensorrt fits PyTorch 2.99.0 is not known, wanted PyTorch 2.11, 2.12, "
-            "2.13: use --frontend onnx",
+            "no torch-tensorrt is known for PyTorch 2.99.0, expected PyTorch 2.11, 2.12, 2.13, "
+            "2.14: use --frontend onnx",
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_told_with_what_would(
+def test_what_does_not_fit_is_reported_with_what_would(
     pytorch: str,
     version: Callable[[str], str],
     library: str,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pw_engines.tensorrt.torch_tensorrt import FITTING
+from pw_engines.tensorrt.torch_tensorrt import TENSORRT_OF
 from pw_runtime.execution.transformer_segments import segments_of
 from tests.engines.tensorrt import coverage
 from tests.engines.tensorrt.torch_tensorrt_api import known, parameters, version_of
@@ -32,7 +32,7 @@ def wheels() -> list[Path]:
 
 
 def test_parameters_are_known_for_every_version_that_fits() -> None:
-    assert [version.rpartition(".")[0] for version in known()] == list(FITTING)
+    assert [version.rpartition(".")[0] for version in known()] == list(TENSORRT_OF)
 
 
 def test_parameters_are_what_the_wheels_say() -> None:
@@ -45,10 +45,10 @@ def test_parameters_are_what_the_wheels_say() -> None:
 
 
 def test_every_operator_of_every_segment_has_a_converter() -> None:
-    folders = [one for one in wheels() if (one / "tensorrt_bindings").is_dir()]
+    folders = [folder for folder in wheels() if (folder / "tensorrt_bindings").is_dir()]
     if not folders or shutil.which("cc") is None:
         pytest.skip(f"needs a C compiler, and torch-tensorrt with tensorrt_bindings ({WHEELS})")
     command = (sys.executable, coverage.__file__, str(folders[0]))
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    lacking = json.loads(done.stdout.splitlines()[-1])
-    assert lacking == {name: [] for name in segments_of(HIGHRES, "bf16", 64)}
+    process = subprocess.run(command, check=True, capture_output=True, text=True)
+    missing = json.loads(process.stdout.splitlines()[-1])
+    assert missing == {name: [] for name in segments_of(HIGHRES, "bf16", 64)}

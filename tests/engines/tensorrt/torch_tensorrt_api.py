@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the function of torch-tensorrt that we call takes, by version, read from its wheels.
+"""Parameters of the function of torch-tensorrt that we call, by version, read from its wheels.
 
     python tests/engines/tensorrt/torch_tensorrt_api.py FOLDER...     writes the JSON beside this
 
@@ -22,19 +22,19 @@ FUNCTION = "convert_exported_program_to_serialized_trt_engine"
 def parameters(folder: Path) -> list[str]:
     """Names, in order; `**` where any other is taken too."""
     tree = ast.parse((folder / "torch_tensorrt/dynamo/_compiler.py").read_text())
-    (found,) = (
-        one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == FUNCTION
+    (function,) = (
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == FUNCTION
     )
-    names = [one.arg for one in (*found.args.args, *found.args.kwonlyargs)]
-    return names + ["**"] * (found.args.kwarg is not None)
+    names = [node.arg for node in (*function.args.args, *function.args.kwonlyargs)]
+    return names + ["**"] * (function.args.kwarg is not None)
 
 
 def version_of(folder: Path) -> str:
     """2.13.0 and so on."""
     text = (folder / "torch_tensorrt/_version.py").read_text()
-    found = re.search(r"""__version__ = ["']([\d.]+)""", text)
-    assert found, f"no version in {folder}"
-    return found[1]
+    match = re.search(r"""__version__ = ["']([\d.]+)""", text)
+    assert match, f"no version in {folder}"
+    return match[1]
 
 
 def known() -> dict[str, list[str]]:
@@ -44,8 +44,8 @@ def known() -> dict[str, list[str]]:
 
 def main() -> None:
     """Write the parameters of the wheels that are named."""
-    found = {version_of(Path(name)): parameters(Path(name)) for name in sys.argv[1:]}
-    API.write_text(json.dumps(found, indent=1) + "\n")
+    by_version = {version_of(Path(name)): parameters(Path(name)) for name in sys.argv[1:]}
+    API.write_text(json.dumps(by_version, indent=1) + "\n")
 
 
 if __name__ == "__main__":

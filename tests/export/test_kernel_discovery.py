@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes into the library of compiled kernels follows from what the networks launch."""
+"""The library of compiled kernels contains what the networks launch."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
+from pw_export import kernel_library
 from pw_export.kernel_discovery import variants_for
 from pw_export.kernel_library import jobs_for
-from pw_kernels.launcher import Variant
-from pw_kernels.op import OPS
+from pw_kernels import attention
+from pw_kernels.dispatch_anywhere import dispatch_anywhere
+from pw_kernels.launcher import recording
+from pw_kernels.op import OPS, using
+from pw_kernels.variant import Variant
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,7 @@ def test_every_operation_with_a_kernel_is_launched_by_the_networks(
 
 @pytest.mark.slow
 def test_one_piece_of_code_serves_every_resolution(hopper: dict[str, Variant]) -> None:
-    """Of the transformer: as many variants as there are kinds of calls, not sizes of clips."""
+    """The transformer has as many variants as there are kinds of calls, not sizes of clips."""
     counts: dict[str, int] = {}
     for variant in hopper.values():
         counts[variant.kernel] = counts.get(variant.kernel, 0) + 1
@@ -38,9 +43,16 @@ def test_one_piece_of_code_serves_every_resolution(hopper: dict[str, Variant]) -
     assert counts["norm_modulate"] == 3  # bf16 into block 0, fp32 into others, into the fp32 head
 
 
-@pytest.mark.slow
-def test_all_gpus_that_run_an_architecture_are_recorded() -> None:
+def test_all_gpus_that_run_an_architecture_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen: 8.6 runs code for sm_80, but in smaller tiles than 8.0, which alone were compiled."""
+
+    def variants_of_attention(gpu: tuple[int, int]) -> dict[str, Variant]:
+        x = torch.empty(256, 2, 128, device="meta", dtype=torch.bfloat16)
+        with recording(gpu) as variants, using("triton"), dispatch_anywhere():
+            attention(x, x, x)
+        return variants
+
+    monkeypatch.setattr(kernel_library, "variants_for", variants_of_attention)
     jobs = jobs_for([80], ["attention_portable"])
     tiles = {dict(job.variant.constants)["BLOCK_N"] for job in jobs}
     assert tiles == {64, 32}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels without a GPU: launched for tensors of any device, to be recorded or interpreted."""
+"""Run kernels without a GPU: on meta tensors to record them, on CPU tensors to interpret them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pw_kernels.op import OPS, on_any_device
+from pw_kernels.op import OPS, ignore_device
 
 
 @contextmanager
-def launching() -> Iterator[None]:
-    """Run the launch of each of our operators in its place, whatever device its tensors are on.
+def dispatch_anywhere() -> Iterator[None]:
+    """Run the launch function of each of our operators, whatever device its tensors are on.
 
-    On meta tensors the launcher must record (`launcher.recording`), on a CPU Triton must interpret
-    (TRITON_INTERPRET=1 before it is imported).
+    On meta tensors the launcher must be recording (`launcher.recording`); on a CPU Triton must
+    interpret (TRITON_INTERPRET=1 before it is imported).
     """
-    with on_any_device(), _Launching():
+    with ignore_device(), _RunLaunchFunctions():
         yield
 
 
-class _Launching(TorchDispatchMode):
+class _RunLaunchFunctions(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 

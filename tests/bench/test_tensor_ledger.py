@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ledger counts what lives, once, and keeps what lived at the peak."""
+"""The ledger counts live tensors once, and keeps what was live at the peak."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pw_bench.measure.tensor_ledger import Ledger
 
 
-def test_counts_storages_once_and_strikes_them_when_they_die():
+def test_counts_storages_once_and_until_they_are_released():
     with Ledger() as ledger:
         a = torch.empty(1000)
         b = a + 1

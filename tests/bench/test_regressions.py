@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pw_bench.report.regressions import change, compare, compare_results
-from pw_bench.results import Result, read_result, write_result
+from pw_bench.report import markdown, write_html
+from pw_bench.report.findings import TITLES
+from pw_bench.report.regressions import change, compare_results
+from pw_bench.results import FORMAT, Result, read_result, write_result
+from pw_runtime.cli.bench import compare
 from pw_runtime.cli.options import SOME_FAILED
 from pw_runtime.errors import BadRequest
-from tests.bench.results_made import MACHINE, figure, result
+from tests.bench.small_results import MACHINE, figure, result
 
 
 def noisy(seed: int, around: float, spread: float = 0.02) -> tuple[float, ...]:
@@ -22,7 +25,7 @@ def noisy(seed: int, around: float, spread: float = 0.02) -> tuple[float, ...]:
     return tuple(around * source.gauss(1, spread) for _ in range(9))
 
 
-def test_a_tenth_more_is_slower_and_a_tenth_less_faster() -> None:
+def test_ten_percent_more_is_slower_and_ten_percent_less_faster() -> None:
     old = figure("a", *noisy(1, 5.0))
     assert change(old, figure("a", *noisy(2, 5.5))).verdict == "slower"
     assert change(old, figure("a", *noisy(3, 4.5))).verdict == "faster"
@@ -56,11 +59,11 @@ def test_equal_samples_hide_no_change() -> None:
     assert change(old, replace(new, samples=(*old.samples[:1], *new.samples[1:]))).verdict == "same"
 
 
-def test_a_wide_spread_hides_a_small_change_and_says_from_where_one_counts() -> None:
+def test_wide_spread_hides_a_small_change_and_raises_the_threshold() -> None:
     wide = figure("a", 4.0, 4.5, 5.0, 5.5, 6.0)
-    found = change(wide, figure("a", 4.4, 4.9, 5.5, 6.0, 6.6))
-    assert found.verdict == "same"
-    assert found.threshold > 0.1
+    small = change(wide, figure("a", 4.4, 4.9, 5.5, 6.0, 6.6))
+    assert small.verdict == "same"
+    assert small.threshold > 0.1
 
 
 def test_few_samples_or_a_fallback_give_no_verdict() -> None:
@@ -70,28 +73,28 @@ def test_few_samples_or_a_fallback_give_no_verdict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "named"),
+    ("other", "expected"),
     [
-        ({"scope": {"words": "all of it", "device": "cuda"}}, "scope of device: cpu and cuda"),
-        ({"scope": {"words": "all of it"}}, "scope of device: cpu and None"),
+        ({"scope": result().scope | {"device": "cuda"}}, "scope of device: cpu and cuda"),
+        ({"scope": {"words": result().scope["words"]}}, "scope of device: cpu and None"),
         ({"kind": "stages"}, "kind: e2e and stages"),
         (
             {"identity": replace(result().identity, machine=replace(MACHINE, cpu="another"))},
-            "cpu: a CPU and another",
+            "cpu: Processor and another",
         ),
     ],
 )
-def test_other_scopes_and_machines_are_refused_with_what_differs(other, named: str) -> None:
+def test_other_scopes_and_machines_are_refused_with_what_differs(other, expected: str) -> None:
     old = result(figure("a", 1.0))
     with pytest.raises(BadRequest, match="cannot be compared") as raised:
         compare_results(old, replace(old, **other))
-    assert named in str(raised.value)
+    assert expected in str(raised.value)
 
 
 def test_other_commits_and_versions_are_what_is_compared() -> None:
     old = result(figure("a", *[1.0] * 5))
     new = replace(old, identity=replace(old.identity, commit="def"), when="later")
-    assert [one.verdict for one in compare_results(old, new)] == ["same"]
+    assert [change.verdict for change in compare_results(old, new).changes] == ["same"]
 
 
 def test_no_figure_in_common_is_refused() -> None:
@@ -100,8 +103,8 @@ def test_no_figure_in_common_is_refused() -> None:
 
 
 def test_the_command_fails_where_something_is_slower(tmp_path: Path) -> None:
-    def written(name: str, kept: Result) -> str:
-        write_result(kept, tmp_path / name)
+    def written(name: str, content: Result) -> str:
+        write_result(content, tmp_path / name)
         return str(tmp_path / name)
 
     old = written("old", result(figure("a", *noisy(1, 1.0)), figure("gone", 1.0)))
@@ -123,17 +126,29 @@ def test_a_result_reads_back_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "message"),
     [
-        (('"format": 1', '"format": 2'), "from a newer version"),
+        ((f'"format": {FORMAT}', f'"format": {FORMAT + 1}'), "from a newer version"),
         (('"kind": "e2e"', '"kind": "soup"'), "kind"),
         (('"kind"', '"sort"'), "kind: Field required"),
         (("{", "["), "cannot read"),
     ],
 )
-def test_files_that_are_no_results_are_refused(tmp_path: Path, edit, said: str) -> None:
+def test_files_that_are_no_results_are_refused(tmp_path: Path, edit, message: str) -> None:
     file = tmp_path / "r.json"
     write_result(result(figure("a", 1.0)), file)
     file.write_text(file.read_text().replace(*edit, 1))
-    with pytest.raises(BadRequest, match=said):
+    with pytest.raises(BadRequest, match=message):
         read_result(file)
+
+
+COMMITTED = sorted(Path(__file__).parents[2].joinpath("bench", "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=[file.stem for file in COMMITTED])
+def test_committed_results_are_read_and_reported(file: Path, tmp_path: Path) -> None:
+    """Read files of format 1, and files converted from the formats before it."""
+    committed = read_result(file)
+    write_html([committed], tmp_path / "r.html")
+    assert committed.identity.commit in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"### {TITLES[committed.kind]}" in markdown([committed])

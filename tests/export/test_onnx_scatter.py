@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes into parts of a tensor become joins that TensorRT takes, and compute the same."""
+"""Writes into slices become concatenations that TensorRT supports, with equal results."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import onnx
 import onnxscript
@@ -15,11 +13,12 @@ from pw_engines.engine import random_inputs, relative_l2
 from pw_engines.tensorrt.onnx_rules import check_importable
 from pw_export.onnx_check import check_onnx
 from pw_export.onnx_export import export_segment
-from pw_export.onnx_scatter import Writes
+from pw_export.onnx_scatter import ScatterRewriter
 from pw_runtime.execution.decoder_segments import segments_of_vae
+from pw_runtime.execution.transformer_segments import Segment
 from pw_runtime.models import VaeDecoder
 from tests.export.runners import run_reference
-from tests.networks import TINY_VAE
+from tests.networks import SMALLEST_VAE
 
 
 def exported(module: nn.Module, inputs: list[Tensor]) -> bytes:
@@ -29,14 +28,14 @@ def exported(module: nn.Module, inputs: list[Tensor]) -> bytes:
         dynamo=True,
         verbose=False,
         opset_version=20,
-        custom_translation_table=Writes(onnxscript.opset20).table(),
+        custom_translation_table=ScatterRewriter(onnxscript.opset20).table(),
     )
     assert program is not None
     return program.model_proto.SerializeToString()
 
 
 class Filled(nn.Module):
-    """Every kind of write that the networks make, one over another too."""
+    """Every kind of write in the networks, also one over another."""
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         buffer = torch.empty(5, 4)
@@ -65,8 +64,8 @@ def test_all_kinds_of_writes() -> None:
         assert torch.equal(got, wanted)
 
 
-class Joined(nn.Module):
-    """A convolution's buffer: the past, and what is written behind it."""
+class Buffer(nn.Module):
+    """The buffer of a convolution: the past, then the frames."""
 
     def forward(self, past: Tensor, x: Tensor) -> Tensor:
         buffer = torch.empty(5, 4)
@@ -75,37 +74,37 @@ class Joined(nn.Module):
         return buffer
 
 
-def test_what_a_write_covers_is_not_joined() -> None:
-    model = onnx.load_model_from_string(exported(Joined(), [torch.ones(2, 4), torch.ones(3, 4)]))
-    (join,) = (node for node in model.graph.node if node.op_type == "Concat")
-    assert len(model.graph.node) == 1
-    assert list(join.input) == [one.name for one in model.graph.input]
+def test_what_a_write_covers_is_not_concatenated() -> None:
+    model = onnx.load_model_from_string(exported(Buffer(), [torch.ones(2, 4), torch.ones(3, 4)]))
+    (node,) = model.graph.node
+    assert node.op_type == "Concat"
+    assert list(node.input) == [tensor.name for tensor in model.graph.input]
+
+
+def assert_computes(segment: Segment, model: bytes) -> None:
+    inputs = random_inputs(segment.spec, {}, torch.device("cpu"), seed=0)
+    with torch.inference_mode():
+        expected = segment.module(*inputs)
+    for result, tensor in zip(run_reference(model, inputs), expected, strict=True):
+        assert relative_l2(result, tensor) <= 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["coarse_next", "fine_first"])
-def test_the_vae_with_its_weights_is_importable_and_right(name) -> None:
+def test_the_vae_with_its_weights_is_importable_and_right() -> None:
     torch.manual_seed(0)
-    small = replace(TINY_VAE, decoder_blocks=1)
-    segment = segments_of_vae(small, 2, 3, baked=VaeDecoder(small).requires_grad_(False))
-    made = segment[f"vae_{name}"]
-    inputs = random_inputs(made.spec, {}, torch.device("cpu"), seed=0)
-    model = exported(made.module, inputs)
+    decoder = VaeDecoder(SMALLEST_VAE).requires_grad_(False)
+    segment = segments_of_vae(SMALLEST_VAE, 2, 3, baked=decoder)["vae_coarse_next"]
+    model = export_segment(segment)
     check_importable(model, weights_inside=True)
-    wanted = made.module(*inputs)
-    for got, want in zip(run_reference(model, inputs), wanted, strict=True):
-        assert relative_l2(got, want) <= 1e-5
+    assert_computes(segment, model)
 
 
 @pytest.mark.slow
-def test_the_decoder_is_exported_with_its_weights_as_inputs() -> None:
+@pytest.mark.parametrize("name", ["coarse_first", "coarse_next", "fine_first", "fine_next"])
+def test_the_decoder_is_exported_with_its_weights_as_inputs(name) -> None:
     """Seen: the past before a clip stood in the model as constants of 8 MB of zeros."""
-    for segment in segments_of_vae(TINY_VAE, 4, 6).values():
-        model = export_segment(segment)
-        check_onnx(model, segment.spec)
-        assert len(model) < 2**17
-        inputs = random_inputs(segment.spec, {}, torch.device("cpu"), seed=0)
-        with torch.inference_mode():
-            wanted = segment.module(*inputs)
-        for got, want in zip(run_reference(model, inputs), wanted, strict=True):
-            assert relative_l2(got, want) < 1e-5
+    segment = segments_of_vae(SMALLEST_VAE, 4, 6)[f"vae_{name}"]
+    model = export_segment(segment)
+    check_onnx(model, segment.spec)
+    assert len(model) < 2**16
+    assert_computes(segment, model)

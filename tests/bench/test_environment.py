@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commit that stands in a result is that of the sources that were measured."""
+"""The commit in a result is that of the measured sources."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pw_bench.measure import commit
+from pw_bench.measure import environment
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
@@ -21,29 +21,29 @@ def git(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with a commit, and in it a folder that this package was installed into."""
+    """Make a checkout with a commit, around a folder that this package is installed into."""
     (tmp_path / "file").write_text("a")
     installed = tmp_path / "site-packages" / "pw_bench"
     installed.mkdir(parents=True)
-    (installed / "commit.py").write_text("")
+    (installed / "environment.py").write_text("")
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", "file")
     git(tmp_path, "commit", "--quiet", "-m", "a")
-    monkeypatch.setattr(commit, "_HERE", installed)
+    monkeypatch.setattr(environment, "_HERE", installed)
     return tmp_path
 
 
-def test_a_checkout_around_an_installation_is_not_its_commit(checkout: Path) -> None:
-    assert commit.commit() == commit.NO_CHECKOUT
-    assert commit.is_dirty()
+def test_checkout_around_an_installation_is_not_its_commit(checkout: Path) -> None:
+    assert environment.commit() == environment.NO_CHECKOUT
+    assert environment.is_dirty()
 
 
-def test_of_tracked_sources_it_is_the_commit_and_whether_files_differ(checkout: Path) -> None:
+def test_tracked_sources_have_a_commit_and_are_dirty_once_files_differ(checkout: Path) -> None:
     git(checkout, "add", ".")
     git(checkout, "commit", "--quiet", "-m", "b")
-    found = commit.commit()
-    assert len(found) >= 7
-    assert not commit.is_dirty()
+    commit = environment.commit()
+    assert len(commit) >= 7
+    assert not environment.is_dirty()
     (checkout / "file").write_text("b")
-    assert commit.commit() == f"{found}-dirty"
-    assert commit.is_dirty()
+    assert environment.commit() == f"{commit}-dirty"
+    assert environment.is_dirty()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw bench gpu-suite`, as far as a machine without a GPU can run it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pw_bench import gpu_suite
+from pw_bench.gpu_suite import PARTS, run_parts
+from pw_bench.results import Skipped, read_result, write_result
+from pw_runtime.cli.bench import bench
+from pw_runtime.cli.bench import gpu_suite as command
+from pw_runtime.cli.options import SOME_FAILED
+from pw_runtime.errors import BadRequest
+from tests.bench.small_results import figure, result
+
+FINISHED = result()
+SHORT = [part for part in PARTS if not part.long]
+
+
+def run(folder: Path, minutes: float = 60.0, *, full: bool = False) -> dict[str, str]:
+    return run_parts(folder, minutes, full=full, say=lambda line: None)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Return the arguments of every `pw bench` that is run; each writes its file."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        arguments = command[command.index("bench") + 1 :]
+        calls.append(arguments)
+        write_result(FINISHED, Path(arguments[-1]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu_suite, "commit", lambda: FINISHED.identity.commit)
+    return calls
+
+
+def test_finished_parts_are_not_run_again(commands, tmp_path: Path) -> None:
+    write_result(FINISHED, tmp_path / "e2e-2k.json")
+    assert run(tmp_path) == {}
+    assert not any(arguments[0] == "e2e" for arguments in commands)
+    count = len(commands)
+    assert count == len(SHORT) - 1
+    assert run(tmp_path) == {}
+    assert len(commands) == count
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        replace(FINISHED, identity=replace(FINISHED.identity, commit="another")),
+        replace(FINISHED, skipped=(Skipped(part="the remaining rounds", reason="interrupted"),)),
+        None,
+    ],
+)
+def test_parts_of_other_sources_or_interrupted_ones_are_run_again(commands, tmp_path, old) -> None:
+    file = tmp_path / "e2e-2k.json"
+    write_result(old, file) if old else file.write_text("{}")
+    assert run(tmp_path) == {}
+    assert sorted({arguments[0] for arguments in commands} - {"stages"}) == ["e2e", "kernels"]
+    assert read_result(file) == FINISHED
+
+
+def test_part_without_time_left_does_not_start(commands, tmp_path: Path) -> None:
+    missing = run(tmp_path, 1.1)
+    assert missing["e2e-2k"].endswith("s expected: give --minutes 5")
+    assert [arguments[0] for arguments in commands] == ["kernels"]  # of the draft
+
+
+def test_part_that_fails_is_reported_and_the_others_run(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    missing = run(tmp_path)
+    assert all("exit code 2" in reason for reason in missing.values())
+    assert len(missing) == len(SHORT)
+
+
+def test_parts_that_never_fit_are_reported_with_their_duration(commands, tmp_path: Path) -> None:
+    run(tmp_path)
+    missing = run(tmp_path, 9.0, full=True)
+    assert missing["e2e-2k-all"].endswith("give --minutes 41")
+    assert not any(command[-1].endswith("-all.json") for command in commands)
+
+
+def test_missing_or_unreadable_parts_make_the_command_fail(
+    commands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "mine.json").write_text("no result")  # not one of ours: not read
+    for part in PARTS:
+        write_result(result(figure("a", 1.0)), tmp_path / f"{part.name}.json")
+    arguments = ["--out", str(tmp_path)]
+    assert CliRunner().invoke(command, arguments, standalone_mode=False).return_value == 0
+    (tmp_path / "e2e-2k.json").write_text("{}")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    answer = CliRunner().invoke(command, arguments, standalone_mode=False)
+    assert answer.return_value == SOME_FAILED
+    assert "not there yet: e2e-2k" in answer.output
+    assert answer.output.index("e2e-4k.json") < answer.output.index("not there yet")
+
+
+def test_every_part_is_a_valid_command(tmp_path: Path) -> None:
+    for part in PARTS:
+        verb = bench.commands[part.arguments[0]]
+        out = tmp_path / "r.json"
+        context = verb.make_context(part.name, [*part.arguments[1:], "--out", str(out)])
+        assert context.params["out"] == out
+
+
+def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    answer = CliRunner().invoke(command, ["--out", str(tmp_path / "r")])
+    assert isinstance(answer.exception, BadRequest)
+    assert "no CUDA GPU" in str(answer.exception)
