@@ -48,7 +48,7 @@ endef
 
 demo: $(VENV)/runtime.stamp $(DEMO)/nano/bundle.json
 	$(BIN)/pw generate --model $(DEMO)/nano --prompts pw_runtime/data/demo_prompts.txt \
-		--preset nano --out outputs/demo --contact-sheet
+		--preset nano --out outputs/demo --contact-sheet --overwrite
 	@echo
 	@echo "clips and contact sheet:"
 	@ls outputs/demo/*.mp4 outputs/demo/*.png

@@ -48,6 +48,7 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
     """
     with prepare(request, bundle, reporter) as run:
         for name, stage in STAGES.items():
+            run.require_room()
             with run.fallback.track_peak(name):
                 stage(run)
     run.write_contact_sheet()
@@ -57,10 +58,13 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
 def encode_prompts(run: Run) -> None:
     """Prompts -> text contexts; the negative prompt is encoded once."""
     device, text_len = run.request.device, run.bundle.networks.draft.config.text_len
-    with run.text_network() as network, run.reporter.steps("text", len(run.clips)) as advance:
+    clips = list(run.unfinished())
+    if not clips:
+        return
+    with run.text_network() as network, run.reporter.steps("text", len(clips)) as advance:
         step = run.shared_step("negative prompt")
         uncond = network.run(step, encode_text, run.request.negative, text_len, step.notice_text)
-        for clip in run.clips:
+        for clip in clips:
             with run.step(clip, "text") as step:
                 text = clip.prompt.text
                 cond = network.run(step, encode_text, text, text_len, step.notice_text)
@@ -78,8 +82,7 @@ def denoise_drafts(run: Run) -> None:
                 latent = transformer.run(step, denoise_draft, *inputs, step.advance)
                 clip.draft = require_finite(latent, "draft")
                 del latent  # the clip alone decides how long it is kept
-                if clip.last_stage == "draft":
-                    run.spill_latents(clip)
+                run.save_latents(clip)
 
 
 def denoise_highres_clips(run: Run) -> None:
@@ -97,7 +100,7 @@ def denoise_highres_clips(run: Run) -> None:
                 latent = transformer.run(step, denoise_highres, *inputs, step.advance)
                 clip.highres = require_finite(latent, "high-res")
                 del latent
-                run.spill_latents(clip)
+                run.save_latents(clip)
 
 
 def decode_clips(run: Run) -> None:

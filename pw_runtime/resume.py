@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pw_runtime.job.preflight import check_request, computing
 from pw_runtime.job.run import Run
 from pw_runtime.pipeline import decode_clips
 from pw_runtime.planning.oom_fallback import plan_run
+from pw_runtime.system.folder_lock import locked_folder
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import Stopwatch
 from pw_runtime.types import Codec, Kernels, Network, Outcome, Precision, Request
@@ -89,7 +91,9 @@ def finish(
     verify(bundle, bundle.networks.vae.files)
     tally.clear()
     runs = [_run(group, bundle, reporter) for group in _groups(clips)]
-    with report_on_abort(clips, reporter):
+    with ExitStack() as locks, report_on_abort(clips, reporter):
+        for folder in sorted({clip.request.out.resolve() for clip in clips}):
+            locks.enter_context(locked_folder(folder))
         for run in runs:
             with computing(run.request.options), run.fallback.track_peak("decode"):
                 decode_clips(run)
@@ -165,8 +169,8 @@ def _check_targets(clips: Sequence[Clip], *, overwrite: bool) -> None:
                 do="run `pw decode` for each, with an --out of its own",
             )
         sources[target] = clip.latents
-        if clip.target.exists() and not overwrite:
-            raise BadRequest(
-                f"{clip.target} exists",
-                do="pass --overwrite to replace it, or choose another --out",
-            )
+        for file in (clip.target, clip.path(".json")):
+            if file.exists() and not overwrite:
+                raise BadRequest(
+                    f"{file} exists", do="pass --overwrite to replace it, or choose another --out"
+                )

@@ -28,6 +28,7 @@ PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
 Place = Literal["device", "host"]
 Kernels = Literal["reference", "triton"]
 EnginePolicy = Literal["auto", "engines", "eager"]
+Existing = Literal["refuse", "overwrite", "skip"]  # files of an earlier run
 AttentionKernel = Literal[
     "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
 ]
@@ -282,6 +283,8 @@ class Request:
     seed: int = 0  # base seed, not negative
     noise: Path | None = None  # safetensors file that replaces the drawn noise
     options: RunOptions = field(default_factory=RunOptions)
+    existing: Existing = "refuse"
+    spill: Path | None = None  # folder for latents that `out` refuses
     fragmented: bool = False  # also write an mp4 that can be played while it is encoded
     contact_sheet: bool = False
     gpu_memory: int | None = None  # maximum bytes; None: what is free

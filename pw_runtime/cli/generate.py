@@ -29,6 +29,7 @@ from pw_runtime.types import (
     OFFICIAL_NEGATIVE,
     AttentionKernel,
     EnginePolicy,
+    Existing,
     Kernels,
     Request,
     RunOptions,
@@ -70,6 +71,11 @@ if TYPE_CHECKING:
     help="ffv1 is lossless RGB in .mkv.",
 )
 @fragmented_option
+@click.option("--overwrite", is_flag=True, help="Replace files of an earlier run.")
+@click.option(
+    "--skip-existing", is_flag=True, help="Skip clips whose receipt describes the same clip."
+)
+@click.option("--spill-dir", type=FOLDER, help="Folder for latents that the output folder refuses.")
 @click.option("--save-latents", is_flag=True, help="Keep <id>.latents.safetensors at the end.")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft; the clip shows it.")
 @click.option("--contact-sheet", is_flag=True, help="Also write contact_sheet.png.")
@@ -139,6 +145,13 @@ def read_request(options: dict[str, Any]) -> Request:
         if texts
         else read_prompts(options["prompt_file"])
     )
+    if options["overwrite"] and options["skip_existing"]:
+        raise BadRequest(
+            "--overwrite and --skip-existing exclude each other", do="give one of the two"
+        )
+    existing: Existing = "refuse"
+    if options["overwrite"] or options["skip_existing"]:
+        existing = "overwrite" if options["overwrite"] else "skip"
     device = pick_device(options["device"])
     precision = default_precision(options["precision"], device)
     resolved = options | {"device": str(device), "precision": precision}
@@ -150,6 +163,8 @@ def read_request(options: dict[str, Any]) -> Request:
         seed=resolve_base_seed(options["seed"]),
         noise=options["noise"],
         options=RunOptions(**{field.name: resolved[field.name] for field in fields(RunOptions)}),
+        existing=existing,
+        spill=options["spill_dir"],
         fragmented=options["fragmented"],
         contact_sheet=options["contact_sheet"],
         gpu_memory=options["gpu_memory"],

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -92,19 +96,51 @@ def main() -> None:
     # anything else to do, the decode then takes two to five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = cli.main(standalone_mode=False)
+        with _ending_on(signal.SIGTERM, signal.SIGHUP):
+            code = cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: finished clips were kept, partial files removed", err=True)
         code = INTERRUPTED
+    except Terminated as ended:
+        name = signal.Signals(ended.number).name
+        click.echo(f"ended by {name}: finished clips were kept, partial files removed", err=True)
+        code = 128 + ended.number
     except Exception as error:
         if not _is_expected(error):
             raise
         click.echo(f"error: {error}", err=True)
         code = BAD_INPUT
     sys.exit(code if isinstance(code, int) else DONE)
+
+
+class Terminated(BaseException):
+    """A signal asks the process to end; it unwinds as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+@contextmanager
+def _ending_on(*signals: signal.Signals) -> Iterator[None]:
+    """Raise Terminated in the main thread on these signals, unless they are ignored (nohup)."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the unwinding
+        raise Terminated(number)
+
+    before = {number: signal.getsignal(number) for number in signals}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_expected(error: Exception) -> bool:

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from pw_runtime.checkpoint.bundle import Bundle
-from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.job.contact_sheet import Filmstrip, SheetRow
 from pw_runtime.job.latents import (
     SUFFIX,
     Provenance,
-    is_resumable,
     read_latent,
     vae_digest,
     write_latents,
@@ -173,8 +172,17 @@ def resume_clip(file: Path, provenance: Provenance, request: Request, bundle: Bu
     )
 
 
-def save_latents(clip: Clip) -> Path:
-    """Write all tensors of the clip so far to `<id>.latents.safetensors`. Raises WriteFailed.
+def latents_bytes(clip: Clip) -> int:
+    """Return the bytes of the noise and the latents of all stages of the clip."""
+    video = clip.request.preset.video
+    shapes = [latent_shape(config, video) for config in clip.request.stages.values()]
+    return sum(2 * 4 * math.prod(shape) for shape in shapes)
+
+
+def save_latents(clip: Clip, folder: Path) -> Path:
+    """Write all tensors of the clip so far to `<id>.latents.safetensors` in a folder.
+
+    Raises WriteFailed.
 
     The file can be passed to --noise and, once it has the last stage's latent, to `pw decode`.
     """
@@ -192,24 +200,11 @@ def save_latents(clip: Clip) -> Path:
         fallbacks=tuple(notice.text for notice in clip.notices if notice.kind == "fallback"),
         seconds=dict(clip.stopwatch.seconds),
     )
-    path = clip.path(SUFFIX)
+    path = folder / f"{clip.prompt.id}{SUFFIX}"
     write_latents(path, clip.provenance, tensors)
     if stages[clip.last_stage] is not None:
         clip.latents = path
     return path
-
-
-def refuse_overwriting_latents(clips: Iterable[Clip]) -> None:
-    """Raise BadRequest where a run would overwrite latents that an earlier run left unfinished."""
-    for clip in clips:
-        path = clip.path(SUFFIX)
-        videos = [clip.path(ending) for ending in (".mp4", ".mkv")]
-        if not any(video.exists() for video in videos) and is_resumable(path):
-            command = ("pw", "decode", str(path), "--model", str(clip.model))
-            raise BadRequest(
-                f"{path} holds a clip that an earlier run did not finish",
-                do=f"finish it with `{shlex.join(command)}`; or remove it; or choose another --out",
-            )
 
 
 def resume_command(clip: Clip) -> str:

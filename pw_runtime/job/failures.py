@@ -27,7 +27,7 @@ def isolate_failure(clip: Clip, reporter: Reporter) -> Iterator[None]:
         reporter.warn(f"prompt {clip.prompt.id} failed: {clip.error}")
         if clip.latents is None and clip.draft is not None:
             try:
-                path = save_latents(clip)
+                path = save_latents(clip, clip.request.spill or clip.request.out)
                 if clip.latents is None:
                     reporter.warn(f"its results so far are kept in {path}")
             except Exception as unsaved:
@@ -56,7 +56,7 @@ def report_on_abort(clips: Iterable[Clip], reporter: Reporter) -> Iterator[None]
 
 def report_resumable(clip: Clip, reporter: Reporter) -> None:
     """Report where an unfinished clip's latents are and which command finishes it."""
-    if clip.latents is not None:
+    if clip.latents is not None and clip.latents.exists():
         reporter.warn(f"the latents of {clip.prompt.id} are kept in {clip.latents}")
         reporter.warn(f"to finish this clip, run: {resume_command(clip)}")
     if clip.partial_video is not None and clip.partial_video.exists():

@@ -19,13 +19,15 @@ from pw_runtime.checkpoint.loader import check_networks
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet, select_engines
-from pw_runtime.job.clip import refuse_overwriting_latents, start_clip
+from pw_runtime.job.clip import start_clip
+from pw_runtime.job.existing import settle_existing
 from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.run import Run
 from pw_runtime.planning.oom_fallback import plan_run
 from pw_runtime.sampling.noise import load_noise
 from pw_runtime.stages.codecs import check_codec
+from pw_runtime.system.folder_lock import locked_folder
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import Network, Precision, Request, RunOptions
@@ -70,6 +72,14 @@ def prepare(request: Request, bundle: Bundle, reporter: Reporter) -> Iterator[Ru
         BadRequest, BadWeights: the request or the bundle cannot work.
     """
     check_request(request)
+    with locked_folder(request.out):
+        run = _planned(request, bundle, reporter)
+        with computing(request.options), report_on_abort(run.clips, reporter):
+            yield run
+
+
+def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
+    """Select the engines, plan the run and verify the bundle. Raises BadRequest, BadWeights."""
     options, noise = request.options, {}
     if request.noise is not None:
         noise = load_noise(request.noise, request.stages, request.preset.video)
@@ -89,7 +99,11 @@ def prepare(request: Request, bundle: Bundle, reporter: Reporter) -> Iterator[Ru
             start_clip(request, prompt, noise, bundle, engines, tiling)
             for prompt in request.prompts
         )
-    refuse_overwriting_latents(clips)
+    settle_existing(clips, request)
+    for clip in clips:
+        if clip.video is not None:
+            reporter.say(f"prompt {clip.prompt.id}: skipped, {clip.video} is finished")
+            reporter.finished(clip.video)
     reporter.say(f"checking the files of {bundle.root}")
     with span("check files"):
         verify(bundle)
@@ -97,8 +111,7 @@ def prepare(request: Request, bundle: Bundle, reporter: Reporter) -> Iterator[Ru
     if noise and len(clips) > 1:
         text = f"every prompt of this run starts from the noise in {request.noise}"
         run.add_notice(clips, "noise", text)
-    with computing(run.request.options), report_on_abort(clips, reporter):
-        yield run
+    return run
 
 
 @contextmanager
@@ -123,12 +136,13 @@ def check_request(request: Request) -> None:
             got=error.strerror,
             do="choose another --out",
         ) from error
-    if not os.access(request.out, os.W_OK | os.X_OK):
-        raise BadRequest(
-            f"cannot write into {request.out}",
-            got="no permission",
-            do="choose another --out",
-        )
+    for folder in filter(None, (request.out, request.spill)):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise BadRequest(
+                f"cannot write into {folder}",
+                got="no permission" if folder.exists() else "no such folder",
+                do="choose another folder",
+            )
 
 
 def _check_names(request: Request) -> None:

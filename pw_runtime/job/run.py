@@ -17,12 +17,13 @@ from pw_runtime.execution.decoder_lookup import on_engines
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.protocols import Decoder
 from pw_runtime.execution.transformer import SegmentedDiT, load_transformer
-from pw_runtime.job.clip import Clip, save_latents, write_clip_receipt
+from pw_runtime.job.clip import Clip, latents_bytes, save_latents, write_clip_receipt
 from pw_runtime.job.contact_sheet import write_contact_sheet
 from pw_runtime.job.failures import isolate_failure
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.text_encoder import TextNetwork
 from pw_runtime.planning.oom_fallback import LazyNetwork, OomFallback
+from pw_runtime.system.atomic_files import require_room
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.step import Step
 from pw_runtime.system.trace import Stopwatch, span
@@ -87,7 +88,7 @@ class Run:
     def clips_with_text(self) -> Iterator[tuple[Clip, TextContext]]:
         """Yield the clips whose text is encoded."""
         for clip in self.clips:
-            if clip.text is not None:
+            if clip.text is not None and clip.error is None:
                 yield clip, clip.text
 
     def clips_with_draft(self) -> Iterator[tuple[Clip, TextContext, Latent]]:
@@ -144,16 +145,40 @@ class Run:
         prefix = f"prompt {clips[0].prompt.id}: " if len(clips) == 1 else ""
         self.reporter.warn(prefix + text)
 
-    def spill_latents(self, clip: Clip) -> None:
-        """Move the clip's tensors to the disk, where they wait for the decode."""
+    def save_latents(self, clip: Clip) -> None:
+        """Write the clip's tensors to the disk; after its last stage they wait there alone.
+
+        Where the output folder refuses them they go to the spill folder, or stay in memory; without
+        a spill folder no further clip is computed, since nothing of it could be kept.
+        """
+        spill = self.request.spill
         try:
             with clip.stopwatch.stage("latents"):
-                save_latents(clip)
-        except WriteFailed as error:  # a clip without a latents file is better than none
-            text = f"its latents stay in memory until they are decoded: {error}"
-            self.add_notice((clip,), "disk", text)
-        else:
+                save_latents(clip, clip.request.out)
+        except WriteFailed as error:
+            if spill is None:
+                text = f"its latents stay in memory until they are decoded: {error}"
+                self.add_notice((clip,), "disk", text)
+                self._stop_before_next(clip)
+                return
+            with clip.stopwatch.stage("latents"):
+                path = save_latents(clip, spill)
+            self.add_notice((clip,), "disk", f"its latents are in {path}: {error}")
+        if clip.latents is not None:
             clip.release_tensors()
+
+    def _stop_before_next(self, clip: Clip) -> None:
+        """Fail every clip that would be computed after this one in the current stage."""
+        for other in self.clips[self.clips.index(clip) + 1 :]:
+            if other.error is None and other.video is None:
+                other.error = f"not computed: the latents of {clip.prompt.id} could not be written"
+                self.reporter.warn(f"prompt {other.prompt.id} {other.error}")
+                other.release_tensors()
+
+    def require_room(self) -> None:
+        """Raise WriteFailed where the latents of the unfinished clips do not fit on the disk."""
+        needed = sum(latents_bytes(clip) for clip in self.unfinished() if clip.latents is None)
+        require_room(self.request.spill or self.request.out, needed)
 
     def finish(self, clip: Clip, video_bytes: int) -> None:
         """Write the receipt of a finished video, and remove latents that nobody asked to keep."""
@@ -171,7 +196,7 @@ class Run:
 
     def write_contact_sheet(self) -> None:
         """Write the contact sheet of the finished clips, if asked for. Raises WriteFailed."""
-        rows = [clip.sheet_row() for clip in self.clips if clip.video is not None]
+        rows = [clip.sheet_row() for clip in self.clips if clip.filmstrips]
         if self.request.contact_sheet and rows:
             with span("contact sheet"):
                 write_contact_sheet(rows, self.request.out / "contact_sheet.png")

@@ -35,7 +35,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     partial = partial_name(path)
     try:
         for leftover in stale_partials(path):
-            leftover.unlink()
+            remove(leftover)
         yield partial
         _sync(partial)
         os.replace(partial, path)
@@ -66,7 +66,7 @@ def atomic_folder(out: Path, num_bytes: int, say: Callable[[str], None]) -> Iter
     with _as_write_failed(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out, say)
-        _check_room(out, num_bytes)
+        require_room(out.parent, num_bytes)
     try:
         with _as_write_failed(out):
             partial.mkdir()
@@ -95,15 +95,16 @@ def _remove_stale(out: Path, say: Callable[[str], None]) -> None:
         shutil.rmtree(folder)
 
 
-def _check_room(out: Path, num_bytes: int) -> None:
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Raise WriteFailed where a folder's disk has less room than that."""
     needed = num_bytes + _ROOM_BYTES
-    free = shutil.disk_usage(out.parent).free
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise WriteFailed(
-            f"there is not enough room for {out}",
-            got=f"{free / _GIB:.2f} GiB free in {out.parent}",
+            f"not enough room in {folder}",
+            got=f"{free / _GIB:.2f} GiB free",
             wanted=f"{needed / _GIB:.2f} GiB",
-            do="free some space or choose another folder for --out",
+            do="free some space, or choose a folder on another disk",
         )
 
 
@@ -121,14 +122,22 @@ def partial_name(path: Path) -> Path:
 
 
 def stale_partials(path: Path) -> list[Path]:
-    """List the temporary files of `path` that killed processes left."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.partial")
+    """List the temporary files and folders of `path` that killed processes left."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)(?:\.folder)?\.partial")
     stale = []
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         match = pattern.fullmatch(entry.name)
         if match and not _alive(int(match[1])):
             stale.append(entry)
     return stale
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with its content."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
@@ -157,13 +166,21 @@ def write_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    # In a folder of its own: safetensors writes a temporary file of an unknown name beside its
+    # target, which would stay for ever after a kill.
+    folder = partial_name(path).with_suffix(".folder.partial")
     with atomic_file(path) as partial:
         try:
-            save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # its name for a full disk, too
+            folder.mkdir()
+            file = folder / path.name
+            save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
+            # Safetensors lets only the owner read its files, whatever the umask.
+            file.chmod(path.parent.stat().st_mode & 0o666)
+            file.rename(partial)
+        except SafetensorError as error:  # also raised for a full disk
             raise write_failed(path, error) from error
-        # Safetensors lets only the owner read its files, whatever the umask.
-        partial.chmod(path.parent.stat().st_mode & 0o666)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_failed(path: Path, error: Exception) -> WriteFailed:

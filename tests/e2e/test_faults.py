@@ -239,7 +239,7 @@ def test_latents_that_are_not_finite_become_no_clip(generate, tmp_path, monkeypa
 def test_a_contact_sheet_that_fails_hides_no_finished_clip(generate, tmp_path) -> None:
     """Seen: exit 2 and no path, with the clip complete on the disk."""
     (tmp_path / "out" / "contact_sheet.png").mkdir(parents=True)
-    ended = generate("--prompt", "a cat", "--contact-sheet", "--draft-only")
+    ended = generate("--prompt", "a cat", "--contact-sheet", "--draft-only", "--overwrite")
     assert ended.code == 3
     assert ended.out.split() == [str(tmp_path / "out" / "0.mp4")]
     assert "contact_sheet.png" in ended.err

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A lock on a folder: one run at a time writes into it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pw_runtime.errors import BadRequest
+
+NAME = ".pw.lock"
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an existing folder while the block runs.
+
+    The system releases the lock when its holder ends, however it ends.
+
+    Raises:
+        BadRequest: another run holds it, or the folder cannot be locked.
+    """
+    path = folder / NAME
+    descriptor = _acquire(path)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        # Removed while it is held: whoever opened it before finds that its name is gone.
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    """Return the descriptor of the locked file."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise BadRequest(
+                f"another run is writing into {path.parent}",
+                got=owner,
+                do="wait until it has ended, or choose another --out",
+            ) from error
+        except OSError as error:
+            raise BadRequest(
+                f"cannot lock the output folder {path.parent}",
+                got=error.strerror,
+                do="choose an --out on a file system that supports locks, and that you may write",
+            ) from error
+        if _is_current(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # its holder removed it before we got the lock
+
+
+def _is_current(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
