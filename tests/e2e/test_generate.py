@@ -93,9 +93,9 @@ def test_official_flags_are_understood(
     assert first.code == 0, first.err
     assert "converting" in first.err
     assert json.loads((tmp_path / "videos" / "0.json").read_text())["seeds"]["base"] == 3
-    second = pw(*arguments)
+    second = pw(*arguments, "--overwrite")
     assert second.code == 0, second.err
-    assert "earlier run" in second.err
+    assert "by an earlier run" in second.err
 
 
 def test_bf16_changes_the_numbers_and_is_in_the_receipt(

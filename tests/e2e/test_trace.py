@@ -59,7 +59,9 @@ def test_a_failed_run_leaves_its_trace(pw: Pw, bundle_dir: Path, tmp_path: Path)
 
 
 def test_top_spans_cover_the_run(bundle_dir: Path, preset: Path, tmp_path: Path) -> None:
-    request = Request(prompts=(PROMPT,), preset=read_preset(preset), out=tmp_path)
+    request = Request(
+        prompts=(PROMPT,), preset=read_preset(preset), out=tmp_path, existing="overwrite"
+    )
     bundle = open_bundle(bundle_dir)
     generate(request, bundle, Reporter(quiet=True))  # what is imported late is there then
     trace, start = Trace(CPU), time.perf_counter()
