@@ -93,7 +93,7 @@ def assert_computes(segment: Segment, model: bytes) -> None:
 def test_the_vae_with_its_weights_is_importable_and_right() -> None:
     torch.manual_seed(0)
     decoder = VaeDecoder(SMALLEST_VAE).requires_grad_(False)
-    segment = segments_of_vae(SMALLEST_VAE, 2, 3, baked=decoder)["vae_coarse_next"]
+    segment = segments_of_vae(SMALLEST_VAE, 2, 3, baked=decoder)["vae_fine_next"]
     model = export_segment(segment)
     check_importable(model, weights_inside=True)
     assert_computes(segment, model)
