@@ -128,7 +128,10 @@ def test_timing_cache_is_made_used_and_started_anew(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("killed", r"the build of up was killed \(signal 9\), .*\n  got to: \d\.\d GiB\n  expected"),
+        (
+            "killed",
+            r"the build of up was killed \(signal 9\), .*\n  got to: \d\.\d GiB\n  expected",
+        ),
         # and no warning of Python's before it: seen when the package imported the program it runs
         ("no plan", r"^TensorRT \S+ cannot build up\n  error: Could not find any implementation"),
     ],
