@@ -21,8 +21,8 @@ from pw_kernels.ahead_of_time import SHARED_LIMITS, Compiled, assembler
 ROOT = Path(__file__).parents[2]
 Report = dict[str, Any]
 
-# Since Triton 3.8 ptxas spills a few registers of some kernels on sm_80 and sm_89, to keep one more
-# block on a multiprocessor: at most 32 bytes of a thread, seen with 3.8.0 and 3.9.0.
+# From Triton 3.8 on some kernels spill a few bytes of a thread on sm_80 and sm_89, at the register
+# counts that let one more block run: pack_yuv 24 to 32, attention of width 64 with a bias 8 to 16.
 SPILLS = 32
 
 
