@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pw_runtime.errors import PixelWizardError
     from pw_runtime.pipeline import generate
     from pw_runtime.presets import PRESETS, find_preset
-    from pw_runtime.prompts import read_prompts
+    from pw_runtime.prompts import make_prompts, read_prompts
     from pw_runtime.system.progress import Reporter
     from pw_runtime.types import Outcome, Preset, Prompt, Request, RunOptions
 
@@ -22,6 +22,7 @@ _HOME = {
     "Bundle": "pw_runtime.checkpoint.bundle",
     "PRESETS": "pw_runtime.presets",
     "find_preset": "pw_runtime.presets",
+    "make_prompts": "pw_runtime.prompts",
     "read_prompts": "pw_runtime.prompts",
     "Reporter": "pw_runtime.system.progress",
     "Request": "pw_runtime.types",
@@ -44,6 +45,7 @@ __all__ = [
     "RunOptions",
     "find_preset",
     "generate",
+    "make_prompts",
     "open_bundle",
     "read_prompts",
 ]

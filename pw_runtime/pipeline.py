@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.job.clip import Clip
-from pw_runtime.job.failures import require_finite
 from pw_runtime.job.preflight import prepare
 from pw_runtime.job.run import Run
 from pw_runtime.job.thumbnails import Thumbnails
@@ -42,7 +41,8 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
         One outcome per prompt, in order.
 
     Raises:
-        BadRequest, BadWeights: the request or the bundle cannot work; nothing was computed.
+        BadRequest: the request cannot work; nothing was computed.
+        BadWeights: the bundle cannot work; what was computed before is on disk, and was reported.
         WriteFailed: the contact sheet could not be written; all clips are finished.
         KeyboardInterrupt: finished clips and latents are on disk, and were reported.
     """
@@ -56,19 +56,22 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
 
 
 def encode_prompts(run: Run) -> None:
-    """Prompts -> text contexts; the negative prompt is encoded once."""
-    device, text_len = run.request.device, run.bundle.networks.draft.config.text_len
+    """Prompts -> text contexts; the negative prompt is encoded once, what guidance skips never."""
+    needed, text_len = run.request.passes, run.bundle.networks.draft.config.text_len
     clips = list(run.unfinished())
     if not clips:
         return
     with run.text_network() as network, run.reporter.steps("text", len(clips)) as advance:
-        step = run.shared_step("negative prompt")
-        uncond = network.run(step, encode_text, run.request.negative, text_len, step.notice_text)
+        cond = uncond = None
+        if "uncond" in needed:
+            step, text = run.shared_step("negative prompt"), run.request.negative
+            uncond = network.run(step, encode_text, text, text_len, step.notice_text)
         for clip in clips:
             with run.step(clip, "text") as step:
-                text = clip.prompt.text
-                cond = network.run(step, encode_text, text, text_len, step.notice_text)
-                clip.text = TextContext(cond=cond.to(device), uncond=uncond.to(device))
+                if "cond" in needed:
+                    text = clip.prompt.text
+                    cond = network.run(step, encode_text, text, text_len, step.notice_text)
+                clip.text = TextContext(cond=cond, uncond=uncond)
             advance()
 
 
@@ -80,7 +83,7 @@ def denoise_drafts(run: Run) -> None:
             with run.step(clip, "draft", config.steps) as step:
                 inputs = (text, clip.noise_for("draft"), config, compat)
                 latent = transformer.run(step, denoise_draft, *inputs, step.advance)
-                clip.draft = require_finite(latent, "draft")
+                clip.draft = latent.on_host()
                 del latent  # the clip alone decides how long it is kept
                 run.save_latents(clip)
 
@@ -91,14 +94,14 @@ def denoise_highres_clips(run: Run) -> None:
     if config is None:
         return
     with run.transformer("highres") as transformer:
-        for clip, text, draft in run.clips_with_draft():
+        for clip, text in run.clips_with_draft():
             with run.step(clip, "highres", config.steps) as step:
                 with clip.stopwatch.stage("condition"):
-                    conditioning = resize_draft(draft, config)
+                    conditioning = resize_draft(clip.latent_of("draft"), config)
                     noise = clip.noise_for("highres")
                 inputs = (text, conditioning, noise, config, compat)
                 latent = transformer.run(step, denoise_highres, *inputs, step.advance)
-                clip.highres = require_finite(latent, "high-res")
+                clip.highres = latent
                 del latent
                 run.save_latents(clip)
 

@@ -11,7 +11,7 @@ Shape letters used in comments and docstrings everywhere:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +22,7 @@ Solver = Literal["unipc", "dpm++"]
 Tiling = Literal["exact", "official"]
 StageName = Literal["draft", "highres"]
 Network = Literal["draft", "highres", "vae", "text_encoder"]
+Pass = Literal["cond", "uncond"]  # of a transformer, with the prompt or with its negative
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["h264", "hevc", "av1", "ffv1"]
 PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
@@ -61,6 +62,13 @@ class StageConfig:
     shift: float
     guidance: float
     solver: Solver = "unipc"
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes that a step needs: v = uncond + guidance (cond - uncond)."""
+        if self.guidance == 1:
+            return ("cond",)
+        return ("uncond",) if self.guidance == 0 else ("cond", "uncond")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +136,9 @@ class Preset:
 class Prompt:
     """One line of a prompt file; `position` (1-based) fixes its seeds, `id` names its files."""
 
-    id: str
     text: str
-    position: int
+    id: str = "0"
+    position: int = 1
 
 
 # ---- what flows between the stages ------------------------------------------------------------
@@ -138,10 +146,20 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextContext:
-    """Text-encoder output for a prompt and its negative, cut to real length."""
+    """Text-encoder output for a prompt and its negative, cut to real length.
 
-    cond: torch.Tensor  # [E, text_dim]
-    uncond: torch.Tensor  # [E', text_dim]
+    None where no stage of the clip has a pass with that text.
+    """
+
+    cond: torch.Tensor | None  # [E, text_dim]
+    uncond: torch.Tensor | None  # [E', text_dim]
+
+    def of(self, name: Pass) -> torch.Tensor:
+        """Return the text of a pass. Raises ValueError where it was not encoded."""
+        context = self.cond if name == "cond" else self.uncond
+        if context is None:
+            raise ValueError(f"the text of the {name} pass was not encoded")
+        return context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +167,10 @@ class Latent:
     """A clip in the VAE's normalised latent space."""
 
     x: torch.Tensor  # [C, T, H, W] fp32
+
+    def on_host(self) -> Latent:
+        """Return the latent in host memory, where it waits for the next stage."""
+        return Latent(x=self.x.cpu())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +278,9 @@ class RunOptions:
     __pydantic_config__ = FORBID_UNKNOWN
 
     codec: Codec = "h264"
-    precision: Precision = "fp32"
+    precision: Precision | None = None  # of matrix products; None: fp32 on a CPU, bf16 on a GPU
     vae_precision: Precision = "fp32"
-    device: str = "cpu"
+    device: str = "auto"  # auto: the first CUDA device, or else the CPU
     kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
     attention: AttentionKernel | None = None  # of attention alone; None: the same as `kernels`
     policy: EnginePolicy = "auto"  # which engines the transformers run on
@@ -270,6 +292,29 @@ class RunOptions:
     def attention_kernel(self) -> AttentionKernel:
         """The implementation of attention."""
         return self.attention or self.kernels
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device to compute on."""
+        import torch
+
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    @property
+    def compute_precision(self) -> Precision:
+        """The precision of matrix products."""
+        return self.precision or ("fp32" if self.torch_device.type == "cpu" else "bf16")
+
+    def resolved(self) -> RunOptions:
+        """Return the options with a device, a precision and an attention that are named."""
+        return replace(
+            self,
+            device=str(self.torch_device),
+            precision=self.compute_precision,
+            attention=self.attention_kernel,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,17 +335,26 @@ class Request:
     gpu_memory: int | None = None  # maximum bytes; None: what is free
     host_memory: int | None = None
 
+    def __post_init__(self) -> None:
+        """Take paths that are given as text."""
+        for name in ("out", "noise", "spill"):
+            if isinstance(path := getattr(self, name), str):
+                object.__setattr__(self, name, Path(path))
+
     @property
     def device(self) -> torch.device:
         """The device to compute on."""
-        import torch
-
-        return torch.device(self.options.device)
+        return self.options.torch_device
 
     @property
     def stages(self) -> dict[StageName, StageConfig]:
         """The denoising stages to run, in order; the last one's latent becomes the clip."""
         return self.preset.stages(draft_only=self.options.draft_only)
+
+    @property
+    def passes(self) -> frozenset[Pass]:
+        """The passes of all its stages."""
+        return frozenset(name for stage in self.stages.values() for name in stage.passes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,7 +374,7 @@ class TransformerPlan:
 
     Weights are on the device (`resident`), or come block by block from host memory (`streamed`) or
     from the bundle's files (`mapped`). Neither this nor `share_attention` changes a bit of the
-    result; another `chunk` changes its rounding.
+    result (a step of one pass has nothing to share); another `chunk` changes its rounding.
     """
 
     weights: Residency = "resident"

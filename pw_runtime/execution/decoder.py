@@ -23,6 +23,7 @@ from pw_runtime.execution.decoder_segments import (
 from pw_runtime.execution.transformer_segments import Segment
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.causal_cache import CausalCache
+from pw_runtime.models.finite import require_finite_weights
 
 
 class SegmentedVae:
@@ -57,6 +58,10 @@ class SegmentedVae:
     def fine(self, x: Tensor, cache: CausalCache) -> Tensor:
         """Run the fine part of some columns. Raises ValueError for a size without an engine."""
         return self._run("fine", x, cache)[0]
+
+    def check_weights(self) -> None:
+        """Raise BadWeights for weights that are not finite; see `protocols.Decoder`."""
+        require_finite_weights(self._net)
 
     def _run(self, part: Part, x: Tensor, cache: CausalCache) -> Tensor:
         """Run the engine of this part for x and store its past frames in the cache."""

@@ -76,7 +76,7 @@ def select_decoder_engines(
     result = find_engines(
         lambda compiler: decoder_segments(bundle, preset, compiler),
         EngineStore(),
-        torch.device(options.device),
+        options.torch_device,
         command,
     )
     if isinstance(result, Unavailable):

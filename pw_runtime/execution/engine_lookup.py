@@ -127,7 +127,7 @@ class Unavailable:
 def build_command(options: RunOptions, bundle: Path) -> str:
     """Return the command that builds a model's engines for these options."""
     return (
-        f"pw build --model {bundle} --precision {options.precision} "
+        f"pw build --model {bundle} --precision {options.compute_precision} "
         f"--chunk {options.chunk} --device {options.device}"
     )
 
@@ -146,11 +146,11 @@ def select_engines(
         BadRequest: engines were asked for and are missing, or one cannot be opened.
         BadWeights: the bundle has no such network.
     """
-    segments = segments_of(require_dit(bundle, stage), options.precision, options.chunk)
+    segments = segments_of(require_dit(bundle, stage), options.compute_precision, options.chunk)
     command = build_command(options, bundle.root)
     # Engines contain kernels of their own: with --kernels triton, the segments run.
     policy = "eager" if options.kernels == "triton" else options.policy
-    device = torch.device(options.device)
+    device = options.torch_device
     engine_set = choose_engines(segments, policy, EngineStore(), device, command)
     reason = engine_set.reason
     if engine_set.backend != "eager":

@@ -107,6 +107,10 @@ class Transformer(Protocol):
         """
         ...
 
+    def check_weights(self) -> None:
+        """Raise BadWeights naming the weights that hold NaN or infinity."""
+        ...
+
     def close(self) -> None:
         """Release what provides the weights; nothing can run afterwards."""
         ...
@@ -128,4 +132,8 @@ class Decoder(Protocol):
 
     def fine(self, x: Tensor, cache: CausalCache) -> Tensor:
         """Run the rest, for some rows or columns; see `pw_runtime.models.VaeDecoder.fine`."""
+        ...
+
+    def check_weights(self) -> None:
+        """Raise BadWeights naming the weights that hold NaN or infinity."""
         ...

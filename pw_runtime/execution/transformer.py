@@ -24,6 +24,7 @@ from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
 from pw_runtime.models.dit import Modulation
 from pw_runtime.models.embeddings import Positions, patchify, rope_tables, sinusoid, unpatchify
+from pw_runtime.models.finite import require_finite_weights
 from pw_runtime.types import RunOptions, StageName, TransformerPlan
 
 # Upper bound for the attention output buffer; above it, attention runs over groups of heads.
@@ -38,12 +39,12 @@ def load_transformer(
     options: RunOptions,
 ) -> SegmentedDiT:
     """Load a transformer as the plan places its weights, on the engines selected for it."""
-    device = torch.device(options.device)
-    net = load_dit(bundle, stage, options.precision, device, plan.weights)
+    device, precision = options.torch_device, options.compute_precision
+    net = load_dit(bundle, stage, precision, device, plan.weights)
     weights: Weights = (
         ResidentWeights(net, engines.segments)
         if plan.weights == "resident"
-        else StreamedWeights(net, engines.segments, options.precision, device)
+        else StreamedWeights(net, engines.segments, precision, device)
     )
     return SegmentedDiT(
         net,
@@ -88,6 +89,10 @@ class SegmentedDiT:
                 raise ValueError(f"the engine for {name} was made for another segment")
         self._weights = weights or ResidentWeights(net, segments)
         self._share_attention, self._chunk = share_attention, chunk
+
+    def check_weights(self) -> None:
+        """Raise BadWeights for weights that are not finite; see `protocols.Transformer`."""
+        require_finite_weights(self.net)
 
     def close(self) -> None:
         """Release what provides the weights; nothing can run afterwards."""

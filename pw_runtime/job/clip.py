@@ -67,20 +67,25 @@ class Clip:
         return list(self.request.stages)[-1]
 
     def noise_for(self, stage: StageName) -> Tensor:
-        """Return the stage's initial noise: from the noise file, else drawn from its seed."""
+        """Return the stage's initial noise, from the noise file or drawn from its seed.
+
+        It is on the device; what is kept for the latents file is on the host.
+        """
         if stage not in self.noise:
             shape = latent_shape(self.request.stages[stage], self.request.preset.video)
             seed = self.seeds.draft if stage == "draft" else self.seeds.highres
-            self.noise[stage] = draw_noise(shape, seed, self.request.device)
+            drawn = draw_noise(shape, seed, self.request.device)
+            self.noise[stage] = drawn.cpu()
+            return drawn
         return self.noise[stage].to(self.request.device)
 
     def latent_of(self, stage: StageName) -> Latent:
-        """Return a stage's latent: from the latents file, or from memory if the disk refused it."""
+        """Return a stage's latent on the device: from the latents file, else from memory."""
         if self.latents is not None:
             return read_latent(self.latents, self.provenance, stage, self.request.device)
         latent = self.draft if stage == "draft" else self.highres
         assert latent is not None
-        return latent
+        return Latent(x=latent.x.to(self.request.device))
 
     def release_tensors(self) -> None:
         """Free the memory of the clip's tensors."""
@@ -121,13 +126,12 @@ def start_clip(
     """Return a clip with nothing computed; `noise` by stage replaces what the seeds would draw."""
     seeds = seeds_for(request.seed, prompt.position)
     files = {name: record.sha256 for name, record in bundle.files.items()}
-    options = request.options
     provenance = Provenance(
         prompt=prompt,
         negative=request.negative,
         preset=request.preset,
         decode=tiling,
-        options=replace(options, attention=options.attention_kernel),
+        options=request.options.resolved(),
         seeds={"base": request.seed, **asdict(seeds)},
         noise={},
         noise_file=str(request.noise) if request.noise else None,
@@ -188,7 +192,8 @@ def save_latents(clip: Clip, folder: Path) -> Path:
     """
     tensors: dict[str, Tensor] = {f"{stage}_noise": x for stage, x in clip.noise.items()}
     if clip.text is not None:
-        tensors |= {"text_context": clip.text.cond, "negative_context": clip.text.uncond}
+        contexts = {"text_context": clip.text.cond, "negative_context": clip.text.uncond}
+        tensors |= {name: x for name, x in contexts.items() if x is not None}
     stages: dict[StageName, Latent | None] = {"draft": clip.draft, "highres": clip.highres}
     tensors |= {
         f"{stage}_latent": latent.x for stage, latent in stages.items() if latent is not None
@@ -259,6 +264,7 @@ def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fallback: O
         noise=provenance.noise,
         noise_file=provenance.noise_file,
         preset=asdict(provenance.preset),
+        passes={name: list(config.passes) for name, config in clip.request.stages.items()},
         options=asdict(provenance.options),
         bundle=provenance.bundle,
         video={"file": clip.target.name, "bytes": video_bytes},

@@ -7,18 +7,22 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from pw_runtime.errors import BadResult, PixelWizardError
+from pw_runtime.errors import BadWeights, PixelWizardError
 from pw_runtime.job.clip import Clip, resume_command, save_latents
 from pw_runtime.planning.oom_fallback import out_of_memory
 from pw_runtime.system.progress import Reporter
-from pw_runtime.types import Latent
 
 
 @contextmanager
 def isolate_failure(clip: Clip, reporter: Reporter) -> Iterator[None]:
-    """Keep a failure inside its prompt, and what was computed for it on disk."""
+    """Keep a failure inside its prompt, and what was computed for it on disk.
+
+    Raises BadWeights: no other prompt could work with that model.
+    """
     try:
         yield
+    except BadWeights:
+        raise
     except Exception as error:
         cause = out_of_memory(error) or error
         clip.error = str(cause) or type(cause).__name__
@@ -61,14 +65,3 @@ def report_resumable(clip: Clip, reporter: Reporter) -> None:
         reporter.warn(f"to finish this clip, run: {resume_command(clip)}")
     if clip.partial_video is not None and clip.partial_video.exists():
         reporter.warn(f"partial video: {clip.partial_video}")
-
-
-def require_finite(latent: Latent, name: str) -> Latent:
-    """Return the latent. Raises BadResult where it contains NaN or infinity."""
-    if not latent.x.isfinite().all():
-        raise BadResult(
-            f"the {name} latent contains NaN or infinity",
-            wanted="finite numbers",
-            do="check shift and guidance of the preset, and the checkpoint; try --precision fp32",
-        )
-    return latent

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -61,7 +62,7 @@ def pick_device(name: str) -> torch.device:
 
 def default_precision(requested: Precision | None, device: torch.device) -> Precision:
     """Return the requested precision, or else the device's default."""
-    return requested or ("fp32" if device.type == "cpu" else "bf16")
+    return RunOptions(precision=requested, device=str(device)).compute_precision
 
 
 @contextmanager
@@ -71,6 +72,8 @@ def prepare(request: Request, bundle: Bundle, reporter: Reporter) -> Iterator[Ru
     Raises:
         BadRequest, BadWeights: the request or the bundle cannot work.
     """
+    pick_device(request.options.device)
+    request = replace(request, options=request.options.resolved())
     check_request(request)
     with locked_folder(request.out):
         run = _planned(request, bundle, reporter)
@@ -173,10 +176,10 @@ def _check_kernels(request: Request) -> None:
             got=f"device {request.device}",
             do="leave --kernels and --attention out: the reference runs everywhere",
         )
-    if attention != "reference" and options.precision != "bf16":
+    if attention != "reference" and options.compute_precision != "bf16":
         raise BadRequest(
             f"attention as {attention} computes in bf16",
-            got=f"precision {options.precision}",
+            got=f"precision {options.compute_precision}",
             do="add --precision bf16, or --attention reference",
         )
     if options.kernels == "triton" and request.preset.compat.bf16_einsum:

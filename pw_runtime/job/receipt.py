@@ -28,6 +28,7 @@ class Receipt:
     noise: dict[str, str]  # SHA-256 of each stage's initial noise
     noise_file: str | None
     preset: dict[str, Any]
+    passes: dict[str, list[str]]  # of each stage's transformer: cond, uncond or both
     options: dict[str, Any]
     bundle: dict[str, str]
     video: dict[str, Any]

@@ -28,7 +28,6 @@ from pw_runtime.system.progress import Reporter
 from pw_runtime.system.step import Step
 from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import (
-    Latent,
     Network,
     Notice,
     NoticeKind,
@@ -57,7 +56,7 @@ class Run:
 
         def load(plan: RunPlan) -> TextNetwork:
             device = self.request.device if plan.text == "device" else torch.device("cpu")
-            return load_text_network(self.bundle, self.request.options.precision, device)
+            return load_text_network(self.bundle, self.request.options.compute_precision, device)
 
         return LazyNetwork("text", load, self.fallback, self.loading, label="text encoder")
 
@@ -91,11 +90,11 @@ class Run:
             if clip.text is not None and clip.error is None:
                 yield clip, clip.text
 
-    def clips_with_draft(self) -> Iterator[tuple[Clip, TextContext, Latent]]:
+    def clips_with_draft(self) -> Iterator[tuple[Clip, TextContext]]:
         """Yield the clips whose draft is finished."""
         for clip, text in self.clips_with_text():
             if clip.draft is not None:
-                yield clip, text, clip.draft
+                yield clip, text
 
     def unfinished(self) -> Iterator[Clip]:
         """Yield the clips that have not failed and have no video yet."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pw_runtime.models.causal_cache import CausalCache
+from pw_runtime.models.finite import require_finite_weights
 from pw_runtime.models.vae_blocks import (
     AttentionBlock,
     CausalConv3d,
@@ -138,6 +139,10 @@ class VaeDecoder(nn.Module):
         x = self.decoder.head(x, cache)
         cache.first = False
         return x[0].float() if x.dtype == torch.bfloat16 else x[0]
+
+    def check_weights(self) -> None:
+        """Raise BadWeights naming the weights that hold NaN or infinity."""
+        require_finite_weights(self)
 
 
 class EncoderLayers(nn.Module):

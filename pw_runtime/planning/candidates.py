@@ -20,6 +20,7 @@ from pw_runtime.types import (
     Codec,
     DecodePlan,
     MemoryItem,
+    Pass,
     Place,
     Residency,
     StageMemory,
@@ -76,7 +77,7 @@ def candidates(work: Workload, *, gpu: bool, decode_only: bool = False) -> Candi
 
 def text_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[Place], ...]:
     """List the candidates of the text stage: on the GPU, on the CPU."""
-    items = text_memory(work.text_encoder, work.options.precision)
+    items = text_memory(work.text_encoder, work.options.compute_precision)
     moved = _stage("text", _moved(items, "host"), work)
     options: list[Candidate[Place]] = [Candidate("host", "on the CPU", moved)]
     if gpu:
@@ -93,32 +94,34 @@ def transformer_candidates(
     Resident weights, then streamed ones; of each with the shared first attention, then without.
     """
     off_device: tuple[Residency, ...] = ("mapped",)
-    if gpu and work.stored[name] != work.options.precision:
+    if gpu and work.stored[name] != work.options.compute_precision:
         # Converted once into host memory; where the precision matches, the files are as good.
         off_device = ("streamed", "mapped")
-    full = work.options.chunk
+    full, passes = work.options.chunk, work.stages[name].passes
     chunks = [full] if work.padded else [full, min(full, SMALLER_CHUNK)]
     options = []
     for weights in ("resident", *off_device):
-        variants = [(True, full), *((False, chunk) for chunk in dict.fromkeys(chunks))]
+        variants = [(False, chunk) for chunk in dict.fromkeys(chunks)]
+        if len(passes) > 1:
+            variants.insert(0, (True, full))
         for share, chunk in variants:
             plan = TransformerPlan(weights=weights, share_attention=share, chunk=chunk)
             items = stage_memory(
                 work.transformers[name],
                 work.stages[name],
                 work.preset.video,
-                work.options.precision,
+                work.options.compute_precision,
                 plan,
                 padded=work.padded,
             )
             if not gpu:
                 items = _moved(items, "host")
             memory = _stage(name, items, work, gpu=gpu)
-            options.append(Candidate(plan, transformer_text(plan), memory))
+            options.append(Candidate(plan, transformer_text(plan, passes), memory))
     return tuple(options)
 
 
-def transformer_text(plan: TransformerPlan) -> str:
+def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...]) -> str:
     """Describe how a transformer runs."""
     weights = {
         "resident": "weights resident",
@@ -126,6 +129,9 @@ def transformer_text(plan: TransformerPlan) -> str:
         "mapped": "weights streamed from the bundle's files",
     }[plan.weights]
     share = "first attention shared" if plan.share_attention else "first attention not shared"
+    if len(passes) == 1:
+        text = "the prompt" if passes == ("cond",) else "the negative prompt"
+        share = f"one pass per step, with {text} (guidance {int(passes == ('cond',))})"
     return f"{weights}, {share}, up to {plan.chunk} tokens per call"
 
 
@@ -178,6 +184,21 @@ def _on_a_cpu(config: VaeConfig, items: Iterable[MemoryItem]) -> tuple[MemoryIte
         _process_item("code of oneDNN and the encoder", LIBRARIES),
         _process_item("gaps of the heap (estimate)", gaps),
     )
+
+
+def waiting_bytes(work: Workload) -> int:
+    """Return the bytes of what the prompts have between the stages: contexts, drafts, noise.
+
+    They wait on the host. Contexts are counted as long as the model takes them. The last stage's
+    latents wait on the disk, so a run of one stage holds no drafts.
+    """
+    low = 4 if work.options.compute_precision == "fp32" else 2
+    context = low * max(dit.text_len * dit.text_dim for dit in work.transformers.values())
+    passes = {name for stage in work.stages.values() for name in stage.passes}
+    each = context * ("cond" in passes)
+    if len(work.stages) > 1:
+        each += 2 * 4 * math.prod(latent_shape(work.stages["draft"], work.preset.video))
+    return work.prompts * each + context * ("uncond" in passes)
 
 
 def _process_item(name: str, size: int, place: Place = "host") -> MemoryItem:
@@ -234,6 +255,12 @@ def _stage(
 ) -> StageMemory:
     """Return a stage's items and what is always in memory beside them, the largest first."""
     more = [_process_item("Python and its libraries", work.process)]
+    if name != "decode" and (waiting := waiting_bytes(work)):
+        more.append(
+            _process_item(
+                f"text and drafts of {work.prompts} prompt{'s' * (work.prompts > 1)}", waiting
+            )
+        )
     if gpu:
         more.append(_process_item("CUDA (estimate)", DEVICE_RESERVE, "device"))
     return StageMemory(

@@ -252,6 +252,7 @@ def plan_run(
         bundle.networks,
         request.preset,
         request.options,
+        prompts=len(request.prompts),
         padded=any(engines[stage].padded for stage in request.stages if stage in engines),
         decoder_engines=engines["vae"].backend != "eager",
         decode_only=decode_only,

@@ -32,7 +32,7 @@ def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, f
     times: dict[str, float] = {}
     for name, stage in work.stages.items():
         chosen, config = plan.transformers[name], work.transformers[name]
-        sizes = weight_bytes(config, work.options.precision)
+        sizes = weight_bytes(config, work.options.compute_precision)
         streamed = 0 if chosen.weights == "resident" else sizes.blocks
         times[name] = denoise_seconds(config, stage, video, chosen, rates, streamed)
     (decode,) = (memory for memory in plan.stages if memory.stage == "decode")
@@ -47,7 +47,7 @@ def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, f
 def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) -> Iterator[str]:
     last, video = list(work.stages.values())[-1], work.preset.video
     gpu = plan.budget.device is not None
-    yield f"{video.frames} frames of {last.width}x{last.height}, {work.options.precision}"
+    yield f"{video.frames} frames of {last.width}x{last.height}, {work.options.compute_precision}"
     yield f"budget: {budget_text(plan.budget)}"
     yield ""
     times = {} if rates is None else seconds_by_stage(work, plan, rates)

@@ -79,12 +79,14 @@ def denoise_seconds(
         and ".cross_attn.v." not in name
     )
     per_key = 4 * tokens * config.dim  # FLOP of one key, for all tokens of one block
-    self_attentions = config.num_layers * 2 - plan.share_attention  # per step
-    products = 2 * 2 * tokens * weights
-    attended = per_key * (tokens * self_attentions + 2 * config.text_len * config.num_layers)
+    passes = len(stage.passes)
+    shared = plan.share_attention and passes > 1
+    self_attentions = config.num_layers * passes - shared  # per step
+    products = 2 * passes * tokens * weights
+    attended = per_key * (tokens * self_attentions + passes * config.text_len * config.num_layers)
     computed = products / rates.matmul + attended / rates.attention
     # Weights are streamed while the passes compute.
-    return stage.steps * max(computed, 2 * streamed / rates.copy)
+    return stage.steps * max(computed, passes * streamed / rates.copy)
 
 
 def decode_seconds(

@@ -36,7 +36,6 @@ from pw_runtime.types import (
 
 LATENTS = {"unipc": 5, "dpm++": 4}  # with the noise, while the first pass of a step runs
 SOLVER_STEP = 9  # latents that a step makes beside those
-PASSES = 2  # with the prompt and with its negative
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ def stage_memory(
     chunk = min(plan.chunk, tokens)
     held = {
         "latents of the solver": LATENTS[stage.solver] * latent,
-        "text keys and values": _text(config, low, text_tokens),
+        "text keys and values": _text(config, low, text_tokens, len(stage.passes)),
         "modulation": 4 * (config.num_layers + 1) * 6 * config.dim,
         "rotary tables": 8 * POSITIONS * (config.head_dim // 2),
     }
@@ -115,7 +114,7 @@ def stage_memory(
     every = {"residual stream": 4 * stream}
     if plan.share_attention:
         every["first self-attention, shared"] = low * stream
-    else:  # the second pass is the peak
+    elif len(stage.passes) > 1:  # the second pass is the peak
         every["result of the first pass"] = latent
     qkv = {"queries, keys, values": 3 * low * stream}
     feed_forward = low * (config.dim + 2 * config.ffn_dim)
@@ -160,11 +159,11 @@ def _item(name: str, kind: MemoryKind, size: int, place: Place) -> MemoryItem:
     return MemoryItem(name=name, kind=kind, bytes=size, place=place)
 
 
-def _text(config: DitConfig, low: int, text_tokens: int | None) -> int:
-    """Return the bytes of keys and values of every block for both texts."""
+def _text(config: DitConfig, low: int, text_tokens: int | None, passes: int) -> int:
+    """Return the bytes of keys and values of every block for the text of each pass."""
     rows = config.text_len if text_tokens is None else text_tokens
     rows += len(pad_biases(config.text_len - rows, DTYPES["fp32" if low == 4 else "bf16"]))
-    return PASSES * config.num_layers * 2 * rows * config.dim * low
+    return passes * config.num_layers * 2 * rows * config.dim * low
 
 
 def text_memory(

@@ -39,6 +39,7 @@ class Workload:
     vae: VaeConfig
     text_encoder: TextEncoderConfig
     options: RunOptions
+    prompts: int = 1  # whose text and drafts wait between the stages
     padded: bool = False  # engines take whole chunks only
     decoder_engines: bool = False  # the decoder runs on engines
     process: int  # bytes of host memory that the program itself takes
@@ -55,6 +56,7 @@ def workload(
     preset: Preset,
     options: RunOptions,
     *,
+    prompts: int = 1,
     padded: bool = False,
     decoder_engines: bool = False,
     decode_only: bool = False,
@@ -73,6 +75,7 @@ def workload(
         vae=networks.vae.config,
         text_encoder=networks.text_encoder.config,
         options=options,
+        prompts=prompts,
         padded=padded,
         decoder_engines=decoder_engines,
         process=rss_bytes(),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pw_runtime.execution.protocols import ControlInputs, Transformer
+from pw_runtime.models.finite import is_finite, overflow
 from pw_runtime.sampling.schedule import make_schedule, time_input
 from pw_runtime.sampling.solver import sample
 from pw_runtime.types import Compat, Conditioning, Latent, StageConfig, TextContext
@@ -24,6 +25,8 @@ def denoise(
 ) -> Latent:
     """Denoise with classifier-free guidance.
 
+    At guidance 1 a step is one pass with the prompt, at 0 one with its negative.
+
     Args:
         net: the transformer.
         text: context of the prompt and of its negative.
@@ -36,9 +39,13 @@ def denoise(
 
     Returns:
         [C, T, H, W] fp32 latent.
+
+    Raises:
+        BadWeights, BadResult: a velocity is not finite: because of weights, or because finite
+            ones are too large for the arithmetic. The first step of a batch shows it.
     """
     schedule = make_schedule(config.solver, config.steps, config.shift)
-    texts = [net.text_keys_values(text.cond), net.text_keys_values(text.uncond)]
+    texts = [net.text_keys_values(text.of(name).to(noise.device)) for name in config.passes]
     layout = net.layout(noise)
     features = None if conditioning is None else net.control_features(conditioning.x)
     block_fraction = 1 / sum(map(len, texts))  # of a step
@@ -51,9 +58,13 @@ def denoise(
             dt = time_input(schedule.step_sizes[step], x.device, rounded=rounded)
             control = _control(net, features, schedule.timesteps[step], schedule.step_sizes[step])
         modulation = net.modulation(t, dt)
-        return net.velocities(
+        results = net.velocities(
             x, texts, modulation, layout, control, lambda: on_step(block_fraction)
         )
+        if not all(map(is_finite, results)):
+            net.check_weights()
+            raise overflow(f"the velocity of step {step + 1}")
+        return results
 
     x = sample(
         velocities,
@@ -63,6 +74,8 @@ def denoise(
         config.guidance,
         bf16_einsum=compat.bf16_einsum,
     )
+    if not is_finite(x):
+        raise overflow("the latent")
     return Latent(x=x)
 
 

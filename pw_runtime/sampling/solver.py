@@ -18,7 +18,10 @@ from pw_runtime.system.trace import observe, span
 from pw_runtime.types import Solver
 
 Velocities = Callable[[Tensor, int], Sequence[Tensor]]
-"""Function of (latent, step index) that returns v for the prompt and v for its negative."""
+"""Function of (latent, step index) that returns v of each pass: the prompt, then its negative.
+
+With one pass, that v is the guided one.
+"""
 
 
 def sample(
@@ -53,10 +56,10 @@ def sample(
         else:
             corrector, predictor = None, dpm_update(sigmas, i)
         with span(f"step {i + 1}"):
-            cond, uncond = velocities(x, i)
+            results = velocities(x, i)
             x, corrected, m = guided_update(
-                cond,
-                uncond,
+                results[0],
+                results[-1],  # with one pass the difference is 0: v stays as it is
                 x,
                 corrected,
                 before,
@@ -68,7 +71,7 @@ def sample(
                 bf16_einsum=bf16_einsum and solver == "unipc",
             )
         observe("latent", x)
-        del cond, uncond  # free the memory for the next pass of the network
+        del results  # free the memory for the next pass of the network
         before, earlier = m, before
     return x
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pw_kernels import pack_frames, pack_yuv
 from pw_runtime.execution.protocols import Decoder
 from pw_runtime.models.causal_cache import CausalCache, Seam
+from pw_runtime.models.finite import is_finite, overflow
 from pw_runtime.models.tiling import Strip, blend_ramp, exact_halo, make_bands, make_strips
 from pw_runtime.system.trace import span
 from pw_runtime.types import (
@@ -49,6 +50,7 @@ def decode_frames(
         Chunks in order, of 1 or 4 frames of 16 H x 16 W pixels.
 
     Raises:
+        BadWeights, BadResult: the decoder gives NaN or infinity.
         ValueError: truncated bytes in a format other than RGB.
     """
     if compat.truncating_uint8 and pixel_format != "rgb24":
@@ -57,9 +59,8 @@ def decode_frames(
     start = 0
     for frame in latent.x.split(1, dim=1):  # [C, 1, H, W]
         with torch.inference_mode(), span("chunk" if start else "first chunk"):
-            packed = _packed(
-                decode_frame(frame), latent, pixel_format, truncate=compat.truncating_uint8
-            )
+            parts = _finite(decode_frame(frame), vae)
+            packed = _packed(parts, latent, pixel_format, truncate=compat.truncating_uint8)
         frames = len(packed)
         yield FrameChunk(start=start, pixel_format=pixel_format, frames=packed)
         del packed  # while the next chunk is made, this one must be free
@@ -81,6 +82,15 @@ def _tiled(vae: Decoder, tiling: TilingConfig, height: int, width: int) -> Decod
         return _exact(vae, make_bands(height, tiling.strips, vae.config), tiling.caches)
     overlap = max(tiling.overlap, exact_halo(vae.config))
     return _with_halo(vae, make_strips(width, tiling.strips, overlap))
+
+
+def _finite(parts: Iterator[Rows], vae: Decoder) -> Iterator[Rows]:
+    """Pass rows on. Raises BadWeights, BadResult for NaN or infinity in them."""
+    for blocks, weight in parts:
+        if not is_finite(blocks):
+            vae.check_weights()
+            raise overflow("a decoded frame")
+        yield blocks, weight
 
 
 def _packed(

@@ -12,6 +12,7 @@ import ftfy
 import torch
 from torch import Tensor
 
+from pw_runtime.models.finite import require_finite
 from pw_runtime.models.text_encoder import TextNetwork, encode_tokens
 
 if TYPE_CHECKING:
@@ -71,7 +72,12 @@ def encode_text(
         notice: called with a message when the text is truncated or has unknown words.
 
     Returns:
-        [E, text_dim] in the encoder's dtype, E <= text_len: one row for each real token.
+        [E, text_dim] in the encoder's dtype, E <= text_len: one row for each real token; on the
+        host, where it waits for the transformers.
+
+    Raises:
+        BadWeights, BadResult: the result is not finite.
     """
     ids = tokenize(text, net.tokenizer, text_len, notice)
-    return encode_tokens(net.encoder, ids.to(net.encoder.device))
+    context = encode_tokens(net.encoder, ids.to(net.encoder.device))
+    return require_finite(context, net.encoder, "the text context").cpu()

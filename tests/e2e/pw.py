@@ -18,7 +18,7 @@ width = {draft_width}
 height = 64
 steps = {draft_steps}
 shift = 5.0
-guidance = 5.0
+guidance = {draft_guidance}
 solver = "{solver}"
 
 [highres]
@@ -26,7 +26,7 @@ width = 192
 height = 96
 steps = {highres_steps}
 shift = 5.5
-guidance = 4.0
+guidance = {highres_guidance}
 solver = "{solver}"
 
 [video]
@@ -46,6 +46,8 @@ DEFAULTS = {
     "draft_width": 96,
     "draft_steps": 2,
     "highres_steps": 2,
+    "draft_guidance": 5.0,
+    "highres_guidance": 4.0,
     "solver": "unipc",
     "frames": 5,
     "tiling": "exact",

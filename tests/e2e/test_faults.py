@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from pw_runtime import pipeline
-from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.checkpoint import loader
+from pw_runtime.checkpoint.bundle import load_tensors, open_bundle
 from pw_runtime.checkpoint.loader import check_networks, load_text_network
 from pw_runtime.errors import BadRequest, BadWeights, WriteFailed
 from pw_runtime.job.preflight import check_request
 from pw_runtime.presets import PRESETS
-from pw_runtime.types import Latent, Request, RunOptions
+from pw_runtime.stages.text import encode_text
+from pw_runtime.types import Request, RunOptions
 from tests.e2e.pw import Pw, latent_shapes
 
 
@@ -225,15 +227,49 @@ def test_memory_that_runs_out_is_one_clear_error(generate, monkeypatch, error) -
     assert "Traceback" not in ended.err
 
 
-def test_latents_that_are_not_finite_become_no_clip(generate, tmp_path, monkeypatch) -> None:
-    def nan(net, text, noise, *arguments):
-        return Latent(x=noise * float("nan"))
+BAD_TENSORS = {
+    "text_encoder": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "draft": "blocks.0.ffn.0.weight",
+    "highres": "spatial_adapter.backbone.0.weight",
+    "vae": "decoder.conv1.weight",
+}
 
-    monkeypatch.setattr(pipeline, "denoise_draft", nan)
-    ended = generate("--prompt", "a cat")
+
+@pytest.mark.parametrize("network", BAD_TENSORS)
+def test_weights_that_are_not_finite_are_named_at_the_first_step_and_stop_the_batch(
+    generate, tmp_path, monkeypatch, network
+) -> None:
+    """Seen: every prompt failed after all its steps, and nobody said why."""
+
+    def with_nan(bundle, wanted, **options):
+        tensors = load_tensors(bundle, wanted, **options)
+        if wanted == network and BAD_TENSORS[network] in tensors:
+            tensors[BAD_TENSORS[network]] = torch.full_like(
+                tensors[BAD_TENSORS[network]], float("nan")
+            )
+        return tensors
+
+    monkeypatch.setattr(loader, "load_tensors", with_nan)
+    ended = generate("--prompt", "a cat", "--prompt", "a dog")
+    assert ended.code == 2
+    assert ended.err.count("error: the model's weights contain NaN or infinity") == 1
+    assert f"got: {BAD_TENSORS[network]}" in ended.err
+    assert "Traceback" not in ended.err
+    latents = sorted(path.name for path in (tmp_path / "out").iterdir())
+    kept = {"highres": ["0", "1"], "vae": ["0", "1"]}.get(network, [])
+    assert latents == [f"{name}.latents.safetensors" for name in kept]
+
+
+def test_values_that_overflow_fail_their_prompt_alone(generate, tmp_path, monkeypatch) -> None:
+    def huge(net, text, text_len, notice):
+        context = encode_text(net, text, text_len, notice)
+        return context * 1e38 if text == "a cat" else context
+
+    monkeypatch.setattr(pipeline, "encode_text", huge)
+    ended = generate("--prompt", "a cat", "--prompt", "a dog")
     assert ended.code == 3
-    assert "NaN or infinity" in ended.err
-    assert nothing_made(tmp_path / "out")
+    assert "prompt 0 failed: the velocity of step 1 contains NaN or infinity" in ended.err
+    assert ended.out.split() == [str(tmp_path / "out" / "1.mp4")]
 
 
 def test_a_contact_sheet_that_fails_hides_no_finished_clip(generate, tmp_path) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pw_runtime.sampling.noise import draw_noise, seeds_for, tensor_digest
-from tests.e2e.pw import Pw
+from tests.e2e.pw import Pw, write_preset
 from tests.oracle.checkpoint import Checkpoint
 
 
@@ -56,6 +56,34 @@ def test_every_prompt_gets_a_clip_and_a_receipt(
     assert receipt["options"]["precision"] == "fp32"
     assert receipt["options"]["kernels"] == "reference"
     assert receipt["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("guidance", "context", "said"),
+    [
+        (1.0, "text_context", "one pass per step, with the prompt (guidance 1)"),
+        (0.0, "negative_context", "one pass per step, with the negative prompt (guidance 0)"),
+    ],
+)
+def test_guidance_that_needs_one_pass_runs_one(
+    pw: Pw, bundle_dir: Path, tmp_path: Path, guidance: float, context: str, said: str
+) -> None:
+    """Seen: the other text was encoded, and its pass run and multiplied by zero."""
+    preset = write_preset(
+        tmp_path / "preset.toml", draft_guidance=guidance, highres_guidance=guidance
+    )
+    out = tmp_path / "out"
+    ended = pw(
+        "generate", "--model", bundle_dir, "--prompt", "a cat", "--preset", preset,
+        "--out", out, "--save-latents",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.err.count(said) == 2  # both stages
+    contexts = {name for name in load_file(out / "0.latents.safetensors") if "context" in name}
+    assert contexts == {context}
+    receipt = json.loads((out / "0.json").read_text())
+    pass_name = "cond" if guidance else "uncond"
+    assert receipt["passes"] == {"draft": [pass_name], "highres": [pass_name]}
 
 
 def test_draft_only_stops_before_the_highres_network(

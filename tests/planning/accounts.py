@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,7 +42,8 @@ CPU = torch.device("cpu")
 @contextmanager
 def counted(*, fake: bool) -> Iterator[Ledger]:
     """A ledger, over fake tensors or real ones."""
-    with torch.inference_mode():
+    no_numbers = patch("pw_runtime.sampling.denoise.is_finite", lambda x: True)
+    with torch.inference_mode(), no_numbers:
         if fake:
             with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
                 yield ledger

@@ -69,6 +69,14 @@ def test_a_small_network(plan: TransformerPlan, fake: bool) -> None:
     assert predicted(SMALL, *SMALL_CLIP, precision, plan) == pytest.approx(peak, rel=WITHIN)
 
 
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_a_step_of_one_pass(guidance: float) -> None:
+    stage, video = replace(SMALL_CLIP[0], guidance=guidance), SMALL_CLIP[1]
+    plan = TransformerPlan(share_attention=False)
+    peak = stage_peak(SMALL, stage, video, "fp32", plan, fake=False)
+    assert predicted(SMALL, stage, video, "fp32", plan) == pytest.approx(peak, rel=WITHIN)
+
+
 def test_streamed_weights() -> None:
     config, plan = replace(SMALL, num_layers=8), TransformerPlan(weights="streamed")
     peak = stage_peak(config, *SMALL_CLIP, "fp32", plan, fake=False)

@@ -200,7 +200,8 @@ def their_stage(
     """Run the denoising loop of WanPipeline, [C, T, H, W], with our sampler in place of theirs."""
     schedule = make_schedule(stage.solver, stage.steps, stage.shift)
     texts = [
-        F.pad(rows, (0, 0, 0, TEXT_ROWS - len(rows)))[None] for rows in (text.cond, text.uncond)
+        F.pad(rows, (0, 0, 0, TEXT_ROWS - len(rows)))[None]
+        for rows in (text.of("cond"), text.of("uncond"))
     ]
     _, frames, rows, columns = noise.shape
     tokens = frames * rows * columns // 4
