@@ -9,6 +9,7 @@ not affect the others, and a stage that runs out of memory retries with a smalle
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import MappingProxyType
 
 from pw_runtime.checkpoint.bundle import Bundle
@@ -23,7 +24,7 @@ from pw_runtime.stages.decode import decode_frames
 from pw_runtime.stages.draft import denoise_draft
 from pw_runtime.stages.highres import denoise_highres
 from pw_runtime.stages.text import encode_text
-from pw_runtime.stages.write import write_video
+from pw_runtime.stages.write import encoded_video
 from pw_runtime.system.progress import Reporter, count_frames
 from pw_runtime.system.step import Step
 from pw_runtime.types import Outcome, Request, TextContext
@@ -112,11 +113,14 @@ def decode_clips(run: Run) -> None:
     with run.decoder() as decoder:
         for clip in run.unfinished():
             with run.step(clip, "decode", frames, timed=False) as step:
-                run.finish(clip, decoder.run(step, decode_clip, run, clip, step))
+                if clip.latents is not None:  # else the disk is its last chance
+                    run.require_room()
+                decoder.run(step, decode_clip, run, clip, step)
+                run.finish(clip)
 
 
-def decode_clip(vae: VaeDecoder, run: Run, clip: Clip, step: Step) -> int:
-    """Decode one clip's last latent into its video file; return the file's bytes."""
+def decode_clip(vae: VaeDecoder, run: Run, clip: Clip, step: Step) -> None:
+    """Decode one clip's last latent into its video file, which appears after its receipt."""
     preset, stage, codec = clip.request.preset, clip.last_stage, clip.request.options.codec
     config, tiling = clip.request.stages[stage], run.fallback.plan.decode.tiling
     thumbnails = Thumbnails(clip, vae)
@@ -127,19 +131,21 @@ def decode_clip(vae: VaeDecoder, run: Run, clip: Clip, step: Step) -> int:
     chunks = thumbnails.collect(stage, clip.stopwatch.time_items("decode", frames))
     if clip.partial_video is not None:
         run.reporter.say(f"{clip.partial_video} can be watched while it is encoded")
-    with clip.stopwatch.stage("write"):
-        video_bytes = write_video(
-            count_frames(chunks, step.advance),
-            clip.target,
-            width=config.width,
-            height=config.height,
-            frames=preset.video.frames,
-            fps=preset.video.fps,
-            codec=codec,
-            partial_video=clip.partial_video,
-        )
+    with ExitStack() as publishing:
+        with clip.stopwatch.stage("write"):
+            video = encoded_video(
+                count_frames(chunks, step.advance),
+                clip.target,
+                width=config.width,
+                height=config.height,
+                frames=preset.video.frames,
+                fps=preset.video.fps,
+                codec=codec,
+                partial_video=clip.partial_video,
+            )
+            video_bytes = publishing.enter_context(video)
+        run.write_receipt(clip, video_bytes)
     clip.filmstrips = tuple(thumbnails.filmstrips)
-    return video_bytes
 
 
 STAGES: Mapping[str, Callable[[Run], None]] = MappingProxyType(

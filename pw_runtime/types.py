@@ -330,6 +330,7 @@ class Request:
     options: RunOptions = field(default_factory=RunOptions)
     existing: Existing = "refuse"
     spill: Path | None = None  # folder for latents that `out` refuses
+    wait_for_disk: bool = False  # where the disk refuses them, instead of ending
     fragmented: bool = False  # also write an mp4 that can be played while it is encoded
     contact_sheet: bool = False
     gpu_memory: int | None = None  # maximum bytes; None: what is free

@@ -76,6 +76,9 @@ if TYPE_CHECKING:
     "--skip-existing", is_flag=True, help="Skip clips whose receipt describes the same clip."
 )
 @click.option("--spill-dir", type=FOLDER, help="Folder for latents that the output folder refuses.")
+@click.option(
+    "--wait-for-disk", is_flag=True, help="Wait while the disk is full or away, instead of ending."
+)
 @click.option("--save-latents", is_flag=True, help="Keep <id>.latents.safetensors at the end.")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft; the clip shows it.")
 @click.option("--contact-sheet", is_flag=True, help="Also write contact_sheet.png.")
@@ -165,6 +168,7 @@ def read_request(options: dict[str, Any]) -> Request:
         options=RunOptions(**{field.name: resolved[field.name] for field in fields(RunOptions)}),
         existing=existing,
         spill=options["spill_dir"],
+        wait_for_disk=options["wait_for_disk"],
         fragmented=options["fragmented"],
         contact_sheet=options["contact_sheet"],
         gpu_memory=options["gpu_memory"],

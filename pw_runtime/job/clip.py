@@ -21,7 +21,7 @@ from pw_runtime.job.latents import (
     vae_digest,
     write_latents,
 )
-from pw_runtime.job.receipt import Receipt, kernel_launches, versions, write_receipt
+from pw_runtime.job.receipt import Receipt, kernel_launches, machine, versions, write_receipt
 from pw_runtime.planning.oom_fallback import OomFallback
 from pw_runtime.sampling.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
 from pw_runtime.stages.codecs import suffix
@@ -142,6 +142,7 @@ def start_clip(
         fallbacks=(),
         seconds={},
         versions=versions(),
+        machine=machine(request.device),
     )
     return Clip(
         prompt=prompt,
@@ -254,6 +255,7 @@ def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fallback: O
             "plan": plan,
             "kernel_launches": launches,
             "versions": versions(),
+            "machine": machine(clip.request.device),
         }
     else:
         seconds = {"load_all_networks": round(loading, 4), **seconds}
@@ -273,6 +275,7 @@ def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fallback: O
         notices=[notice.text for notice in clip.notices],
         fallbacks=[notice.text for notice in clip.notices if notice.kind == "fallback"],
         versions=provenance.versions,
+        machine=provenance.machine,
         peak_memory_bytes=None if finished else peaks,
         plan=None if finished else plan,
         kernel_launches=None if finished else launches,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -63,6 +63,7 @@ class Provenance:
     seconds: dict[str, float]  # of the stages that ran
     versions: dict[str, str]
     fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
+    machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
     format: Literal[1, 2] = 2
 
     @property

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ import torch
 
 from pw_kernels.launcher import tally
 from pw_runtime.system.atomic_files import write_text
+from pw_runtime.system.machine import cpu_model
 
 VERSIONED = ("pixelwizard-runtime", "torch", "transformers", "safetensors", "av")
 
@@ -37,6 +39,7 @@ class Receipt:
     notices: list[str]
     fallbacks: list[str]  # the notices about what was computed in another way than planned
     versions: dict[str, str]
+    machine: dict[str, str | int]  # what else decides the last bits: docs/numerics.md
     # Absent where another run than the one that made the latents finished the clip: that run's
     # figures are then in `finished_from_latents`.
     peak_memory_bytes: dict[str, int] | None
@@ -64,6 +67,21 @@ def kernel_launches() -> dict[str, dict[str, int]]:
     for (kernel, launcher), count in sorted(tally.items()):
         launches.setdefault(kernel, {})[launcher] = count
     return launches
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """Describe what the rounding of a result depends on, beside versions and options."""
+    facts: dict[str, str | int] = {
+        "processor": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # of PyTorch's own kernels
+        "threads": torch.get_num_threads(),
+    }
+    limits = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR")
+    facts |= {name: value for name in limits if (value := os.environ.get(name))}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["tf32"] = torch.backends.cudnn.allow_tf32
+    return facts
 
 
 def versions() -> dict[str, str]:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +39,9 @@ from pw_runtime.types import (
     StageName,
     TextContext,
 )
+
+RETRY_SECONDS = 10  # between two attempts to write to a disk that refuses
+Written = TypeVar("Written")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +153,14 @@ class Run:
         """Write the clip's tensors to the disk; after its last stage they wait there alone.
 
         Where the output folder refuses them they go to the spill folder, or stay in memory; without
-        a spill folder no further clip is computed, since nothing of it could be kept.
+        a spill folder the run waits, if the user asked for that, or computes no further clip, of
+        which nothing could be kept.
         """
         spill = self.request.spill
         try:
             with clip.stopwatch.stage("latents"):
-                save_latents(clip, clip.request.out)
+                write = partial(save_latents, clip, clip.request.out)
+                write() if spill else self._retrying(write)
         except WriteFailed as error:
             if spill is None:
                 text = f"its latents stay in memory until they are decoded: {error}"
@@ -161,7 +168,7 @@ class Run:
                 self._stop_before_next(clip)
                 return
             with clip.stopwatch.stage("latents"):
-                path = save_latents(clip, spill)
+                path = self._retrying(partial(save_latents, clip, spill))
             self.add_notice((clip,), "disk", f"its latents are in {path}: {error}")
         if clip.latents is not None:
             clip.release_tensors()
@@ -177,13 +184,33 @@ class Run:
     def require_room(self) -> None:
         """Raise WriteFailed where the latents of the unfinished clips do not fit on the disk."""
         needed = sum(latents_bytes(clip) for clip in self.unfinished() if clip.latents is None)
-        require_room(self.request.spill or self.request.out, needed)
+        self._retrying(partial(require_room, self.request.spill or self.request.out, needed))
 
-    def finish(self, clip: Clip, video_bytes: int) -> None:
-        """Write the receipt of a finished video, and remove latents that nobody asked to keep."""
+    def _retrying(self, write: Callable[[], Written]) -> Written:
+        """Call `write` until the disk allows it, if the user asked for that; else once.
+
+        Raises WriteFailed.
+        """
+        told = False
+        while True:
+            try:
+                return write()
+            except WriteFailed as error:
+                if not self.request.wait_for_disk:
+                    raise
+                if not told:
+                    self.reporter.warn(f"waiting until this can be written: {error}")
+                told = True
+            time.sleep(RETRY_SECONDS)
+
+    def write_receipt(self, clip: Clip, video_bytes: int) -> None:
+        """Write the receipt of a video that is complete but for its name. Raises WriteFailed."""
         self.fallback.record_peak("decode")
         with span("receipt"):
             write_clip_receipt(clip, self.loading.seconds["load"], video_bytes, self.fallback)
+
+    def finish(self, clip: Clip) -> None:
+        """Report a finished video, and remove latents that nobody asked to keep."""
         clip.video = clip.target
         self.reporter.finished(clip.video)
         if clip.latents is not None and not clip.request.options.save_latents:

@@ -54,13 +54,42 @@ def write_video(
     codec: Codec,
     partial_video: Path | None = None,
 ) -> int:
-    """Encode `frames` frames of `width` x `height` pixels into `path`; return its size in bytes.
+    """Encode a video into `path`; return its size in bytes. See `encoded_video`."""
+    with encoded_video(
+        chunks,
+        path,
+        width=width,
+        height=height,
+        frames=frames,
+        fps=fps,
+        codec=codec,
+        partial_video=partial_video,
+    ) as size:
+        return size
+
+
+@contextmanager
+def encoded_video(
+    chunks: Iterable[FrameChunk],
+    path: Path,
+    *,
+    width: int,
+    height: int,
+    frames: int,
+    fps: int,
+    codec: Codec,
+    partial_video: Path | None = None,
+) -> Iterator[int]:
+    """Encode `frames` frames of `width` x `height` pixels; yield the size of the file in bytes.
+
+    Inside the block the file is complete, but has a temporary name; it becomes `path` when the
+    block ends well, and is removed otherwise.
 
     h264, hevc and av1 are BT.709 limited-range yuv420p in an mp4 that starts playing before it is
     completely loaded; ffv1 is lossless RGB in Matroska. libswscale converts chunks of rgb24 to
     that; chunks of yuv420p go to the encoder unchanged. The encoder runs in a separate thread while
     `chunks` produces the next one; at most three chunks are alive, including the one in production.
-    `path` appears only when it is complete. Equal frames give equal files (docs/numerics.md).
+    Equal frames give equal files (docs/numerics.md).
 
     `partial_video`, for the mp4 codecs, gets the same packets as a fragmented mp4, which any player
     can open in the meantime. It is removed once `path` is complete, and stays when writing fails.
@@ -86,10 +115,9 @@ def write_video(
                 wanted=f"{frames} frames",
                 do="run the same command again, with another codec if it happens again",
             )
-        size = partial.stat().st_size
+        yield partial.stat().st_size
     if partial_video is not None:
         partial_video.unlink(missing_ok=True)
-    return size
 
 
 def _encode(

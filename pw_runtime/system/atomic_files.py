@@ -177,7 +177,7 @@ def write_tensors(
             # Safetensors lets only the owner read its files, whatever the umask.
             file.chmod(path.parent.stat().st_mode & 0o666)
             file.rename(partial)
-        except SafetensorError as error:  # also raised for a full disk
+        except (OSError, SafetensorError) as error:  # the latter also for a full disk
             raise write_failed(path, error) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)

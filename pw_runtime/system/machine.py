@@ -109,7 +109,7 @@ def describe() -> Machine:
     return Machine(
         python=platform.python_version(),
         os=_system(),
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         memory_bytes=_memory_bytes(),
         packages=tuple(_package(known) for known in _KNOWN),
@@ -314,7 +314,8 @@ def _driver() -> str | None:
     return str(version)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Return the name of the processor."""
     return _proc_field(Path("/proc/cpuinfo"), "model name") or platform.processor() or "unknown"
 
 

@@ -197,14 +197,14 @@ def test_a_prompt_that_fails_leaves_the_others_and_its_latents(
     generate, tmp_path, monkeypatch
 ) -> None:
     """A disk that is full at the first clip: exit 3, second clip made, latents kept."""
-    write_video = pipeline.write_video
+    encoded_video = pipeline.encoded_video
 
     def full_disk(chunks, path, **arguments):
         if path.name == "0.mp4":
             raise WriteFailed(f"cannot write {path}", got="No space left on device")
-        return write_video(chunks, path, **arguments)
+        return encoded_video(chunks, path, **arguments)
 
-    monkeypatch.setattr(pipeline, "write_video", full_disk)
+    monkeypatch.setattr(pipeline, "encoded_video", full_disk)
     ended = generate("--prompt", "a cat", "--prompt", "a dog")
     out = tmp_path / "out"
     assert ended.code == 3

@@ -68,15 +68,15 @@ def names(folder: Path) -> list[str]:
 @contextmanager
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No file may grow past what the latents took."""
-    write_video = pipeline.write_video
+    encoded_video = pipeline.encoded_video
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def limited(chunks, path, **arguments):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        return write_video(chunks, path, **arguments)
+        return encoded_video(chunks, path, **arguments)
 
-    monkeypatch.setattr(pipeline, "write_video", limited)
+    monkeypatch.setattr(pipeline, "encoded_video", limited)
     try:
         yield
     finally:
@@ -298,7 +298,7 @@ def test_a_clip_that_grows_is_told_and_kept_when_the_run_fails(
     generate, tmp_path, monkeypatch
 ) -> None:
     growing = tmp_path / "out" / "0.partial.mp4"
-    write_video = pipeline.write_video
+    encoded_video = pipeline.encoded_video
 
     def broken(chunks, path, **arguments):
         assert arguments["partial_video"] == growing
@@ -306,12 +306,12 @@ def test_a_clip_that_grows_is_told_and_kept_when_the_run_fails(
         raise WriteFailed(f"cannot write {path}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_video", broken)
+        patch.setattr(pipeline, "encoded_video", broken)
         ended = generate("--codec", "h264", "--fragmented")
     assert ended.code == 3
     assert f"partial video: {growing}" in ended.err
     assert "--fragmented" in told_command(ended.err)
-    assert pipeline.write_video is write_video
+    assert pipeline.encoded_video is encoded_video
     ended = generate("--codec", "h264", "--fragmented")
     assert ended.code == 2  # or the latents of the first run would be lost
     assert "contains files of an earlier run" in ended.err
