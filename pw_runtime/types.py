@@ -132,7 +132,7 @@ class Preset:
         return {"draft": self.draft, "highres": self.highres}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One line of a prompt file; `position` (1-based) fixes its seeds, `id` names its files."""
 

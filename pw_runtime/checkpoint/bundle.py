@@ -135,11 +135,12 @@ def manifest_json(manifest: Manifest) -> str:
     return _MANIFEST.dump_json(manifest, indent=1).decode() + "\n"
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: Path | str) -> Bundle:
     """Read and check bundle.json, but not the files that it lists (see `verify`).
 
     Raises BadWeights when `path` holds no bundle, or one of another format.
     """
+    path = Path(path)
     file = path / MANIFEST
     try:
         raw = file.read_bytes()

@@ -55,7 +55,8 @@ class Clip:
     text: TextContext | None = None
     draft: Latent | None = None
     highres: Latent | None = None
-    latents: Path | None = None  # file with the last stage's latent
+    kept: Path | None = None  # file with everything computed so far
+    latents: Path | None = None  # the same, once it has the last stage's latent
     resumed: bool = False  # an earlier run made that file
     filmstrips: tuple[Filmstrip, ...] = ()
     video: Path | None = None
@@ -191,6 +192,7 @@ def save_latents(clip: Clip, folder: Path) -> Path:
 
     The file can be passed to --noise and, once it has the last stage's latent, to `pw decode`.
     """
+    clip.kept = None
     tensors: dict[str, Tensor] = {f"{stage}_noise": x for stage, x in clip.noise.items()}
     if clip.text is not None:
         contexts = {"text_context": clip.text.cond, "negative_context": clip.text.uncond}
@@ -208,6 +210,7 @@ def save_latents(clip: Clip, folder: Path) -> Path:
     )
     path = folder / f"{clip.prompt.id}{SUFFIX}"
     write_latents(path, clip.provenance, tensors)
+    clip.kept = path
     if stages[clip.last_stage] is not None:
         clip.latents = path
     return path

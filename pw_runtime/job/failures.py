@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pw_runtime.errors import BadWeights, PixelWizardError
 from pw_runtime.job.clip import Clip, resume_command, save_latents
@@ -29,13 +31,7 @@ def isolate_failure(clip: Clip, reporter: Reporter) -> Iterator[None]:
         if not isinstance(cause, PixelWizardError):
             reporter.warn(traceback.format_exc())
         reporter.warn(f"prompt {clip.prompt.id} failed: {clip.error}")
-        if clip.latents is None and clip.draft is not None:
-            try:
-                path = save_latents(clip, clip.request.spill or clip.request.out)
-                if clip.latents is None:
-                    reporter.warn(f"its results so far are kept in {path}")
-            except Exception as unsaved:
-                reporter.warn(f"its latents could not be kept: {unsaved}")
+        _rescue(clip, reporter)
         report_resumable(clip, reporter)
         del cause, error  # their tracebacks hold the tensors of what failed, and each other
 
@@ -51,11 +47,28 @@ def report_on_abort(clips: Iterable[Clip], reporter: Reporter) -> Iterator[None]
     except BaseException as error:
         for clip in clips:
             if clip.video is None and clip.error is None:
+                _rescue(clip, reporter)
                 report_resumable(clip, reporter)
         cause = out_of_memory(error)
         if cause is not None:
             raise cause from error
         raise
+
+
+def _rescue(clip: Clip, reporter: Reporter) -> None:
+    """Write what was computed for a clip to the disk: where it belongs, or else anywhere."""
+    if clip.draft is None and clip.highres is None:
+        return
+    if clip.kept is None:
+        try:
+            save_latents(clip, clip.request.spill or clip.request.out)
+        except Exception as refused:
+            try:
+                save_latents(clip, Path(tempfile.mkdtemp(prefix="pw-latents-")))
+            except Exception as unsaved:
+                reporter.warn(f"its latents could not be kept: {refused}\n{unsaved}")
+    if clip.latents is None and clip.kept is not None:
+        reporter.warn(f"the results so far of {clip.prompt.id} are kept in {clip.kept}")
 
 
 def report_resumable(clip: Clip, reporter: Reporter) -> None:

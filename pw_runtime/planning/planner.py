@@ -15,6 +15,7 @@ from pw_runtime.planning.candidates import Candidate, Candidates, Choice
 from pw_runtime.types import Budget, Place, RunPlan, StageMemory, StageName, TransformerPlan
 
 GIB = 2**30
+_BF16_ON_A_CPU = " (far slower on a CPU without AVX-512 BF16 or AMX: `pw doctor` says which it has)"
 
 
 def make_plan(stages: Candidates, budget: Budget) -> RunPlan:
@@ -87,9 +88,8 @@ def _require_fit(stages: Sequence[Sequence[Candidate[Any]]], budget: Budget) -> 
         f"not enough memory for the {names} stage{'s' * (len(failing) > 1)}",
         got=budget_text(budget),
         wanted=f"{budget_text(need)}, the nearest budget for this clip and model",
-        do="free memory, name a larger budget, or choose a smaller preset or fewer frames"
-        # On a CPU bf16 takes many times as long.
-        + (", or --vae-precision bf16 for the decode" if budget.device is not None else ""),
+        do="free memory, name a larger budget, choose a smaller preset or fewer frames, or add "
+        f"--vae-precision bf16 for the decode{_BF16_ON_A_CPU * (budget.device is None)}",
     )
 
 

@@ -98,7 +98,12 @@ def _remove_stale(out: Path, say: Callable[[str], None]) -> None:
 def require_room(folder: Path, num_bytes: int) -> None:
     """Raise WriteFailed where a folder's disk has less room than that."""
     needed = num_bytes + _ROOM_BYTES
-    free = shutil.disk_usage(folder).free
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise WriteFailed(
+            f"{folder} cannot be used", got=error.strerror, do="create it again, or choose another"
+        ) from error
     if free < needed:
         raise WriteFailed(
             f"not enough room in {folder}",

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from pw_runtime import pipeline
 from pw_runtime.errors import WriteFailed
@@ -76,6 +79,7 @@ def test_a_folder_that_is_gone_is_noticed_at_the_first_draft(
     generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoise_draft, drafts = pipeline.denoise_draft, []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def gone(*arguments):
         drafts.append(denoise_draft(*arguments))
@@ -88,6 +92,9 @@ def test_a_folder_that_is_gone_is_noticed_at_the_first_draft(
     assert len(drafts) == 1
     assert "Traceback" not in ended.err
     assert f"create the folder {tmp_path / 'out'}" in ended.err
+    rescued = re.search(r"the results so far of 0 are kept in (\S+)", ended.err)
+    assert rescued is not None
+    assert "draft_latent" in load_file(rescued[1])
 
 
 def test_wait_for_disk_waits_and_goes_on(

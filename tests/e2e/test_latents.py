@@ -187,7 +187,7 @@ def test_memory_that_runs_out_in_a_denoise_keeps_what_there_was(
     if stage == "draft":
         assert names(tmp_path / "out") == []
         return
-    assert f"its results so far are kept in {file}" in ended.err
+    assert f"the results so far of 0 are kept in {file}" in ended.err
     refused = pw("decode", file, "--model", bundle_dir)
     assert refused.code == 2
     assert "ends before the highres stage" in refused.err

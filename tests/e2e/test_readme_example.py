@@ -24,5 +24,5 @@ def test_python_example_of_the_readme_makes_a_clip(
     exec(example, names)
     (outcome,) = names["outcomes"]
     assert outcome.error is None
-    assert outcome.video == tmp_path / "clips" / "ball.mp4"
+    assert outcome.video == tmp_path / "clips" / "0.mp4"
     assert outcome.video.exists()
