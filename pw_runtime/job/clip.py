@@ -76,7 +76,7 @@ class Clip:
             shape = latent_shape(self.request.stages[stage], self.request.preset.video)
             seed = self.seeds.draft if stage == "draft" else self.seeds.highres
             drawn = draw_noise(shape, seed, self.request.device)
-            self.noise[stage] = drawn.cpu()
+            self.noise[stage], self.kept = drawn.cpu(), None
             return drawn
         return self.noise[stage].to(self.request.device)
 

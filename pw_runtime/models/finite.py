@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to say when a network gives NaN or infinity for finite inputs: its weights are the cause."""
+"""Values that are not finite: found, and traced to the weights that are their cause."""
 
 from __future__ import annotations
 
