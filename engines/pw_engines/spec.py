@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 SMALLEST: Final = 2  # value of a named dimension: compilers treat 1 as broadcasting
-Backend = Literal["eager", "aoti", "tensorrt"]
+Backend = Literal["eager", "aoti", "tensorrt", "tensorrt-rtx"]
 FrontEnd = Literal["onnx", "torch-tensorrt"]  # how a segment is passed to TensorRT
+# What an engine depends on beside its spec, by name.
+Platform = tuple[tuple[str, str], ...]
 DType = Literal["fp32", "bf16", "fp16", "int64"]
 
 DTYPES: Final[Mapping[DType, torch.dtype]] = MappingProxyType(
@@ -117,7 +119,7 @@ class EngineKey:
 
     spec: EngineSpec
     backend: Backend
-    platform: tuple[tuple[str, str], ...]  # versions and device, as the backend needs
+    platform: Platform  # versions and device, as the backend needs
     options: tuple[tuple[str, str], ...] = ()  # of the build, if they change the result
 
     @property

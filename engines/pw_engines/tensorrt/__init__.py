@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The TensorRT backend: plans for one GPU model and one version of TensorRT.
 
-This module builds plans from ONNX models and loads plans; `torch_tensorrt` is the other front end.
+This module builds plans from ONNX models and loads plans; `torch_tensorrt` is the other front end,
+and `rtx` the backend of the other library.
 
-    library              the package: versions, messages, description of tensors
+    library              the packages: versions, messages, description of tensors
     onnx_rules           what an ONNX model may contain
     process, request     a build in a process of its own
     onnx_build, torch_tensorrt_build   the programs of that process
     engine               running a plan
-    plan_names           names of tensors stored behind a plan
+    plan_file            facts stored behind a plan
+    rtx                  the same for TensorRT for RTX: named targets, no GPU to build
 """
 
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,7 @@ import torch
 
 from pw_engines.engine import EngineError
 from pw_engines.spec import EngineSpec
+from pw_engines.tensorrt.driver import driver_version
 from pw_engines.tensorrt.engine import TensorrtEngine
 from pw_engines.tensorrt.library import bindings
 from pw_engines.tensorrt.onnx_rules import check_importable
@@ -33,7 +35,6 @@ FILE: Final = PLAN
 # Bump when onnx_build.py makes another plan of the same ONNX model, or the export another model of
 # the same segment: neither is part of a key, as the runtime does not know the exporter.
 RECIPE: Final = "1"
-_DRIVER: Final = Path("/proc/driver/nvidia/version")
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -60,18 +61,9 @@ def tensorrt_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
         "capability": f"{properties.major}.{properties.minor}",
         "machine": f"{platform.system()} {platform.machine()}",
     }
-    if driver := _driver():
+    if driver := driver_version():
         facts["driver"] = driver
     return tuple(sorted(facts.items()))
-
-
-def _driver() -> str | None:
-    """Read the version of the NVIDIA driver, where the system has it."""
-    try:
-        match = re.search(r"\s(\d+\.\d[\d.]*)\s", _DRIVER.read_text())
-    except OSError:
-        return None
-    return match[1] if match else None
 
 
 def build(

@@ -20,6 +20,8 @@ from torch import Tensor
 from pw_engines.engine import EngineError
 from pw_engines.spec import Backend, EngineSpec
 from pw_engines.tensorrt.library import (
+    TENSORRT,
+    Library,
     Messages,
     TensorInfo,
     bindings,
@@ -27,7 +29,8 @@ from pw_engines.tensorrt.library import (
     dtype_names,
     match_by_order,
 )
-from pw_engines.tensorrt.plan_names import split_plan
+from pw_engines.tensorrt.plan_file import split_plan
+from pw_engines.tensorrt.runtime_cache import RuntimeCache
 
 ALIGNMENT: Final = 256  # of every address that TensorRT is given, in bytes
 
@@ -35,8 +38,8 @@ ALIGNMENT: Final = 256  # of every address that TensorRT is given, in bytes
 class Lane:
     """State that the engines of one device share."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.trt = bindings()
+    def __init__(self, device: torch.device, library: Library) -> None:
+        self.library, self.trt = library, bindings(library)
         self.messages = Messages(self.trt)
         self.lock = threading.Lock()  # concurrent calls would overwrite each other's scratch
         # A stream of its own: on the default stream TensorRT synchronises the device.
@@ -45,7 +48,7 @@ class Lane:
             with torch.cuda.device(device):
                 self.runtime = self.trt.Runtime(self.messages.logger)
         except TypeError as error:  # raised by the package where there is no runtime
-            raise self.messages.error(f"TensorRT cannot start on {device}") from error
+            raise self.messages.error(f"{library.title} cannot start on {device}") from error
         self._scratch = torch.empty(ALIGNMENT, dtype=torch.uint8, device=device)
         self._captured: list[Tensor] = []
 
@@ -73,42 +76,57 @@ class Lane:
 
 
 @functools.cache
-def lane(device: torch.device) -> Lane:
-    """Return the lane of a device, created at first use."""
-    return Lane(device)
+def lane(device: torch.device, library: Library) -> Lane:
+    """Return the lane of a device for a library, created at first use."""
+    return Lane(device, library)
 
 
 class TensorrtEngine:
     """A loaded plan. All calls but the first can be captured in a CUDA graph."""
 
-    backend: Backend = "tensorrt"
     padded = True
 
-    def __init__(self, spec: EngineSpec, path: Path, device: torch.device) -> None:
+    def __init__(
+        self, spec: EngineSpec, path: Path, device: torch.device, library: Library = TENSORRT
+    ) -> None:
         """Open a plan that the store has verified. Raises EngineError."""
         self.spec = spec
-        plan, stored_names = split_plan(path.read_bytes())
+        self.backend: Backend = library.name
+        plan, facts = split_plan(path.read_bytes())
+        stored_names = facts.names
         spec_names = [tensor_spec.name for tensor_spec in (*spec.inputs, *spec.outputs)]
-        self._names = stored_names or spec_names  # of the plan's tensors, in the order of the spec
-        self._lane = lane(device)
+        # of the plan's tensors, in the order of the spec
+        self._names = spec_names if stored_names is None else list(stored_names)
+        self._lane = lane(device, library)
         self._bound = (0, 0)  # scratch that the context uses
         self._has_run = False
         trt, messages = self._lane.trt, self._lane.messages
         name = f"{path}, a plan of {spec.segment},"
         with torch.cuda.device(device):
+            if library.targets:
+                _require_valid(self._lane, plan, name)
             engine = messages.need(
                 self._lane.runtime.deserialize_cuda_engine(plan),
-                f"TensorRT {trt.__version__} cannot open {name} on this device: build it again",
+                f"{library.title} {trt.__version__} cannot open {name} on this device: build it "
+                "again",
             )
             if stored_names is None:
                 check_tensors(spec, tensors_of(trt, engine), name)
-            elif match_by_order(spec, tensors_of(trt, engine), name) != tuple(stored_names):
+            elif match_by_order(spec, tensors_of(trt, engine), name) != stored_names:
                 raise EngineError(
                     f"{name} does not have the tensor names it was built with; build it again"
                 )
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            context = engine.create_execution_context(strategy)
-            self._context = messages.need(context, f"TensorRT cannot make a context of {name}")
+            self._kernels: RuntimeCache | None = None
+            if library.targets:
+                runtime_config = engine.create_runtime_config()
+                runtime_config.set_execution_context_allocation_strategy(strategy)
+                self._kernels = RuntimeCache(trt, runtime_config, path, device)
+                context = engine.create_execution_context(runtime_config)
+            else:
+                context = engine.create_execution_context(strategy)
+            failure = f"{library.title} cannot make a context of {name}"
+            self._context = messages.need(context, failure)
         self._engine = engine  # must outlive its context
         self._fix_shapes(name)
         self._lane.reserve(engine.get_device_memory_size_for_profile_v2(0))
@@ -152,7 +170,9 @@ class TensorrtEngine:
             shared.stream.wait_stream(current)
             done = context.execute_async_v3(shared.stream.cuda_stream)
             current.wait_stream(shared.stream)
-            shared.messages.need(done, f"{self.spec.segment} failed in TensorRT")
+            shared.messages.need(done, f"{self.spec.segment} failed in {shared.library.title}")
+            if self._kernels is not None and not self._has_run:
+                self._kernels.save()
         self._has_run = True
 
     def _check(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -185,6 +205,29 @@ class TensorrtEngine:
                 "CUDA graph: run it once first"
             )
         self._lane.keep_scratch()
+
+
+# What makes a plan unusable here, by the bits of the library's diagnosis.
+_INVALID: Final = (
+    (1, "it was built by another version"),
+    (2, "it was built for other GPUs"),
+    (4, "the driver is too old"),
+    (8, "the CUDA runtime is too old"),
+    (16, "the GPU has too little memory"),
+    (32, "it is damaged"),
+    (64, "CUDA failed"),
+)
+
+
+def _require_valid(shared: Lane, plan: bytes | memoryview, name: str) -> None:
+    """Raise EngineError with the reason where a plan cannot be used on this device."""
+    validity, bits = shared.runtime.get_engine_validity(plan)
+    if validity == shared.trt.EngineValidity.INVALID:
+        reasons = [text for bit, text in _INVALID if bits & bit]
+        raise shared.messages.error(
+            f"{name} cannot be used on this device: {', '.join(reasons) or 'no reason given'}; "
+            "build it again, for this GPU"
+        )
 
 
 def tensors_of(trt: Any, engine: Any) -> Iterator[TensorInfo]:

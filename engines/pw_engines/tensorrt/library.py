@@ -1,37 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TensorRT package: supported versions, its messages, and checks of its tensors.
+"""The packages of TensorRT: supported versions, their messages, and checks of their tensors.
 
-All modules of this folder use only names that exist in every version from 10.8 to 11.4;
-`python tests/engines/tensorrt/names.py` prints them. Integers of its enums moved between versions
-and are never stored.
+There are two: TensorRT, and TensorRT for RTX, with nearly the same interface. `Library` says what
+differs. Modules of this folder use only names that exist in every supported version, and in both
+unless they ask for the one; `python tests/engines/tensorrt/names.py` prints them. Integers of enums
+moved between versions and are never stored.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 from pw_engines.engine import EngineError
 from pw_engines.spec import DType, EngineSpec, TensorSpec
 
-OLDEST: Final = (10, 8)
-BEFORE: Final = (12, 0)
-REMEDY: Final = 'pip install "pixelwizard-runtime[tensorrt]"'
-WORKSPACE: Final = 8 << 30  # bytes that one tactic may take; the default is the whole GPU
 KEPT: Final = 40  # messages; a failing build repeats them
+LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 
 
-def bindings() -> Any:
-    """Import the package `tensorrt`. Raises EngineError where it is missing or not supported."""
-    try:
-        trt = importlib.import_module("tensorrt")
-    except (ImportError, OSError) as error:  # OSError: one of its libraries is damaged
-        raise EngineError(f"TensorRT cannot be imported ({error}): {REMEDY}") from error
-    if not OLDEST <= version(trt) < BEFORE:
-        raise EngineError(f"TensorRT {trt.__version__} is installed, expected >=10.8,<12: {REMEDY}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """One of the packages.
+
+    Attributes:
+        name: of the backend, and of the extra that installs it.
+        title: as users know it.
+        modules: its Python module; the first that can be imported.
+        oldest: first supported version.
+        before: first version that is not.
+        workspace: bytes of scratch memory that the builder may plan with. A number that never
+            changes: it is part of a plan's bytes.
+        targets: GPU architectures that plans are compiled for, on any machine; empty where the
+            builder needs the GPU itself.
+    """
+
+    name: LibraryName
+    title: str
+    modules: tuple[str, ...]
+    oldest: tuple[int, int]
+    before: tuple[int, int]
+    workspace: int
+    targets: tuple[str, ...] = ()
+
+    @property
+    def remedy(self) -> str:
+        """The command that installs it."""
+        return f'pip install "pixelwizard-runtime[{self.name}]"'
+
+
+TENSORRT: Final = Library(
+    name="tensorrt",
+    title="TensorRT",
+    modules=("tensorrt",),
+    oldest=(10, 8),
+    before=(12, 0),
+    workspace=8 << 30,  # of one tactic; the default is the whole GPU
+)
+RTX: Final = Library(
+    name="tensorrt-rtx",
+    title="TensorRT for RTX",
+    # The second one is a few lines around the first, from a package that has to be compiled.
+    modules=("tensorrt_rtx_bindings", "tensorrt_rtx"),
+    oldest=(1, 7),
+    before=(1, 8),
+    # Of the whole graph, and a smaller limit gives no smaller plan but none: see `Built.scratch`.
+    workspace=64 << 30,
+    # It also knows sm_75, which has neither the bf16 nor the fp32 products of our networks.
+    targets=("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+)
+LIBRARIES: Final[Mapping[LibraryName, Library]] = MappingProxyType(
+    {library.name: library for library in (TENSORRT, RTX)}
+)
+
+
+def bindings(library: Library = TENSORRT) -> Any:
+    """Import the package. Raises EngineError where it is missing or not supported."""
+    trt, first = None, None
+    for name in library.modules:
+        try:
+            trt = importlib.import_module(name)
+            break
+        except (ImportError, OSError) as error:  # OSError: one of its libraries is damaged
+            first = first or error
+    if trt is None:
+        raise EngineError(
+            f"{library.title} cannot be imported ({first}): {library.remedy}"
+        ) from first
+    if not library.oldest <= version(trt) < library.before:
+        oldest, before = (".".join(map(str, v)) for v in (library.oldest, library.before))
+        raise EngineError(
+            f"{library.title} {trt.__version__} is installed, expected >={oldest},"
+            f"<{before.removesuffix('.0')}: {library.remedy}"
+        )
     return trt
 
 
@@ -43,11 +109,25 @@ def version(trt: Any) -> tuple[int, int]:
 
 
 class Messages:
-    """Warnings and errors of TensorRT, kept for an exception to quote."""
+    """Warnings and errors of TensorRT, kept for an exception to quote.
+
+    Attributes:
+        logger: receives them.
+        scratch: bytes of scratch memory of the plan that was built last, where the builder said.
+    """
 
     def __init__(self, trt: Any) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT)
-        self.logger = _logger(trt, self._lines)
+        self.scratch: int | None = None
+        self.logger = _logger(trt, self._keep)
+
+    def _keep(self, level: str | None, message: str) -> None:
+        """Keep a message of a level, and the facts among those of none."""
+        # Without a driver each error is followed by one about that.
+        if level is not None and "cudaError 35" not in message:
+            self._lines.append(f"{level}: {message}")
+        elif match := re.search(r"Max Scratch Memory: (\d+) bytes", message):
+            self.scratch = int(match[1])
 
     def need(self, result: Any, failure: str) -> Any:
         """Return `result`. Raises EngineError if it is None or False, TensorRT's failures."""
@@ -62,7 +142,7 @@ class Messages:
         return EngineError(f"{failure}\n  {messages}")
 
 
-def _logger(trt: Any, lines: deque[str]) -> Any:
+def _logger(trt: Any, keep: Callable[[str | None, str], None]) -> Any:
     levels = {
         trt.ILogger.Severity.INTERNAL_ERROR: "internal error",
         trt.ILogger.Severity.ERROR: "error",
@@ -76,9 +156,8 @@ def _logger(trt: Any, lines: deque[str]) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
-            """Keep warnings and worse."""
-            if severity in levels:
-                lines.append(f"{levels[severity]}: {msg}")
+            """Pass on warnings and worse with their level, the others without."""
+            keep(levels.get(severity), msg)
 
     return Logger()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from pw_engines.engine import EngineError
 from pw_engines.spec import EngineSpec
 from pw_engines.tensorrt.library import (
-    WORKSPACE,
+    LIBRARIES,
+    Library,
     Messages,
     TensorInfo,
     bindings,
@@ -25,43 +26,62 @@ from pw_engines.tensorrt.library import (
     dtype_names,
     version,
 )
+from pw_engines.tensorrt.plan_file import PlanFacts, append_facts
 from pw_engines.tensorrt.request import REFUSED, Request
 
 
 def build_plan(request: Request) -> list[str]:
     """Build and write a plan; return notes for the user. Raises EngineError quoting TensorRT."""
-    trt = bindings()
+    library = LIBRARIES[request.library]
+    trt = bindings(library)
     messages = Messages(trt)
     name = request.spec.segment
     try:
         builder = trt.Builder(messages.logger)
     except TypeError as error:  # raised by the package where there is no builder
-        raise messages.error(f"TensorRT {trt.__version__} cannot start on this device") from error
-    network = messages.need(builder.create_network(_network_flags(trt)), "no network")
+        failure = f"{library.title} {trt.__version__} cannot start on this device"
+        raise messages.error(failure) from error
+    network = messages.need(builder.create_network(_network_flags(trt, library)), "no network")
     _parse(trt, network, request, messages)
     check_tensors(request.spec, _tensors(trt, network), "the ONNX model")
 
     config = messages.need(builder.create_builder_config(), "no builder configuration")
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE)
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, library.workspace)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: fp32 would not be fp32
     config.max_aux_streams = 0  # everything on the caller's stream, as a CUDA graph needs it
     _set_profile(builder, network, config, request.spec, messages)
+    _set_targets(trt, config, request.targets)
     notes = _use_timing_cache(config, request.timing_cache, messages)
 
+    for_targets = f" for {', '.join(request.targets)}" if request.targets else ""
     plan = messages.need(
         builder.build_serialized_network(network, config),
-        f"TensorRT {trt.__version__} cannot build {name}",
+        f"{library.title} {trt.__version__} cannot build {name}{for_targets}",
     )
     with request.plan.open("wb") as file:
         file.write(plan)
+    if request.targets:
+        append_facts(request.plan, PlanFacts(scratch=messages.scratch))
     if request.timing_cache is not None:
         _save_timing_cache(config, request.timing_cache, messages)
     return notes
 
 
-def _network_flags(trt: Any) -> int:
-    """Request the types of the ONNX model: a flag before TensorRT 11, the only way since."""
-    if version(trt) >= (11, 0):
+def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
+    """Compile for GPU architectures instead of the GPU of this machine."""
+    if not targets:
+        return
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        name = target.replace("_", "").upper()
+        config.set_compute_capability(trt.ComputeCapability.__members__[name], index)
+    # The plan asks for its scratch memory once and for all, and never allocates in a call.
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+def _network_flags(trt: Any, library: Library) -> int:
+    """Request the types of the ONNX model: a flag before TensorRT 11, the only way elsewhere."""
+    if library.targets or version(trt) >= (11, 0):
         return 0
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
@@ -75,7 +95,8 @@ def _parse(trt: Any, network: Any, request: Request, messages: Messages) -> None
         parser_error = parser.get_error(index)
         node = f"{parser_error.node_name()} ({parser_error.node_operator()})"
         reasons.append(f"node {node}: {parser_error.desc()}")
-    failure = f"TensorRT {trt.__version__} cannot read the ONNX model of {request.spec.segment}"
+    title = LIBRARIES[request.library].title
+    failure = f"{title} {trt.__version__} cannot read the ONNX model of {request.spec.segment}"
     raise messages.error("\n  ".join([failure, *reasons]))
 
 

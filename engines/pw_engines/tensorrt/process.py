@@ -20,6 +20,7 @@ from typing import Final
 
 from pw_engines.engine import EngineError
 from pw_engines.spec import DTYPES, EngineSpec
+from pw_engines.tensorrt.library import TENSORRT
 from pw_engines.tensorrt.request import LOG, PLAN, REFUSED, Request
 
 GIB: Final = 1 << 30
@@ -65,6 +66,7 @@ def build_in_process(
     prepare: Callable[[Path], Request],
     path: Path,
     say: Callable[[str], None],
+    title: str = TENSORRT.title,
 ) -> None:
     """Build the plan `path` of a segment by `python -m module REQUEST.json`.
 
@@ -75,6 +77,7 @@ def build_in_process(
         prepare: writes the model into the folder and returns the request.
         path: to write.
         say: called with lines for the user, the estimate first.
+        title: of the library.
 
     Raises:
         EngineError: the builder refused, or was killed.
@@ -84,7 +87,7 @@ def build_in_process(
         folder = Path(name)
         request = prepare(folder)
         estimate = forecast(spec, request.model.stat().st_size)
-        say(f"building {spec.segment} with TensorRT: {estimate}")
+        say(f"building {spec.segment} with {title}: {estimate}")
         (folder / "request.json").write_text(request.to_json())
         code, peak = _run_builder(module, folder)
         if code != 0:

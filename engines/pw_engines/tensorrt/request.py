@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pw_engines.spec import EngineSpec, TensorSpec
+from pw_engines.tensorrt.library import LibraryName
 
 PLAN: Final = "engine.plan"  # file of a build's folder: the result
 LOG: Final = "builder.log"  # likewise: output of the builder's libraries, where it is redirected
@@ -24,6 +25,8 @@ class Request:
     plan: Path  # to write
     device: int | None  # CUDA device; None for the process's default
     timing_cache: Path | None = None
+    library: LibraryName = "tensorrt"
+    targets: tuple[str, ...] = ()  # GPU architectures; empty: that of the device
 
     def to_json(self) -> str:
         """Serialise the request."""
@@ -40,6 +43,8 @@ class Request:
             plan=Path(data["plan"]),
             device=data["device"],
             timing_cache=None if cache is None else Path(cache),
+            library=data["library"],
+            targets=tuple(data["targets"]),
         )
 
 

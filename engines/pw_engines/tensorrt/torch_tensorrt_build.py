@@ -26,8 +26,8 @@ import torch
 from pw_engines.engine import EngineError
 from pw_engines.spec import DTYPES
 from pw_engines.tensorrt.engine import tensors_of
-from pw_engines.tensorrt.library import KEPT, WORKSPACE, Messages, bindings, match_by_order
-from pw_engines.tensorrt.plan_names import append_names
+from pw_engines.tensorrt.library import KEPT, TENSORRT, Messages, bindings, match_by_order
+from pw_engines.tensorrt.plan_file import PlanFacts, append_facts
 from pw_engines.tensorrt.request import LOG, REFUSED, Request
 
 CONVERT: Final = "convert_exported_program_to_serialized_trt_engine"
@@ -51,7 +51,7 @@ def settings(frontend: Any, request: Request) -> dict[str, Any]:
         "disable_tf32": True,  # or fp32 would not be fp32
         "truncate_double": False,
         "max_aux_streams": 0,
-        "workspace_size": WORKSPACE,
+        "workspace_size": TENSORRT.workspace,
         "immutable_weights": True,
         # As in the ONNX models. By default it takes a bias for a causal mask.
         "decompose_attention": True,
@@ -88,7 +88,7 @@ def build_plan(request: Request) -> None:
     )
     names = match_by_order(request.spec, tensors_of(trt, engine), source)
     request.plan.write_bytes(plan)
-    append_names(request.plan, names)
+    append_facts(request.plan, PlanFacts(names=names))
 
 
 def _frontend() -> Any:

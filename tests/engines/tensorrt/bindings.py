@@ -2,26 +2,32 @@
 """Signatures of the real TensorRT bindings, read where there is neither TensorRT nor a GPU.
 
     python tests/engines/tensorrt/bindings.py FOLDER...      writes manifest.json
+    python tests/engines/tensorrt/bindings.py                writes manifest_rtx.json
+
 
 Each FOLDER holds `tensorrt_bindings/` of an unpacked wheel (pip download --no-deps
 tensorrt-cu13-bindings==...). The bindings link nine functions of three libraries; tiny libraries
-that define those and return null are made with the C compiler, so that the module loads.
+that define those and return null are made with the C compiler, so that the module loads. TensorRT
+for RTX is read where it is installed: it loads without a GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # for the program; tests have it
 
-from tests.engines.tensorrt.names import MANIFEST, used
+from pw_engines.tensorrt.library import RTX, bindings
+from tests.engines.tensorrt.names import MANIFEST, RTX_MANIFEST, RTX_ONLY, used
 
 LIBRARIES = {
     "libnvinfer": (
@@ -45,6 +51,7 @@ NEEDED = (
     "ExecutionContextAllocationStrategy.STATIC",
     "TensorIOMode.OUTPUT",
 )
+RTX_NEEDED = ("EngineValidity.VALID", "ILogger.Severity.INFO")
 
 
 def version_of(folder: Path) -> str:
@@ -93,14 +100,20 @@ def signatures(text: str, name: str) -> list[str]:
     """The overloads that pybind11 puts at the beginning of a docstring."""
     lines = re.findall(rf"^(?:\d+\. )?({re.escape(name)}\(.*)$", text, re.MULTILINE)
     kept = [line for line in lines if "*args, **kwargs" not in line]
-    return [re.sub(r"\b(?:tensorrt_bindings|tensorrt)\.", "", line) for line in kept]
+    return [re.sub(r"\b(?:tensorrt_\w+|tensorrt)\.|nvinfer1::", "", line) for line in kept]
 
 
-def introspect(folder: Path) -> dict[str, Any]:
-    """What a version has of the names that we use."""
-    trt = load(folder)
-    described = {name: describe(trt, name) for name in sorted({*used(), *NEEDED})}
+def introspect(trt: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What a module has of some names."""
+    described = {name: describe(trt, name) for name in sorted(names)}
     return {name: what for name, what in described.items() if what is not None}
+
+
+def introspect_rtx() -> dict[str, Any]:
+    """What the installed TensorRT for RTX has of the names that we use."""
+    trt = importlib.import_module(RTX.modules[0])
+    targets = (f"ComputeCapability.{name.replace('_', '').upper()}" for name in RTX.targets)
+    return introspect(trt, {*used(), *NEEDED, *targets, *RTX_NEEDED})
 
 
 def introspect_elsewhere(folder: Path) -> dict[str, Any]:
@@ -111,9 +124,14 @@ def introspect_elsewhere(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the manifest, or print the part of one version."""
+    """Write a manifest, or print the part of one version."""
+    if len(sys.argv) == 1:
+        content = {str(bindings(RTX).__version__): introspect_rtx()}
+        RTX_MANIFEST.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return
     if sys.argv[1] == "--one":
-        print(json.dumps(introspect(Path(sys.argv[2]))))
+        names = {*used(), *NEEDED} - RTX_ONLY
+        print(json.dumps(introspect(load(Path(sys.argv[2])), names)))
         return
     folders = {version_of(Path(name)): Path(name) for name in sys.argv[1:]}
     ordered = sorted(folders, key=lambda version: [int(part) for part in version.split(".")])

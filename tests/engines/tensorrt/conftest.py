@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pw_engines.tensorrt.engine import lane
-from tests.engines.tensorrt.names import manifest
+from pw_engines.tensorrt.library import RTX
+from tests.engines.tensorrt.names import manifest, rtx_manifest
 from tests.engines.tensorrt.simulator import VERSION, make
 from tests.engines.tensorrt.streams import Cuda
 
@@ -41,6 +42,15 @@ def simulate(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any
         return trt
 
     return use
+
+
+@pytest.fixture
+def rtx_trt(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """TensorRT for RTX, simulated, in this process."""
+    (version,) = rtx_manifest()
+    module = make(version)
+    monkeypatch.setitem(sys.modules, RTX.modules[0], module)
+    return module
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ def bound_to_manifest(cls: type, entries: dict[str, Any], seen: set[str]) -> dic
     settable where theirs is not.
     """
     members = {}
-    for name, member in vars(cls).items():
+    known = [vars(base) for base in reversed(cls.__mro__) if base.__module__ != "builtins"]
+    for name, member in {k: v for one in known for k, v in one.items()}.items():
         if name.startswith("_") and name != "__init__":
             continue
         full = f"{cls.__name__}.{name}"

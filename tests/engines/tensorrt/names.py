@@ -18,6 +18,29 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted((ROOT / "engines/pw_engines/tensorrt").glob("*.py"))
 MANIFEST = Path(__file__).with_name("manifest.json")
+RTX_MANIFEST = Path(__file__).with_name("manifest_rtx.json")
+# Where the code asks which library it has: names that only one of them needs.
+RTX_ONLY = frozenset(
+    {
+        "BuilderFlag.REQUIRE_USER_ALLOCATION",
+        "ComputeCapability.__members__",
+        "CudaGraphStrategy.DISABLED",
+        "DynamicShapesKernelSpecializationStrategy.EAGER",
+        "EngineValidity.INVALID",
+        "IBuilderConfig.num_compute_capabilities",
+        "IBuilderConfig.set_compute_capability",
+        "IBuilderConfig.set_flag",
+        "ICudaEngine.create_runtime_config",
+        "IRuntimeCache.deserialize",
+        "IRuntimeCache.serialize",
+        "IRuntimeConfig.create_runtime_cache",
+        "IRuntimeConfig.cuda_graph_strategy",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeConfig.set_execution_context_allocation_strategy",
+        "IRuntimeConfig.set_runtime_cache",
+        "Runtime.get_engine_validity",
+    }
+)
 RECEIVERS = {
     "builder": "Builder",
     "cache": "ITimingCache",
@@ -29,6 +52,8 @@ RECEIVERS = {
     "parser_error": "ParserError",
     "profile": "IOptimizationProfile",
     "runtime": "Runtime",
+    "runtime_cache": "IRuntimeCache",
+    "runtime_config": "IRuntimeConfig",
     "tensor": "ITensor",
 }
 # Used, though no attribute of ours says so: TensorRT calls the one, files are written from the
@@ -71,12 +96,17 @@ def _resolve(node: ast.Attribute) -> str | None:
 
 def manifest() -> dict[str, dict[str, Any]]:
     """The committed one: version -> name -> signatures, or what kind of name it is."""
-    return json.loads(MANIFEST.read_text())
+    return json.loads(MANIFEST.read_text(encoding="utf-8"))
+
+
+def rtx_manifest() -> dict[str, dict[str, Any]]:
+    """The same of TensorRT for RTX."""
+    return json.loads(RTX_MANIFEST.read_text(encoding="utf-8"))
 
 
 def table() -> str:
-    """One line per name: the versions that have it."""
-    versions = manifest()
+    """One line per name: the versions that have it, those of TensorRT for RTX last."""
+    versions = manifest() | rtx_manifest()
     names = used()
     width = max(map(len, names))
     lines = [" ".join([f"{'name':{width}}", *(f"{version:>10}" for version in versions)])]

@@ -12,8 +12,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from pw_engines.tensorrt.library import RTX
+from tests.engines.tensorrt import simulated_rtx
 from tests.engines.tensorrt.contract import bound_to_manifest
-from tests.engines.tensorrt.names import manifest
+from tests.engines.tensorrt.names import manifest, rtx_manifest
 from tests.engines.tensorrt.simulated import IHostMemory, ILogger, ITensor
 from tests.engines.tensorrt.simulated_build import (
     Builder,
@@ -31,6 +33,11 @@ CLASSES = (
     Builder, IBuilderConfig, ICudaEngine, IExecutionContext, INetworkDefinition,
     IOptimizationProfile, ITensor, ITimingCache, OnnxParser, ParserError, Runtime,
 )  # fmt: skip
+_OWN = (
+    simulated_rtx.Builder, simulated_rtx.IBuilderConfig, simulated_rtx.ICudaEngine,
+    simulated_rtx.IRuntimeCache, simulated_rtx.IRuntimeConfig, simulated_rtx.Runtime,
+)  # fmt: skip
+RTX_CLASSES = tuple({cls.__name__: cls for cls in (*CLASSES, *_OWN)}.values())
 
 
 class _Member(enum.Enum):
@@ -41,15 +48,17 @@ class _Member(enum.Enum):
 
 
 def make(version: str) -> Any:
-    """The package `tensorrt` of a version; `seen` has the names that were used of it."""
-    entries = manifest()[version]
-    trt: Any = ModuleType("tensorrt")
-    trt.__spec__ = ModuleSpec("tensorrt", None)  # torch.export asks whether there is one
+    """The package of a version; `seen` has the names that were used of it."""
+    rtx = version in rtx_manifest()
+    entries = (manifest() | rtx_manifest())[version]
+    name = RTX.modules[0] if rtx else "tensorrt"
+    trt: Any = ModuleType(name)
+    trt.__spec__ = ModuleSpec(name, None)  # torch.export asks whether there is one
     trt.__version__ = version
     trt.seen = set()
     trt.ILogger = type("ILogger", (ILogger,), {})
     trt.IHostMemory = IHostMemory
-    for cls in CLASSES:
+    for cls in RTX_CLASSES if rtx else CLASSES:
         members = {**bound_to_manifest(cls, entries, trt.seen), "_trt": trt}
         setattr(trt, cls.__name__, type(cls.__name__, (cls,), members))
     enums: dict[str, list[str]] = {}

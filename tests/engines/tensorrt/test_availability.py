@@ -13,6 +13,7 @@ import torch
 
 from pw_engines import tensorrt
 from pw_engines.engine import EngineError
+from pw_engines.tensorrt import driver
 from pw_engines.tensorrt.library import bindings
 from tests.engines.tensorrt.streams import Cuda
 
@@ -65,7 +66,7 @@ def test_versions_we_know_are_taken(version: str, simulate: Callable[[str], Any]
 def test_platform_is_what_a_plan_depends_on(
     line: str, trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt, "_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(driver, "DRIVER", tmp_path / "version")
     assert "driver" not in dict(tensorrt.tensorrt_platform(GPU))
     (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
     facts = dict(tensorrt.tensorrt_platform(GPU))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every name of TensorRT that we use is there from 10.8 to 11.4."""
+"""Every name of TensorRT that we use is there from 10.8 to 11.4, and in TensorRT for RTX."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.tensorrt.bindings import introspect_elsewhere, version_of
-from tests.engines.tensorrt.names import MANIFEST, manifest, table, used
+from pw_engines.tensorrt.library import RTX, bindings
+from tests.engines.tensorrt.bindings import introspect_elsewhere, introspect_rtx, version_of
+from tests.engines.tensorrt.names import MANIFEST, RTX_ONLY, manifest, rtx_manifest, table, used
 
 WHEELS = "PW_TENSORRT_BINDINGS"  # in the environment: folders of unpacked wheels, joined by ":"
 
@@ -33,8 +34,21 @@ def test_manifest_is_of_the_oldest_to_the_newest_version() -> None:
 @pytest.mark.parametrize("version", manifest())
 def test_every_name_we_use_exists(version: str) -> None:
     known = manifest()[version]
+    uses = {name: places for name, places in used().items() if name not in RTX_ONLY}
+    missing = {name: places for name, places in uses.items() if name not in known}
+    assert missing == {}
+
+
+def test_every_name_we_use_exists_in_tensorrt_for_rtx() -> None:
+    (known,) = rtx_manifest().values()
     missing = {name: places for name, places in used().items() if name not in known}
     assert missing == {}
+    assert used().keys() >= RTX_ONLY
+
+
+def test_the_rtx_manifest_is_what_the_installed_bindings_say() -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    assert introspect_rtx() == rtx_manifest()[bindings(RTX).__version__]
 
 
 def test_the_walk_finds_what_is_used() -> None:
@@ -68,8 +82,10 @@ def test_the_walk_finds_what_does_not_exist(tmp_path: Path) -> None:
 
 def test_table_lists_name_and_versions() -> None:
     lines = table().splitlines()
-    assert lines[0].split() == ["name", *manifest()]
-    assert all(line.split()[1:] == ["yes"] * 4 for line in lines[1:])
+    assert lines[0].split() == ["name", *manifest(), *rtx_manifest()]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert all(marks[-1] == "yes" for marks in rows.values())
+    assert all(marks == ["yes"] * 5 for name, marks in rows.items() if name not in RTX_ONLY)
 
 
 def test_manifest_is_what_the_real_bindings_say() -> None:

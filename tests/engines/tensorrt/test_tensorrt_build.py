@@ -13,7 +13,7 @@ import torch
 
 from pw_engines import tensorrt
 from pw_engines.engine import EngineError
-from pw_engines.tensorrt.library import WORKSPACE
+from pw_engines.tensorrt.library import TENSORRT
 from pw_engines.tensorrt.onnx_build import build_plan
 from pw_engines.tensorrt.request import Request
 from tests.engines.tensorrt.names import manifest
@@ -52,7 +52,7 @@ def test_builder_is_asked_for_an_exact_graph_on_one_stream(
     assert plan["strongly typed"] == version.startswith("10")  # always so from 11 on
     assert plan["flags"] == []  # TF32 is on until it is cleared
     assert plan["aux streams"] == 0
-    assert plan["workspace"] == WORKSPACE
+    assert plan["workspace"] == TENSORRT.workspace
     assert plan["shapes"] == {"x": [TOKENS, WIDTH]}
 
 

@@ -17,6 +17,7 @@ from pw_engines.engine import EngineError, check_parity
 from pw_engines.spec import DType, EngineKey, EngineSpec, TensorSpec
 from pw_engines.store import EngineStore
 from pw_engines.tensorrt.engine import TensorrtEngine, lane
+from pw_engines.tensorrt.library import TENSORRT
 from pw_engines.tensorrt.onnx_build import build_plan
 from pw_engines.tensorrt.request import Request
 from tests.closeness import relative_l2
@@ -219,7 +220,7 @@ def test_a_failed_execution_is_an_error(
 
 def test_a_context_without_addresses_or_scratch_runs_nothing(engine: TensorrtEngine) -> None:
     """What the simulator would say if run() forgot them."""
-    shared = lane(CPU)
+    shared = lane(CPU, TENSORRT)
     assert engine._context.execute_async_v3(shared.stream.cuda_stream) is False
     messages = str(shared.messages.error(""))
     assert "no address of x" in messages
@@ -232,12 +233,12 @@ def test_engines_share_one_scratch_buffer_that_grows(
     small = tensorrt.load(spec(), plan_of(spec()), CPU)
     inputs, outputs, expected = data(small.spec)
     small.run(inputs, outputs)
-    first = lane(CPU).scratch
-    lane(CPU).reserve(first[1] * 100)
-    second = lane(CPU).scratch
+    first = lane(CPU, TENSORRT).scratch
+    lane(CPU, TENSORRT).reserve(first[1] * 100)
+    second = lane(CPU, TENSORRT).scratch
     assert second[1] == first[1] * 100
-    lane(CPU).reserve(10)
-    assert lane(CPU).scratch == second
+    lane(CPU, TENSORRT).reserve(10)
+    assert lane(CPU, TENSORRT).scratch == second
     outputs[0].fill_(float("nan"))
     small.run(inputs, outputs)
     assert small._context._memory == second
@@ -255,10 +256,10 @@ def test_a_captured_graph_keeps_its_scratch(engine: TensorrtEngine, cuda: Cuda) 
     inputs, outputs, _ = data(engine.spec)
     engine.run(inputs, outputs)
     cuda.capturing = True
-    captured = lane(CPU)._scratch
+    captured = lane(CPU, TENSORRT)._scratch
     engine.run(inputs, outputs)
     engine.run(inputs, outputs)
     cuda.capturing = False
-    lane(CPU).reserve(captured.numel() * 2)
-    assert [buffer is captured for buffer in lane(CPU)._captured] == [True]
-    assert lane(CPU)._scratch is not captured
+    lane(CPU, TENSORRT).reserve(captured.numel() * 2)
+    assert [buffer is captured for buffer in lane(CPU, TENSORRT)._captured] == [True]
+    assert lane(CPU, TENSORRT)._scratch is not captured

@@ -18,7 +18,7 @@ from pw_engines import tensorrt
 from pw_engines.engine import EngineError
 from pw_engines.tensorrt import torch_tensorrt
 from pw_engines.tensorrt.library import TensorInfo, match_by_order
-from pw_engines.tensorrt.plan_names import append_names, split_plan
+from pw_engines.tensorrt.plan_file import PlanFacts, append_facts, read_facts, split_plan
 from pw_engines.tensorrt.request import Request
 from pw_engines.tensorrt.torch_tensorrt_build import build_plan, settings
 from tests.closeness import relative_l2
@@ -202,10 +202,12 @@ def test_another_number_order_or_dtype_is_refused(tensors: Any, message: str) ->
 def test_names_end_the_file_and_tensorrt_does_not_see_them(tmp_path: Path) -> None:
     path = tmp_path / "plan"
     path.write_bytes(b"plan")
-    assert split_plan(path.read_bytes()) == (b"plan", None)
-    append_names(path, ["inputs_0", "output0"])
-    plan, names = split_plan(path.read_bytes())
-    assert (bytes(plan), names) == (b"plan", ["inputs_0", "output0"])
+    assert split_plan(path.read_bytes()) == (b"plan", PlanFacts())
+    facts = PlanFacts(names=("inputs_0", "output0"), scratch=7)
+    append_facts(path, facts)
+    assert read_facts(path) == facts
+    plan, stored = split_plan(path.read_bytes())
+    assert (bytes(plan), stored) == (b"plan", facts)
 
 
 def test_a_plan_with_other_names_than_it_was_built_with_is_refused(
@@ -213,7 +215,7 @@ def test_a_plan_with_other_names_than_it_was_built_with_is_refused(
 ) -> None:
     path = tmp_path / "plan"
     path.write_bytes(plan_of(THEIRS))
-    append_names(path, ["a", "b", "c", "d"])
+    append_facts(path, PlanFacts(names=("a", "b", "c", "d")))
     with pytest.raises(EngineError, match="does not have the tensor names it was built with"):
         tensorrt.load(spec(), path, CPU)
 

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend TensorRT for RTX: plans for named GPU architectures, built on any machine.
+
+The plan is compiled for one or several architectures ("targets"), with no GPU and no driver; its
+kernels are finished on the user's GPU at the first run and kept in a runtime cache beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from pw_engines.engine import EngineError
+from pw_engines.spec import EngineSpec, Platform
+from pw_engines.tensorrt import RECIPE
+from pw_engines.tensorrt.engine import TensorrtEngine
+from pw_engines.tensorrt.library import RTX, bindings
+from pw_engines.tensorrt.onnx_rules import check_importable
+from pw_engines.tensorrt.process import build_in_process
+from pw_engines.tensorrt.request import PLAN, Request
+
+FILE: Final = PLAN
+
+
+def target_of(device: torch.device) -> str:
+    """Return the target of a GPU: "sm_89" for compute capability 8.9."""
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def cannot_build(targets: Sequence[str]) -> str | None:
+    """Return why plans cannot be built for these targets, and what to do; None if they can."""
+    unknown = [target for target in targets if target not in RTX.targets]
+    if unknown:
+        return (
+            f"{RTX.title} has no target {', '.join(unknown)} for our networks, expected "
+            f"{', '.join(RTX.targets)}: use --backend tensorrt for other GPUs"
+        )
+    try:
+        bindings(RTX)
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+def cannot_run(device: torch.device) -> str | None:
+    """Return why plans cannot be run on `device`, and what to do; None if they can."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"{RTX.title} runs on NVIDIA GPUs, got the device {device}"
+    if target_of(device) not in RTX.targets:
+        return f"{RTX.title} does not run on this GPU ({target_of(device)})"
+    return cannot_build(())
+
+
+def target_platform(targets: Sequence[str]) -> Platform:
+    """Describe what a plan for these targets depends on. Raises EngineError without the library."""
+    facts = {
+        "tensorrt-rtx": bindings(RTX).__version__,
+        "torch": torch.__version__,  # which made the model that was compiled
+        "recipe": RECIPE,
+        "targets": " ".join(sorted(targets, key=RTX.targets.index)),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    return tuple(sorted(facts.items()))
+
+
+def platforms_for(device: torch.device) -> list[Platform]:
+    """List the platforms whose plans run on a GPU: those with its target, the fewest first.
+
+    A plan for fewer targets takes less scratch memory.
+    """
+    own = target_of(device)
+    others = [target for target in RTX.targets if target != own]
+    return [
+        target_platform((own, *more))
+        for count in range(len(RTX.targets))
+        for more in itertools.combinations(others, count)
+    ]
+
+
+def build(
+    spec: EngineSpec,
+    onnx: bytes,
+    path: Path,
+    targets: Sequence[str],
+    say: Callable[[str], None] = print,
+) -> None:
+    """Build the plan `path` of a segment, in a process of its own.
+
+    Args:
+        spec: of the segment; named dimensions of the ONNX model are fixed at its limits.
+        onnx: the model; its inputs and outputs have the names of the spec.
+        path: to write.
+        targets: GPU architectures, of `RTX.targets`.
+        say: called with lines for the user, the estimate first.
+
+    Raises:
+        EngineError: the model cannot be imported, the library refuses it, or the build was killed.
+    """
+    check_importable(onnx, weights_inside=spec.weights is not None)
+
+    def prepare(folder: Path) -> Request:
+        request = Request(
+            spec=spec,
+            model=folder / "model.onnx",
+            plan=folder / PLAN,
+            device=None,
+            library="tensorrt-rtx",
+            targets=tuple(targets),
+        )
+        request.model.write_bytes(onnx)
+        return request
+
+    build_in_process(spec, "pw_engines.tensorrt.onnx_build", prepare, path, say, RTX.title)
+
+
+def load(spec: EngineSpec, path: Path, device: torch.device) -> TensorrtEngine:
+    """Open a plan that the store has verified.
+
+    Raises EngineError where the plan is not for this library, this GPU and this spec.
+    """
+    return TensorrtEngine(spec, path, device, RTX)

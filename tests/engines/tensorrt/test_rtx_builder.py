@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real builder of TensorRT for RTX, which needs no GPU: our models become plans.
+
+What needs a GPU (opening and running a plan) is in the simulator's tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from pw_engines.engine import EngineError
+from pw_engines.spec import EngineSpec
+from pw_engines.tensorrt import rtx
+from pw_engines.tensorrt.library import RTX, bindings
+from pw_engines.tensorrt.onnx_build import build_plan
+from pw_engines.tensorrt.plan_file import PlanFacts, read_facts, split_plan
+from pw_engines.tensorrt.request import Request
+from pw_export import wan22_configs
+from pw_export.onnx_export import export_segment
+from pw_runtime.execution.decoder_segments import segments_of_decode
+from pw_runtime.execution.transformer_segments import Segment, segments_of
+from pw_runtime.types import Precision, TilingConfig
+from tests.engines.tensorrt.segments import onnx_of, spec
+from tests.networks import SMALLEST_VAE, TINY_HIGHRES
+
+REASON = rtx.cannot_build(())
+pytestmark = [
+    pytest.mark.tensorrt_rtx,
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
+# Blocks of one width are one graph whatever their number: one block has every segment.
+FULL = replace(wan22_configs.HIGHRES, num_layers=1, control_blocks=(0,))
+TOKENS = 8192
+DECODER = segments_of_decode(SMALLEST_VAE, TilingConfig(), 2, 2)
+
+
+def built(engine_spec: EngineSpec, onnx: bytes, folder: Path, *targets: str) -> PlanFacts:
+    """Build a plan in this process; return its facts."""
+    (folder / "model.onnx").write_bytes(onnx)
+    build_plan(
+        Request(
+            spec=engine_spec,
+            model=folder / "model.onnx",
+            plan=folder / rtx.FILE,
+            device=None,
+            library="tensorrt-rtx",
+            targets=targets,
+        )
+    )
+    return read_facts(folder / rtx.FILE)
+
+
+@cache
+def full_width(precision: Precision) -> dict[str, Segment]:
+    return segments_of(FULL, precision, TOKENS)
+
+
+@pytest.mark.parametrize("name", list(full_width("bf16")))
+def test_segments_of_full_width_build_for_every_target(name: str, tmp_path: Path) -> None:
+    """Scratch memory is what a call needs beside its tensors: less than 64 KiB a token."""
+    segment = full_width("bf16")[name]
+    facts = built(segment.spec, export_segment(segment), tmp_path, *RTX.targets)
+    assert facts.scratch is not None
+    assert facts.scratch < TOKENS * 64 * 2**10
+    plan, _ = split_plan((tmp_path / rtx.FILE).read_bytes())
+    assert 100_000 < len(plan) < 2_000_000  # kernels for five targets, no weights
+
+
+@pytest.mark.parametrize("name", ["block_in", "block_out"])
+def test_segments_build_in_fp32(name: str, tmp_path: Path) -> None:
+    segment = segments_of(TINY_HIGHRES, "fp32", 48)[name]
+    built(segment.spec, export_segment(segment), tmp_path, "sm_80", "sm_89", "sm_120")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [list(DECODER)[0], list(DECODER)[-1]])
+def test_decoder_graphs_build_with_weights_as_inputs(name: str, tmp_path: Path) -> None:
+    segment = DECODER[name]
+    built(segment.spec, export_segment(segment), tmp_path, "sm_80", "sm_89", "sm_120")
+
+
+def test_a_target_without_a_type_is_refused_with_its_name(tmp_path: Path) -> None:
+    """Turing has no bf16; the library names it when a plan is built, not before."""
+    with pytest.raises(EngineError, match=r"cannot build up for sm_75\n  error: .*sm75"):
+        built(spec("bf16"), onnx_of(spec("bf16")), tmp_path, "sm_75")
+    assert "no target sm_75 for our networks" in str(rtx.cannot_build(["sm_75"]))
+    assert "expected sm_80, sm_86" in str(rtx.cannot_build(["sm_90"]))
+
+
+def test_a_model_of_another_segment_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="the ONNX model is not one of up"):
+        built(spec("bf16", width=64), onnx_of(spec("bf16")), tmp_path, "sm_89")
+
+
+def test_a_parser_error_names_the_node(tmp_path: Path) -> None:
+    unknown = onnx_of(spec("fp32")).replace(b"Gelu", b"Xelu")
+    with pytest.raises(EngineError, match=r"cannot read the ONNX model of up\n.*activate \(Xelu\)"):
+        built(spec("fp32"), unknown, tmp_path, "sm_89")
+
+
+def test_a_process_of_its_own_builds_and_says_what_it_took(tmp_path: Path) -> None:
+    lines: list[str] = []
+    rtx.build(spec(), onnx_of(spec()), tmp_path / rtx.FILE, ["sm_89"], lines.append)
+    assert lines[0].startswith("building up with TensorRT for RTX: ")
+    assert lines[-1].startswith("built up in ")
+    assert [path.name for path in tmp_path.iterdir()] == [rtx.FILE]
+
+
+def test_a_plan_cannot_be_opened_without_a_gpu_and_says_so(tmp_path: Path) -> None:
+    """The header alone is judged; nothing crashes."""
+    built(spec(), onnx_of(spec()), tmp_path, "sm_89")
+    trt = bindings(RTX)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    plan, _ = split_plan((tmp_path / rtx.FILE).read_bytes())
+    validity, bits = runtime.get_engine_validity(bytes(plan))
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: tests/engines/tensorrt/test_on_gpu.py")
+    assert (validity, bits) == (trt.EngineValidity.INVALID, 0)
+    assert runtime.deserialize_cuda_engine(bytes(plan)) is None
