@@ -37,5 +37,9 @@ class BadResult(PixelWizardError):
     """A computation whose result cannot be used."""
 
 
+class MissingPackage(PixelWizardError):
+    """A Python package is not installed, or cannot be imported."""
+
+
 class WriteFailed(PixelWizardError):
     """The disk or the encoder refused a file; nothing stands under its final name."""

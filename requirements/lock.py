@@ -33,7 +33,12 @@ def resolve(torch: str, *arguments: str) -> str:
     ]  # fmt: skip
     extra = "\n".join([torch, *project["build-system"]["requires"]])
     run = subprocess.run(
-        command, cwd=FOLDER.parent, input=extra, stdout=subprocess.PIPE, text=True, check=True
+        command,
+        cwd=FOLDER.parent,
+        input=extra,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        check=True,
     )
     return run.stdout
 

@@ -42,7 +42,7 @@ def aoti_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
 def _processor() -> str:
     """Compute a digest of the processor's features: code is compiled with -march=native."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return platform.processor()
     prefixes = ("flags", "Features", "model name")

@@ -193,7 +193,7 @@ def _publish(building: Path, folder: Path, key: EngineKey, name: str, seconds: f
         "seconds": round(seconds, 3),
         "key": asdict(key),
     }
-    (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for written in (path, building / MANIFEST, building):
         _sync(written)
     if folder.exists():  # damaged; rename cannot replace a folder that is not empty
@@ -205,7 +205,7 @@ def _publish(building: Path, folder: Path, key: EngineKey, name: str, seconds: f
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     """Return the manifest, and what is wrong with it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return {}, f"format {manifest['format']}, expected {FORMAT}"
         if not {"file", "bytes", "sha256", "key", "seconds"} <= manifest.keys():

@@ -176,8 +176,7 @@ def _translations(*, sized: bool) -> dict[Callable[..., Any], Callable[..., Any]
         op: Any = importlib.import_module("onnxscript").opset20
     except ImportError as error:
         raise EngineError(
-            f'the export to ONNX needs a package ({error}): pip install "pixelwizard-runtime'
-            '[tensorrt]"'
+            f'the export to ONNX needs a package ({error}): pip install "pixelwizard-runtime[onnx]"'
         ) from error
 
     def divide(x: Any, y: Any, rounding_mode: str) -> Any:

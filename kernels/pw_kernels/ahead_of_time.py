@@ -229,4 +229,4 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         command = [str(tool), option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout

@@ -18,15 +18,15 @@ from pw_runtime.cli.bench_networks import (
     save,
     vae_peers,
 )
+from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.cli.options import (
-    DONE,
     FILE,
     FOLDER,
-    SOME_FAILED,
     device_option,
     precision_option,
 )
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.packages import require_packages
 
 if TYPE_CHECKING:
     from pw_runtime.types import Precision
@@ -182,6 +182,7 @@ def compare(old: Path, new: Path) -> int:
     The exit code is 3 where a figure is slower or larger, is missing or fell back. Only results of
     the same scope and machine can be compared.
     """
+    require_packages("`pw bench compare`", "scipy")
     from pw_bench.report.console import show_comparison
     from pw_bench.report.regressions import compare_results
     from pw_bench.results import read_result
@@ -202,6 +203,7 @@ def report(
     files: tuple[Path, ...], out: Path, markdown_file: Path | None, lines_file: Path | None
 ) -> int:
     """Present results files of `pw bench` on one page."""
+    require_packages("`pw bench report`", "jinja2")
     from pw_bench.report import json_lines, markdown, write_html
     from pw_bench.results import read_result
     from pw_runtime.system.atomic_files import write_text
@@ -271,6 +273,7 @@ for command in (dit_peers, vae_peers, generate_memory, decoder_memory, quality):
 @click.option("--json", "out", type=FILE, help="The same numbers as JSON.")
 def compare_clips(a: Path, b: Path, sheet: Path | None, out: Path | None) -> int:
     """Compare clip A with clip B, or the clips of folder A with those of folder B."""
+    require_packages("`pw compare`", "scikit-image", "scipy")
     from pw_bench.clips.compare import compare_clips as run
 
     run(a, b, sheet, out)

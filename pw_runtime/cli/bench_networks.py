@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pw_runtime.cli.options import DONE, FILE, FOLDER
+from pw_runtime.cli.exit_codes import DONE
+from pw_runtime.cli.options import FILE, FOLDER
+from pw_runtime.system.packages import require_packages
 
 if TYPE_CHECKING:
     from pw_bench.results import Result
@@ -65,6 +67,7 @@ def dit_peers(
     rounds: int,
 ) -> int:
     """Compare our transformer with diffusers' on this CPU: time, memory, difference."""
+    require_packages("`pw bench dit-peers`", "diffusers")
     from pw_bench.peers.dit import DitWork, measure_dit_peers
     from pw_bench.results import require_folder
 
@@ -91,6 +94,7 @@ def dit_peers(
 @rounds_option
 def vae_peers(out: Path, width: int, height: int, frames: int, strips: int, rounds: int) -> int:
     """Compare our VAE decode with diffusers' on this CPU: time, memory, difference."""
+    require_packages("`pw bench vae-peers`", "diffusers")
     from pw_bench.peers.vae import VaeWork, measure_vae_peers
     from pw_bench.results import require_folder
 
@@ -164,6 +168,7 @@ def quality(
     sheet: Path | None,
 ) -> int:
     """Measure what clips of the built-in model show (docs/quality.md)."""
+    require_packages("`pw bench quality`", "scikit-image", "scipy")
     from pw_bench.quality.plots import bars
     from pw_bench.quality.run import measure_quality
     from pw_bench.results import require_folder

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.cli.options import (
-    DONE,
     FOLDER,
-    SOME_FAILED,
     chunk_option,
     device_option,
     precision_option,
@@ -100,6 +99,9 @@ def _export_onnx(
     reporter: Reporter,
 ) -> int:
     """Write ONNX models of the transformers' segments, and of the decoder's with a preset."""
+    from pw_runtime.system.packages import require_packages
+
+    require_packages("`pw build --onnx-only`", "onnx", "onnxscript")
     from pw_export.onnx_export import export_onnx
 
     decoder = None if preset is None else (bundle.networks.vae.config, preset)

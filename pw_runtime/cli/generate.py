@@ -25,6 +25,7 @@ from pw_runtime.cli.options import (
     vae_precision_option,
 )
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.packages import require_packages
 from pw_runtime.types import (
     OFFICIAL_NEGATIVE,
     AttentionKernel,
@@ -121,6 +122,7 @@ def generate(**options: Any) -> int:
     from pw_runtime.pipeline import generate
     from pw_runtime.system.progress import Reporter
 
+    require_packages("`pw generate`", "transformers", "tokenizers")  # used after minutes
     reporter = Reporter(quiet=options["quiet"])
     request = read_request(options)
     bundle = open_model(options, reporter)

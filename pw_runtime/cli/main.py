@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `pw` command: its verbs and exit codes. Each verb imports what it needs when it runs."""
+"""Entry point of `pw`: runs the command line and turns every ending into an exit code.
+
+Imports the standard library alone, so that it can say which package is missing.
+"""
 
 from __future__ import annotations
 
@@ -8,86 +11,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
-import click
-
-from pw_runtime.cli.bench import bench, compare_clips
-from pw_runtime.cli.build import build, engines
-from pw_runtime.cli.decode import decode
-from pw_runtime.cli.generate import generate
-from pw_runtime.cli.options import BAD_INPUT, DONE, FILE, FOLDER, INTERRUPTED
-from pw_runtime.cli.plan import plan
+from pw_runtime.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, exit_code_of
 from pw_runtime.errors import PixelWizardError
-
-
-def version_of_this() -> str:
-    """Return the installed version."""
-    try:
-        return version("pixelwizard-runtime")
-    except PackageNotFoundError:
-        return "running from source"
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(version_of_this(), prog_name="pw")
-def cli() -> None:
-    """Native 2K and 4K text-to-video with PixelWizard."""
-
-
-@cli.command()
-@click.option("--kernels", is_flag=True, help="Also list the operations and what implements each.")
-def doctor(kernels: bool) -> int:
-    """Show what is installed, what is missing and what that disables."""
-    from pw_runtime.system.machine import describe, doctor_report
-
-    click.echo(doctor_report(describe()))
-    if kernels:
-        # Imported here because they need torch, which the report does not.
-        from pw_kernels.library import library, status
-        from pw_kernels.op import table
-
-        try:
-            compiled = library()
-        except RuntimeError as error:
-            raise click.ClickException(str(error)) from error
-        click.echo(f"\n{table()}\n\nkernels: {status()}")
-        if compiled is not None:
-            click.echo(f"\n{compiled.table()}")
-    return DONE
-
-
-@cli.command("convert")
-@click.option(
-    "--wan", type=FOLDER, required=True, help="Wan2.2-TI2V-5B folder, official or diffusers."
-)
-@click.option("--draft", type=FILE, help="PixelWizard draft checkpoint. [default: base weights]")
-@click.option("--highres", type=FILE, help="PixelWizard high-res checkpoint (2k or 4k model.pt).")
-@click.option("--out", type=FOLDER, required=True, help="Output bundle directory; must not exist.")
-@click.option("--ema", is_flag=True, help="Use the EMA weights (`generator_ema`) of the .pt files.")
-@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
-def convert_checkpoints(
-    wan: Path, draft: Path | None, highres: Path | None, out: Path, ema: bool, quiet: bool
-) -> int:
-    """Convert downloaded checkpoints into a bundle, once."""
-    from pw_export.convert import convert
-    from pw_runtime.system.progress import Reporter
-
-    reporter = Reporter(quiet=quiet)
-    convert(wan=wan, draft=draft, highres=highres, out=out, ema=ema, say=reporter.say)
-    click.echo(out)
-    return DONE
-
-
-cli.add_command(bench)
-cli.add_command(compare_clips)
-cli.add_command(generate)
-cli.add_command(decode)
-cli.add_command(build)
-cli.add_command(engines)
-cli.add_command(plan)
+from pw_runtime.system.packages import missing_package
 
 
 def main() -> None:
@@ -95,25 +24,64 @@ def main() -> None:
     # OpenMP reads this when torch loads. By default waiting threads spin, and on a machine that has
     # anything else to do, the decode then takes two to five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        _print_everything(stream)
     try:
         with _ending_on(signal.SIGTERM, signal.SIGHUP):
-            code = cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = BAD_INPUT
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: finished clips were kept, partial files removed", err=True)
+            code = _run()
+    except KeyboardInterrupt:
+        _say("interrupted: finished clips were kept, partial files removed")
         code = INTERRUPTED
     except Terminated as ended:
         name = signal.Signals(ended.number).name
-        click.echo(f"ended by {name}: finished clips were kept, partial files removed", err=True)
+        _say(f"ended by {name}: finished clips were kept, partial files removed")
         code = 128 + ended.number
+    except ImportError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        _say(f"error: {missing}")
+        code = BAD_INPUT
     except Exception as error:
         if not _is_expected(error):
             raise
-        click.echo(f"error: {error}", err=True)
-        code = BAD_INPUT
-    sys.exit(code if isinstance(code, int) else DONE)
+        _say(f"error: {error}")
+        code = exit_code_of(error)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the verb that the command line names; return its exit code."""
+    try:
+        import click
+
+        from pw_runtime.cli.verbs import cli
+    except ModuleNotFoundError as error:
+        if sys.argv[1:] != ["doctor"] or missing_package(error) is None:
+            raise
+        from pw_runtime.cli.doctor import report  # it does without the package
+
+        print(report())
+        return DONE
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return BAD_INPUT
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
+    return code if isinstance(code, int) else DONE
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_everything(stream: TextIO) -> None:
+    """Let a stream escape the characters that its encoding lacks, where it would fail."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
 
 
 class Terminated(BaseException):

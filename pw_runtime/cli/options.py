@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.errors import BadResult, WriteFailed
 from pw_runtime.types import CHUNK, Codec, Precision
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from pw_runtime.system.progress import Reporter
     from pw_runtime.types import Outcome
-
-DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
 
 
 class NonEmptyPath(click.Path):

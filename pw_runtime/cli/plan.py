@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from pw_runtime.cli.exit_codes import DONE
 from pw_runtime.cli.options import (
     CODECS,
-    DONE,
     FOLDER,
     chunk_option,
     gpu_memory_option,

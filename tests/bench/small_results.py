@@ -8,7 +8,8 @@ from typing import Any
 
 from pw_bench.result_sections import Clip, Equivalence, KernelRow, Ratio, StepDifference
 from pw_bench.results import Ceiling, Ceilings, Figure, GpuState, Identity, Result, Skipped
-from pw_runtime.system.machine import Gpu, Machine, Package
+from pw_runtime.system.machine import Gpu, Machine
+from pw_runtime.system.packages import Package
 from pw_runtime.system.trace import Span
 
 

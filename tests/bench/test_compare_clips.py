@@ -85,3 +85,57 @@ def test_paths_that_cannot_be_compared_are_refused(
     ended = pw("compare", a, b)
     assert ended.code == 2
     assert message in ended.err
+
+
+def _not_utf8(path: Path) -> None:
+    path.write_bytes(b"caf\xe9 \xff" * 100)
+
+
+BAD_CLIPS = {
+    "text": lambda path: path.write_text("no video", encoding="utf-8"),
+    "text of another encoding": _not_utf8,
+    "empty": lambda path: path.write_bytes(b""),
+    "folder": lambda path: path.mkdir(),
+    "device": lambda path: path.symlink_to("/dev/null"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CLIPS)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_no_video_is_one_error(
+    pw: Pw, runs: dict[str, Path], tmp_path: Path, kind: str, first: bool
+) -> None:
+    bad, good = tmp_path / "bäd.mp4", runs["a"] / "0.mkv"
+    BAD_CLIPS[kind](bad)
+    ended = pw("compare", *((bad, good) if first else (good, bad)))
+    assert ended.code == 2
+    assert str(bad) in ended.err
+    assert "do this:" in ended.err or "wanted:" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_truncated_video_is_one_error(pw: Pw, runs: dict[str, Path], tmp_path: Path) -> None:
+    content = (runs["a"] / "0.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
+    ended = pw("compare", tmp_path / "cut.mkv", runs["a"] / "0.mkv")
+    assert ended.code == 2
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"\xff\xfe", b"[" * 200_000])
+def test_a_damaged_receipt_is_named(
+    pw: Pw, runs: dict[str, Path], tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "0.mkv").write_bytes((runs["a"] / "0.mkv").read_bytes())
+    (tmp_path / "0.json").write_bytes(content)
+    ended = pw("compare", tmp_path / "0.mkv", runs["a"] / "0.mkv")
+    assert ended.code == 2
+    assert f"{tmp_path / '0.json'} is not the receipt of a clip" in ended.err
+
+
+def test_damaged_latents_are_named(pw: Pw, runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "0.mkv").write_bytes((runs["a"] / "0.mkv").read_bytes())
+    (tmp_path / "0.latents.safetensors").write_bytes(b"no tensors")
+    ended = pw("compare", tmp_path / "0.mkv", runs["a"] / "0.mkv")
+    assert ended.code == 2
+    assert str(tmp_path / "0.latents.safetensors") in ended.err

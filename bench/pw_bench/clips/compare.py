@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import av
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pw_bench.clips.equivalence import FrameDifference, compare_frames
+from pw_bench.clips.video import count_frames, video_frames
 from pw_engines.engine import relative_l2
 from pw_runtime.errors import BadRequest
 from pw_runtime.job.contact_sheet import (
@@ -100,11 +100,27 @@ def _changed_settings(clip: Path, reference: Path) -> dict[str, tuple[Any, Any]]
         receipt = video.with_suffix(".json")
         if not receipt.exists():
             return {}
-        content = json.loads(receipt.read_text())
+        content = _read_receipt(receipt)
         settings.append(dict(_flatten({key: content.get(key) for key in REQUESTED})))
     left, right = settings
     keys = dict.fromkeys((*left, *right))
     return {k: (left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k)}
+
+
+def _read_receipt(path: Path) -> dict[str, Any]:
+    """Read the receipt of a clip. Raises BadRequest where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        reason = f"a {type(content).__name__}"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise BadRequest(
+        f"{path} is not the receipt of a clip",
+        got=reason,
+        do="remove it to compare the clips without their settings",
+    )
 
 
 def _flatten(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -119,11 +135,23 @@ def _latent_differences(clip: Path, reference: Path) -> dict[str, float]:
     files = [video.with_name(video.stem + SUFFIX) for video in (clip, reference)]
     if not all(file.exists() for file in files):
         return {}
-    with safe_open(files[0], "pt") as left, safe_open(files[1], "pt") as right:
+    try:
+        return _relative_differences(*files)
+    except (OSError, SafetensorError) as error:
+        raise BadRequest(
+            f"{files[0]} or {files[1]} cannot be read",
+            got=error,
+            wanted="two complete safetensors files",
+            do="remove them to compare the clips without their latents",
+        ) from error
+
+
+def _relative_differences(file: Path, other: Path) -> dict[str, float]:
+    with safe_open(file, "pt") as left, safe_open(other, "pt") as right:
         names = [name for name in left.keys() if name.endswith("_latent")]  # noqa: SIM118
         differences = {}
         for name in sorted(set(names) & set(right.keys())):
-            x, y = (file.get_tensor(name) for file in (left, right))
+            x, y = (opened.get_tensor(name) for opened in (left, right))
             if x.shape == y.shape:
                 differences[name] = relative_l2(x, y)
     return differences
@@ -131,24 +159,20 @@ def _latent_differences(clip: Path, reference: Path) -> dict[str, float]:
 
 def difference_row(name: str, clip: Path, reference: Path) -> SheetRow:
     """Return frames of both clips and, below them, their difference times GAIN."""
-    with av.open(str(clip)) as container:
-        total = sum(1 for packet in container.demux(video=0) if packet.size)
-    sampled = sample_frames(total, THUMBNAILS)
+    sampled = sample_frames(count_frames(clip), THUMBNAILS)
     strips: dict[str, list[Thumb]] = {"A": [], "B": [], f"A - B, {GAIN} times": []}
     size = (0, 0)
-    with av.open(str(clip)) as first, av.open(str(reference)) as second:
-        pairs = zip(first.decode(video=0), second.decode(video=0), strict=True)
-        for number, pair in enumerate(pairs):
-            if number not in sampled:
-                continue
-            x, y = (frame.to_ndarray(format="rgb24") for frame in pair)
-            difference = np.abs(x.astype(np.int16) - y).clip(max=255 // GAIN) * GAIN
-            size = (x.shape[1], x.shape[0])
-            pictures = (x, y, difference.astype(np.uint8))
-            for strip, picture in zip(strips.values(), pictures, strict=True):
-                pixels = torch.from_numpy(picture)[None]
-                chunk = FrameChunk(start=number, pixel_format="rgb24", frames=pixels)
-                strip.append(make_thumb(chunk, number))
+    for number, pair in enumerate(zip(video_frames(clip), video_frames(reference), strict=True)):
+        if number not in sampled:
+            continue
+        x, y = (frame.to_ndarray(format="rgb24") for frame in pair)
+        difference = np.abs(x.astype(np.int16) - y).clip(max=255 // GAIN) * GAIN
+        size = (x.shape[1], x.shape[0])
+        pictures = (x, y, difference.astype(np.uint8))
+        for strip, picture in zip(strips.values(), pictures, strict=True):
+            pixels = torch.from_numpy(picture)[None]
+            chunk = FrameChunk(start=number, pixel_format="rgb24", frames=pixels)
+            strip.append(make_thumb(chunk, number))
     return SheetRow(
         caption=name,
         strips=tuple(

@@ -10,13 +10,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
-import av
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pw_bench.clips.seams import seam_index
+from pw_bench.clips.video import video_frames
 from pw_bench.result_sections import Equivalence, Label, StepDifference
 from pw_engines.engine import relative_l2
 from pw_runtime.errors import BadResult
@@ -29,6 +29,7 @@ from pw_runtime.types import VAE_STRIDE, Precision, Preset
 ROUNDING: Final[Mapping[Precision, float]] = {"fp32": 1e-3, "bf16": 5e-2}
 # Smallest PSNR of the frames that counts as rounding. Truncating bytes alone makes 51 dB.
 PSNR: Final = 40.0
+SSIM_WINDOW: Final = 11  # pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +122,7 @@ def compare_frames(video: Path, reference: Path, borders: Sequence[int] = ()) ->
         reference: one of as many frames of the same size.
         borders: first pixel column after each tile border, for the seam index of `video`.
 
-    Raises BadResult where the videos differ in length or size.
+    Raises BadResult where the videos differ in length or size, BadRequest where one is no video.
     """
     from skimage.metrics import structural_similarity  # seconds to import
 
@@ -160,18 +161,31 @@ def compare_frames(video: Path, reference: Path, borders: Sequence[int] = ()) ->
 
 
 def _frame_pairs(video: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    with av.open(str(video)) as first, av.open(str(reference)) as second:
-        pairs = zip_longest(first.decode(video=0), second.decode(video=0))
-        for number, (x, y) in enumerate(pairs):
-            if x is None or y is None:
-                raise BadResult(f"{video} and {reference} differ in length")
-            if (x.width, x.height) != (y.width, y.height):
-                raise BadResult(
-                    f"frame {number} of {video} and {reference} differ in size",
-                    got=f"{x.width}x{x.height}",
-                    wanted=f"{y.width}x{y.height}",
-                )
-            yield x.to_ndarray(format="rgb24"), y.to_ndarray(format="rgb24")
+    number = -1
+    pairs = zip_longest(video_frames(video), video_frames(reference))
+    for number, (x, y) in enumerate(pairs):
+        if x is None or y is None:
+            raise BadResult(
+                f"{video} and {reference} differ in length",
+                got=f"{number} frames in {video if x is None else reference}, more in the other",
+                do="compare clips of as many frames",
+            )
+        if (x.width, x.height) != (y.width, y.height):
+            raise BadResult(
+                f"frame {number} of {video} and {reference} differ in size",
+                got=f"{x.width}x{x.height}",
+                wanted=f"{y.width}x{y.height}",
+                do="compare clips of one size",
+            )
+        if min(x.width, x.height) < SSIM_WINDOW:
+            raise BadResult(
+                f"the pictures of {video} are too small to compare",
+                got=f"{x.width}x{x.height}",
+                wanted=f"{SSIM_WINDOW} pixels or more each way, the window of SSIM",
+            )
+        yield x.to_ndarray(format="rgb24"), y.to_ndarray(format="rgb24")
+    if number < 0:
+        raise BadResult(f"{video} and {reference} have no frames", do="make the clips again")
 
 
 def tile_borders(preset: Preset) -> tuple[int, ...]:

@@ -50,7 +50,8 @@ def run_process(task: Task, environment: Mapping[str, str], nvml: Nvml | None) -
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=settings,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     try:
         with MemorySampler(child.pid, nvml) as sampler:

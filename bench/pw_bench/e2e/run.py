@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from pw_bench.results import Figure, Result, Skipped
 from pw_runtime.errors import BadRequest, BadResult
 from pw_runtime.job.preflight import pick_device
 from pw_runtime.presets import find_preset
+from pw_runtime.system.packages import require_packages
 from pw_runtime.system.progress import Reporter
 from pw_runtime.types import Precision, Preset
 
@@ -132,7 +132,7 @@ def pick_programs(
 
     A program that cannot take part is added to `skipped`, or refused if it was requested.
 
-    Raises BadRequest.
+    Raises BadRequest, MissingPackage.
     """
     names = requested or tuple(name for name in CONTENDERS if name != ENGINES)
     programs: list[ProgramName] = []
@@ -150,12 +150,8 @@ def pick_programs(
             raise BadRequest(f"--side {name} cannot run", got=reason, do=do)
         else:
             skipped.append(Skipped(part=name, reason=reason))
-    if len(programs) > 1 and find_spec("skimage") is None:
-        raise BadRequest(
-            "frames cannot be compared",
-            got="scikit-image is not installed",
-            do="pip install '.[bench]'",
-        )
+    if len(programs) > 1:
+        require_packages("the comparison of frames", "scikit-image", "scipy")
     return tuple(programs)
 
 

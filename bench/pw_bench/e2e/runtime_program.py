@@ -19,6 +19,13 @@ from pw_runtime.system.trace import span
 from pw_runtime.types import AttentionKernel, EnginePolicy, Kernels, Prompt, Request, RunOptions
 
 
+class _Silent(Reporter):
+    """Prints no path of a finished clip: it is gone when the measurement ends."""
+
+    def finished(self, path: Path) -> None:
+        """Print nothing."""
+
+
 class RuntimeProgram:
     """`pw generate` in this process. Every clip loads its networks, as every run of `pw` does."""
 
@@ -50,14 +57,15 @@ class RuntimeProgram:
                 device=job.device,
             ),
         )
-        (outcome,) = generate(request, self._open(job), Reporter(quiet=True))
+        (outcome,) = generate(request, self._open(job), _Silent(quiet=True))
         if outcome.error is not None:
             raise RuntimeError(outcome.error)
         assert outcome.video == video
         options = request.options
         with using(options.kernels, attention=options.attention_kernel):
             operations = {name: select(name, request.device) for name in OPS}
-        return facts_of(json.loads(video.with_suffix(".json").read_text()), operations)
+        receipt = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
+        return facts_of(receipt, operations)
 
     def _open(self, job: Job) -> Bundle:
         if not job.in_memory:

@@ -127,13 +127,13 @@ def _peaks(device: torch.device, facts: ClipFacts) -> dict[str, int]:
 def _bytes_written() -> int | None:
     """Return the bytes that this process has written to storage, as counted by Linux."""
     try:
-        lines = Path("/proc/self/io").read_text().splitlines()
+        lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes"))
 
 
 if __name__ == "__main__":
-    with os.fdopen(os.dup(1), "w") as stdout:
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
         os.dup2(2, 1)  # what programs print goes to stderr
         make_clips(TypeAdapter(Task).validate_json(sys.stdin.read()), stdout)

@@ -62,7 +62,9 @@ def is_dirty() -> bool:
 def _git(*arguments: str) -> str:
     try:
         command = ("git", "-C", str(_HERE), *arguments)
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -72,7 +72,7 @@ class MemorySampler:
 def _proc_bytes(pid: int, file: str, field: str) -> int | None:
     """Read a field of /proc in bytes; None where the process or the file is gone."""
     try:
-        text = Path(f"/proc/{pid}/{file}").read_text()
+        text = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8")
     except OSError:
         return None
     match = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)

@@ -23,13 +23,13 @@ def load_base(ckpt_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load the DiT of an official directory, as stored, and its config.json."""
     index = ckpt_dir / "diffusion_pytorch_model.safetensors.index.json"
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     else:
         names = {path.name for path in ckpt_dir.glob("diffusion_pytorch_model*.safetensors")}
     state: dict[str, Tensor] = {}
     for name in sorted(names):
         state.update(load_file(ckpt_dir / name))
-    return state, json.loads((ckpt_dir / "config.json").read_text())
+    return state, json.loads((ckpt_dir / "config.json").read_text(encoding="utf-8"))
 
 
 def load_pth(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def run_child(
         check=True,
         input=TypeAdapter(type(work)).dump_json(work).decode(),
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
     return TypeAdapter(Sample).validate_json(child.stdout.splitlines()[-1])
 

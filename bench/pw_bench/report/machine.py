@@ -9,7 +9,8 @@ from typing import Any
 
 from pw_bench.report.units import quantity
 from pw_bench.results import Identity
-from pw_runtime.system.machine import Gpu, Package
+from pw_runtime.system.machine import Gpu
+from pw_runtime.system.packages import Package
 
 _LABELS = {
     "os": "system",

@@ -162,7 +162,7 @@ def _save_timing_cache(config: Any, path: Path, messages: Messages) -> None:
 
 def main() -> int:
     """Build what the request file, the first argument, describes; print notes."""
-    request = Request.from_json(Path(sys.argv[1]).read_text())
+    request = Request.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if request.device is not None:
         torch.cuda.set_device(request.device)
     try:

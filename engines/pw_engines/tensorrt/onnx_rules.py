@@ -82,7 +82,7 @@ def _onnx() -> Any:
             importlib.import_module(f"onnx.{module}")
     except ImportError as error:
         raise EngineError(
-            f'the package onnx is needed ({error}): pip install "pixelwizard-runtime[tensorrt]"'
+            f'the package onnx is needed ({error}): pip install "pixelwizard-runtime[onnx]"'
         ) from error
     return onnx
 

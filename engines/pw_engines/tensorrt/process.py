@@ -88,11 +88,11 @@ def build_in_process(
         request = prepare(folder)
         estimate = forecast(spec, request.model.stat().st_size)
         say(f"building {spec.segment} with {title}: {estimate}")
-        (folder / "request.json").write_text(request.to_json())
+        (folder / "request.json").write_text(request.to_json(), encoding="utf-8")
         code, peak = _run_builder(module, folder)
         if code != 0:
             raise EngineError(_reason(spec.segment, code, peak, estimate, folder))
-        for line in (folder / "stdout").read_text().splitlines():
+        for line in (folder / "stdout").read_text(encoding="utf-8", errors="replace").splitlines():
             say(line)
         size = (folder / PLAN).stat().st_size
         (folder / PLAN).replace(path)
@@ -122,7 +122,7 @@ def _run_builder(module: str, folder: Path) -> tuple[int, int]:
 def _reason(segment: str, code: int, peak: int, estimate: Forecast, folder: Path) -> str:
     """Say why a build process failed, and what to do."""
     if code == REFUSED:
-        return (folder / "stderr").read_text(errors="replace").strip()
+        return (folder / "stderr").read_text(encoding="utf-8", errors="replace").strip()
     if code == -9:
         return (
             f"the build of {segment} was killed (signal 9), as a system does that runs out of "
@@ -130,6 +130,8 @@ def _reason(segment: str, code: int, peak: int, estimate: Forecast, folder: Path
             "  do this: close other programs, or allow this one more memory, and build again"
         )
     files = (folder / LOG, folder / "stderr")
-    output = "\n".join(x.read_text(errors="replace").strip() for x in files if x.exists())
+    output = "\n".join(
+        x.read_text(encoding="utf-8", errors="replace").strip() for x in files if x.exists()
+    )
     end = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return f"the build process of {segment} {end}: {output[-2000:].strip() or 'no output'}"

@@ -147,13 +147,13 @@ def redirected_to(path: Path) -> Iterator[None]:
 
 
 def _last_lines(path: Path) -> list[str]:
-    lines = path.read_text(errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return [line[:_WIDTH] for line in lines if line.strip()][-KEPT:]
 
 
 def main() -> int:
     """Build what the request file, the first argument, describes."""
-    request = Request.from_json(Path(sys.argv[1]).read_text())
+    request = Request.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     log = request.plan.with_name(LOG)
     try:
         with redirected_to(log):

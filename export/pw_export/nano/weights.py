@@ -51,7 +51,7 @@ def keep_weights(work: Path, folder: Path) -> None:
         write_tensors(folder / f"{name}.safetensors", _cast(tensors, torch.float16))
     losses = []
     for name in TRAININGS:
-        rows = (work / f"{name}.jsonl").read_text().strip().replace("\n", ",\n")
+        rows = (work / f"{name}.jsonl").read_text(encoding="utf-8").strip().replace("\n", ",\n")
         losses.append(f'"{name}": [\n{rows}\n]')
     write_text(folder / "losses.json", "{\n" + ",\n".join(losses) + "\n}\n")
 

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How `pw` ends: its exit codes, which are those of every verb (README.md)."""
+
+from __future__ import annotations
+
+from pw_runtime.errors import WriteFailed
+
+DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
+
+
+def exit_code_of(error: Exception) -> int:
+    """Return the exit code of an error that is meant for the user."""
+    return SOME_FAILED if isinstance(error, WriteFailed) else BAD_INPUT
