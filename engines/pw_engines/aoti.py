@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,12 @@ def unavailable_to_run(device: torch.device) -> str | None:
 
 def unavailable(device: torch.device) -> str | None:
     """Return why packages cannot be built here; None if they can."""
-    if device.type == "cpu" and shutil.which("c++") is None:
-        return "AOTInductor compiles C++ for a CPU and there is no C++ compiler: install g++"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        return (
+            f"AOTInductor compiles C++ for a CPU and there is no C++ compiler {compiler}: "
+            "install g++, or set CXX to the one you have"
+        )
     return None
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
@@ -37,7 +37,11 @@ from pw_runtime.execution.decoder_lookup import decoder_segments
 from pw_runtime.execution.decoder_segments import source_digest as decoder_source_digest
 from pw_runtime.execution.engine_lookup import COMPILERS, Compiler, CompilerName, key_of
 from pw_runtime.execution.transformer_segments import Segment, segments_of, source_digest
+from pw_runtime.system.places import require_temporary_room
 from pw_runtime.types import DitConfig, Precision, Preset
+
+# Free bytes that a build needs for temporary files: AOTInductor's precompiled headers were 290 MB.
+ROOM: Final = 512 * 2**20
 
 Builders = dict[CompilerName, Callable[[torch.device], str | None]]
 
@@ -162,14 +166,20 @@ def jobs_for(
 def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -> list[Built]:
     """Build each job in a separate process, so that one that is killed fails alone.
 
-    An interruption stops the running builds, which leave no files.
+    An interruption stops the running builds, which leave no files. So does a disk for temporary
+    files without room, where every build would fail.
+
+    Raises BadRequest where there is no room for temporary files.
     """
+    _require_room(jobs)
     results: list[Built] = []
     pool = ThreadPoolExecutor(workers)
     try:
         futures = [pool.submit(_in_own_process, job) for job in jobs]
         for future in as_completed(futures):
             results.append(future.result())
+            if results[-1].error is not None:
+                _require_room(jobs)
             on_built(results[-1])
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -181,6 +191,12 @@ def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -
         raise
     pool.shutdown()
     return results
+
+
+def _require_room(jobs: Iterable[Job]) -> None:
+    """Raise BadRequest where AOTInductor has no room for its temporary files."""
+    if any(job.compiler == "aoti" for job in jobs):
+        require_temporary_room(ROOM, "building engines")
 
 
 def _in_own_process(job: Job) -> Built:

@@ -23,6 +23,7 @@ from pw_runtime.errors import BadRequest
 if TYPE_CHECKING:
     import torch
 
+    from pw_engines import EngineStore
     from pw_export.build import Built, Job, Source
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.execution.engine_lookup import CompilerName
@@ -143,10 +144,9 @@ def _pending(
     reporter: Reporter,
 ) -> list[Job]:
     """Return the jobs whose engines are not built yet, and report how many are."""
-    from pw_engines import EngineStore
     from pw_export.build import jobs_for
 
-    store = EngineStore()
+    store = _open_store()
     jobs, built = jobs_for(sources, compiler, device, store)
     reporter.say(f"{heading}, in {store.root}: {len(built)} built, {len(jobs)} to build")
     return jobs
@@ -154,12 +154,11 @@ def _pending(
 
 def _build(jobs: list[Job], workers: int, reporter: Reporter, *, quiet: bool) -> int:
     """Build engines in parallel, report each, and return the exit code."""
-    from pw_engines import EngineStore
     from pw_export.build import run_jobs
 
     if not jobs:
         return DONE
-    EngineStore().make_root()
+    _open_store().make_root()
 
     def on_built(built: Built) -> None:
         if built.error is not None:
@@ -177,6 +176,16 @@ def _build(jobs: list[Job], workers: int, reporter: Reporter, *, quiet: bool) ->
         reporter.warn(f"{failed} of {len(jobs)} engines failed; the model will run without engines")
         return SOME_FAILED
     return DONE
+
+
+def _open_store() -> EngineStore:
+    """Return the engines on disk. Raises BadRequest where a file stands in their place."""
+    from pw_engines import EngineStore
+    from pw_runtime.system.places import check_cache
+
+    store = EngineStore()
+    check_cache(store.root)
+    return store
 
 
 @click.group()
@@ -197,9 +206,7 @@ def verify_engines() -> int:
 
 
 def _show(*, verify: bool) -> int:
-    from pw_engines import EngineStore
-
-    store = EngineStore()
+    store = _open_store()
     entries = store.entries(verify=verify)
     for entry in entries:
         state = f"damaged: {entry.damage}" if entry.damage else f"built in {entry.seconds:.0f} s"
@@ -212,10 +219,9 @@ def _show(*, verify: bool) -> int:
 @click.option("--all", "everything", is_flag=True, help="Remove every engine.")
 def prune_engines(everything: bool) -> int:
     """Remove engines that this version cannot use on this machine: damaged, foreign, incomplete."""
-    from pw_engines import EngineStore
     from pw_export.build import unusable
 
-    store = EngineStore()
+    store = _open_store()
     for entry in store.entries(verify=True):
         reason = "asked for" if everything else entry.damage or unusable(entry)
         if reason:

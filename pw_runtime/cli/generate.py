@@ -26,6 +26,7 @@ from pw_runtime.cli.options import (
 )
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.packages import require_packages
+from pw_runtime.system.places import cache_root, check_cache
 from pw_runtime.types import (
     OFFICIAL_NEGATIVE,
     AttentionKernel,
@@ -194,6 +195,7 @@ def open_model(options: dict[str, Any], reporter: Reporter) -> Bundle:
             do="give exactly one of --model BUNDLE and --ckpt_dir CHECKPOINT",
         )
     if model is None:
+        check_cache(cache_root() / "bundles")
         model = cached_bundle(wan=checkpoint, draft=draft, highres=highres, say=reporter.say)
     elif draft or highres:
         raise BadRequest(

@@ -30,11 +30,11 @@ def main() -> None:
         with _ending_on(signal.SIGTERM, signal.SIGHUP):
             code = _run()
     except KeyboardInterrupt:
-        _say("interrupted: finished clips were kept, partial files removed")
+        _say("interrupted: what was finished is kept, partial files are removed")
         code = INTERRUPTED
     except Terminated as ended:
         name = signal.Signals(ended.number).name
-        _say(f"ended by {name}: finished clips were kept, partial files removed")
+        _say(f"ended by {name}: what was finished is kept, partial files are removed")
         code = 128 + ended.number
     except ImportError as error:
         missing = missing_package(error)

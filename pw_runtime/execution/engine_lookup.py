@@ -31,6 +31,7 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import require_dit
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.transformer_segments import Segment, segments_of
+from pw_runtime.system.places import check_cache, require_temporary_room
 from pw_runtime.types import EnginePolicy, RunOptions, StageName
 
 CompilerName = Literal["tensorrt", "torch-tensorrt", "aoti"]
@@ -210,8 +211,10 @@ def find_engines(
         command: builds them.
 
     Raises:
-        BadRequest: an engine cannot be opened.
+        BadRequest: an engine cannot be opened, the store's place is a file, or there is no room for
+            temporary files.
     """
+    check_cache(store.root)
     missing: dict[str, str] = {}
     for label, compiler in COMPILERS.items():
         reason = compiler.unavailable(device)
@@ -226,6 +229,9 @@ def find_engines(
             none = len(absent) == len(files)
             missing[label] = "none is built" if none else f"no {', '.join(absent)}"
             continue
+        if compiler.backend == "aoti":  # which PyTorch unpacks before it opens them
+            size = sum(file.path.stat().st_size for file in files.values() if file.path)
+            require_temporary_room(2 * size + 16 * 2**20, "unpacking engines")
         try:
             engines = {
                 name: compiler.load(segments[name].spec, file.path, device)

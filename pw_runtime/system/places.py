@@ -21,13 +21,16 @@ def cache_root() -> Path:
     return Path(named) if named else Path(base) / "pixelwizard"
 
 
-def check_cache() -> None:
-    """Raise BadRequest where the cache cannot be a folder: nothing in it would be found."""
-    root = cache_root()
-    for path in (root / "engines", root / "bundles", root, *root.parents):
+def check_cache(folder: Path | None = None) -> None:
+    """Raise BadRequest where a folder of the cache, or the cache, has a file in its place.
+
+    Nothing in it would be found, as if nothing had been built.
+    """
+    folder = (folder or cache_root()).absolute()
+    for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise BadRequest(
-                f"the cache {root} cannot be used",
+                f"the cache folder {folder} cannot be used",
                 got=f"{path} is a file",
                 wanted="a folder, or a path where one can be made",
                 do="set PW_CACHE to another folder, or move that file away",
