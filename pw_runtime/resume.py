@@ -13,6 +13,7 @@ from pw_runtime.checkpoint.bundle import Bundle, load_tensors, verify
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.job.clip import Clip, resume_clip
 from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import Provenance, check_latents
@@ -128,8 +129,9 @@ def _run(group: Sequence[Clip], bundle: Bundle, reporter: Reporter) -> Run:
     """Plan the decode of clips that have their settings in common."""
     request = group[0].request
     say: Callable[[str], None] = reporter.say
-    engine_set = select_decoder_engines(bundle, request.preset, request.options, say)
+    engine_set = select_decoder_engines(bundle, request.preset, request.options)
     engines: dict[Network, EngineSet] = {"vae": engine_set}
+    say(describe_engines(engines, bundle, request.preset, request.options))
     fallback = plan_run(request, bundle, say, engines, decode_only=True)
     clips, loading = tuple(group), Stopwatch(request.device)
     return Run(request, bundle, clips, reporter, engines, fallback, loading)

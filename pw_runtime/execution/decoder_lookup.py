@@ -2,12 +2,10 @@
 """Selection of the decoder's engines, which are built for the last picture of one preset.
 
 Unlike a transformer's, each engine fits one picture size. A run never needs them: where they are
-missing, the eager decoder runs and a line says so.
+missing, the eager decoder runs.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -16,6 +14,7 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.execution.decoder import SegmentedVae
 from pw_runtime.execution.decoder_segments import segments_of_decode
 from pw_runtime.execution.engine_lookup import (
+    ASKED_FOR,
     Compiler,
     EngineSet,
     Unavailable,
@@ -52,10 +51,8 @@ def decoder_segments(
     return segments_of_decode(vae.config, preset.decode, rows, columns, baked=net, digest=digest)
 
 
-def select_decoder_engines(
-    bundle: Bundle, preset: Preset, options: RunOptions, say: Callable[[str], None]
-) -> EngineSet:
-    """Select the engines of a run's decoder, and report which, except with `--policy eager`.
+def select_decoder_engines(bundle: Bundle, preset: Preset, options: RunOptions) -> EngineSet:
+    """Select the engines of a run's decoder.
 
     `--policy engines` demands the transformers' engines only: the decoder's run where they exist.
 
@@ -63,27 +60,21 @@ def select_decoder_engines(
         BadRequest: an engine cannot be opened.
     """
     if options.policy == "eager" or options.kernels == "triton":
-        return _eager("asked for")
+        return _eager(ASKED_FOR)
     if preset.decode.caches == "host":
         return _eager("the preset keeps past frames on the host")
     if options.vae_precision != "fp32":
         return _eager("decoder engines are fp32")
-    command = f"{build_command(options, bundle.root)} --preset {_name(preset)}"
+    command = f"{build_command(options, bundle.root)} --preset {preset_name(preset)}"
     if options.draft_only and preset.highres is not None:
-        reason = "its engines fit the high-res picture, and a draft is decoded"
-        say(f"the decoder runs without engines ({reason})")
-        return _eager(reason)
+        return _eager("its engines fit the high-res picture, and a draft is decoded")
     result = find_engines(
         lambda compiler: decoder_segments(bundle, preset, compiler),
         EngineStore(),
         options.torch_device,
         command,
     )
-    if isinstance(result, Unavailable):
-        say(f"the decoder runs without engines ({result.reason}); to build them: `{command}`")
-        return _eager(result.reason)
-    say(f"the decoder runs on {result.reason} ({result.backend})")
-    return result
+    return _eager(result.reason) if isinstance(result, Unavailable) else result
 
 
 def on_engines(net: VaeDecoder, engines: EngineSet) -> Decoder:
@@ -97,6 +88,6 @@ def _eager(reason: str) -> EngineSet:
     return EngineSet({}, {}, "eager", reason)
 
 
-def _name(preset: Preset) -> str:
+def preset_name(preset: Preset) -> str:
     """Return the preset's name for the command line; "FILE.toml" for one read from a file."""
     return next((name for name, known in PRESETS.items() if known == preset), "FILE.toml")

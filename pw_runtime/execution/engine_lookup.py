@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection of the engines of a network: built by `pw build`, or the segments themselves.
 
-Nothing is compiled here. What runs is reported, and recorded in the receipt.
+Nothing is compiled here. What runs is reported (engine_report.py), and recorded in the receipt.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -32,7 +32,11 @@ from pw_runtime.checkpoint.loader import require_dit
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.transformer_segments import Segment, segments_of
 from pw_runtime.system.places import check_cache, require_temporary_room
-from pw_runtime.types import EnginePolicy, RunOptions, StageName
+from pw_runtime.types import CHUNK, EnginePolicy, RunOptions, StageName
+
+# Reasons why a network runs on its segments.
+ASKED_FOR: Final = "asked for"
+NONE_BUILT: Final = "no engine is built"
 
 CompilerName = Literal["tensorrt", "torch-tensorrt", "aoti"]
 
@@ -127,10 +131,16 @@ class Unavailable:
 
 def build_command(options: RunOptions, bundle: Path) -> str:
     """Return the command that builds a model's engines for these options."""
-    return (
-        f"pw build --model {bundle} --precision {options.compute_precision} "
-        f"--chunk {options.chunk} --device {options.device}"
-    )
+    device, auto = options.torch_device, "cuda" if torch.cuda.is_available() else "cpu"
+    precision = options.compute_precision
+    flags = []
+    if precision != ("fp32" if device.type == "cpu" else "bf16"):
+        flags.append(f"--precision {precision}")
+    if options.chunk != CHUNK:
+        flags.append(f"--chunk {options.chunk}")
+    if str(device) != auto:
+        flags.append(f"--device {device}")
+    return " ".join((f"pw build --model {bundle}", *flags))
 
 
 def eager_engines(segments: Mapping[str, Segment]) -> dict[str, Engine]:
@@ -138,10 +148,8 @@ def eager_engines(segments: Mapping[str, Segment]) -> dict[str, Engine]:
     return {name: EagerEngine(segment.spec, segment.module) for name, segment in segments.items()}
 
 
-def select_engines(
-    bundle: Bundle, stage: StageName, options: RunOptions, say: Callable[[str], None]
-) -> EngineSet:
-    """Select the engines of a transformer, and report which.
+def select_engines(bundle: Bundle, stage: StageName, options: RunOptions) -> EngineSet:
+    """Select the engines of a transformer.
 
     Raises:
         BadRequest: engines were asked for and are missing, or one cannot be opened.
@@ -152,13 +160,7 @@ def select_engines(
     # Engines contain kernels of their own: with --kernels triton, the segments run.
     policy = "eager" if options.kernels == "triton" else options.policy
     device = options.torch_device
-    engine_set = choose_engines(segments, policy, EngineStore(), device, command)
-    reason = engine_set.reason
-    if engine_set.backend != "eager":
-        say(f"the {stage} network runs on {reason} ({engine_set.backend})")
-    elif policy == "auto":
-        say(f"the {stage} network runs without engines ({reason}); to build them: `{command}`")
-    return engine_set
+    return choose_engines(segments, policy, EngineStore(), device, command)
 
 
 def choose_engines(
@@ -181,7 +183,7 @@ def choose_engines(
     Raises:
         BadRequest: engines were asked for and are missing, or one cannot be opened.
     """
-    reason = "asked for"
+    reason = ASKED_FOR
     if policy != "eager":
         result = find_engines(lambda compiler: segments, store, device, command)
         if isinstance(result, EngineSet):
@@ -219,7 +221,8 @@ def find_engines(
     for label, compiler in COMPILERS.items():
         reason = compiler.unavailable(device)
         if reason:
-            missing[compiler.backend] = reason  # once for both front ends
+            if device.type != "cpu" or compiler.backend != "tensorrt":  # which is for GPUs
+                missing[compiler.backend] = reason  # once for both front ends
             continue
         segments = segments_for(compiler)
         keys = {name: key_of(segment, label, device) for name, segment in segments.items()}
@@ -227,7 +230,7 @@ def find_engines(
         absent = [f"{name} ({file.reason})" for name, file in files.items() if file.path is None]
         if absent:
             none = len(absent) == len(files)
-            missing[label] = "none is built" if none else f"no {', '.join(absent)}"
+            missing[label] = NONE_BUILT if none else f"no {', '.join(absent)}"
             continue
         if compiler.backend == "aoti":  # which PyTorch unpacks before it opens them
             size = sum(file.path.stat().st_size for file in files.values() if file.path)
@@ -247,4 +250,7 @@ def find_engines(
         digest = digest_of(keys[name].digest.encode() for name in sorted(keys))
         reason = f"built engines in {store.root}{by}"
         return EngineSet(segments, engines, compiler.backend, reason, digest)
-    return Unavailable("; ".join(f"{label}: {reason}" for label, reason in missing.items()))
+    reasons = list(missing.values())
+    if len(reasons) > 1:
+        reasons = [f"{label}: {reason}" for label, reason in missing.items()]
+    return Unavailable("; ".join(reasons))

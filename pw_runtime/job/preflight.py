@@ -20,6 +20,7 @@ from pw_runtime.checkpoint.loader import check_networks
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet, select_engines
+from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.job.clip import start_clip
 from pw_runtime.job.existing import settle_existing
 from pw_runtime.job.failures import report_on_abort
@@ -92,8 +93,9 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
     engines: dict[Network, EngineSet] = {}
     with span("engines"):
         for stage in request.stages:
-            engines[stage] = select_engines(bundle, stage, options, reporter.say)
-        engines["vae"] = select_decoder_engines(bundle, request.preset, options, reporter.say)
+            engines[stage] = select_engines(bundle, stage, options)
+        engines["vae"] = select_decoder_engines(bundle, request.preset, options)
+    reporter.say(describe_engines(engines, bundle, request.preset, options))
     with span("plan"):
         fallback = plan_run(request, bundle, reporter.say, engines)
     tiling = fallback.plan.decode.tiling

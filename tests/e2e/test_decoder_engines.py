@@ -21,6 +21,7 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.execution import engine_lookup
 from pw_runtime.execution.decoder_lookup import decoder_segments, select_decoder_engines
 from pw_runtime.execution.engine_lookup import COMPILERS, EngineSet, key_of
+from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.presets import find_preset
 from pw_runtime.types import EnginePolicy, Prompt, Request, RunOptions
 from tests.e2e.pw import Ended, Pw
@@ -82,12 +83,11 @@ def test_frames_by_engines_are_the_decoders(
     generate: Callable[..., Ended], built: Callable[..., None], tmp_path: Path
 ) -> None:
     without = generate("without")
-    assert "the decoder runs without engines (" in without.err
-    assert "to build them: `pw build" in without.err
+    assert "running on the CPU in fp32: not compiled (to compile: `pw build" in without.err
     assert receipt(tmp_path / "without")["backend"] == "eager"
     built()
     on = generate("on")
-    assert f"the decoder runs on built engines in {tmp_path}/cache/engines (aoti)" in on.err
+    assert f"decoder on built engines in {tmp_path}/cache/engines (aoti)" in on.err
     assert receipt(tmp_path / "on")["backend"] == "aoti"
     assert frames(tmp_path / "on") == frames(tmp_path / "without")  # eager engines, bit for bit
 
@@ -100,7 +100,7 @@ def test_a_draft_and_policy_eager_take_none(
     assert "its engines fit the high-res picture, and a draft is decoded" in ended.err
     assert receipt(tmp_path / "draft")["backend"] == "eager"
     ended = generate("eager", "--policy", "eager", "--draft-only")
-    assert "the decoder" not in ended.err
+    assert "running on the CPU in fp32: not compiled\n" in ended.err
     assert receipt(tmp_path / "eager") == {"backend": "eager", "reason": "asked for"}
 
 
@@ -114,19 +114,21 @@ def request_for(preset: Path, policy: EnginePolicy) -> Request:
     )
 
 
-def select(request: Request, bundle: Bundle, say: Callable[[str], None]) -> EngineSet:
-    return select_decoder_engines(bundle, request.preset, request.options, say)
+def select(request: Request, bundle: Bundle) -> EngineSet:
+    return select_decoder_engines(bundle, request.preset, request.options)
 
 
 def test_policy_engines_does_without_those_of_the_decoder_and_says_so(
     bundle_dir: Path, preset: Path
 ) -> None:
-    said: list[str] = []
-    picked = select(request_for(preset, "engines"), open_bundle(bundle_dir), said.append)
+    request, bundle = request_for(preset, "engines"), open_bundle(bundle_dir)
+    picked = select(request, bundle)
     assert picked.backend == "eager"
-    (line,) = said
-    assert line.startswith("the decoder runs without engines (")
-    assert "pw build --model" in line
+    line = describe_engines({"vae": picked}, bundle, request.preset, request.options)
+    assert line == (
+        "running on the CPU in fp32: not compiled "
+        f"(to compile: `pw build --model {bundle.root} --preset FILE.toml`)"
+    )
 
 
 @pytest.mark.parametrize("policy", ["auto", "engines"])
@@ -135,7 +137,7 @@ def test_an_engine_that_cannot_be_opened_is_an_error(
 ) -> None:
     built("bad")
     with pytest.raises(BadRequest, match=r"(?s)cannot be opened.*is no engine"):
-        select(request_for(preset, policy), open_bundle(bundle_dir), lambda line: None)
+        select(request_for(preset, policy), open_bundle(bundle_dir))
 
 
 def test_other_sizes_are_other_engines(
@@ -143,13 +145,13 @@ def test_other_sizes_are_other_engines(
 ) -> None:
     built()
     request, bundle = request_for(preset, "auto"), open_bundle(bundle_dir)
-    assert select(request, bundle, lambda line: None).backend == "aoti"
+    assert select(request, bundle).backend == "aoti"
     assert request.preset.highres is not None
     lower = replace(request.preset.highres, height=64)
     other = replace(request, preset=replace(request.preset, highres=lower))
-    picked = select(other, bundle, lambda line: None)
+    picked = select(other, bundle)
     assert picked.backend == "eager"
-    assert "aoti: none is built" in picked.reason
+    assert picked.reason == "no engine is built"
 
 
 def test_baked_segments_are_found_without_their_weights(bundle_dir: Path, preset: Path) -> None:

@@ -45,7 +45,7 @@ def test_policy_engines_without_engines_computes_nothing(
         "--out", tmp_path / "out", "--policy", "engines",
     )  # fmt: skip
     assert ended.code == 2
-    assert "aoti: none is built" in ended.err
+    assert "no engine is built" in ended.err
     assert "pw build" in ended.err
     assert "text" not in ended.err.split("error:")[0].replace("checking the files", "")
     assert list((tmp_path / "out").iterdir()) == []
@@ -62,7 +62,11 @@ def test_without_engines_it_is_said_how_to_make_them(
     assert f"pw build --model {bundle_dir}" in ended.err
     receipt = json.loads((tmp_path / "out/0.json").read_text())
     assert receipt["engines"]["draft"]["backend"] == "eager"
-    assert "aoti: none is built" in receipt["engines"]["draft"]["reason"]
+    assert receipt["engines"]["draft"]["reason"] == "no engine is built"
+    opening = ended.err.splitlines()[0]
+    assert opening.startswith("running on the CPU in fp32: ")
+    assert "TensorRT" not in ended.err
+    assert "--device" not in opening
 
 
 def test_a_damaged_engine_is_listed_and_pruned(pw: Pw, tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -85,11 +86,11 @@ def test_auto_runs_the_segments_where_one_engine_lacks_and_says_which(
             put(store, segment)
     choice = choose_engines(segments, "auto", store, CPU, "pw build")
     assert choice.backend == "eager"
-    assert choice.reason == "tensorrt: not on this machine; aoti: no head (not built yet)"
+    assert choice.reason == "no head (not built yet)"
 
 
 def test_engines_or_nothing(store: EngineStore, segments: dict[str, Segment]) -> None:
-    with pytest.raises(BadRequest, match=r"(?s)lacks engines.*aoti: none is built.*pw build"):
+    with pytest.raises(BadRequest, match=r"(?s)lacks engines.*no engine is built.*pw build"):
         choose_engines(segments, "engines", store, CPU, "pw build")
 
 
@@ -165,3 +166,38 @@ def test_a_plan_of_another_front_end_is_another_engine(
     assert keys["tensorrt"].options == (("frontend", "onnx"),)
     assert keys["torch-tensorrt"].options == (("frontend", "torch-tensorrt"),)
     assert keys["tensorrt"].folder != keys["torch-tensorrt"].folder
+
+
+def test_a_file_in_the_place_of_the_store_is_an_error(
+    store: EngineStore, segments: dict[str, Segment], tmp_path: Path
+) -> None:
+    """Seen: without a word, no engines."""
+    store.root.write_text("a file")
+    with pytest.raises(BadRequest, match=f"(?s)cannot be used.*{store.root} is a file.*PW_CACHE"):
+        choose_engines(segments, "auto", store, CPU, "pw build")
+    below = EngineStore(store.root / "engines")
+    with pytest.raises(BadRequest, match=f"{store.root} is a file"):
+        choose_engines(segments, "auto", below, CPU, "pw build")
+
+
+@pytest.mark.parametrize("fault", ["missing", "full"])
+def test_engines_without_a_temporary_folder_are_no_reason_to_remove_them(
+    store: EngineStore,
+    segments: dict[str, Segment],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    for segment in segments.values():
+        put(store, segment)
+    folder = tmp_path / "temporary"
+    if fault == "full":
+        folder.mkdir()
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    with pytest.raises(BadRequest) as refused:
+        choose_engines(segments, "auto", store, CPU, "pw build")
+    assert str(folder) in str(refused.value)
+    assert ("1.0 MiB free" if fault == "full" else "no folder") in str(refused.value)
+    assert "prune" not in str(refused.value)
+    assert choose_engines(segments, "eager", store, CPU, "pw build").backend == "eager"

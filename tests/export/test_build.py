@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pw_engines.eager import EagerEngine
 from pw_engines.engine import random_inputs
 from pw_export import build as builder
 from pw_export.build import (
+    Built,
     DecoderSource,
     Job,
     TransformerSource,
@@ -209,3 +212,34 @@ def test_real_engine_runs_at_a_size_it_was_not_compiled_for(store: EngineStore) 
         result = torch.empty_like(expected)
         engine.run(inputs, [result])
     assert_as_accurate(result, expected, exact)
+
+
+def test_without_room_for_temporary_files_nothing_is_built(
+    store: EngineStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 2**20))
+    monkeypatch.setattr(builder, "_in_own_process", lambda job: pytest.fail("built"))
+    with pytest.raises(BadRequest, match=f"(?s){tmp_path}.*5.0 MiB free.*512 MiB") as refused:
+        builder.run_jobs(jobs(store)[0], 2, lambda built: None)
+    assert "TMPDIR" in str(refused.value)
+
+
+def test_a_temporary_folder_that_runs_full_ends_the_build_with_one_error(
+    store: EngineStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    free, started = [2**40], []
+
+    def fail(job: Job) -> Built:
+        started.append(job)
+        free[0] = 0
+        return Built(job, 1.0, error="g++: No space left on device")
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(builder, "_in_own_process", fail)
+    said: list[Built] = []
+    with pytest.raises(BadRequest, match=r"0\.0 MiB free"):
+        builder.run_jobs(jobs(store)[0], 1, said.append)
+    assert said == []
+    assert len(started) < 9

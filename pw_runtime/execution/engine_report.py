@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's networks run on, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pw_runtime.checkpoint.bundle import Bundle
+from pw_runtime.execution.decoder_lookup import preset_name
+from pw_runtime.execution.engine_lookup import ASKED_FOR, NONE_BUILT, EngineSet, build_command
+from pw_runtime.types import Network, Preset, RunOptions
+
+
+def describe_engines(
+    engines: Mapping[Network, EngineSet], bundle: Bundle, preset: Preset, options: RunOptions
+) -> str:
+    """Say in one line on which device and in which form the networks of a run run."""
+    groups: dict[str, list[str]] = {}
+    for network, engine_set in engines.items():
+        name = "decoder" if network == "vae" else f"{network} network"
+        groups.setdefault(_form(engine_set), []).append(name)
+    parts = [
+        form if len(groups) == 1 else f"{' and '.join(names)} {form}"
+        for form, names in groups.items()
+    ]
+    device = "the CPU" if options.torch_device.type == "cpu" else str(options.torch_device)
+    text = f"running on {device} in {options.compute_precision}: {'; '.join(parts)}"
+    missing = [network for network, one in engines.items() if one.reason == NONE_BUILT]
+    if missing:
+        command = build_command(options, bundle.root)
+        with_decoder = f" --preset {preset_name(preset)}" if "vae" in missing else ""
+        text += f" (to compile: `{command}{with_decoder}`)"
+    return text
+
+
+def _form(engine_set: EngineSet) -> str:
+    if engine_set.backend != "eager":
+        return f"on {engine_set.reason} ({engine_set.backend})"
+    if engine_set.reason in (ASKED_FOR, NONE_BUILT):
+        return "not compiled"
+    return f"not compiled ({engine_set.reason})"
