@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pw_bench.measure.environment import commit
 from pw_bench.results import read_result
+from pw_engines.child import child_environment
 from pw_runtime.errors import BadRequest
 
 
@@ -97,7 +98,9 @@ def run_parts(
             continue
         say(f"== {part.name}: pw bench {' '.join(part.arguments)}")
         command = [sys.executable, "-m", "pw_runtime", "bench", *part.arguments]
-        code = subprocess.run([*command, "--out", str(out)], check=False).returncode
+        code = subprocess.run(
+            [*command, "--out", str(out)], env=child_environment(), check=False
+        ).returncode
         if code != 0 or not out.exists():
             missing[part.name] = f"it ended with exit code {code}, and printed why above"
     return missing

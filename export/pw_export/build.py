@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from pw_engines import (
     require_parity,
     tensorrt,
 )
+from pw_engines.child import end_with_parent
 from pw_engines.store import Entry
 from pw_engines.tensorrt import torch_tensorrt
 from pw_export.onnx_export import export_segment
@@ -174,8 +177,8 @@ def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -
     _require_room(jobs)
     results: list[Built] = []
     pool = ThreadPoolExecutor(workers)
+    futures = [pool.submit(_in_own_process, job) for job in jobs]
     try:
-        futures = [pool.submit(_in_own_process, job) for job in jobs]
         for future in as_completed(futures):
             results.append(future.result())
             if results[-1].error is not None:
@@ -183,8 +186,10 @@ def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -
             on_built(results[-1])
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.kill()
+        while running := [future for future in futures if not future.done()]:
+            for child in multiprocessing.active_children():
+                child.kill()
+            wait(running, timeout=0.1)  # one may just be starting its process
         pool.shutdown()
         for store in {job.store for job in jobs}:
             EngineStore(store).remove_leftovers()
@@ -201,7 +206,7 @@ def _require_room(jobs: Iterable[Job]) -> None:
 
 def _in_own_process(job: Job) -> Built:
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(1, mp_context=context) as process:
+    with ProcessPoolExecutor(1, context, _start_worker, (os.getpid(),)) as process:
         try:
             return process.submit(build, job).result()
         except BrokenProcessPool:
@@ -209,6 +214,12 @@ def _in_own_process(job: Job) -> Built:
         except Exception as error:  # compilers may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return Built(job, 0.0, error=reason)
+
+
+def _start_worker(parent: int) -> None:
+    """Prepare a process that builds: Ctrl-C reaches it too, and its parent ends it."""
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # compilers below still end
+    end_with_parent(parent)
 
 
 def build(job: Job) -> Built:

@@ -17,6 +17,7 @@ from pw_bench.e2e.worker import MAIN, ClipRecord, Task
 from pw_bench.measure.memory_sampler import MemorySampler, between
 from pw_bench.measure.nvml import Nvml
 from pw_bench.result_sections import Clip
+from pw_engines.child import child_environment
 from pw_runtime.system.trace import Span
 
 _TASK, _RECORD = TypeAdapter(Task), TypeAdapter(ClipRecord)
@@ -42,7 +43,7 @@ def run_process(task: Task, environment: Mapping[str, str], nvml: Nvml | None) -
     for old in task.folder.iterdir():
         old.unlink()
     # The same for all: spinning threads make every program slower wherever others run too.
-    settings = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **environment}
+    settings = child_environment({"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **environment})
     started = time.perf_counter()
     child = subprocess.Popen(
         [sys.executable, "-m", "pw_bench.e2e.worker"],

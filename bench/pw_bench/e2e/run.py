@@ -29,6 +29,7 @@ from pw_bench.measure.nvml import Nvml, skipped_without_gpu
 from pw_bench.measure.peaks import measure_ceilings
 from pw_bench.measure.timing import FULL
 from pw_bench.results import Figure, Result, Skipped
+from pw_engines.child import child_environment
 from pw_runtime.errors import BadRequest, BadResult
 from pw_runtime.job.preflight import pick_device
 from pw_runtime.presets import find_preset
@@ -169,7 +170,8 @@ def build_engines(
     command = [sys.executable, "-m", "pw_runtime", "build", "--model", str(job.bundle)]
     command += ["--device", job.device, "--precision", job.precision]
     start = time.perf_counter()
-    code = subprocess.run(command, env=os.environ | environment, check=False).returncode
+    settings = child_environment(os.environ | environment)
+    code = subprocess.run(command, env=settings, check=False).returncode
     seconds = time.perf_counter() - start
     if code != 0:
         raise BadResult("the engines could not be built", got=f"exit code {code} of `pw build`")

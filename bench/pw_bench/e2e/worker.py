@@ -27,6 +27,7 @@ from pw_bench.choices import ProgramName  # noqa: E402
 from pw_bench.e2e.job import ClipFacts, Job  # noqa: E402
 from pw_bench.e2e.programs import CONTENDERS  # noqa: E402
 from pw_bench.measure.nvml import Nvml  # noqa: E402
+from pw_engines.child import end_with_parent  # noqa: E402
 from pw_runtime.system.machine import peak_rss_bytes, reset_peak_rss  # noqa: E402
 from pw_runtime.system.trace import Span, Trace  # noqa: E402
 
@@ -134,6 +135,7 @@ def _bytes_written() -> int | None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
         os.dup2(2, 1)  # what programs print goes to stderr
         make_clips(TypeAdapter(Task).validate_json(sys.stdin.read()), stdout)

@@ -23,6 +23,7 @@ from torch import Tensor
 from pw_bench.measure.tensor_ledger import Ledger
 from pw_bench.result_sections import Ratio
 from pw_bench.results import Figure
+from pw_engines.child import child_environment, end_with_parent
 from pw_runtime.errors import BadResult
 from pw_runtime.system.machine import peak_rss_bytes, reset_peak_rss, rss_bytes
 
@@ -90,6 +91,7 @@ def run_child(
     child = subprocess.run(
         [sys.executable, "-m", module, contender, str(file), mode],
         check=True,
+        env=child_environment(),
         input=TypeAdapter(type(work)).dump_json(work).decode(),
         stdout=subprocess.PIPE,
         encoding="utf-8",
@@ -99,6 +101,7 @@ def run_child(
 
 def serve(work_type: type, prepare: Prepare) -> None:
     """Be the child of `run_child`: read the work from stdin, write the sample to stdout."""
+    end_with_parent()
     contender, file, mode = sys.argv[1:]
     adapter: TypeAdapter[Any] = TypeAdapter(work_type)
     work = adapter.validate_json(sys.stdin.read())

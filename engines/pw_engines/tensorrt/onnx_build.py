@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pw_engines.child import end_with_parent
 from pw_engines.engine import EngineError
 from pw_engines.spec import EngineSpec
 from pw_engines.tensorrt.library import (
@@ -162,6 +163,7 @@ def _save_timing_cache(config: Any, path: Path, messages: Messages) -> None:
 
 def main() -> int:
     """Build what the request file, the first argument, describes; print notes."""
+    end_with_parent()
     request = Request.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if request.device is not None:
         torch.cuda.set_device(request.device)

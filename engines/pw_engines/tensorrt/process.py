@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from pw_engines.child import child_environment
 from pw_engines.engine import EngineError
 from pw_engines.spec import DTYPES, EngineSpec
 from pw_engines.tensorrt.library import TENSORRT
@@ -105,7 +106,8 @@ def build_in_process(
 def _run_builder(module: str, folder: Path) -> tuple[int, int]:
     """Run the build process; return its exit code (negative: a signal) and peak memory in bytes."""
     # why the path: the child must find what this process found, installed or not
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = child_environment({**os.environ, **path})
     command = (sys.executable, "-m", module, str(folder / "request.json"))
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=err)

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import torch
 
+from pw_engines.child import end_with_parent
 from pw_engines.engine import EngineError
 from pw_engines.spec import DTYPES
 from pw_engines.tensorrt.engine import tensors_of
@@ -153,6 +154,7 @@ def _last_lines(path: Path) -> list[str]:
 
 def main() -> int:
     """Build what the request file, the first argument, describes."""
+    end_with_parent()
     request = Request.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     log = request.plan.with_name(LOG)
     try:
