@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from pw_engines import (
     EngineStore,
     FrontEnd,
     Parity,
+    Platform,
     StoreError,
     aoti,
     check_parity,
@@ -31,14 +32,14 @@ from pw_engines import (
 )
 from pw_engines.child import end_with_parent
 from pw_engines.store import Entry
-from pw_engines.tensorrt import torch_tensorrt
+from pw_engines.tensorrt import rtx, torch_tensorrt
 from pw_export.onnx_export import export_segment
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import decoder_segments
 from pw_runtime.execution.decoder_segments import source_digest as decoder_source_digest
-from pw_runtime.execution.engine_lookup import COMPILERS, Compiler, CompilerName, key_of
+from pw_runtime.execution.engine_lookup import COMPILERS, Compiler, CompilerName, keys_of
 from pw_runtime.execution.transformer_segments import Segment, segments_of, source_digest
 from pw_runtime.system.places import require_temporary_room
 from pw_runtime.types import DitConfig, Precision, Preset
@@ -117,7 +118,7 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
     """Choose a compiler: the best that is available, or the requested one.
 
     Args:
-        backend: "tensorrt", "aoti" or "auto".
+        backend: "tensorrt", "tensorrt-rtx", "aoti" or "auto".
         frontend: front end of TensorRT, which it implies; None: ONNX if TensorRT is used.
         device: device to build for.
 
@@ -132,7 +133,12 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
     if frontend is not None:
         backend = "tensorrt"
     by_torch: Builders = {"torch-tensorrt": torch_tensorrt.unavailable}
-    others: Builders = {"tensorrt": tensorrt.unavailable, "aoti": aoti.unavailable}
+    others: Builders = {
+        "tensorrt": tensorrt.unavailable,
+        # By itself only for a GPU that is here; for another one it must be asked for.
+        "tensorrt-rtx": rtx.cannot_run if backend == "auto" else rtx.cannot_build_for,
+        "aoti": aoti.unavailable,
+    }
     builders = by_torch if frontend == "torch-tensorrt" else others
     reasons = {
         name: unavailable(device)
@@ -149,18 +155,41 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
     )
 
 
+def platform_for(name: CompilerName, device: torch.device, targets: Sequence[str] = ()) -> Platform:
+    """Return what to build engines for: the device, or GPU architectures that are named.
+
+    Raises BadRequest for targets that the compiler does not have.
+    """
+    if name != "tensorrt-rtx":
+        if targets:
+            raise BadRequest(
+                "--target is an option of TensorRT for RTX",
+                got=f"--target {' --target '.join(targets)} with the compiler {name}",
+                do="add --backend tensorrt-rtx, or leave --target out",
+            )
+        return COMPILERS[name].platforms(device)[0]
+    named = tuple(dict.fromkeys(targets)) or rtx.default_targets(device)
+    if reason := rtx.cannot_build(named):
+        raise BadRequest("engines cannot be built for these targets", got=reason)
+    return rtx.target_platform(named)
+
+
 def jobs_for(
     sources: Iterable[Source],
     name: CompilerName,
     device: torch.device,
     store: EngineStore,
+    platform: Platform,
 ) -> tuple[list[Job], list[Job]]:
-    """Return the engines to build and those already in the store, each once for all sources."""
+    """Return the engines to build and those already in the store, each once for all sources.
+
+    `platform` is what they are built for: that of the device, or one with targets.
+    """
     missing: dict[str, Job] = {}
     stored: dict[str, Job] = {}
     for source in sources:
         for segment_name, segment in source.segments(COMPILERS[name], None).items():
-            key = key_of(segment, name, device)
+            (key,) = keys_of(segment, name, [platform])
             job = Job(source, segment_name, name, str(device), store.root, key)
             (missing if store.find(key).path is None else stored)[key.digest] = job
     return list(missing.values()), list(stored.values())
@@ -236,12 +265,24 @@ def build(job: Job) -> Built:
             segment = job.source.segments(compiler, device)[job.segment]
             with torch.inference_mode(), store.publishing(job.key, compiler.file) as path:
                 _compile(job, segment, path, device)
-                engine = compiler.load(segment.spec, path, device)
-                parity = check_parity(engine, segment.module, device)
-                require_parity(job.segment, parity)
+                parity = _check(job, segment, path, device)
     except (EngineError, StoreError) as error:
         return Built(job, time.monotonic() - start, error=str(error))
     return Built(job, time.monotonic() - start, tuple(parity))
+
+
+def _check(job: Job, segment: Segment, path: Path, device: torch.device) -> list[Parity]:
+    """Compare an engine with its segment; one for other GPUs is checked at its first run there.
+
+    Raises EngineError where it does not compute the same.
+    """
+    compiler = COMPILERS[job.compiler]
+    if job.key.platform not in compiler.platforms(device):
+        return []
+    engine = compiler.load(segment.spec, path, device)
+    parity = check_parity(engine, segment.module, device)
+    require_parity(job.segment, parity)
+    return parity
 
 
 def _compile(job: Job, segment: Segment, path: Path, device: torch.device) -> None:
@@ -255,6 +296,10 @@ def _compile(job: Job, segment: Segment, path: Path, device: torch.device) -> No
         cache = job.store / "timing.cache"
         model = export_segment(segment)
         tensorrt.build(segment.spec, model, path, device, timing_cache=cache, say=say)
+    elif job.compiler == "tensorrt-rtx":
+        rtx.build(
+            segment.spec, export_segment(segment), path, rtx.targets_of(job.key.platform), say
+        )
     elif job.compiler == "torch-tensorrt":
         torch_tensorrt.build(segment.spec, segment.module, path, device, say=say)
     else:
@@ -271,10 +316,21 @@ def unusable(entry: Entry) -> str | None:
         return "its key is of another version"
     if sources not in (source_digest(), decoder_source_digest()):
         return "built from other sources of the networks"
+    if compiler.backend == "tensorrt-rtx":
+        return _unusable_rtx(platform)
     device = torch.device("cuda" if "gpu" in platform else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         return "built for a GPU, and none is available"
     reason = compiler.unavailable(device)
-    if reason is None and dict(compiler.platform(device)) != platform:
+    if reason is None and platform not in map(dict, compiler.platforms(device)):
         reason = f"built for another machine or other versions: {platform}"
+    return reason
+
+
+def _unusable_rtx(platform: dict[str, str]) -> str | None:
+    """Return why plans for named targets are of no use anywhere; None if they are."""
+    targets = platform["targets"].split()
+    reason = rtx.cannot_build(targets)
+    if reason is None and dict(rtx.target_platform(targets)) != platform:
+        reason = f"built by other versions: {platform}"
     return reason

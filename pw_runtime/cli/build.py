@@ -23,7 +23,7 @@ from pw_runtime.errors import BadRequest
 if TYPE_CHECKING:
     import torch
 
-    from pw_engines import EngineStore
+    from pw_engines import EngineStore, Platform
     from pw_export.build import Built, Job, Source
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.execution.engine_lookup import CompilerName
@@ -35,10 +35,18 @@ if TYPE_CHECKING:
 @click.option("--model", type=FOLDER, required=True, help="Bundle made by `pw convert`.")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "tensorrt", "aoti"]),
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "aoti"]),
     default="auto",
     show_default=True,
-    help="auto: TensorRT if it is installed, otherwise AOTInductor.",
+    help="auto: TensorRT if it is installed and there is a GPU, otherwise AOTInductor; "
+    "tensorrt-rtx builds for GPUs that need not be here.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="GPU architecture to build for with tensorrt-rtx: sm_80, sm_86, sm_89, sm_120, sm_121; "
+    "may be repeated. [default: that of the GPU here, or all]",
 )
 @click.option(
     "--frontend",
@@ -59,7 +67,7 @@ if TYPE_CHECKING:
 @click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 def build(**options: Any) -> int:
     """Compile a model's transformers, once for all presets; with --preset also the decoder."""
-    from pw_export.build import pick_compiler
+    from pw_export.build import pick_compiler, platform_for
     from pw_runtime.checkpoint.bundle import open_bundle
     from pw_runtime.job.preflight import default_precision, pick_device
     from pw_runtime.presets import find_preset
@@ -76,10 +84,17 @@ def build(**options: Any) -> int:
                 name = flag.replace("_", "-")
                 raise BadRequest(f"--onnx-only and --{name} exclude each other", do="drop one")
         return _export_onnx(bundle, precision, chunk, folder, preset, reporter)
-    compiler = pick_compiler(options["backend"], options["frontend"], device)
+    targets, backend = options["targets"], options["backend"]
+    compiler = pick_compiler(
+        "tensorrt-rtx" if targets and backend == "auto" else backend, options["frontend"], device
+    )
+    platform = platform_for(compiler, device, targets)
+    if compiler == "tensorrt-rtx" and options["precision"] is None:
+        precision = "bf16"  # for a GPU, wherever it is built
     sources = _sources(bundle, precision, chunk, preset, compiler)
-    heading = f"{compiler} engines for {device}, {precision}, up to {chunk} tokens"
-    jobs = _pending(sources, compiler, device, heading, reporter)
+    where = dict(platform).get("targets", str(device)).replace(" ", ", ")
+    heading = f"{compiler} engines for {where}, {precision}, up to {chunk} tokens"
+    jobs = _pending(sources, compiler, device, platform, heading, reporter)
     if preset is not None:
         last = preset.highres or preset.draft
         reporter.say(f"the decoder's engines are for {last.width}x{last.height} only")
@@ -140,6 +155,7 @@ def _pending(
     sources: list[Source],
     compiler: CompilerName,
     device: torch.device,
+    platform: Platform,
     heading: str,
     reporter: Reporter,
 ) -> list[Job]:
@@ -147,7 +163,7 @@ def _pending(
     from pw_export.build import jobs_for
 
     store = _open_store()
-    jobs, built = jobs_for(sources, compiler, device, store)
+    jobs, built = jobs_for(sources, compiler, device, store, platform)
     reporter.say(f"{heading}, in {store.root}: {len(built)} built, {len(jobs)} to build")
     return jobs
 
@@ -164,9 +180,13 @@ def _build(jobs: list[Job], workers: int, reporter: Reporter, *, quiet: bool) ->
         if built.error is not None:
             reporter.warn(f"{built.job.key.folder}: {built.error}")
             return
-        error = max((parity.error for parity in built.parity), default=0.0)
-        seconds = f"{built.seconds:.0f} s"
-        reporter.say(f"{built.job.key.folder}: {seconds}, within {error:.1e} of its segment")
+        checked = "built by another process meanwhile"
+        if built.parity:
+            error = max(parity.error for parity in built.parity)
+            checked = f"within {error:.1e} of its segment"
+        elif built.seconds:
+            checked = "compared with its segment when it first runs"
+        reporter.say(f"{built.job.key.folder}: {built.seconds:.0f} s, {checked}")
 
     start = time.monotonic()
     results = run_jobs([replace(job, quiet=quiet) for job in jobs], workers, on_built)
@@ -210,6 +230,8 @@ def _show(*, verify: bool) -> int:
     entries = store.entries(verify=verify)
     for entry in entries:
         state = f"damaged: {entry.damage}" if entry.damage else f"built in {entry.seconds:.0f} s"
+        if targets := dict(entry.key.get("platform", ())).get("targets"):
+            state += f" for {targets.replace(' ', ', ')}"
         click.echo(f"{entry.folder}  {entry.bytes / 2**20:6.1f} MiB  {state}")
     click.echo(f"{len(entries)} engines in {store.root}")
     return SOME_FAILED if any(entry.damage for entry in entries) else DONE

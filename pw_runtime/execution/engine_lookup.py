@@ -6,11 +6,11 @@ Nothing is compiled here. What runs is reported (engine_report.py), and recorded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
@@ -21,12 +21,15 @@ from pw_engines import (
     EngineKey,
     EngineStore,
     FrontEnd,
+    Platform,
     aoti,
     tensorrt,
 )
 from pw_engines.eager import EagerEngine
+from pw_engines.engine import SegmentFunction
 from pw_engines.spec import digest_of
-from pw_engines.tensorrt import torch_tensorrt
+from pw_engines.store import Lookup
+from pw_engines.tensorrt import rtx, torch_tensorrt
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import require_dit
 from pw_runtime.errors import BadRequest
@@ -38,20 +41,34 @@ from pw_runtime.types import CHUNK, EnginePolicy, RunOptions, StageName
 ASKED_FOR: Final = "asked for"
 NONE_BUILT: Final = "no engine is built"
 
-CompilerName = Literal["tensorrt", "torch-tensorrt", "aoti"]
+CompilerName = Literal["tensorrt", "torch-tensorrt", "tensorrt-rtx", "aoti"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiler:
-    """Keys and loading of the engines of one compiler."""
+    """Keys and loading of the engines of one compiler.
+
+    Attributes:
+        backend: that runs them.
+        file: name of an engine's file in the store.
+        unavailable: why they cannot be run on a device.
+        platforms: what engines that run on a device were built for, the best first; new ones for
+            that device are built for the first.
+        load: opens one.
+        check: compares one with its segment at its first run on a device; None: that was done when
+            it was built.
+        frontend: of TensorRT.
+        bakes_weights: the decoder's weights become part of its engines.
+    """
 
     backend: Backend
     file: str
     unavailable: Callable[[torch.device], str | None]
-    platform: Callable[[torch.device], tuple[tuple[str, str], ...]]
+    platforms: Callable[[torch.device], Sequence[Platform]]
     load: Callable[..., Engine]
-    frontend: FrontEnd | None = None  # of TensorRT
-    bakes_weights: bool = False  # the decoder's weights become part of its engines
+    check: Callable[[Any, SegmentFunction, torch.device], None] | None = None
+    frontend: FrontEnd | None = None
+    bakes_weights: bool = False
 
     @property
     def options(self) -> tuple[tuple[str, str], ...]:
@@ -65,7 +82,7 @@ COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
             backend="tensorrt",
             file=tensorrt.FILE,
             unavailable=tensorrt.unavailable,
-            platform=tensorrt.tensorrt_platform,
+            platforms=lambda device: [tensorrt.tensorrt_platform(device)],
             load=tensorrt.load,
             frontend="onnx",
             bakes_weights=True,
@@ -74,31 +91,42 @@ COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
             backend="tensorrt",
             file=tensorrt.FILE,
             unavailable=tensorrt.unavailable,  # to run: the front end only builds
-            platform=torch_tensorrt.torch_platform,
+            platforms=lambda device: [torch_tensorrt.torch_platform(device)],
             load=tensorrt.load,
             frontend="torch-tensorrt",
             bakes_weights=True,
+        ),
+        "tensorrt-rtx": Compiler(
+            backend="tensorrt-rtx",
+            file=rtx.FILE,
+            unavailable=rtx.cannot_run,
+            platforms=rtx.platforms_for,
+            load=rtx.load,
+            check=rtx.check_first_run,
         ),
         "aoti": Compiler(
             backend="aoti",
             file=aoti.FILE,
             unavailable=aoti.unavailable_to_run,
-            platform=aoti.aoti_platform,
+            platforms=lambda device: [aoti.aoti_platform(device)],
             load=aoti.load,
         ),
     }
 )
 
 
-def key_of(segment: Segment, name: CompilerName, device: torch.device) -> EngineKey:
-    """Return the key of a segment's engine for this machine."""
+def keys_of(segment: Segment, name: CompilerName, platforms: Iterable[Platform]) -> list[EngineKey]:
+    """Return the keys of a segment's engines for these platforms."""
     compiler = COMPILERS[name]
-    return EngineKey(
-        spec=segment.spec,
-        backend=compiler.backend,
-        platform=compiler.platform(device),
-        options=compiler.options,
-    )
+    return [
+        EngineKey(
+            spec=segment.spec,
+            backend=compiler.backend,
+            platform=platform,
+            options=compiler.options,
+        )
+        for platform in platforms
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +249,13 @@ def find_engines(
     for label, compiler in COMPILERS.items():
         reason = compiler.unavailable(device)
         if reason:
-            if device.type != "cpu" or compiler.backend != "tensorrt":  # which is for GPUs
+            if device.type != "cpu":  # what cannot run on one is for GPUs
                 missing[compiler.backend] = reason  # once for both front ends
             continue
-        segments = segments_for(compiler)
-        keys = {name: key_of(segment, label, device) for name, segment in segments.items()}
-        files = {name: store.find(key) for name, key in keys.items()}
+        segments, platforms = segments_for(compiler), compiler.platforms(device)
+        keys, files = {}, {}
+        for name, segment in segments.items():
+            keys[name], files[name] = _first(store, keys_of(segment, label, platforms))
         absent = [f"{name} ({file.reason})" for name, file in files.items() if file.path is None]
         if absent:
             none = len(absent) == len(files)
@@ -237,7 +266,7 @@ def find_engines(
             require_temporary_room(2 * size + 16 * 2**20, "unpacking engines")
         try:
             engines = {
-                name: compiler.load(segments[name].spec, file.path, device)
+                name: _load(compiler, segments[name], file.path, device)
                 for name, file in files.items()
             }
         except EngineError as error:
@@ -254,3 +283,17 @@ def find_engines(
     if len(reasons) > 1:
         reasons = [f"{label}: {reason}" for label, reason in missing.items()]
     return Unavailable("; ".join(reasons))
+
+
+def _first(store: EngineStore, keys: Sequence[EngineKey]) -> tuple[EngineKey, Lookup]:
+    """Find the first engine that is built; with none, return the first key and what it lacks."""
+    found = [(key, store.find(key)) for key in keys]
+    return next((pair for pair in found if pair[1].path is not None), found[0])
+
+
+def _load(compiler: Compiler, segment: Segment, path: Path | None, device: torch.device) -> Engine:
+    """Open an engine, and check it where that has not been done. Raises EngineError."""
+    engine = compiler.load(segment.spec, path, device)
+    if compiler.check is not None:
+        compiler.check(engine, segment.module, device)
+    return engine

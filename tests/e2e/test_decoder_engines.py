@@ -20,7 +20,7 @@ from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution import engine_lookup
 from pw_runtime.execution.decoder_lookup import decoder_segments, select_decoder_engines
-from pw_runtime.execution.engine_lookup import COMPILERS, EngineSet, key_of
+from pw_runtime.execution.engine_lookup import COMPILERS, EngineSet, keys_of
 from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.presets import find_preset
 from pw_runtime.types import EnginePolicy, Prompt, Request, RunOptions
@@ -50,7 +50,7 @@ def built(
     def put(text: str = "good") -> None:
         store = EngineStore()
         for segment in segments.values():
-            key = key_of(segment, "aoti", CPU)
+            (key,) = keys_of(segment, "aoti", COMPILERS["aoti"].platforms(CPU))
             with store.locked(key), store.publishing(key, aoti.file) as path:
                 path.write_text(text)
 

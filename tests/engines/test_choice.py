@@ -15,11 +15,12 @@ from pw_engines import EngineError, EngineSpec, EngineStore
 from pw_engines.eager import EagerEngine
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution import engine_lookup
-from pw_runtime.execution.engine_lookup import Compiler, choose_engines, key_of
+from pw_runtime.execution.engine_lookup import Compiler, choose_engines, keys_of
 from pw_runtime.execution.transformer_segments import Segment, segments_of
 from tests.engines.test_segments import DRAFT
 
 CPU = torch.device("cpu")
+PLATFORMS = [(("cpu", "any"),)]
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def store(
         name: Compiler(
             backend=compiler.backend,
             file=compiler.file,
-            unavailable=missing if compiler.backend == "tensorrt" else lambda device: None,
-            platform=lambda device: (("cpu", "any"),),
+            unavailable=missing if "tensorrt" in compiler.backend else lambda device: None,
+            platforms=lambda device: PLATFORMS,
             load=load,
             frontend=compiler.frontend,
         )
@@ -62,7 +63,7 @@ def put(
     text: str = "good",
     compiler: engine_lookup.CompilerName = "aoti",
 ) -> None:
-    key = key_of(segment, compiler, CPU)
+    (key,) = keys_of(segment, compiler, PLATFORMS)
     with store.locked(key), store.publishing(key, "engine.pt2") as path:
         path.write_text(text)
 
@@ -114,7 +115,7 @@ def test_an_engine_that_cannot_be_opened_is_an_error(
 def test_a_changed_file_counts_as_missing(store: EngineStore, segments: dict[str, Segment]) -> None:
     for segment in segments.values():
         put(store, segment)
-    lookup = store.find(key_of(segments["embed"], "aoti", CPU))
+    lookup = store.find(keys_of(segments["embed"], "aoti", PLATFORMS)[0])
     assert lookup.path is not None
     lookup.path.write_text("evil")
     choice = choose_engines(segments, "auto", store, CPU, "pw build")
@@ -162,7 +163,8 @@ def test_engines_of_two_front_ends_are_not_mixed(
 def test_a_plan_of_another_front_end_is_another_engine(
     store: EngineStore, segments: dict[str, Segment]
 ) -> None:
-    keys = {name: key_of(segments["head"], name, CPU) for name in ("tensorrt", "torch-tensorrt")}
+    names = ("tensorrt", "torch-tensorrt")
+    keys = {name: keys_of(segments["head"], name, PLATFORMS)[0] for name in names}
     assert keys["tensorrt"].options == (("frontend", "onnx"),)
     assert keys["torch-tensorrt"].options == (("frontend", "torch-tensorrt"),)
     assert keys["tensorrt"].folder != keys["torch-tensorrt"].folder

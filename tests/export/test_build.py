@@ -25,6 +25,7 @@ from pw_export.build import (
     build,
     jobs_for,
     pick_compiler,
+    platform_for,
     unusable,
 )
 from pw_runtime.errors import BadRequest
@@ -65,7 +66,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def jobs(store: EngineStore, chunk: int = 64) -> tuple[list[Job], list[Job]]:
     sources = [TransformerSource(config, "fp32", chunk) for config in (DRAFT, HIGHRES)]
-    return jobs_for(sources, "aoti", CPU, store)
+    return jobs_for(sources, "aoti", CPU, store, platform_for("aoti", CPU))
 
 
 def test_every_engine_is_built_once_for_both_networks(
@@ -166,7 +167,7 @@ def test_engines_of_the_decoder_are_of_one_size_and_kept(
     store: EngineStore, quick: pytest.MonkeyPatch, bundle_dir: Path
 ) -> None:
     source = DecoderSource(bundle_dir, SMALL)
-    missing, _ = jobs_for([source], "aoti", CPU, store)
+    missing, _ = jobs_for([source], "aoti", CPU, store, platform_for("aoti", CPU))
     assert [job.segment for job in missing] == [
         "vae_coarse_first_2x3", "vae_fine_first_2x3", "vae_coarse_next_2x3", "vae_fine_next_2x3",
     ]  # fmt: skip
@@ -175,7 +176,9 @@ def test_engines_of_the_decoder_are_of_one_size_and_kept(
     (entry,) = store.entries(verify=True)
     assert unusable(entry) is None
     taller = replace(SMALL, draft=replace(SMALL.draft, height=64))
-    others, fresh = jobs_for([DecoderSource(bundle_dir, taller)], "aoti", CPU, store)
+    others, fresh = jobs_for(
+        [DecoderSource(bundle_dir, taller)], "aoti", CPU, store, platform_for("aoti", CPU)
+    )
     assert (len(others), fresh) == (4, [])
 
 

@@ -117,11 +117,11 @@ class TensorrtEngine:
                     f"{name} does not have the tensor names it was built with; build it again"
                 )
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            self._kernels: RuntimeCache | None = None
+            self.kernels: RuntimeCache | None = None
             if library.targets:
                 runtime_config = engine.create_runtime_config()
                 runtime_config.set_execution_context_allocation_strategy(strategy)
-                self._kernels = RuntimeCache(trt, runtime_config, path, device)
+                self.kernels = RuntimeCache(trt, runtime_config, path, device)
                 context = engine.create_execution_context(runtime_config)
             else:
                 context = engine.create_execution_context(strategy)
@@ -171,8 +171,6 @@ class TensorrtEngine:
             done = context.execute_async_v3(shared.stream.cuda_stream)
             current.wait_stream(shared.stream)
             shared.messages.need(done, f"{self.spec.segment} failed in {shared.library.title}")
-            if self._kernels is not None and not self._has_run:
-                self._kernels.save()
         self._has_run = True
 
     def _check(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

@@ -20,7 +20,7 @@ _LENGTH: Final = 8  # bytes of the length, least significant first
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFacts:
-    """What a plan's builder knew and its reader needs.
+    """Facts that a plan's builder knew and its reader needs.
 
     Attributes:
         names: of the plan's inputs and outputs, in the order of the spec; None: those of the spec.

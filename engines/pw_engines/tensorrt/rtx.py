@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from pw_engines.engine import EngineError
+from pw_engines.engine import EngineError, SegmentFunction, check_parity, require_parity
 from pw_engines.spec import EngineSpec, Platform
 from pw_engines.tensorrt import RECIPE
 from pw_engines.tensorrt.engine import TensorrtEngine
@@ -48,6 +48,16 @@ def cannot_build(targets: Sequence[str]) -> str | None:
     return None
 
 
+def cannot_build_for(device: torch.device) -> str | None:
+    """Return why plans cannot be built for a device, or, for a CPU, not for any GPU."""
+    return cannot_build([target_of(device)] if device.type == "cuda" else [])
+
+
+def default_targets(device: torch.device) -> tuple[str, ...]:
+    """Return the targets to build for where none are named: the GPU's, or else all."""
+    return (target_of(device),) if device.type == "cuda" else RTX.targets
+
+
 def cannot_run(device: torch.device) -> str | None:
     """Return why plans cannot be run on `device`, and what to do; None if they can."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -69,11 +79,18 @@ def target_platform(targets: Sequence[str]) -> Platform:
     return tuple(sorted(facts.items()))
 
 
+def targets_of(platform: Platform) -> tuple[str, ...]:
+    """Return the targets of plans for a platform."""
+    return tuple(dict(platform)["targets"].split())
+
+
 def platforms_for(device: torch.device) -> list[Platform]:
     """List the platforms whose plans run on a GPU: those with its target, the fewest first.
 
-    A plan for fewer targets takes less scratch memory.
+    A plan for fewer targets takes less scratch memory. None run on a CPU.
     """
+    if cannot_run(device) is not None:
+        return []
     own = target_of(device)
     others = [target for target in RTX.targets if target != own]
     return [
@@ -116,7 +133,24 @@ def build(
         request.model.write_bytes(onnx)
         return request
 
-    build_in_process(spec, "pw_engines.tensorrt.onnx_build", prepare, path, say, RTX.title)
+    build_in_process(spec, "pw_engines.tensorrt.onnx_build", prepare, path, say, RTX)
+
+
+def check_first_run(engine: TensorrtEngine, segment: SegmentFunction, device: torch.device) -> None:
+    """Compare an engine with its segment where no kernels of an earlier run are kept.
+
+    It may have been built where it could not run. The kernels that are finished meanwhile are kept
+    if it agrees.
+
+    Raises:
+        EngineError: it does not compute what its segment does.
+    """
+    kernels = engine.kernels
+    if kernels is None or kernels.loaded:
+        return
+    with torch.inference_mode():
+        require_parity(engine.spec.segment, check_parity(engine, segment, device))
+    kernels.save()
 
 
 def load(spec: EngineSpec, path: Path, device: torch.device) -> TensorrtEngine:

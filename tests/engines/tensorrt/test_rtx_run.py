@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pw_engines import engine as engine_module
 from pw_engines.engine import EngineError
 from pw_engines.tensorrt import driver, rtx
 from pw_engines.tensorrt.engine import TensorrtEngine
@@ -18,9 +19,11 @@ from pw_engines.tensorrt.onnx_build import build_plan
 from pw_engines.tensorrt.plan_file import read_facts, split_plan
 from pw_engines.tensorrt.request import Request
 from tests.closeness import relative_l2
-from tests.engines.tensorrt.segments import data, onnx_of, spec
+from tests.engines.tensorrt.segments import aligned, data, onnx_of, spec
+from tests.engines.tensorrt.segments import function as segment
 from tests.engines.tensorrt.simulated import FAULT, read_plan
 
+full = torch.full
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
 TARGETS = ("sm_89", "sm_120")
@@ -67,18 +70,22 @@ def test_kernels_finished_at_the_first_run_are_kept_for_the_next(
 ) -> None:
     monkeypatch.setattr(driver, "DRIVER", tmp_path / "absent")
     cache = path.with_name("runtime-NVIDIA-L4-unknown.cache")
+    random_inputs = engine_module.random_inputs
+    monkeypatch.setattr(
+        engine_module, "random_inputs", lambda *given: list(map(aligned, random_inputs(*given)))
+    )
+    monkeypatch.setattr(torch, "full", lambda *given, **named: aligned(full(*given, **named)))
 
     def opened() -> TensorrtEngine:
         engine = rtx.load(spec(), path, CPU)
-        inputs, outputs, _ = data(spec())
-        engine.run(inputs, outputs)
+        rtx.check_first_run(engine, segment, CPU)
         return engine
 
-    assert not opened()._kernels.loaded  # type: ignore[union-attr]
+    assert not opened().kernels.loaded  # type: ignore[union-attr]
     assert cache.read_bytes().startswith(b"kernels of")
-    assert opened()._kernels.loaded  # type: ignore[union-attr]
+    assert opened().kernels.loaded  # type: ignore[union-attr]
     cache.write_bytes(b"of another driver")
-    assert not opened()._kernels.loaded  # type: ignore[union-attr]
+    assert not opened().kernels.loaded  # type: ignore[union-attr]
     assert cache.read_bytes().startswith(b"kernels of")
     assert sorted(file.name for file in tmp_path.iterdir()) == [rtx.FILE, cache.name]
 
