@@ -101,6 +101,7 @@ class AotiEngine:
 
     backend: Backend = "aoti"
     padded = False
+    scratch = 0
 
     def __init__(self, spec: EngineSpec, package: Path, device: torch.device) -> None:
         """Open a package that the store has verified. Raises EngineError."""

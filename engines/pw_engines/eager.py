@@ -16,6 +16,7 @@ class EagerEngine:
 
     backend: Backend = "eager"
     padded = False
+    scratch = 0
 
     def __init__(self, spec: EngineSpec, segment: SegmentFunction) -> None:
         self.spec = spec

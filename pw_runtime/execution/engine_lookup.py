@@ -144,6 +144,11 @@ class EngineSet:
         """True if an engine takes only whole chunks."""
         return any(engine.padded for engine in self.engines.values())
 
+    @property
+    def scratch(self) -> int:
+        """Bytes of scratch memory on the device, shared by the engines."""
+        return max((engine.scratch for engine in self.engines.values()), default=0)
+
     def to_dict(self) -> dict[str, str]:
         """Return the entry of a receipt."""
         entry = {"backend": self.backend, "reason": self.reason}

@@ -20,6 +20,7 @@ from pw_runtime.types import (
     Codec,
     DecodePlan,
     MemoryItem,
+    Network,
     Pass,
     Place,
     Residency,
@@ -114,11 +115,20 @@ def transformer_candidates(
                 plan,
                 padded=work.padded,
             )
+            items += _scratch(work, name)
             if not gpu:
                 items = _moved(items, "host")
             memory = _stage(name, items, work, gpu=gpu)
             options.append(Candidate(plan, transformer_text(plan, passes), memory))
     return tuple(options)
+
+
+def _scratch(work: Workload, network: Network) -> tuple[MemoryItem, ...]:
+    """List the scratch memory of a network's engines, where they have some of their own."""
+    size = work.scratch.get(network, 0)
+    name = "scratch memory of the engines"
+    item = MemoryItem(name=name, kind="activations", bytes=size, place="device")
+    return (item,) if size else ()
 
 
 def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...]) -> str:
@@ -146,6 +156,7 @@ def decode_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[DecodePla
     for plan in _decode_plans(work, shape, gpu=gpu):
         itemsize = 4 if options.vae_precision == "fp32" else 2
         items = _decode_items(work.vae, shape, plan.tiling, itemsize)
+        items += _scratch(work, "vae") if plan.engines else ()
         if not gpu:
             items = (*_moved(items, "host"), *_on_a_cpu(work.vae, items))
         frame = 3 * last.width * last.height // 2

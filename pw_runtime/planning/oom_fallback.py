@@ -255,6 +255,7 @@ def plan_run(
         prompts=len(request.prompts),
         padded=any(engines[stage].padded for stage in request.stages if stage in engines),
         decoder_engines=engines["vae"].backend != "eager",
+        scratch={network: engine_set.scratch for network, engine_set in engines.items()},
         decode_only=decode_only,
     )
     budget = budget_of(request.device, request.gpu_memory, request.host_memory)

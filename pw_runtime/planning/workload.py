@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +14,7 @@ from pw_runtime.system.machine import available_memory_bytes, rss_bytes
 from pw_runtime.types import (
     Budget,
     DitConfig,
+    Network,
     Precision,
     Preset,
     RunOptions,
@@ -42,6 +43,7 @@ class Workload:
     prompts: int = 1  # whose text and drafts wait between the stages
     padded: bool = False  # engines take whole chunks only
     decoder_engines: bool = False  # the decoder runs on engines
+    scratch: Mapping[Network, int] = field(default_factory=dict)  # bytes of the networks' engines
     process: int  # bytes of host memory that the program itself takes
 
     @property
@@ -59,6 +61,7 @@ def workload(
     prompts: int = 1,
     padded: bool = False,
     decoder_engines: bool = False,
+    scratch: Mapping[Network, int] | None = None,
     decode_only: bool = False,
 ) -> Workload:
     """Collect what a plan depends on. Raises BadRequest where a stage has no network."""
@@ -78,6 +81,7 @@ def workload(
         prompts=prompts,
         padded=padded,
         decoder_engines=decoder_engines,
+        scratch=scratch or {},
         process=rss_bytes(),
     )
 

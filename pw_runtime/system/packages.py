@@ -54,6 +54,8 @@ KNOWN: Final[Mapping[str, Known]] = MappingProxyType(
         "torch-tensorrt": Known(
             "torch_tensorrt", "pw build --frontend torch-tensorrt; ONNX remains"
         ),
+        "tensorrt-rtx-cu13-bindings": Known("tensorrt_rtx_bindings", "pw build --target"),
+        "tensorrt-rtx-cu13-libs": Known("tensorrt_rtx_libs", "pw build --target"),
         "jinja2": Known("jinja2", "pw bench report"),
         "scikit-image": Known("skimage", "pw compare, pw bench e2e, pw bench quality"),
         "scipy": Known("scipy", "pw bench compare, and scikit-image"),

@@ -141,3 +141,40 @@ def test_arithmetic_is_that_of_the_specification() -> None:
         seconds = seconds_by_stage(work, replace(plan, transformers=alone), rates)
         assert seconds["highres"] == pytest.approx(wanted, rel=1e-3)
         assert seconds["draft"] == pytest.approx(3.52, rel=1e-2)
+
+
+def test_what_waits_between_the_stages_is_counted_for_every_prompt() -> None:
+    """Seen: the texts of all prompts stood on the device, and in no plan."""
+    one, many = (
+        candidates(replace(work_for("2k"), prompts=count), gpu=True)["highres"][0].memory
+        for count in (1, 101)
+    )
+    text, draft = 2 * 512 * 4096, 2 * 4 * 48 * 31 * 16 * 28
+    assert many.peak("host") - one.peak("host") == 100 * (text + draft)
+    assert many.peak("device") == one.peak("device")
+
+
+def test_scratch_memory_of_engines_is_in_the_plan() -> None:
+    plain, with_engines = (
+        candidates(replace(work_for("2k"), scratch=scratch), gpu=True)["highres"][0].memory
+        for scratch in ({}, {"highres": 2**30})
+    )
+    assert with_engines.peak("device") - plain.peak("device") == 2**30
+
+
+@pytest.mark.parametrize(("guidance", "name"), [(1.0, "the prompt"), (0.0, "the negative prompt")])
+def test_one_pass_takes_half_the_time_and_shares_no_attention(guidance: float, name: str) -> None:
+    work = work_for("2k")
+    draft = replace(work.stages["draft"], guidance=guidance)
+    alone = replace(work, stages={**work.stages, "draft": draft})
+    first = candidates(alone, gpu=True)["draft"][0]
+    assert f"one pass per step, with {name}" in first.name
+    assert not first.choice.share_attention
+    plan = plan_for("2k", 141, 128)
+    rates = KNOWN["H200"]
+    two = replace(plan.transformers["draft"], share_attention=False)
+    plan = replace(plan, transformers={**plan.transformers, "draft": two})
+    ratio = (
+        seconds_by_stage(alone, plan, rates)["draft"] / seconds_by_stage(work, plan, rates)["draft"]
+    )
+    assert ratio == pytest.approx(0.5)

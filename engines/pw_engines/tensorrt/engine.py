@@ -129,7 +129,8 @@ class TensorrtEngine:
             self._context = messages.need(context, failure)
         self._engine = engine  # must outlive its context
         self._fix_shapes(name)
-        self._lane.reserve(engine.get_device_memory_size_for_profile_v2(0))
+        self.scratch: int = engine.get_device_memory_size_for_profile_v2(0)
+        self._lane.reserve(self.scratch)
 
     def _fix_shapes(self, plan_name: str) -> None:
         """Set the sizes of the spec, the only ones that the plan has."""

@@ -49,10 +49,10 @@ class Forecast:
 def forecast(spec: EngineSpec, model_bytes: int, library: Library) -> Forecast:
     """Estimate the build of a segment.
 
-    TensorRT for RTX times no kernels and needs no GPU: its builder was measured to take 0.5 GiB at
-    most for models of a few KB, and four copies of larger ones. Of TensorRT this assumes 4 GiB for TensorRT's own code, three copies of the model, intermediate tensors of
-    eight times the largest one, and as many timed kernels as move every tensor 20,000 times at
-    2 TB/s.
+    TensorRT for RTX times no kernels and needs no GPU: its builder took 0.5 GiB at most for models
+    of a few KB. Of TensorRT this assumes 4 GiB for its own code, three copies of the model,
+    intermediate tensors of eight times the largest one, and as many timed kernels as move every
+    tensor 20,000 times at 2 TB/s.
     """
     if library.targets:
         return Forecast(seconds=30, host_bytes=GIB + 4 * model_bytes, gpu_bytes=0)
