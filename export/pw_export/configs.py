@@ -9,34 +9,37 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pw_export.sources import Refs
-from pw_export.upstream_configs import ConfigFields
+from pw_export.tensor_refs import Refs
+from pw_export.upstream_configs import MAX_SIZE, ConfigFields
 from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 from pw_runtime.types import PATCH, Config, DitConfig, TextEncoderConfig, VaeConfig
 
+_HEAD_WIDTH = 128
 
-def dit_config(what: str, refs: Refs, file: Path, fields: ConfigFields) -> DitConfig:
+
+def dit_config(what: str, refs: Refs, file: Path | None, fields: ConfigFields) -> DitConfig:
     """Derive the config of a transformer with official tensor names.
 
     Args:
         what: subject of error messages.
         refs: its tensors.
-        file: its config file.
-        fields: the content of `file`; the number of heads comes from it alone.
+        file: its config file, or None.
+        fields: the content of `file`; the number of heads comes from it alone. Without a file,
+            heads are 128 wide, as in every Wan transformer that was published.
 
     Raises BadWeights.
     """
     dim, in_dim = _shape(what, refs, "patch_embedding.weight", 5)[:2]
-    zero_layers = [re.match(r"spatial_adapter\.zero_layers\.(\d+)\.", name) for name in refs]
+    zero_layers = [re.match(r"spatial_adapter\.zero_layers\.(\d{1,6})\.", name) for name in refs]
     adapter = "spatial_adapter.backbone.0.weight"
     seen = {
         "dim": dim,
         "in_dim": in_dim,
         "out_dim": _shape(what, refs, "head.head.weight", 2)[0] // PATCH**2,
         "ffn_dim": _shape(what, refs, "blocks.0.ffn.0.weight", 2)[0],
-        "num_heads": fields["num_heads"],
+        "num_heads": fields["num_heads"] if file else _heads(what, dim),
         "num_layers": count(what, refs, r"blocks\.(\d+)\."),
         "text_dim": _shape(what, refs, "text_embedding.0.weight", 2)[1],
         "freq_dim": _shape(what, refs, "time_embedding.0.weight", 2)[1],
@@ -48,13 +51,24 @@ def dit_config(what: str, refs: Refs, file: Path, fields: ConfigFields) -> DitCo
         config = DitConfig(**{**{k: fields[k] for k in ("text_len", "eps") if k in fields}, **seen})
     except ValueError as error:
         raise BadWeights(
-            f"{what} and {file} do not describe a valid transformer",
+            f"{what} and {file or 'no config.json'} do not describe a valid transformer",
             got=error,
             wanted="config and tensors of Wan2.2-TI2V-5B or of a model like it",
             do="take config and weights from one checkpoint",
         ) from error
     _agree(file, fields, config)
     return config
+
+
+def _heads(what: str, dim: int) -> int:
+    if dim % _HEAD_WIDTH:
+        raise BadWeights(
+            f"the number of heads of {what} is unknown",
+            got=f"width {dim}, no multiple of {_HEAD_WIDTH}, and no config.json",
+            wanted="config.json of the checkpoint, in its folder",
+            do="download config.json into the folder given as --wan",
+        )
+    return dim // _HEAD_WIDTH
 
 
 def vae_config(file: Path, refs: Refs, fields: ConfigFields) -> VaeConfig:
@@ -124,18 +138,28 @@ def _shape(what: str | Path, refs: Refs, name: str, rank: int) -> tuple[int, ...
     if shape is None or len(shape) != rank:
         got = f"missing among {some_names(refs)}" if shape is None else str(list(shape))
         raise _incomplete(what, f"{name}: {got}", f"{name} with {rank} dimensions")
+    if not all(1 <= size <= MAX_SIZE for size in shape):
+        raise _incomplete(what, f"{name}: {list(shape)}", f"sizes from 1 to {MAX_SIZE:,}")
     return shape
 
 
 def count(what: str | Path, refs: Refs, pattern: str) -> int:
-    """Return one more than the largest number that the group of `pattern` matches in a name.
+    """Return how many numbers the group of `pattern` matches in names.
 
-    Raises BadWeights when no name matches.
+    Raises BadWeights when no name matches, and when one of the numbers from 0 on is left out.
     """
-    numbers = [int(match[1]) for name in refs if (match := re.match(pattern, name))]
-    if not numbers:
+    texts = {match[1] for name in refs if (match := re.match(pattern, name))}
+    if not texts:
         raise _incomplete(what, f"no tensor named like {pattern}", "at least one")
-    return 1 + max(numbers)
+    if gaps := {str(number) for number in range(len(texts))} - texts:
+        first = min(gaps, key=int)
+        plain = pattern.replace("\\.", ".").replace(r"(\d+)", "{}")
+        raise _incomplete(
+            what,
+            f"{plain.format(first)}* missing, {plain.format(max(texts, key=len))}* there",
+            "all, numbered from 0",
+        )
+    return len(texts)
 
 
 def _incomplete(what: str | Path, got: str, wanted: str) -> BadWeights:
@@ -152,7 +176,7 @@ def _dims(what: str | Path, refs: Refs, first: str, template: str, stages: int) 
     return tuple(_shape(what, refs, f"{name}.weight", 5)[0] for name in [first, *blocks])
 
 
-def _agree(file: Path, fields: ConfigFields, config: Config) -> None:
+def _agree(file: Path | None, fields: ConfigFields, config: Config) -> None:
     if wrong := [name for name in fields if fields[name] != getattr(config, name)]:
         raise BadWeights(
             f"{file} disagrees with the tensor shapes",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a published checkpoint into a bundle: nothing dropped, nothing rounded, or no bundle."""
+"""Convert a published checkpoint into a bundle: every weight in it once, or no bundle."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from pw_export.checkpoints import Checkpoint, Part, open_checkpoint
-from pw_export.sources import Refs
+from pw_export.checkpoints import Checkpoint, open_checkpoint
+from pw_export.one_conversion import fingerprint, one_conversion
+from pw_export.parts import Part
+from pw_export.tensor_refs import Refs
+from pw_export.weight_values import WeightValues
 from pw_runtime.checkpoint.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -23,6 +27,7 @@ from pw_runtime.checkpoint.bundle import (
     manifest_json,
     open_bundle,
     sha256_of,
+    verify,
 )
 from pw_runtime.errors import BadRequest, BadWeights
 from pw_runtime.system.atomic_files import (
@@ -49,21 +54,37 @@ def convert(
 ) -> Bundle:
     """Create the bundle `out` from a Wan2.2-TI2V-5B folder and PixelWizard's checkpoints.
 
-    Every tensor keeps its dtype and is used exactly once. All names and shapes are checked before
-    the first byte is written, and `out` appears only when it is complete and on disk.
+    Every tensor is used exactly once and keeps its dtype; fp8 weights with scales become fp32. All
+    names and shapes are checked before the first byte is written, and `out` appears only when it is
+    complete and on disk. Where another process makes `out` from the same files meanwhile, its
+    bundle is verified and taken.
 
     Args:
-        wan: folder in the official or the diffusers layout.
+        wan: folder in the official or the diffusers layout, or of single files.
         out: folder that does not exist yet.
-        draft: checkpoint that replaces the transformer of `wan`, whose shards are then not read.
+        draft: checkpoint that replaces the transformer of `wan`, which is then not read.
         highres: checkpoint of the second stage.
         ema: use the `generator_ema` of `draft` and `highres`.
         say: called with lines of progress.
 
     Raises BadRequest (`out` exists, `wan` is not a checkpoint), BadWeights (missing, unknown,
-    damaged or contradictory tensors), WriteFailed (disk full or failing).
+    damaged or contradictory tensors, values that are no numbers), WriteFailed (disk full or
+    failing).
     """
     require_absent(out)
+    return convert_once(wan=wan, out=out, draft=draft, highres=highres, ema=ema, say=say)
+
+
+def convert_once(
+    *,
+    wan: Path,
+    out: Path,
+    draft: Path | None,
+    highres: Path | None,
+    ema: bool,
+    say: Callable[[str], None],
+) -> Bundle:
+    """Return the bundle `out`, made now or by a process that was faster; else as `convert`."""
     if ema and draft is None and highres is None:
         raise BadRequest(
             "--ema needs a PixelWizard checkpoint",
@@ -71,10 +92,28 @@ def convert(
             do="omit --ema, or pass the checkpoint",
         )
     checkpoint = open_checkpoint(wan, draft, highres, ema=ema, say=say)
-    with atomic_folder(out, _size(checkpoint), say) as folder:
-        _write(checkpoint, folder, say)
+    sources = f"{fingerprint(wan, draft, highres)}{'-ema' if ema else ''}"
+    with one_conversion(out, sources, say):
+        if (out / MANIFEST).exists():
+            return _taken(out, checkpoint, say)
+        with atomic_folder(out, _size(checkpoint), say) as folder:
+            _write(checkpoint, folder, say)
     say(f"wrote {out}")
     return open_bundle(out)
+
+
+def _taken(out: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> Bundle:
+    """Return a bundle that another process made. Raises BadRequest unless it is the same."""
+    bundle = open_bundle(out)
+    parts = (checkpoint.draft, checkpoint.highres, checkpoint.vae, checkpoint.text_encoder)
+    networks = bundle.networks
+    entries = (networks.draft, networks.highres, networks.vae, networks.text_encoder)
+    same = [entry and entry.config for entry in entries] == [part and part.config for part in parts]
+    if not same or bundle.manifest.source != checkpoint.source:
+        require_absent(out)
+    verify(bundle)
+    say(f"{out} was made by another process meanwhile; every file in it was verified")
+    return bundle
 
 
 def _write(checkpoint: Checkpoint, folder: Path, say: Callable[[str], None]) -> None:
@@ -110,15 +149,20 @@ def _write_network(
     total = sum(ref.num_bytes for ref in part.refs.values())
     say(f"{network}: {len(part.refs)} tensors, {total / _GIB:.2f} GiB")
     (folder / network).mkdir()
-    shards = _shards(part.refs)
+    shards, values = _shards(part.refs), WeightValues()
     names = [
         f"{network}/model-{k:05d}-of-{len(shards):05d}.safetensors"
         for k in range(1, len(shards) + 1)
     ]
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard)
-        _record(folder, name, files)
-        say(f"{name}: {files[name].bytes / _GIB:.2f} GiB")
+        tensors = _read(shard)
+        values.look(tensors)
+        if not values.unusable:  # else the rest is read only to name all that is wrong
+            write_tensors(folder / name, tensors)
+            _record(folder, name, files)
+            say(f"{name}: {files[name].bytes / _GIB:.2f} GiB")
+    values.require_usable(f"the {network} network of the checkpoint")
+    values.warn(f"the {network} network", say)
     dtypes = sorted({ref.dtype for ref in part.refs.values()})
     return Entry(config=part.config, dtype="+".join(dtypes), files=tuple(names))
 
@@ -135,12 +179,20 @@ def _shards(refs: Refs) -> list[Refs]:
     return shards
 
 
-def _write_shard(path: Path, refs: Refs) -> None:
+def _read(refs: Refs) -> dict[str, torch.Tensor]:
+    """Read tensors into memory. Raises BadWeights for a file that changed since it was opened."""
     # save_file needs contiguous tensors without shared storage; mapped tensors share the file's.
-    tensors = {
-        name: ref.read().clone(memory_format=torch.contiguous_format) for name, ref in refs.items()
-    }
-    write_tensors(path, tensors)
+    try:
+        return {
+            name: ref.read().clone(memory_format=torch.contiguous_format)
+            for name, ref in refs.items()
+        }
+    except (OSError, SafetensorError) as error:
+        raise BadWeights(
+            "a weight file cannot be read any more",
+            got=error,
+            do="check the disk, and that nothing else writes the checkpoint; then convert again",
+        ) from error
 
 
 def _copy(source: Path, path: Path) -> None:

@@ -1,48 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weight files, safetensors folders and PyTorch pickles, as lazily read tensors."""
+"""Weight files, alone or as shards with an index, as lazily read tensors with clean names.
+
+Safetensors files and PyTorch pickles are told apart by content, not by name.
+"""
 
 from __future__ import annotations
 
 import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pw_export.file_kinds import DOWNLOAD, form_of
+from pw_export.fp8 import dequantised
+from pw_export.members import pixelwizard_member, sole_network, unprefixed
+from pw_export.tensor_refs import Ref, Refs, require_floats
 from pw_export.upstream_configs import read_json
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 
-_DOWNLOAD = "download it again from its publisher"
-_SAFETENSORS_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-FLOATS = frozenset(_SAFETENSORS_FLOATS.values())
-# Added to names by FSDP, activation checkpointing and torch.compile.
-_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ref:
-    """A tensor on disk; `read` maps it into memory."""
-
-    shape: tuple[int, ...]
-    dtype: str  # name in torch, without "torch."
-    read: Callable[[], torch.Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the data."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return prod(self.shape) * itemsize
-
-
-Refs = dict[str, Ref]
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +41,43 @@ class _Index:
     weight_map: dict[str, str]
 
 
-def read_safetensors(folder: Path, stem: str) -> Refs:
+def read_network(path: Path, say: Say) -> Refs:
+    """Open the one network in a file, with its names clean and its weights in floating point.
+
+    Raises BadWeights for anything that is not one network, and says what it is.
+    """
+    content = _content(path)
+    refs = sole_network(path, content, say) if isinstance(content, Mapping) else content.refs
+    return _cleaned(path, refs, say)
+
+
+def read_pixelwizard(path: Path, *, ema: bool, say: Say) -> tuple[Refs, str]:
+    """Open a PixelWizard training checkpoint, or a single transformer in any file.
+
+    Uses `generator_ema` if `ema`; otherwise `generator`, else `generator_ema`, else the one network
+    in the file.
+
+    Returns:
+        The tensors with clean names, and the member that they come from.
+
+    Raises BadWeights, also if two names become equal.
+    """
+    content = _content(path)
+    if isinstance(content, Mapping):
+        refs, member = pixelwizard_member(path, content, ema=ema, say=say)
+    elif ema:
+        raise BadWeights(
+            f"{path} has no EMA weights",
+            got="a safetensors file, which has no members",
+            wanted="a member named generator_ema",
+            do="convert without --ema",
+        )
+    else:
+        refs, member = content.refs, "bare"
+    return _cleaned(path, refs, say), member
+
+
+def read_shards(folder: Path, stem: str, say: Say) -> Refs:
     """Open `folder/stem*.safetensors`: a single file, or the shards listed in an index.
 
     Raises BadWeights for a missing or damaged shard, a tensor in two shards, and any difference
@@ -60,7 +87,7 @@ def read_safetensors(folder: Path, stem: str) -> Refs:
     files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not index.exists():
         if len(files) == 1:
-            return _open_safetensors(files[0])
+            return read_network(files[0], say)
         raise BadWeights(
             f"{folder} has no usable weights",
             got=f"{len(files)} files named {stem}*.safetensors and no {index.name}",
@@ -76,115 +103,63 @@ def read_safetensors(folder: Path, stem: str) -> Refs:
             wanted=some_names(shards),
             do="remove the files that do not belong to this checkpoint",
         )
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
+        raise BadWeights(
+            f"{index} names files outside its folder",
+            got=some_names(outside),
+            wanted="names of shards beside it",
+            do=DOWNLOAD,
+        )
     refs: Refs = {}
     for shard in shards:
-        in_shard = _open_safetensors(folder / shard)
         in_index = {name for name, file in weight_map.items() if file == shard}
-        if duplicates := in_shard.keys() & refs.keys():
-            raise BadWeights(
-                f"{folder / shard} repeats tensors of another shard",
-                got=some_names(duplicates),
-                wanted="every tensor in one shard",
-                do=_DOWNLOAD,
-            )
-        if mismatched := in_shard.keys() ^ in_index:
-            raise BadWeights(
-                f"{index} and {shard} disagree",
-                got=f"only in one of them: {some_names(mismatched)}",
-                wanted="the same tensors in both",
-                do="download both again",
-            )
-        refs |= in_shard
-    return refs
+        refs |= _shard(folder / shard, index, in_index, refs)
+    return _cleaned(folder, refs, say)
 
 
-def read_state_dict(path: Path) -> Refs:
-    """Open a pickled state dict. Raises BadWeights."""
-    return _refs(path, _load_pickle(path))
-
-
-def read_pixelwizard(path: Path, *, ema: bool, say: Callable[[str], None]) -> tuple[Refs, str]:
-    """Open a PixelWizard training checkpoint.
-
-    Uses `generator_ema` if `ema`; otherwise `generator`, else `generator_ema`, else the file
-    itself. Removes wrapper infixes, and a leading `model.` shared by all names.
-
-    Returns:
-        The tensors, and the member that they come from.
-
-    Raises BadWeights, also if two names become equal.
-    """
-    content = _mapping(path, _load_pickle(path))
-    members = [m for m in ("generator", "generator_ema") if m in content]
-    if ema and "generator_ema" not in members:
-        raise BadWeights(
-            f"{path} has no EMA weights",
-            got=some_names([str(key) for key in content]),
-            wanted="a member named generator_ema",
-            do="convert without --ema",
-        )
-    member = "generator_ema" if ema else members[0] if members else ""
-    if member == "generator_ema" and not ema:
-        say(f"{path.name}: no generator, using generator_ema")
-    refs = _refs(path, content[member] if member else content)
-    clean = {name: _WRAPPERS.sub("", name) for name in refs}
-    if all(name.startswith("model.") for name in clean.values()):
-        clean = {name: short.removeprefix("model.") for name, short in clean.items()}
-    return renamed(path, refs, clean.get), member or "bare"
-
-
-def renamed(where: Path, refs: Refs, translate: Callable[[str], str | None]) -> Refs:
-    """Rename tensors. Raises BadWeights for unknown names and for names that become equal."""
-    result: Refs = {}
-    unknown = []
-    for old, ref in refs.items():
-        new = translate(old)
-        if new is None:
-            unknown.append(old)
-        elif new in result:
-            raise BadWeights(
-                f"{where} contains a tensor under two names",
-                got=f"{old} and another name, both for {new}",
-                wanted="every tensor once",
-                do=_DOWNLOAD,
-            )
-        else:
-            result[new] = ref
-    if unknown:
-        raise BadWeights(
-            f"{where} has unknown tensors",
-            got=some_names(unknown),
-            wanted="the tensors of Wan2.2-TI2V-5B and nothing else",
-            do="check that this is the checkpoint you meant",
-        )
-    return result
-
-
-def _open_safetensors(path: Path) -> Refs:
-    try:
-        shard: Any = safe_open(path, framework="pt")
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except SafetensorError as error:
+def _shard(path: Path, index: Path, in_index: set[str], earlier: Refs) -> Refs:
+    """Open one shard. Raises BadWeights where it differs from the index or repeats a tensor."""
+    content = _content(path)
+    if isinstance(content, Mapping):
         raise BadWeights(
             f"{path} cannot be read",
-            got=error,
+            got="a PyTorch checkpoint under the name of a shard",
             wanted="a complete safetensors file",
-            do=_DOWNLOAD,
-        ) from error
-    refs: Refs = {}
-    for name in shard.keys():  # noqa: SIM118
-        header = shard.get_slice(name)
-        code = header.get_dtype()
-        refs[name] = Ref(
-            shape=tuple(header.get_shape()),
-            dtype=_SAFETENSORS_FLOATS.get(code, code),
-            read=partial(shard.get_tensor, name),
+            do=DOWNLOAD,
         )
-    return _floats_only(path, refs)
+    if duplicates := content.refs.keys() & earlier.keys():
+        raise BadWeights(
+            f"{path} repeats tensors of another shard",
+            got=some_names(duplicates),
+            wanted="every tensor in one shard",
+            do=DOWNLOAD,
+        )
+    if mismatched := content.refs.keys() ^ in_index:
+        raise BadWeights(
+            f"{index} and {path.name} disagree",
+            got=f"only in one of them: {some_names(mismatched)}",
+            wanted="the same tensors in both",
+            do="download both again",
+        )
+    return content.refs
 
 
-def _mapping(path: Path, content: object) -> Mapping[object, object]:
+def _cleaned(where: Path, refs: Refs, say: Say) -> Refs:
+    return require_floats(where, unprefixed(where, dequantised(where, refs, say), say))
+
+
+@dataclass(frozen=True, slots=True)
+class Safetensors:
+    """The tensors of a safetensors file, which has no members."""
+
+    refs: Refs
+
+
+def _content(path: Path) -> Safetensors | Mapping[object, object]:
+    form = form_of(path)
+    if form == "safetensors":
+        return Safetensors(open_safetensors(path))
+    content = _load_pickle(path, mapped=form == "zip")
     if not isinstance(content, Mapping):
         raise BadWeights(
             f"{path} contains no state dict",
@@ -195,53 +170,34 @@ def _mapping(path: Path, content: object) -> Mapping[object, object]:
     return content
 
 
-def _refs(path: Path, content: object) -> Refs:
+def open_safetensors(path: Path) -> Refs:
+    """Read the header of a safetensors file. Raises BadWeights."""
     refs: Refs = {}
-    others = []
-    for name, tensor in _mapping(path, content).items():
-        plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-        if isinstance(tensor, torch.Tensor) and plain and not tensor.is_meta:
-            refs[str(name)] = Ref(
-                shape=tuple(tensor.shape),
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                read=tensor.detach,
-            )
-        else:
-            others.append(str(name))
-    if others:
+    try:
+        shard: Any = safe_open(path, framework="pt")
+        for name in shard.keys():  # noqa: SIM118
+            header = shard.get_slice(name)
+            code = str(header.get_dtype())
+            shape = tuple(header.get_shape())
+            refs[name] = Ref(shape, _DTYPES.get(code, code), partial(shard.get_tensor, name))
+    except (OSError, SafetensorError) as error:
         raise BadWeights(
-            f"{path} contains objects that are not plain tensors",
-            got=some_names(others),
-            wanted="names and dense tensors, or a member named generator or generator_ema",
-            do="check that this is the checkpoint you meant",
-        )
-    return _floats_only(path, refs)
-
-
-def _floats_only(path: Path, refs: Refs) -> Refs:
-    if odd := [f"{name} ({ref.dtype})" for name, ref in refs.items() if ref.dtype not in FLOATS]:
-        raise BadWeights(
-            f"{path} contains integer or quantised tensors",
-            got=some_names(odd),
-            wanted=" or ".join(sorted(FLOATS)),
-            do="convert the full-precision checkpoint",
-        )
+            f"{path} cannot be read",
+            got=error,
+            wanted="a complete safetensors file",
+            do=DOWNLOAD,
+        ) from error
     return refs
 
 
-def _load_pickle(path: Path) -> object:
+def _load_pickle(path: Path, *, mapped: bool) -> object:
     """Load without running code from the file; tensors of a zip archive stay mapped."""
     try:
-        with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
-        if zipped and not zipfile.is_zipfile(path):
-            raise EOFError("the end of the archive is missing")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # damaged bytes can make the unpickler raise anything
+        # Nothing of torch's messages is passed on: they advise to switch weights_only off.
         blocked = re.search(r"GLOBAL (\S+)", str(error))
-        if blocked and isinstance(error, pickle.UnpicklingError):
+        if isinstance(error, pickle.UnpicklingError) and blocked:
             raise BadWeights(
                 f"{path} asks to execute code and was not loaded",
                 got=f"a pickle that calls {blocked[1]}",
@@ -250,16 +206,7 @@ def _load_pickle(path: Path) -> object:
             ) from None
         raise BadWeights(
             f"{path} cannot be read",
-            got=str(error) or type(error).__name__,
+            got="a pickle that is damaged, cut short, or of other things than tensors",
             wanted="a complete PyTorch checkpoint",
-            do=_DOWNLOAD,
+            do=DOWNLOAD,
         ) from error
-
-
-def _unreadable(path: Path, error: OSError) -> BadWeights:
-    return BadWeights(
-        f"{path} cannot be read",
-        got="a folder" if path.is_dir() else error.strerror or "No such file",
-        wanted="a weight file",
-        do="check the path; if it is right, download the whole checkpoint again",
-    )

@@ -9,84 +9,98 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from pw_export.file_kinds import require_regular
 from pw_runtime.errors import BadWeights
 
 ConfigFields = Mapping[str, Any]
+MAX_SIZE = 2**20  # of any width, count or length; the largest known is a vocabulary of 256,384
+_MAX_FILE_BYTES = 2**24
+_WANTED = "the file of a Wan2.2-TI2V-5B checkpoint"
+
+_Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+_Epsilon = Annotated[float, Field(gt=0, lt=1)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FileT = TypeVar("FileT")
 
 
 def read_json(path: Path, file_type: type[FileT]) -> FileT:
     """Read a JSON file as the dataclass `file_type`, ignoring other keys. Raises BadWeights."""
+    size = require_regular(path, wanted=_WANTED)
     try:
+        if size > _MAX_FILE_BYTES:
+            raise OSError(0, f"{size >> 20} MiB, more than {_MAX_FILE_BYTES >> 20}")
         return TypeAdapter(file_type).validate_json(path.read_bytes(), strict=True)
     except OSError as error:
         reason = error.strerror
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        if isinstance(first["input"], int | float):
+            reason += f" (is {first['input']})"
     raise BadWeights(
         f"{path} cannot be used",
         got=reason,
-        wanted="the file of a Wan2.2-TI2V-5B checkpoint",
+        wanted=_WANTED,
         do="check that this is the checkpoint you meant; download it again",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _OfficialDit:
-    num_heads: int  # the only number that no tensor shape shows
-    dim: int | None = None
-    ffn_dim: int | None = None
-    num_layers: int | None = None
-    in_dim: int | None = None
-    out_dim: int | None = None
-    freq_dim: int | None = None
-    text_len: int | None = None
-    eps: float | None = None
+    num_heads: _Size  # the only number that no tensor shape shows
+    dim: _Size | None = None
+    ffn_dim: _Size | None = None
+    num_layers: _Size | None = None
+    in_dim: _Size | None = None
+    out_dim: _Size | None = None
+    freq_dim: _Size | None = None
+    text_len: _Size | None = None
+    eps: _Epsilon | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _DiffusersDit:
-    num_attention_heads: int
-    attention_head_dim: int
-    ffn_dim: int
-    num_layers: int
-    in_channels: int
-    out_channels: int
-    text_dim: int
-    freq_dim: int
-    eps: float
+    num_attention_heads: _Size
+    attention_head_dim: _Size
+    ffn_dim: _Size
+    num_layers: _Size
+    in_channels: _Size
+    out_channels: _Size
+    text_dim: _Size
+    freq_dim: _Size
+    eps: _Epsilon
 
 
 @dataclass(frozen=True, slots=True)
 class _DiffusersVae:
-    base_dim: int
-    decoder_base_dim: int | None
-    z_dim: int
-    dim_mult: tuple[int, ...]
-    num_res_blocks: int
+    base_dim: _Size
+    decoder_base_dim: _Size | None
+    z_dim: _Size
+    dim_mult: tuple[_Size, ...]
+    num_res_blocks: _Size
     temperal_downsample: tuple[bool, ...]  # upstream spelling
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[float, ...]
+    latents_mean: tuple[_Finite, ...]
+    latents_std: tuple[_Positive, ...]
     is_residual: Literal[True]  # False: the VAE of Wan2.1, a different network
     patch_size: Literal[2]
 
 
 @dataclass(frozen=True, slots=True)
 class _TransformersUmt5:
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    relative_attention_num_buckets: int
-    relative_attention_max_distance: int
-    layer_norm_epsilon: float
+    vocab_size: _Size
+    d_model: _Size
+    d_kv: _Size
+    d_ff: _Size
+    num_heads: _Size
+    num_layers: _Size
+    relative_attention_num_buckets: _Size
+    relative_attention_max_distance: _Size
+    layer_norm_epsilon: _Epsilon
     feed_forward_proj: Literal["gated-gelu"]
 
 

@@ -65,7 +65,7 @@ def test_killed_convert_leaves_no_bundle_and_the_next_one_cleans_up(
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     partial = f".bundle.{process.pid}.partial"
-    assert names(tmp_path) == [partial]
+    assert names(tmp_path) == [partial, ".bundle.lock"]
     assert (tmp_path / partial / "draft").is_dir()
 
     lines: list[str] = []
@@ -97,7 +97,7 @@ def test_any_exception_removes_what_was_written(
 ) -> None:
     def say(line: str) -> None:
         if line.startswith("vae:"):
-            assert len(names(tmp_path)) == 1
+            assert names(tmp_path) == [f".bundle.{os.getpid()}.partial", ".bundle.lock"]
             raise error
 
     with pytest.raises(error):

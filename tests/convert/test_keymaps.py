@@ -18,7 +18,7 @@ from pw_export.configs import (
     text_encoder_config,
     vae_config,
 )
-from pw_export.sources import Ref
+from pw_export.tensor_refs import Ref
 from pw_export.wan22_configs import DRAFT, HIGHRES, TEXT_ENCODER, VAE
 from pw_runtime.models import expected_shapes
 from pw_runtime.types import Config, Network

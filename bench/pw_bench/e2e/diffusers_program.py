@@ -28,8 +28,9 @@ from torch import Tensor
 from pw_bench.e2e.diffusers_networks import rotary_table, wan_autoencoder, wan_transformer
 from pw_bench.e2e.job import ClipFacts, Job
 from pw_export import keymaps
-from pw_export.checkpoints import Part, open_checkpoint
-from pw_export.sources import Refs
+from pw_export.checkpoints import open_checkpoint
+from pw_export.parts import Part
+from pw_export.tensor_refs import Refs
 from pw_runtime.errors import BadRequest
 from pw_runtime.models import build_text_encoder
 from pw_runtime.models.text_encoder import TIED_KEY

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the networks of Wan2.2-TI2V-5B lie in a folder: official, diffusers or single files.
+
+Each network is looked for by itself, so a folder may mix the layouts. Single files are recognised
+by the names of their tensors, whatever the files are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pw_export.file_kinds import form_of, listing, require_regular
+from pw_export.members import unprefixed
+from pw_export.network_kinds import Kind, Role, kind_of
+from pw_export.parts import Part, text_encoder_part, transformer_refs, vae_part
+from pw_export.sources import open_safetensors, read_network, read_shards
+from pw_export.tensor_refs import Refs, shapes_of
+from pw_export.upstream_configs import (
+    ConfigFields,
+    diffusers_dit,
+    diffusers_vae,
+    official_dit,
+    transformers_text_encoder,
+)
+from pw_runtime.checkpoint.bundle import MANIFEST, some_names
+from pw_runtime.errors import BadRequest, BadWeights
+from pw_runtime.types import TextEncoderConfig, VaeConfig
+
+_DIT_STEM = "diffusion_pytorch_model"
+_VAE = "Wan2.2_VAE.pth"
+_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
+# Folders of single files, as ComfyUI and its repackagers name them.
+_PARENTS = ("", "split_files", "models")
+_FOLDERS = ("", "diffusion_models", "unet", "vae", "text_encoders", "clip")
+_TOKENIZERS = ("google/umt5-xxl", "tokenizer", "umt5-xxl", "text_encoders/tokenizer", "")
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_LOOKED_FOR: dict[Role, str] = {
+    "transformer": f"{_DIT_STEM}*.safetensors, transformer/",
+    "VAE": f"{_VAE}, vae/ with config.json",
+    "text encoder": f"{_TEXT_ENCODER}, text_encoder/",
+}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """Wan2.2-TI2V-5B in a folder, checked except for its transformer.
+
+    Attributes:
+        layout: how the transformer is stored.
+        config: the transformer's config file, or None where the layout has none.
+        fields: its content.
+        dit: opens the transformer; its files may be missing if a draft checkpoint replaces it.
+    """
+
+    layout: str
+    config: Path | None
+    fields: ConfigFields
+    dit: Callable[[], tuple[Path, Refs]]
+    vae: Part[VaeConfig]
+    text_encoder: Part[TextEncoderConfig]
+    tokenizer: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Single:
+    """A safetensors file that holds one network or another thing."""
+
+    path: Path
+    what: str
+    kind: Kind | None
+
+
+def open_base(wan: Path, say: Say) -> Base:
+    """Find and open the networks in a folder.
+
+    Raises BadRequest for a path that is no checkpoint folder, BadWeights for a network that is
+    missing, there twice, damaged or contradictory.
+    """
+    _require_checkpoint_folder(wan)
+    singles = _single_files(wan)
+    marks = ("config.json", "transformer", _VAE, _TEXT_ENCODER)
+    if not singles and not any((wan / mark).exists() for mark in marks):
+        raise BadWeights(
+            f"{wan} is not a checkpoint of a known layout",
+            got=listing(wan),
+            wanted="the folder of Wan2.2-TI2V-5B as published by Wan-AI, its diffusers form, or "
+            "ComfyUI's folders",
+            do="check the path, or download the whole folder again",
+        )
+    if (wan / "transformer").is_dir():
+        layout, config = "diffusers", wan / "transformer" / "config.json"
+        fields = diffusers_dit(config)
+    else:
+        layout = "official" if list(wan.glob(f"{_DIT_STEM}*")) else "single files"
+        config = wan / "config.json"
+        fields = official_dit(config) if config.exists() else {}
+    return Base(
+        layout=layout,
+        config=config if fields else None,
+        fields=fields,
+        dit=lambda: _open_dit(wan, layout, singles, say),
+        vae=_open_vae(wan, singles, say),
+        text_encoder=_open_text_encoder(wan, singles, say),
+        tokenizer=_tokenizer(wan),
+    )
+
+
+def _require_checkpoint_folder(wan: Path) -> None:
+    if not wan.is_dir():
+        is_file = wan.exists()
+        raise BadRequest(
+            f"there is no checkpoint folder {wan}",
+            got="a file" if is_file else "no such folder",
+            wanted="the folder of Wan2.2-TI2V-5B",
+            do="pass the folder of all networks; a single transformer is a --draft"
+            if is_file
+            else "check the path",
+        )
+    if (wan / MANIFEST).exists():
+        raise BadRequest(
+            f"{wan} is already a bundle",
+            got=f"a folder with {MANIFEST}",
+            wanted="the folder of Wan2.2-TI2V-5B",
+            do="use it without converting",
+        )
+
+
+def _open_dit(wan: Path, layout: str, singles: list[_Single], say: Say) -> tuple[Path, Refs]:
+    if layout == "single files":
+        file = _pick("transformer", wan, singles)
+        return file, transformer_refs(file, read_network(file, say))
+    folder = wan if layout == "official" else wan / "transformer"
+    return folder, transformer_refs(folder, read_shards(folder, _DIT_STEM, say))
+
+
+def _open_vae(wan: Path, singles: list[_Single], say: Say) -> Part[VaeConfig]:
+    folder = wan / "vae"
+    if (wan / _VAE).exists():
+        return vae_part(wan / _VAE, read_network(wan / _VAE, say), {})
+    if (folder / "config.json").exists():
+        fields = diffusers_vae(folder / "config.json")
+        return vae_part(folder, read_shards(folder, _DIT_STEM, say), fields)
+    file = _pick("VAE", wan, singles)
+    return vae_part(file, read_network(file, say), {})
+
+
+def _open_text_encoder(wan: Path, singles: list[_Single], say: Say) -> Part[TextEncoderConfig]:
+    folder = wan / "text_encoder"
+    if (wan / _TEXT_ENCODER).exists():
+        file = wan / _TEXT_ENCODER
+        return text_encoder_part(file, read_network(file, say), {})
+    if folder.is_dir():
+        fields = transformers_text_encoder(folder / "config.json")
+        return text_encoder_part(folder, read_shards(folder, "model", say), fields)
+    file = _pick("text encoder", wan, singles)
+    return text_encoder_part(file, read_network(file, say), {})
+
+
+def _single_files(wan: Path) -> list[_Single]:
+    """List the safetensors files in the folders of single files, with what each holds."""
+    files = {
+        file
+        for parent in _PARENTS
+        for folder in _FOLDERS
+        for file in (wan / parent / folder).glob("*.safetensors")
+        if not (file.parent == wan and file.name.startswith(_DIT_STEM))
+    }
+    return [_single(file) for file in sorted(files)]
+
+
+def _single(file: Path) -> _Single:
+    try:
+        if form_of(file) != "safetensors":
+            return _Single(file, "no safetensors file", None)
+        refs = unprefixed(file, open_safetensors(file), lambda line: None)
+    except BadWeights as error:  # it may be none of ours; named where nothing else is found
+        return _Single(file, str(error.got), None)
+    kind = kind_of(shapes_of(refs))
+    return _Single(file, kind.what if kind else "unknown tensors", kind)
+
+
+def _pick(role: Role, wan: Path, singles: list[_Single]) -> Path:
+    """Return the only single file of a role. Raises BadWeights where there is none or several."""
+    files = [single.path for single in singles if single.kind and single.kind.role == role]
+    if len(files) == 1:
+        return files[0]
+    wanted = f"{_LOOKED_FOR[role]}, or a .safetensors file of it in {wan} or a folder in it named "
+    wanted += ", ".join(folder for folder in _FOLDERS if folder)
+    if files:
+        raise BadWeights(
+            f"{wan} holds more than one {role}",
+            got=some_names([str(file.relative_to(wan)) for file in files]),
+            wanted="one",
+            do="move the others out of the folder",
+        )
+    there = [f"{single.path.relative_to(wan)} ({single.what})" for single in singles]
+    raise BadWeights(
+        f"{wan} holds no {role} of Wan2.2-TI2V-5B",
+        got=f"{listing(wan)}" + (f"; of these {some_names(there)}" if there else ""),
+        wanted=wanted,
+        do="check the path, or download the missing file into the folder",
+    )
+
+
+def _tokenizer(wan: Path) -> Path:
+    """Return the folder of the tokenizer. Raises BadWeights."""
+    folders = [wan / parent / folder for parent in _PARENTS for folder in _TOKENIZERS]
+    for folder in folders:
+        if found := [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]:
+            for file in found:
+                require_regular(file)
+            return folder
+    first = wan / _TOKENIZERS[0]
+    raise BadWeights(
+        f"{wan} contains no tokenizer",
+        got=f"{first.relative_to(wan)} with {listing(first)}" if first.is_dir() else listing(wan),
+        wanted=f"{' or '.join(_TOKENIZER_FILES)} in {_TOKENIZERS[0]} or {_TOKENIZERS[1]}",
+        do="download the folder google/umt5-xxl of Wan-AI/Wan2.2-TI2V-5B into it (a tokenizer "
+        "inside a text encoder's file is not read)",
+    )
