@@ -161,8 +161,8 @@ def _write_network(
             write_tensors(folder / name, tensors)
             _record(folder, name, files)
             say(f"{name}: {files[name].bytes / _GIB:.2f} GiB")
-    values.require_usable(f"the {network} network of the checkpoint")
-    values.warn(f"the {network} network", say)
+    values.require_usable(part.what)
+    values.warn(part.what, say)
     dtypes = sorted({ref.dtype for ref in part.refs.values()})
     return Entry(config=part.config, dtype="+".join(dtypes), files=tuple(names))
 

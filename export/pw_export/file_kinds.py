@@ -191,8 +191,9 @@ def _described(head: bytes) -> tuple[str, str]:
 def _described_text(head: bytes) -> tuple[str, str]:
     printable = all(byte >= 32 or byte in b"\t\r\n\f" for byte in head)
     if not printable or len(head) < 4:
-        return f"neither: it begins with the bytes {head[:8].hex(' ')}", DOWNLOAD
+        return f"unknown content that begins with the bytes {head[:8].hex(' ')}", DOWNLOAD
     if _WEB_PAGE.match(head):
         return "a web page, saved instead of the file it links to", DOWNLOAD
     text = head.decode(errors="replace").strip()
-    return f"text that begins {' '.join(text[:40].split())!r}", _OTHER
+    remedy = "pass a weight file; if this is a server's answer, download the file again"
+    return f"text that begins {' '.join(text[:40].split())!r}", remedy

@@ -9,6 +9,7 @@ or one per row.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from pw_export.tensor_refs import Ref, Refs
+from pw_export.tensor_refs import FLOATS, Ref, Refs
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 
+_PRECISE = "take the fp16 or bf16 file of the same model"
 FP8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 _SCALE = re.compile(r"(.*\.)?(scale_weight|weight_scale)")
 # What only fp8 arithmetic needs, and a tokenizer in a text encoder's file.
@@ -35,6 +37,9 @@ def dequantised(path: Path, refs: Refs, say: Callable[[str], None]) -> Refs:
     scales = {f"{match[1] or ''}weight": n for n in refs if (match := _SCALE.fullmatch(n))}
     unused = [name for name in refs if _UNUSED.fullmatch(name)]
     fp8 = [name for name, ref in refs.items() if ref.dtype in FP8 and name not in unused]
+    packed = [n for n in scales if n in refs and refs[n].dtype not in FP8 | FLOATS]
+    if packed:
+        raise _unread(path, f"{some_names(packed)}: {refs[packed[0]].dtype} with a scale")
     if raw := [name for name in fp8 if name not in scales]:
         raise _raw(path, refs, raw)
     gone = {*unused, *(scale for weight, scale in scales.items() if weight in refs)}
@@ -47,12 +52,14 @@ def dequantised(path: Path, refs: Refs, say: Callable[[str], None]) -> Refs:
                 f"{path} has a scale for a weight that is not fp8",
                 got=f"{scale} for {name} ({refs[name].dtype})",
                 wanted="scales of fp8 weights only",
-                do="take the fp16 or bf16 file of the same model",
+                do=_PRECISE,
             )
     if fp8:
         say(f"{path.name}: {len(fp8)} fp8 tensors, multiplied by their scales and kept as float32")
     if unused:
-        say(f"{path.name}: left out {some_names(unused)}")
+        kinds = Counter(name.rpartition(".")[2] for name in unused)
+        left = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        say(f"{path.name}: left out {left}, which no computation here needs")
     return rest
 
 
@@ -60,12 +67,8 @@ def _scaled(path: Path, name: str, weight: Ref, scale: Ref) -> Ref:
     rows = weight.shape[0] if weight.shape else 1
     per_row = scale.shape in ((rows,), (rows, *(1 for _ in weight.shape[1:])))
     if prod(scale.shape) != 1 and not per_row:
-        raise BadWeights(
-            f"{path} is quantised in a way that is not read",
-            got=f"{name} {list(weight.shape)} with a scale of shape {list(scale.shape)}",
-            wanted="one scale per tensor, or one per row",
-            do="take the fp16 or bf16 file of the same model",
-        )
+        got = f"{name} {list(weight.shape)} with a scale of shape {list(scale.shape)}"
+        raise _unread(path, got)
     shape = (rows, *(1 for _ in weight.shape[1:])) if per_row else ()
     return Ref(weight.shape, "float32", partial(_product, weight, scale, shape))
 
@@ -78,11 +81,19 @@ def _is_one(scale: Ref) -> bool:
     return bool((scale.read().float() == 1).all())
 
 
+def _unread(path: Path, got: str) -> BadWeights:
+    return BadWeights(
+        f"{path} is quantised in a way that is not read",
+        got=got,
+        wanted="fp8 with one scale per tensor or per row, or weights of 16 or 32 bits",
+        do=_PRECISE,
+    )
+
+
 def _raw(path: Path, refs: Refs, raw: list[str]) -> BadWeights:
     return BadWeights(
         f"{path} holds fp8 weights without scales",
         got=f"{len(raw)} {refs[raw[0]].dtype} tensors: {some_names(raw)}",
         wanted="float16, bfloat16 or float32 weights, or fp8 ones with a scale each",
-        do="take the fp16 or bf16 file of the same model: a plain cast to fp8 has lost the other "
-        "bits of every weight",
+        do=f"{_PRECISE}: a plain cast to fp8 has lost the other bits of every weight",
     )

@@ -34,6 +34,7 @@ _TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 # Folders of single files, as ComfyUI and its repackagers name them.
 _PARENTS = ("", "split_files", "models")
 _FOLDERS = ("", "diffusion_models", "unet", "vae", "text_encoders", "clip")
+_SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _TOKENIZERS = ("google/umt5-xxl", "tokenizer", "umt5-xxl", "text_encoders/tokenizer", "")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _LOOKED_FOR: dict[Role, str] = {
@@ -66,7 +67,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class _Single:
-    """A safetensors file that holds one network or another thing."""
+    """A weight file; `kind` is what it holds if it is safetensors and known."""
 
     path: Path
     what: str
@@ -160,13 +161,14 @@ def _open_text_encoder(wan: Path, singles: list[_Single], say: Say) -> Part[Text
 
 
 def _single_files(wan: Path) -> list[_Single]:
-    """List the safetensors files in the folders of single files, with what each holds."""
+    """List the weight files in the folders of single files, with what each holds."""
+    official = {wan / _VAE, wan / _TEXT_ENCODER, *wan.glob(f"{_DIT_STEM}*")}
     files = {
         file
         for parent in _PARENTS
         for folder in _FOLDERS
-        for file in (wan / parent / folder).glob("*.safetensors")
-        if not (file.parent == wan and file.name.startswith(_DIT_STEM))
+        for file in (wan / parent / folder).glob("*")
+        if file.suffix in _SUFFIXES and file not in official
     }
     return [_single(file) for file in sorted(files)]
 
@@ -174,7 +176,7 @@ def _single_files(wan: Path) -> list[_Single]:
 def _single(file: Path) -> _Single:
     try:
         if form_of(file) != "safetensors":
-            return _Single(file, "no safetensors file", None)
+            return _Single(file, "a PyTorch checkpoint, read under its published name only", None)
         refs = unprefixed(file, open_safetensors(file), lambda line: None)
     except BadWeights as error:  # it may be none of ours; named where nothing else is found
         return _Single(file, str(error.got), None)

@@ -61,17 +61,17 @@ def sole_network(path: Path, content: Mapping[Any, object], say: Say) -> Refs:
         return _refs(path, content)
     found = dict(_state_dicts(content, ""))
     networks = {n: state for n, state in found.items() if _is_network(path, state)}
-    if len(networks or found) > 1:
+    if len(networks) > 1:
         raise BadWeights(
-            f"{path} holds several sets of tensors",
-            got=some_names(networks or found),
-            wanted="one network",
+            f"{path} holds several networks",
+            got=some_names(networks),
+            wanted="one",
             do="save the one you mean alone, or under the name generator",
         )
-    if not found:
-        raise _no_state_dict(
-            path, f"members without tensors: {some_names(list(map(str, content)))}"
-        )
+    if not networks and len(found) != 1:
+        members = some_names(found or [str(key) for key in content])
+        kind = "tensors of no network that is known" if found else "no tensors"
+        raise _no_state_dict(path, f"{kind} in its members {members}")
     ((member, state),) = (networks or found).items()
     rest = [str(key) for key in content if str(key) != member.split(".")[0]]
     rest += [name for name in found if name != member and name.split(".")[0] not in rest]

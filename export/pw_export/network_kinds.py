@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from pw_runtime.checkpoint.bundle import some_names
@@ -89,7 +89,7 @@ def require_role(what: str, shapes: Mapping[str, tuple[int, ...]], role: Role) -
     if kind is None:
         raise BadWeights(
             f"{what} is not a {role} that is known",
-            got=f"{len(shapes)} tensors with names under {prefixes(shapes)}",
+            got=f"{len(shapes)} tensor(s) with names under {prefixes(shapes)}",
             wanted=f"the {role} of Wan2.2-TI2V-5B, with or without one prefix before all names",
             do="check that this is the checkpoint you meant; if it is, save its tensors alone",
         )
@@ -102,10 +102,19 @@ def require_role(what: str, shapes: Mapping[str, tuple[int, ...]], role: Role) -
 
 
 def prefixes(names: Collection[str]) -> str:
-    """Return the first components of names with their number and an example each."""
-    heads = Counter(name.split(".")[0] for name in names)
-    example = {name.split(".")[0]: name for name in sorted(names, reverse=True)}
-    return some_names([f"{head} ({n}, such as {example[head]})" for head, n in heads.items()])
+    """Return the prefixes that names share in groups, with the number of names and an example."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return some_names(
+        [f"{_shared(group)} ({len(group)}, such as {group[0]})" for group in groups.values()]
+    )
+
+
+def _shared(names: list[str]) -> str:
+    """Return the leading components that sorted names share: the first and the last decide."""
+    pairs = zip(names[0].split("."), names[-1].split("."), strict=False)
+    return ".".join(first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _lora(adapted: list[str], shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -26,6 +26,7 @@ CHECK = "check that this is the checkpoint you meant"
 class Part(Generic[ConfigT]):
     """A network: its config, and its tensors with the bundle's names in the model's order."""
 
+    what: str  # the file or folder it comes from, for messages
     config: ConfigT
     refs: Refs
 
@@ -40,7 +41,7 @@ def make_part(network: Network, what: str, config: ConfigT, refs: Refs) -> Part[
     except (ValueError, RuntimeError) as error:  # torch rejects widths that do not divide
         raise BadWeights(f"{what} has impossible widths", got=error, do=CHECK) from error
     require_shapes(what, shapes_of(refs), shapes, do=CHECK)
-    return Part(config=config, refs={name: refs[name] for name in shapes})
+    return Part(what=what, config=config, refs={name: refs[name] for name in shapes})
 
 
 def transformer_refs(what: Path, refs: Refs) -> Refs:

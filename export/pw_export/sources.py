@@ -33,6 +33,7 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+_MAX_NAME = 300  # characters; the longest published one has 80
 Say = Callable[[str], None]
 
 
@@ -119,32 +120,34 @@ def read_shards(folder: Path, stem: str, say: Say) -> Refs:
 
 def _shard(path: Path, index: Path, in_index: set[str], earlier: Refs) -> Refs:
     """Open one shard. Raises BadWeights where it differs from the index or repeats a tensor."""
-    content = _content(path)
-    if isinstance(content, Mapping):
-        raise BadWeights(
-            f"{path} cannot be read",
-            got="a PyTorch checkpoint under the name of a shard",
-            wanted="a complete safetensors file",
-            do=DOWNLOAD,
-        )
-    if duplicates := content.refs.keys() & earlier.keys():
+    if form_of(path) != "safetensors":
+        raise _misnamed(path)
+    refs = open_safetensors(path)
+    if duplicates := refs.keys() & earlier.keys():
         raise BadWeights(
             f"{path} repeats tensors of another shard",
             got=some_names(duplicates),
             wanted="every tensor in one shard",
             do=DOWNLOAD,
         )
-    if mismatched := content.refs.keys() ^ in_index:
+    if mismatched := refs.keys() ^ in_index:
         raise BadWeights(
             f"{index} and {path.name} disagree",
             got=f"only in one of them: {some_names(mismatched)}",
             wanted="the same tensors in both",
             do="download both again",
         )
-    return content.refs
+    return refs
 
 
 def _cleaned(where: Path, refs: Refs, say: Say) -> Refs:
+    if long := [name for name in refs if len(name) > _MAX_NAME]:
+        raise BadWeights(
+            f"{where} has a tensor name of {len(long[0]):,} characters",
+            got=f"{long[0][:40]}...",
+            wanted=f"names of at most {_MAX_NAME}",
+            do="check that this is the checkpoint you meant",
+        )
     return require_floats(where, unprefixed(where, dequantised(where, refs, say), say))
 
 
@@ -159,6 +162,8 @@ def _content(path: Path) -> Safetensors | Mapping[object, object]:
     form = form_of(path)
     if form == "safetensors":
         return Safetensors(open_safetensors(path))
+    if path.suffix == ".safetensors":
+        raise _misnamed(path)  # torch.load goes by the name
     content = _load_pickle(path, mapped=form == "zip")
     if not isinstance(content, Mapping):
         raise BadWeights(
@@ -168,6 +173,15 @@ def _content(path: Path) -> Safetensors | Mapping[object, object]:
             do="check that this is the checkpoint you meant",
         )
     return content
+
+
+def _misnamed(path: Path) -> BadWeights:
+    return BadWeights(
+        f"{path} cannot be read",
+        got="a PyTorch checkpoint with the name of a safetensors file",
+        wanted="a complete safetensors file",
+        do="rename it to .pt if you pass it by name; a shard: download it again",
+    )
 
 
 def open_safetensors(path: Path) -> Refs:

@@ -45,7 +45,7 @@ class WeightValues:
         """Raise BadWeights where a value is NaN, infinite or infinite in bf16."""
         if self.unusable:
             raise BadWeights(
-                f"{what} has weights that are not numbers, in {len(self.unusable)} tensors",
+                f"{what} has weights that are not numbers, in {len(self.unusable)} tensor(s)",
                 got=_listed(self.unusable),
                 wanted=f"finite values, none beyond {_LARGEST_USABLE:.3g}",
                 do="download it again; if that is no help, the checkpoint is broken, and "
@@ -56,13 +56,13 @@ class WeightValues:
         """Say which tensors hold values that no published network has."""
         if self.large:
             say(
-                f"warning: {what}: {len(self.large)} tensors hold values beyond "
-                f"{_LARGEST_USUAL:,.0f}, the largest fp16 number, which no published weight is: "
+                f"warning: {what}: {len(self.large)} tensor(s) hold values beyond "
+                f"{_LARGEST_USUAL:,.0f}, the largest fp16 number, beyond any weight that is known: "
                 f"{_listed(self.large)}; look at a clip before you rely on it"
             )
         if self.zero:
             say(
-                f"warning: {what}: {len(self.zero)} matrices are all zeros: "
+                f"warning: {what}: {len(self.zero)} tensor(s) are all zeros: "
                 f"{some_names(self.zero)}; a download with holes looks like that"
             )
 
@@ -74,6 +74,8 @@ def _listed(found: Mapping[str, str]) -> str:
 def _counted(tensor: Tensor) -> str:
     nan = int(tensor.isnan().sum())
     infinite = int(tensor.isinf().sum())
-    large = int((tensor.abs() > _LARGEST_USABLE).sum()) - infinite
+    # why: fp16 would round the limit itself to infinity
+    wide = tensor.float() if tensor.itemsize < 4 else tensor
+    large = int((wide.abs() > _LARGEST_USABLE).sum()) - infinite
     parts = [(nan, "NaN"), (infinite, "infinite"), (large, "too large for bf16")]
     return f"{', '.join(f'{n:,} {name}' for n, name in parts if n)} of {tensor.numel():,}"

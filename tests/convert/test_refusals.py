@@ -195,7 +195,7 @@ def test_plain_pickle_is_not_loaded_either(
     [
         ([torch.zeros(1)], "contains no state dict"),
         ({"generator": [torch.zeros(1)]}, "contains no state dict"),
-        ({"step": 7, "weights": {}}, "members without tensors: step, weights"),
+        ({"step": 7, "weights": {}}, "no tensors in its members step, weights"),
         ({}, "an empty dictionary"),
         ({"head.bias": torch.zeros(1), "step": 7}, "objects that are not plain tensors"),
     ],
