@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes that make one bundle: the second waits, verifies and takes what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import pw_export.convert
+from pw_export.bundle_cache import cached_bundle
+from pw_export.convert import convert
+from pw_runtime.checkpoint.bundle import MANIFEST, open_bundle, verify
+from pw_runtime.errors import BadRequest
+from tests.oracle.checkpoint import Checkpoint
+
+# Converts, and waits for a line of input when the first network is on the disk.
+FIRST = """
+import sys
+from pathlib import Path
+from pw_export.bundle_cache import cached_bundle
+from pw_export.convert import convert
+
+def say(line):
+    if line.startswith("vae:"):
+        print("half", flush=True)
+        sys.stdin.readline()
+
+wan, out = Path(sys.argv[1]), sys.argv[2]
+if out:
+    convert(wan=wan, out=Path(out), say=say)
+else:
+    cached_bundle(wan=wan, draft=None, highres=None, say=say)
+"""
+
+
+@contextmanager
+def first_process(wan: Path, out: Path | str, cache: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a conversion in another process and stop it half way."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FIRST, str(wan), str(out)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PW_CACHE": str(cache)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
+        assert process.stdout.readline() == "half\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+class Second:
+    """Lines of the second conversion; the line that it waits lets the first one go on, or end."""
+
+    def __init__(self, first: subprocess.Popen[str], *, kill: bool = False) -> None:
+        self.first, self.kill = first, kill
+        self.lines: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+        if line.startswith("waiting for process"):
+            if self.kill:
+                self.first.kill()
+                self.first.wait()  # else its number stays in use
+            else:
+                assert self.first.stdin is not None
+                self.first.stdin.write("\n")
+                self.first.stdin.flush()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.slow
+def test_second_of_two_conversions_verifies_and_takes_the_bundle_of_the_first(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    with first_process(checkpoint.base, out, tmp_path) as first:
+        second = Second(first)
+        bundle = convert(wan=checkpoint.base, out=out, say=second)
+        assert first.wait() == 0
+    assert second.lines == [
+        f"waiting for process {first.pid}, which is making {out}",
+        f"{out} was made by another process meanwhile; every file in it was verified",
+    ]
+    assert bundle == open_bundle(out)
+    verify(bundle)
+    assert names(tmp_path) == ["bundle"]
+
+
+@pytest.mark.slow
+def test_second_conversion_makes_the_bundle_where_the_first_was_killed(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    with first_process(checkpoint.base, out, tmp_path) as first:
+        second = Second(first, kill=True)
+        verify(convert(wan=checkpoint.base, out=out, say=second))
+    assert second.lines[-1] == f"wrote {out}"
+    assert names(tmp_path) == ["bundle"]
+
+
+@pytest.mark.slow
+def test_other_checkpoint_for_the_same_name_is_refused_at_once(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    with first_process(checkpoint.base, out, tmp_path) as first:
+        match = f"process {first.pid} is making .*bundle from another[\\s\\S]*another --out"
+        with pytest.raises(BadRequest, match=match):
+            convert(wan=checkpoint.base, draft=checkpoint.draft, out=out, say=lambda line: None)
+        assert first.poll() is None
+
+
+@pytest.mark.slow
+def test_second_of_two_first_uses_takes_the_cached_bundle_of_the_first(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PW_CACHE", str(tmp_path))
+    with first_process(checkpoint.base, "", tmp_path) as first:
+        second = Second(first)
+        bundle = cached_bundle(wan=checkpoint.base, draft=None, highres=None, say=second)
+        assert first.wait() == 0
+    assert any("was made by another process meanwhile" in line for line in second.lines)
+    assert names(tmp_path / "bundles") == [bundle.name]
+
+
+def test_bundle_finished_between_the_look_and_the_lock_is_taken_only_if_it_is_the_same(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """No process is waited for then: only the bundle itself says what it was made from."""
+    out = tmp_path / "bundle"
+    made = convert(wan=checkpoint.base, out=out, say=lambda line: None)
+    again = {"wan": checkpoint.base, "out": out, "highres": None, "ema": False}
+    lines: list[str] = []
+    same = pw_export.convert.convert_once(**again, draft=None, say=lines.append)
+    assert same == made
+    with pytest.raises(BadRequest, match="exists already"):
+        pw_export.convert.convert_once(**again, draft=checkpoint.draft, say=lines.append)
+
+
+def test_damaged_bundle_of_another_process_is_not_taken(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    from pw_runtime.errors import BadWeights
+
+    out = tmp_path / "bundle"
+    made = convert(wan=checkpoint.base, out=out, say=lambda line: None)
+    content = json.loads((out / MANIFEST).read_text())
+    content["files"][made.networks.vae.files[0]]["sha256"] = "0" * 64
+    (out / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(BadWeights, match="was altered or damaged"):
+        pw_export.convert.convert_once(
+            wan=checkpoint.base, out=out, draft=None, highres=None, ema=False, say=print
+        )
