@@ -56,7 +56,7 @@ def dit_config(what: str, refs: Refs, file: Path | None, fields: ConfigFields) -
             wanted="config and tensors of Wan2.2-TI2V-5B or of a model like it",
             do="take config and weights from one checkpoint",
         ) from error
-    _agree(file, fields, config)
+    _agree(file, what, fields, config)
     return config
 
 
@@ -105,7 +105,7 @@ def vae_config(file: Path, refs: Refs, fields: ConfigFields) -> VaeConfig:
         latent_mean=mean,
         latent_std=std,
     )
-    _agree(file, fields, config)
+    _agree(file / "config.json", file, fields, config)
     return config
 
 
@@ -129,7 +129,7 @@ def text_encoder_config(file: Path, refs: Refs, fields: ConfigFields) -> TextEnc
         num_buckets=num_buckets,
         **{name: fields[name] for name in ("max_distance", "eps") if name in fields},
     )
-    _agree(file, fields, config)
+    _agree(file / "config.json", file, fields, config)
     return config
 
 
@@ -176,11 +176,12 @@ def _dims(what: str | Path, refs: Refs, first: str, template: str, stages: int) 
     return tuple(_shape(what, refs, f"{name}.weight", 5)[0] for name in [first, *blocks])
 
 
-def _agree(file: Path | None, fields: ConfigFields, config: Config) -> None:
+def _agree(file: Path | None, what: str | Path, fields: ConfigFields, config: Config) -> None:
     if wrong := [name for name in fields if fields[name] != getattr(config, name)]:
         raise BadWeights(
-            f"{file} disagrees with the tensor shapes",
+            f"{file} disagrees with the tensor shapes of {what}",
             got=", ".join(f"{name} = {fields[name]}" for name in wrong),
             wanted=", ".join(f"{name} = {getattr(config, name)}" for name in wrong),
-            do="take config and weights from one checkpoint",
+            do="take config and weights from one checkpoint (the transformer of Wan2.2-TI2V-5B is "
+            "3072 wide, that of a 14B model 5120)",
         )
