@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file is by its content, so that one without tensors is named for what it is."""
+"""Name a file by its content, so that one without tensors is named for what it is."""
 
 from __future__ import annotations
 

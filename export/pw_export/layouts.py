@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the networks of Wan2.2-TI2V-5B lie in a folder: official, diffusers or single files.
+"""The places of Wan2.2-TI2V-5B's networks in a folder: official, diffusers or single files.
 
 Each network is looked for by itself, so a folder may mix the layouts. Single files are recognised
 by the names of their tensors, whatever the files are called.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which network a set of tensors is, told by their names."""
+"""Tell by the names of tensors which network they are."""
 
 from __future__ import annotations
 

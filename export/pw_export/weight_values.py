@@ -21,7 +21,7 @@ _LARGEST_USUAL = torch.finfo(torch.float16).max
 
 @dataclass(slots=True)
 class WeightValues:
-    """What was seen of the values of one network's weights."""
+    """Findings about the values of one network's weights."""
 
     unusable: dict[str, str] = field(default_factory=dict)  # by tensor, as in "3 NaN"
     large: dict[str, str] = field(default_factory=dict)
