@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from os.path import lexists  # a link whose target is missing is named, not passed over
 from pathlib import Path
 
 from pw_export.file_kinds import form_of, listing, require_regular
@@ -82,14 +83,16 @@ def open_base(wan: Path, say: Say) -> Base:
     """
     _require_checkpoint_folder(wan)
     singles = _single_files(wan)
-    marks = ("config.json", "transformer", _VAE, _TEXT_ENCODER)
-    if not singles and not any((wan / mark).exists() for mark in marks):
+    if not singles and not _is_marked(wan):
+        inside = [path for path in (*wan.glob("*"), *wan.glob("snapshots/*")) if _is_marked(path)]
         raise BadWeights(
             f"{wan} is not a checkpoint of a known layout",
             got=listing(wan),
             wanted="the folder of Wan2.2-TI2V-5B as published by Wan-AI, its diffusers form, or "
             "ComfyUI's folders",
-            do="check the path, or download the whole folder again",
+            do=f"pass {inside[0]}"
+            if inside
+            else "check the path, or download the whole folder again",
         )
     if (wan / "transformer").is_dir():
         layout, config = "diffusers", wan / "transformer" / "config.json"
@@ -97,7 +100,7 @@ def open_base(wan: Path, say: Say) -> Base:
     else:
         layout = "official" if list(wan.glob(f"{_DIT_STEM}*")) else "single files"
         config = wan / "config.json"
-        fields = official_dit(config) if config.exists() else {}
+        fields = official_dit(config) if lexists(config) else {}
     return Base(
         layout=layout,
         config=config if fields else None,
@@ -129,6 +132,11 @@ def _require_checkpoint_folder(wan: Path) -> None:
         )
 
 
+def _is_marked(folder: Path) -> bool:
+    marks = ("config.json", "transformer", _VAE, _TEXT_ENCODER)
+    return any(lexists(folder / mark) for mark in marks)
+
+
 def _open_dit(wan: Path, layout: str, singles: list[_Single], say: Say) -> tuple[Path, Refs]:
     if layout == "single files":
         file = _pick("transformer", wan, singles)
@@ -139,9 +147,9 @@ def _open_dit(wan: Path, layout: str, singles: list[_Single], say: Say) -> tuple
 
 def _open_vae(wan: Path, singles: list[_Single], say: Say) -> Part[VaeConfig]:
     folder = wan / "vae"
-    if (wan / _VAE).exists():
+    if lexists(wan / _VAE):
         return vae_part(wan / _VAE, read_network(wan / _VAE, say), {})
-    if (folder / "config.json").exists():
+    if lexists(folder / "config.json"):
         fields = diffusers_vae(folder / "config.json")
         return vae_part(folder, read_shards(folder, _DIT_STEM, say), fields)
     file = _pick("VAE", wan, singles)
@@ -150,7 +158,7 @@ def _open_vae(wan: Path, singles: list[_Single], say: Say) -> Part[VaeConfig]:
 
 def _open_text_encoder(wan: Path, singles: list[_Single], say: Say) -> Part[TextEncoderConfig]:
     folder = wan / "text_encoder"
-    if (wan / _TEXT_ENCODER).exists():
+    if lexists(wan / _TEXT_ENCODER):
         file = wan / _TEXT_ENCODER
         return text_encoder_part(file, read_network(file, say), {})
     if folder.is_dir():
@@ -211,7 +219,7 @@ def _tokenizer(wan: Path) -> Path:
     """Return the folder of the tokenizer. Raises BadWeights."""
     folders = [wan / parent / folder for parent in _PARENTS for folder in _TOKENIZERS]
     for folder in folders:
-        if found := [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]:
+        if found := [folder / name for name in _TOKENIZER_FILES if lexists(folder / name)]:
             for file in found:
                 require_regular(file)
             return folder

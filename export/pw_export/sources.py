@@ -6,6 +6,7 @@ Safetensors files and PyTorch pickles are told apart by content, not by name.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -86,7 +87,7 @@ def read_shards(folder: Path, stem: str, say: Say) -> Refs:
     """
     index = folder / f"{stem}.safetensors.index.json"
     files = sorted(folder.glob(f"{stem}*.safetensors"))
-    if not index.exists():
+    if not os.path.lexists(index):
         if len(files) == 1:
             return read_network(files[0], say)
         raise BadWeights(

@@ -18,17 +18,18 @@ def require_tokenizer(folder: Path, vocab_size: int) -> tuple[Path, ...]:
         folder: contains tokenizer.json or spiece.model.
         vocab_size: rows of the text encoder's token table.
 
-    Raises BadWeights for a file that is a download's remains instead of itself, a tokenizer.json
-    that cannot be read, and one with more tokens than the table has rows.
+    Raises BadWeights for a file that is a download's remains instead of itself, for a tokenizer
+    that cannot be read, and for one with more tokens than the table has rows.
     """
     files = tuple(sorted(file for file in folder.iterdir() if file.is_file()))
     for file in files:
         if file.suffix in (".json", ".model"):
             _require_content(file)
     table = folder / "tokenizer.json"
-    if table in files and (tokens := _tokens(table)) > vocab_size:
+    tokens = _tokens(table) if table in files else _tokens_of_pieces(folder)
+    if tokens > vocab_size:
         raise BadWeights(
-            f"{table} is not the tokenizer of this text encoder",
+            f"{folder} is not the tokenizer of this text encoder",
             got=f"{tokens} tokens",
             wanted=f"at most {vocab_size}, the rows of the token table",
             do="take tokenizer and text encoder from one checkpoint",
@@ -40,6 +41,20 @@ def _require_content(file: Path) -> None:
     if remains := remains_of_download(file):
         got, remedy = remains
         raise BadWeights(f"{file} cannot be read", got=got, wanted=_WANTED, do=remedy)
+
+
+def _tokens_of_pieces(folder: Path) -> int:
+    from transformers import AutoTokenizer  # as the runtime will; takes seconds to import
+
+    try:
+        return len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # it may lack packages, files or sense
+        raise BadWeights(
+            f"{folder} has no tokenizer that can be read",
+            got="no tokenizer.json, and files that transformers cannot read here",
+            wanted=f"tokenizer.json, one of {_WANTED}",
+            do="download that file into the folder",
+        ) from error
 
 
 def _tokens(file: Path) -> int:

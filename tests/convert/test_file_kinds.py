@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from pw_runtime.errors import BadWeights, PixelWizardError
-from tests.convert.layouts import T5, VAE, official_state, quietly
+from tests.convert.layouts import INDEX, SHARDS, T5, VAE, official_state, quietly
 from tests.oracle.checkpoint import Checkpoint
 
 
@@ -129,6 +130,44 @@ def test_path_that_is_no_plain_file_is_refused_and_never_waited_for(
 ) -> None:
     make(tmp_path / "d.pt")
     assert what in refusal(checkpoint, tmp_path, tmp_path / "d.pt")
+
+
+@pytest.mark.parametrize(
+    "name", [VAE, T5, INDEX, SHARDS[0], "config.json", "google/umt5-xxl/tokenizer.json"]
+)
+def test_link_whose_target_was_never_downloaded_is_named(
+    name: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Seen: the cache of a hub holds links to files; one without its file was passed over."""
+    wan = shutil.copytree(checkpoint.base, tmp_path / "wan")
+    (wan / name).unlink()
+    (wan / name).symlink_to("../../blobs/abc")
+    message = refusal(checkpoint, tmp_path, None, wan)
+    assert f"{name} cannot be read" in message
+    assert "a symbolic link to a file that is not there" in message
+
+
+@pytest.mark.parametrize("inner", ["Wan2.2-TI2V-5B", "snapshots/0123abc"])
+def test_folder_above_the_checkpoint_is_refused_with_the_right_one(
+    inner: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "above" / inner).parent.mkdir(parents=True)
+    (tmp_path / "above" / inner).symlink_to(checkpoint.base)
+    message = refusal(checkpoint, tmp_path, None, tmp_path / "above")
+    assert f"do this: pass {tmp_path / 'above' / inner}" in message
+
+
+def test_tokenizer_that_the_runtime_could_not_read_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    wan = shutil.copytree(checkpoint.base, tmp_path / "wan")
+    tokenizer = wan / "google" / "umt5-xxl"
+    shutil.rmtree(tokenizer)
+    tokenizer.mkdir()
+    (tokenizer / "spiece.model").write_bytes(b"no pieces")
+    message = refusal(checkpoint, tmp_path, None, wan)
+    assert "has no tokenizer that can be read" in message
+    assert "wanted: tokenizer.json" in message
 
 
 def test_missing_file_is_named_beside_what_lies_there(
