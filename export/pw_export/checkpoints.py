@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pw_export.configs import dit_config
 from pw_export.file_kinds import require_regular
-from pw_export.layouts import Base, open_base
+from pw_export.layouts import SINGLE_FILES, Base, open_base
 from pw_export.parts import Part, make_part, transformer_refs
 from pw_export.sources import read_pixelwizard
 from pw_export.tensor_refs import Refs
@@ -58,6 +58,13 @@ def open_checkpoint(
         refs, member = read_pixelwizard(highres, ema=ema, say=say)
         highres_part = _highres(str(highres), transformer_refs(highres, refs), base)
         source["highres"] = _named(highres, member)
+    for network, part in (
+        ("draft", draft_part),
+        ("vae", base.vae),
+        ("text_encoder", base.text_encoder),
+    ):
+        if network not in source and Path(part.what).suffix in SINGLE_FILES:
+            source[network] = str(Path(part.what).relative_to(wan))
     if base.config is None:
         heads = draft_part.config.num_heads
         say(f"{wan} has no config.json: {heads} heads of width 128, as every published Wan has")

@@ -143,9 +143,10 @@ def _require_all_bytes(path: Path, header_bytes: int, size: int) -> None:
             header = file.read(header_bytes)
         try:
             tensors = [entry for name, entry in json.loads(header).items() if name[:2] != "__"]
-            wanted += max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+            ends = [entry["data_offsets"][1] for entry in tensors]
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            return  # safetensors itself refuses such a header
+            return  # safetensors itself refuses such a header, and numbers that are none
+        wanted += max((end for end in ends if isinstance(end, int)), default=0)
     if size < wanted:
         raise BadWeights(
             f"{path} cannot be read",

@@ -35,7 +35,8 @@ _TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 # Folders of single files, as ComfyUI and its repackagers name them.
 _PARENTS = ("", "split_files", "models")
 _FOLDERS = ("", "diffusion_models", "unet", "vae", "text_encoders", "clip")
-_SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
+SINGLE_FILES = (".safetensors", ".sft")
+_OTHER_WEIGHTS = (".gguf", ".pth", ".pt", ".bin", ".ckpt")  # named where nothing is found
 _TOKENIZERS = ("google/umt5-xxl", "tokenizer", "umt5-xxl", "text_encoders/tokenizer", "")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _LOOKED_FOR: dict[Role, str] = {
@@ -176,7 +177,7 @@ def _single_files(wan: Path) -> list[_Single]:
         for parent in _PARENTS
         for folder in _FOLDERS
         for file in (wan / parent / folder).glob("*")
-        if file.suffix in _SUFFIXES and file not in official
+        if file.suffix in (*SINGLE_FILES, *_OTHER_WEIGHTS) and file not in official
     }
     return [_single(file) for file in sorted(files)]
 

@@ -70,7 +70,7 @@ def test_single_files_are_found_by_their_content(
     wan = write(tmp_path / "wan", checkpoint, states, inside)
     bundle = quietly(tmp_path / "b", wan=wan)
     assert all(holds(bundle, network, state) for network, state in states.items())
-    assert bundle.manifest.source == {"layout": "single files", "wan": "wan"}
+    assert bundle.manifest.source == {"layout": "single files", "wan": "wan", **inside}
 
 
 def test_names_of_other_libraries_are_translated_in_single_files_too(
