@@ -24,7 +24,6 @@ from pw_runtime.errors import BadWeights
 _PRECISE = "take the fp16 or bf16 file of the same model"
 FP8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
 _SCALE = re.compile(r"(.*\.)?(scale_weight|weight_scale)")
-# What only fp8 arithmetic needs, and a tokenizer in a text encoder's file.
 _UNUSED = re.compile(r"(.*\.)?(scale_input|input_scale|scaled_fp8|comfy_quant|spiece_model)")
 
 
@@ -34,8 +33,8 @@ def dequantised(path: Path, refs: Refs, say: Callable[[str], None]) -> Refs:
     Raises BadWeights for fp8 weights without a scale or with one of another shape, and for a scale
     of another weight unless it is 1.
     """
+    unused = unused_names(refs)
     scales = {f"{match[1] or ''}weight": n for n in refs if (match := _SCALE.fullmatch(n))}
-    unused = [name for name in refs if _UNUSED.fullmatch(name)]
     fp8 = [name for name, ref in refs.items() if ref.dtype in FP8 and name not in unused]
     packed = [n for n in scales if n in refs and refs[n].dtype not in FP8 | FLOATS]
     if packed:
@@ -61,6 +60,11 @@ def dequantised(path: Path, refs: Refs, say: Callable[[str], None]) -> Refs:
         left = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
         say(f"{path.name}: left out {left}, which no computation here needs")
     return rest
+
+
+def unused_names(refs: Refs) -> list[str]:
+    """Return the names of what only fp8 arithmetic needs, and of a tokenizer in the file."""
+    return [name for name in refs if _UNUSED.fullmatch(name)]
 
 
 def _scaled(path: Path, name: str, weight: Ref, scale: Ref) -> Ref:

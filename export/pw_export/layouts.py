@@ -13,6 +13,7 @@ from os.path import lexists  # a link whose target is missing is named, not pass
 from pathlib import Path
 
 from pw_export.file_kinds import form_of, listing, require_regular
+from pw_export.fp8 import unused_names
 from pw_export.members import unprefixed
 from pw_export.network_kinds import Kind, Role, kind_of
 from pw_export.parts import Part, text_encoder_part, transformer_refs, vae_part
@@ -186,7 +187,10 @@ def _single(file: Path) -> _Single:
     try:
         if form_of(file) != "safetensors":
             return _Single(file, "a PyTorch checkpoint, read under its published name only", None)
-        refs = unprefixed(file, open_safetensors(file), lambda line: None)
+        refs = open_safetensors(file)
+        for name in unused_names(refs):  # they may stand outside the prefix of the others
+            del refs[name]
+        refs = unprefixed(file, refs, lambda line: None)
     except BadWeights as error:  # it may be none of ours; named where nothing else is found
         return _Single(file, str(error.got), None)
     kind = kind_of(shapes_of(refs))

@@ -51,16 +51,19 @@ def pixelwizard_member(
 
 
 def sole_network(path: Path, content: Mapping[Any, object], say: Say) -> Refs:
-    """Return the tensors of a state dict, or of the only member that is one, at any depth.
+    """Return the tensors of a state dict, or of the only member that is a network, at any depth.
 
     Raises BadWeights where there is none or several, naming them.
     """
     if not content:
         raise _no_state_dict(path, "an empty dictionary")
-    if any(isinstance(value, torch.Tensor) for value in content.values()):
-        return _refs(path, content)
     found = dict(_state_dicts(content, ""))
     networks = {n: state for n, state in found.items() if _is_network(path, state)}
+    if any(isinstance(value, torch.Tensor) for value in content.values()):
+        if not networks:
+            return _refs(path, content)
+        if _is_network(path, content):
+            networks["the file itself"] = content
     if len(networks) > 1:
         raise BadWeights(
             f"{path} holds several networks",

@@ -153,16 +153,16 @@ def _cleaned(where: Path, refs: Refs, say: Say) -> Refs:
 
 
 @dataclass(frozen=True, slots=True)
-class Safetensors:
+class _Safetensors:
     """The tensors of a safetensors file, which has no members."""
 
     refs: Refs
 
 
-def _content(path: Path) -> Safetensors | Mapping[object, object]:
+def _content(path: Path) -> _Safetensors | Mapping[object, object]:
     form = form_of(path)
     if form == "safetensors":
-        return Safetensors(open_safetensors(path))
+        return _Safetensors(open_safetensors(path))
     if path.suffix == ".safetensors":
         raise _misnamed(path)  # torch.load goes by the name
     content = _load_pickle(path, mapped=form == "zip")

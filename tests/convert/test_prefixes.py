@@ -60,7 +60,7 @@ def test_prefix_that_all_names_share_is_removed_and_named(
 
 
 @pytest.mark.parametrize("path", [["state_dict"], ["model"], ["module"], ["ema"], list("abcd")])
-@pytest.mark.parametrize("others", [{}, OTHERS])
+@pytest.mark.parametrize("others", [{}, OTHERS, {"step": torch.tensor(7), "decay": None}])
 def test_sole_network_among_the_members_is_used_and_the_rest_named(
     others: dict[str, object],
     path: list[str],
@@ -73,7 +73,7 @@ def test_sole_network_among_the_members_is_used_and_the_rest_named(
         content = {key: content}
     torch.save({**content, **others}, tmp_path / "d.pt")
     lines = converted(checkpoint, tmp_path / "d.pt", plain)
-    rest = ", not epoch, optimizer" if others else ""
+    rest = f", not {', '.join(sorted(others))}" if others else ""
     assert f"d.pt: using its member {'.'.join(path)}{rest}" in lines
 
 
@@ -106,6 +106,7 @@ def _half(state: State) -> object:
             ["model.diffusion_model (", "vae.conv1.bias (1, "],
         ),
         (lambda state: {"model": state, "ema": state}, ["several networks", "ema, model"]),
+        (lambda state: {**state, "ema": state}, ["several networks", "ema, the file itself"]),
         (lambda state: {f"model.{n}x": t for n, t in state.items()}, ["under model (", "bias"]),
     ],
 )

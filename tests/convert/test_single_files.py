@@ -129,6 +129,15 @@ def test_tokenizer_inside_a_text_encoder_is_left_out_with_a_notice(
         quietly(tmp_path / "b2", wan=wan)
 
 
+def test_marker_outside_the_prefix_of_the_other_names_hides_no_file(
+    checkpoint: Checkpoint, states: dict[str, State], tmp_path: Path
+) -> None:
+    prefixed = {f"model.diffusion_model.{n}": t for n, t in states["draft"].items()}
+    marker = {"scaled_fp8": torch.zeros(2)}
+    wan = write(tmp_path / "wan", checkpoint, {**states, "draft": {**prefixed, **marker}}, COMFY)
+    assert holds(quietly(tmp_path / "b", wan=wan), "draft", states["draft"])
+
+
 def test_files_of_other_models_in_the_same_folders_are_passed_over(
     checkpoint: Checkpoint, states: dict[str, State], tmp_path: Path
 ) -> None:
