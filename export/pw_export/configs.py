@@ -7,6 +7,8 @@ A number that both a config file and the shapes give must agree.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pw_export.tensor_refs import Refs
@@ -47,17 +49,24 @@ def dit_config(what: str, refs: Refs, file: Path | None, fields: ConfigFields) -
         "adapter_dim": _shape(what, refs, adapter, 5)[0] if adapter in refs else 0,
         "control_blocks": tuple(sorted({int(match[1]) for match in zero_layers if match})),
     }
-    try:
+    with _one_network(what, file):
         config = DitConfig(**{**{k: fields[k] for k in ("text_len", "eps") if k in fields}, **seen})
+    _agree(file, what, fields, config)
+    return config
+
+
+@contextmanager
+def _one_network(what: str | Path, file: Path | None) -> Iterator[None]:
+    """Turn the ValueError of a config with numbers that do not go together into BadWeights."""
+    try:
+        yield
     except ValueError as error:
         raise BadWeights(
-            f"{what} and {file or 'no config.json'} do not describe a valid transformer",
+            f"{what} and {file or 'no config.json'} do not describe a valid network",
             got=error,
             wanted="config and tensors of Wan2.2-TI2V-5B or of a model like it",
             do="take config and weights from one checkpoint",
         ) from error
-    _agree(file, what, fields, config)
-    return config
 
 
 def _heads(what: str, dim: int) -> int:
@@ -92,19 +101,22 @@ def vae_config(file: Path, refs: Refs, fields: ConfigFields) -> VaeConfig:
     down, up = "encoder.downsamples", "decoder.upsamples"
     stages = count(file, refs, r"encoder\.downsamples\.(\d+)\.")
     encoder_blocks = count(file, refs, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
-    config = VaeConfig(
-        z_dim=z_dim,
-        encoder_dims=_dims(file, refs, "encoder.conv1", down + ".{}.downsamples.0", stages),
-        decoder_dims=_dims(file, refs, "decoder.conv1", up + ".{}.upsamples.0", stages),
-        encoder_blocks=encoder_blocks,
-        decoder_blocks=count(file, refs, r"decoder\.upsamples\.0\.upsamples\.(\d+)\.residual\."),
-        temporal_downsample=tuple(
-            f"{down}.{stage}.downsamples.{encoder_blocks}.time_conv.weight" in refs
-            for stage in range(stages - 1)
-        ),
-        latent_mean=mean,
-        latent_std=std,
-    )
+    with _one_network(file, file / "config.json"):
+        config = VaeConfig(
+            z_dim=z_dim,
+            encoder_dims=_dims(file, refs, "encoder.conv1", down + ".{}.downsamples.0", stages),
+            decoder_dims=_dims(file, refs, "decoder.conv1", up + ".{}.upsamples.0", stages),
+            encoder_blocks=encoder_blocks,
+            decoder_blocks=count(
+                file, refs, r"decoder\.upsamples\.0\.upsamples\.(\d+)\.residual\."
+            ),
+            temporal_downsample=tuple(
+                f"{down}.{stage}.downsamples.{encoder_blocks}.time_conv.weight" in refs
+                for stage in range(stages - 1)
+            ),
+            latent_mean=mean,
+            latent_std=std,
+        )
     _agree(file / "config.json", file, fields, config)
     return config
 
@@ -119,16 +131,17 @@ def text_encoder_config(file: Path, refs: Refs, fields: ConfigFields) -> TextEnc
     attention = "encoder.block.0.layer.0.SelfAttention."
     vocab_size, dim = _shape(file, refs, "shared.weight", 2)
     num_buckets, num_heads = _shape(file, refs, attention + "relative_attention_bias.weight", 2)
-    config = TextEncoderConfig(
-        vocab_size=vocab_size,
-        dim=dim,
-        attention_dim=_shape(file, refs, attention + "q.weight", 2)[0],
-        ffn_dim=_shape(file, refs, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0],
-        num_heads=num_heads,
-        num_layers=count(file, refs, r"encoder\.block\.(\d+)\."),
-        num_buckets=num_buckets,
-        **{name: fields[name] for name in ("max_distance", "eps") if name in fields},
-    )
+    with _one_network(file, file / "config.json"):
+        config = TextEncoderConfig(
+            vocab_size=vocab_size,
+            dim=dim,
+            attention_dim=_shape(file, refs, attention + "q.weight", 2)[0],
+            ffn_dim=_shape(file, refs, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0],
+            num_heads=num_heads,
+            num_layers=count(file, refs, r"encoder\.block\.(\d+)\."),
+            num_buckets=num_buckets,
+            **{name: fields[name] for name in ("max_distance", "eps") if name in fields},
+        )
     _agree(file / "config.json", file, fields, config)
     return config
 

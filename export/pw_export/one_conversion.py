@@ -43,7 +43,7 @@ def one_conversion(out: Path, sources: str, say: Callable[[str], None]) -> Itera
     Raises BadRequest where the other process makes it from other sources or without an answer,
     WriteFailed where the lock cannot be created.
     """
-    path = out.absolute().with_name(f".{out.name}.lock")
+    path = out.absolute().with_name(f".{out.absolute().name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(path, out, sources, say)

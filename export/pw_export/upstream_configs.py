@@ -22,9 +22,9 @@ _MAX_FILE_BYTES = 2**24
 _WANTED = "the file of a Wan2.2-TI2V-5B checkpoint"
 
 _Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
-_Epsilon = Annotated[float, Field(gt=0, lt=1)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Epsilon = Annotated[float, Field(ge=1e-12, lt=1)]
+_Mean = Annotated[float, Field(ge=-1e3, le=1e3)]  # of a latent channel; published: -0.3 to 0.5
+_Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]  # published: 0.35 to 1.7
 FileT = TypeVar("FileT")
 
 
@@ -84,8 +84,8 @@ class _DiffusersVae:
     dim_mult: tuple[_Size, ...]
     num_res_blocks: _Size
     temperal_downsample: tuple[bool, ...]  # upstream spelling
-    latents_mean: tuple[_Finite, ...]
-    latents_std: tuple[_Positive, ...]
+    latents_mean: tuple[_Mean, ...]
+    latents_std: tuple[_Deviation, ...]
     is_residual: Literal[True]  # False: the VAE of Wan2.1, a different network
     patch_size: Literal[2]
 

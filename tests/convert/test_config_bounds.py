@@ -52,8 +52,8 @@ def test_sizes_of_the_official_config_have_bounds(
         *[("text_encoder", "relative_attention_max_distance", value) for value in SIZES],
         *[("vae", "z_dim", value) for value in SIZES],
         ("vae", "dim_mult", [1, 2, 4, 10**9]),
-        *[("vae", "latents_mean", [value] * 48) for value in (NAN, INF, -INF, "0")],
-        *[("vae", "latents_std", [value] * 48) for value in (NAN, INF, 0.0, -1.0)],
+        *[("vae", "latents_mean", [value] * 48) for value in (NAN, INF, -INF, 1e30, "0")],
+        *[("vae", "latents_std", [value] * 48) for value in (NAN, INF, 0.0, -1.0, 1e-300)],
         *[("transformer", "eps", value) for value in (NAN, INF, 0.0, -1e-6, 1.0)],
         *[("text_encoder", "layer_norm_epsilon", value) for value in (NAN, INF, 0.0, -1e-6)],
     ],
@@ -146,3 +146,15 @@ def test_tensor_of_an_impossible_size_is_refused_by_its_header(
     torch.save(state, tmp_path / "d.pt")
     message = refused(checkpoint.base, tmp_path / "b", "d.pt", draft=tmp_path / "d.pt")
     assert f"patch_embedding.weight: {list(shape)}" in message
+
+
+@pytest.mark.parametrize("config", ["DitConfig", "VaeConfig", "TextEncoderConfig"])
+def test_numbers_that_a_network_refuses_are_an_error_of_the_checkpoint(
+    config: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**fields: object) -> None:
+        raise ValueError("7 does not go with 3")
+
+    monkeypatch.setattr(f"pw_export.configs.{config}", refuse)
+    message = refused(checkpoint.base, tmp_path / "b", "do not describe a valid network")
+    assert "7 does not go with 3" in message
