@@ -23,8 +23,10 @@ _WANTED = "the file of a Wan2.2-TI2V-5B checkpoint"
 
 _Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 _Epsilon = Annotated[float, Field(ge=1e-12, lt=1)]
-_Mean = Annotated[float, Field(ge=-1e3, le=1e3)]  # of a latent channel; published: -0.3 to 0.5
-_Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]  # published: 0.35 to 1.7
+_Mean = Annotated[
+    float, Field(ge=-1e3, le=1e3, allow_inf_nan=False)
+]  # of a latent channel; published: -0.3 to 0.5
+_Deviation = Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]  # published: 0.35 to 1.7
 FileT = TypeVar("FileT")
 
 
