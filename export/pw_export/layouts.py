@@ -144,7 +144,8 @@ def _open_dit(wan: Path, layout: str, singles: list[_Single], say: Say) -> tuple
         file = _pick("transformer", wan, singles)
         return file, transformer_refs(file, read_network(file, say))
     folder = wan if layout == "official" else wan / "transformer"
-    return folder, transformer_refs(folder, read_shards(folder, _DIT_STEM, say))
+    what = folder / f"{_DIT_STEM}*"
+    return what, transformer_refs(what, read_shards(folder, _DIT_STEM, say))
 
 
 def _open_vae(wan: Path, singles: list[_Single], say: Say) -> Part[VaeConfig]:

@@ -40,7 +40,7 @@ def one_conversion(out: Path, sources: str, say: Callable[[str], None]) -> Itera
         sources: digest of what it is made from.
         say: called with a line before waiting.
 
-    Raises BadRequest where the other process makes it from other sources or without an answer,
+    Raises BadRequest where the other process makes it from other sources,
     WriteFailed where the lock cannot be created.
     """
     path = out.absolute().with_name(f".{out.absolute().name}.lock")
