@@ -55,7 +55,10 @@ def doctor(kernels: bool) -> int:
 
 @cli.command("convert")
 @click.option(
-    "--wan", type=FOLDER, required=True, help="Wan2.2-TI2V-5B folder, official or diffusers."
+    "--wan",
+    type=FOLDER,
+    required=True,
+    help="Wan2.2-TI2V-5B folder: official, diffusers, or ComfyUI's single files.",
 )
 @click.option("--draft", type=FILE, help="PixelWizard draft checkpoint. [default: base weights]")
 @click.option("--highres", type=FILE, help="PixelWizard high-res checkpoint (2k or 4k model.pt).")
