@@ -26,6 +26,7 @@ from pw_export.upstream_configs import (
     official_dit,
     transformers_text_encoder,
 )
+from pw_export.wan22_configs import LATENT_MEAN
 from pw_runtime.checkpoint.bundle import MANIFEST, some_names
 from pw_runtime.errors import BadRequest, BadWeights
 from pw_runtime.types import TextEncoderConfig, VaeConfig
@@ -75,6 +76,7 @@ class _Single:
     path: Path
     what: str
     kind: Kind | None
+    channels: int = 0  # latent channels of a transformer
 
 
 def open_base(wan: Path, say: Say) -> Base:
@@ -141,7 +143,7 @@ def _is_marked(folder: Path) -> bool:
 
 def _open_dit(wan: Path, layout: str, singles: list[_Single], say: Say) -> tuple[Path, Refs]:
     if layout == "single files":
-        file = _pick("transformer", wan, singles)
+        file = _pick("transformer", wan, singles, say)
         return file, transformer_refs(file, read_network(file, say))
     folder = wan if layout == "official" else wan / "transformer"
     what = folder / f"{_DIT_STEM}*"
@@ -155,7 +157,7 @@ def _open_vae(wan: Path, singles: list[_Single], say: Say) -> Part[VaeConfig]:
     if lexists(folder / "config.json"):
         fields = diffusers_vae(folder / "config.json")
         return vae_part(folder, read_shards(folder, _DIT_STEM, say), fields)
-    file = _pick("VAE", wan, singles)
+    file = _pick("VAE", wan, singles, say)
     return vae_part(file, read_network(file, say), {})
 
 
@@ -167,7 +169,7 @@ def _open_text_encoder(wan: Path, singles: list[_Single], say: Say) -> Part[Text
     if folder.is_dir():
         fields = transformers_text_encoder(folder / "config.json")
         return text_encoder_part(folder, read_shards(folder, "model", say), fields)
-    file = _pick("text encoder", wan, singles)
+    file = _pick("text encoder", wan, singles, say)
     return text_encoder_part(file, read_network(file, say), {})
 
 
@@ -195,14 +197,25 @@ def _single(file: Path) -> _Single:
     except BadWeights as error:  # it may be none of ours; named where nothing else is found
         return _Single(file, str(error.got), None)
     kind = kind_of(shapes_of(refs))
-    return _Single(file, kind.what if kind else "unknown tensors", kind)
+    embedding = refs.get("patch_embedding.weight")
+    channels = embedding.shape[1] if embedding and len(embedding.shape) == 5 else 0
+    return _Single(file, kind.what if kind else "unknown tensors", kind, channels)
 
 
-def _pick(role: Role, wan: Path, singles: list[_Single]) -> Path:
-    """Return the only single file of a role. Raises BadWeights where there is none or several."""
-    files = [single.path for single in singles if single.kind and single.kind.role == role]
+def _pick(role: Role, wan: Path, singles: list[_Single], say: Say) -> Path:
+    """Return the only single file of a role; of several transformers, the only one of TI2V-5B.
+
+    Raises BadWeights where there is none or several.
+    """
+    found = [single for single in singles if single.kind and single.kind.role == role]
+    files = [single.path for single in found]
     if len(files) == 1:
         return files[0]
+    ours = [single.path for single in found if single.channels == len(LATENT_MEAN)]
+    if len(ours) == 1:
+        rest = [str(file.relative_to(wan)) for file in files if file != ours[0]]
+        say(f"{ours[0].relative_to(wan)}: the only one of TI2V-5B, not {some_names(rest)}")
+        return ours[0]
     wanted = f"{_LOOKED_FOR[role]}, or a .safetensors file of it in {wan} or a folder in it named "
     wanted += ", ".join(folder for folder in _FOLDERS if folder)
     if files:

@@ -44,10 +44,11 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
         r"blocks\.\d+\.attn\.[qkvo]\.weight$",
         Kind("a UMT5 text encoder", "text encoder"),
     ),
-    (
-        r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkvo]\.weight$",
-        Kind("a T5 text encoder with transformers' names", "text encoder", "library"),
+    (  # alone among its family it has a bias in every block
+        r"encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias\.weight$",
+        Kind("a UMT5 text encoder with transformers' names", "text encoder", "library"),
     ),
+    (r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.", Kind("a T5 text encoder, not UMT5")),
     (r"decoder\.upsamples\.\d+\.(residual|resample)\.", Kind("the VAE of Wan2.1")),
     (r"decoder\.up(_blocks)?\.\d+\.", Kind("a VAE of another family")),
     (r"enc\.blk\.|blk\.\d+\.", Kind("a network with llama.cpp's names")),

@@ -239,6 +239,10 @@ def _lora(template: str, down: str, up: str, ranks: list[int]) -> dict[str, torc
             "a LoRA without low-rank factors",
         ),
         ({"decoder.upsamples.0.residual.0.gamma": torch.zeros(3)}, "the VAE of Wan2.1"),
+        (
+            {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(3)},
+            "a T5 text encoder, not UMT5",
+        ),
         ({"decoder.up.0.block.0.norm1.weight": torch.zeros(3)}, "a VAE of another family"),
         ({"double_blocks.0.img_attn.qkv.weight": torch.zeros(3)}, "a transformer of another"),
         ({"model.layers.0.self_attn.q_proj.weight": torch.zeros(3)}, "a language model"),
@@ -260,9 +264,9 @@ def test_lora_or_network_of_another_family_is_named(
     ("place", "content", "wanted", "got"),
     [
         ("draft", "vae", "transformer", "a Wan2.2 VAE"),
-        ("draft", "text_encoder", "transformer", "a T5 text encoder"),
+        ("draft", "text_encoder", "transformer", "a UMT5 text encoder"),
         (VAE, "draft", "VAE", "a Wan transformer"),
-        (VAE, "text_encoder", "VAE", "a T5 text encoder"),
+        (VAE, "text_encoder", "VAE", "a UMT5 text encoder"),
         (T5, "vae", "text encoder", "a Wan2.2 VAE"),
         (T5, "draft", "text encoder", "a Wan transformer"),
     ],

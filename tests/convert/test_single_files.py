@@ -149,9 +149,16 @@ def test_files_of_other_models_in_the_same_folders_are_passed_over(
         {"blocks.0.ffn.0.lora_A.weight": torch.ones(3, 3)},
         wan / "diffusion_models/lora.safetensors",
     )
+    t5 = {n: t for n, t in states["text_encoder"].items() if "1.layer.0" not in n}
+    save_file(t5, wan / "text_encoders" / "t5xxl_fp16.safetensors")
     (wan / "text_encoders" / "broken.safetensors").write_bytes(b"<html>")
-    bundle = quietly(tmp_path / "b", wan=wan)
+    larger = {"patch_embedding.weight": torch.zeros(160, 36, 1, 2, 2)}
+    save_file({**states["draft"], **larger}, wan / "diffusion_models/wan2.2_i2v_14B.safetensors")
+    lines: list[str] = []
+    bundle = convert(wan=wan, out=tmp_path / "b", say=lines.append)
     assert all(holds(bundle, network, state) for network, state in states.items())
+    only = "diffusion_models/wan2.2_ti2v_5B_fp16.safetensors: the only one of TI2V-5B, not "
+    assert f"{only}diffusion_models/wan2.2_i2v_14B.safetensors" in lines
 
 
 @pytest.mark.parametrize(
