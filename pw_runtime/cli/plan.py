@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,7 +19,10 @@ from pw_runtime.cli.options import (
     vae_precision_option,
 )
 from pw_runtime.errors import BadRequest
-from pw_runtime.types import RunOptions
+from pw_runtime.types import Network, RunOptions
+
+if TYPE_CHECKING:
+    from pw_runtime.planning.workload import Workload
 
 
 @click.command()
@@ -28,6 +32,11 @@ from pw_runtime.types import RunOptions
 @host_memory_option
 @click.option(
     "--gpu", type=click.Choice(["H200"]), help="Estimate times for this GPU. [default: this one]"
+)
+@click.option(
+    "--target",
+    help="Plan with the engines that `pw build --target` made for this GPU architecture, sm_89 for "
+    "instance. [default: without engines]",
 )
 @click.option("--codec", type=CODECS, default="h264", show_default=True, help="Video codec.")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft.")
@@ -63,7 +72,12 @@ def plan(**options: Any) -> int:
         chunk=options["chunk"],
         draft_only=options["draft_only"],
     )
-    work = workload(networks, find_preset(options["preset"]), run_options)
+    preset = find_preset(options["preset"])
+    work = workload(networks, preset, run_options)
+    if options["target"] is not None:
+        if device.type == "cpu":
+            raise BadRequest("--target is for a GPU", do="add its memory: --gpu-memory 16GiB")
+        work = _on_engines(work, options["target"])
     budget = budget_of(device, options["gpu_memory"], options["host_memory"])
     run_plan = make_plan(candidates(work, gpu=budget.device is not None), budget)
     if options["gpu"] is not None and precision != "bf16":
@@ -79,3 +93,37 @@ def plan(**options: Any) -> int:
         rates = measure_rates(device, precision)
     click.echo(plan_report(work, run_plan, rates, verbose=options["verbose"]))
     return DONE
+
+
+def _on_engines(work: Workload, target: str) -> Workload:
+    """Return the workload on the engines in the store; the decoder's are optional.
+
+    Raises BadRequest where the target is unknown, or a transformer's engines are not built for it.
+    """
+    from pw_engines import EngineStore
+    from pw_engines.tensorrt import rtx
+    from pw_runtime.execution.decoder_lookup import unbaked_segments
+    from pw_runtime.execution.engine_lookup import Unavailable, scratch_for
+    from pw_runtime.execution.transformer_segments import segments_of
+
+    if reason := rtx.cannot_build([target]):
+        raise BadRequest("there is no plan for this target", got=reason)
+    store, options = EngineStore(), work.options
+    scratch: dict[Network, int] = {}
+    for name, config in work.transformers.items():
+        segments = segments_of(config, options.compute_precision, options.chunk)
+        found = scratch_for(segments, store, target)
+        if isinstance(found, Unavailable):
+            raise BadRequest(
+                f"the {name} network has no engines for {target} in {store.root}",
+                got=found.reason,
+                do=f"run `pw build --target {target}` for this model, --precision and --chunk, or "
+                "leave --target out",
+            )
+        scratch[name] = found
+    found = Unavailable("fp32 only")
+    if options.vae_precision == "fp32" and work.tiling == work.preset.decode:
+        found = scratch_for(unbaked_segments(work.vae, work.preset), store, target)
+    if not isinstance(found, Unavailable):
+        scratch["vae"] = found
+    return replace(work, padded=True, decoder_engines="vae" in scratch, scratch=scratch)

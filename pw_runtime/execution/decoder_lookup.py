@@ -25,7 +25,7 @@ from pw_runtime.execution.protocols import Decoder
 from pw_runtime.execution.transformer_segments import Segment
 from pw_runtime.models import VaeDecoder
 from pw_runtime.presets import PRESETS
-from pw_runtime.types import VAE_STRIDE, Preset, RunOptions
+from pw_runtime.types import VAE_STRIDE, Preset, RunOptions, VaeConfig
 
 
 def decoder_segments(
@@ -39,16 +39,27 @@ def decoder_segments(
         compiler: of the engines; those of TensorRT have the weights baked in.
         net: the bundle's decoder, to bake; without it such segments can be found, not built.
     """
-    vae, last = bundle.networks.vae, preset.highres or preset.draft
-    rows, columns = last.height // VAE_STRIDE[1], last.width // VAE_STRIDE[2]
+    vae = bundle.networks.vae
     if not compiler.bakes_weights:
-        return segments_of_decode(vae.config, preset.decode, rows, columns)
+        return unbaked_segments(vae.config, preset)
+    rows, columns = _cells(preset)
     if net is None:
         with torch.device("meta"):
             net = VaeDecoder(vae.config).requires_grad_(False)
     # The files' digests, which the bundle holds and checks: the weights are gigabytes.
     digest = digest_of(bundle.files[name].sha256.encode() for name in vae.files)
     return segments_of_decode(vae.config, preset.decode, rows, columns, baked=net, digest=digest)
+
+
+def unbaked_segments(config: VaeConfig, preset: Preset) -> dict[str, Segment]:
+    """Return the same segments with weights as inputs, for any weights of these widths."""
+    return segments_of_decode(config, preset.decode, *_cells(preset))
+
+
+def _cells(preset: Preset) -> tuple[int, int]:
+    """Return rows and columns of the preset's last latent."""
+    last = preset.highres or preset.draft
+    return last.height // VAE_STRIDE[1], last.width // VAE_STRIDE[2]
 
 
 def select_decoder_engines(bundle: Bundle, preset: Preset, options: RunOptions) -> EngineSet:

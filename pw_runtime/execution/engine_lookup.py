@@ -290,6 +290,22 @@ def find_engines(
     return Unavailable("; ".join(reasons))
 
 
+def scratch_for(
+    segments: Mapping[str, Segment], store: EngineStore, target: str
+) -> int | Unavailable:
+    """Return the bytes of scratch memory of a network's plans for a target of TensorRT for RTX.
+
+    The builder said it: no GPU is needed.
+    """
+    platforms, sizes = rtx.platforms_of(target), []
+    for name, segment in segments.items():
+        _, file = _first(store, keys_of(segment, "tensorrt-rtx", platforms))
+        if file.path is None:
+            return Unavailable(f"{name}: {file.reason}")
+        sizes.append(rtx.scratch_of(file.path))
+    return max(sizes)
+
+
 def _first(store: EngineStore, keys: Sequence[EngineKey]) -> tuple[EngineKey, Lookup]:
     """Find the first engine that is built; with none, return the first key and what it lacks."""
     found = [(key, store.find(key)) for key in keys]

@@ -20,7 +20,6 @@ from pw_runtime.types import (
     Codec,
     DecodePlan,
     MemoryItem,
-    Network,
     Pass,
     Place,
     Residency,
@@ -114,8 +113,8 @@ def transformer_candidates(
                 work.options.compute_precision,
                 plan,
                 padded=work.padded,
+                scratch=work.scratch.get(name, 0),
             )
-            items += _scratch(work, name)
             if not gpu:
                 items = _moved(items, "host")
             memory = _stage(name, items, work, gpu=gpu)
@@ -123,12 +122,9 @@ def transformer_candidates(
     return tuple(options)
 
 
-def _scratch(work: Workload, network: Network) -> tuple[MemoryItem, ...]:
-    """List the scratch memory of a network's engines, where they have some of their own."""
-    size = work.scratch.get(network, 0)
+def _scratch(size: int) -> MemoryItem:
     name = "scratch memory of the engines"
-    item = MemoryItem(name=name, kind="activations", bytes=size, place="device")
-    return (item,) if size else ()
+    return MemoryItem(name=name, kind="activations", bytes=size, place="device")
 
 
 def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...]) -> str:
@@ -156,7 +152,8 @@ def decode_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[DecodePla
     for plan in _decode_plans(work, shape, gpu=gpu):
         itemsize = 4 if options.vae_precision == "fp32" else 2
         items = _decode_items(work.vae, shape, plan.tiling, itemsize)
-        items += _scratch(work, "vae") if plan.engines else ()
+        if plan.engines and (size := work.scratch.get("vae", 0)):
+            items += (_scratch(size),)
         if not gpu:
             items = (*_moved(items, "host"), *_on_a_cpu(work.vae, items))
         frame = 3 * last.width * last.height // 2

@@ -77,6 +77,7 @@ def stage_memory(
     *,
     text_tokens: int | None = None,
     padded: bool = False,
+    scratch: int = 0,
 ) -> tuple[MemoryItem, ...]:
     """List what is in memory at a stage's peak: on the device, and weights also on the host.
 
@@ -88,6 +89,7 @@ def stage_memory(
         plan: how it runs.
         text_tokens: of the prompt and of its negative each; None: as many as there can be.
         padded: engines take whole chunks only.
+        scratch: bytes that engines keep for what they compute; 0: PyTorch allocates it.
 
     Returns:
         Items, the largest first.
@@ -109,6 +111,8 @@ def stage_memory(
     if config.adapter_dim:
         held["features of the draft"] = low * stream
         held["resized draft"] = latent // PATCH**2
+    if scratch:
+        held["scratch memory of the engines"] = scratch
     heads = heads_at_once(tokens, config.num_heads, config.head_dim, low)
     some = tokens * heads * config.head_dim
     every = {"residual stream": 4 * stream}
@@ -119,15 +123,16 @@ def stage_memory(
     qkv = {"queries, keys, values": 3 * low * stream}
     feed_forward = low * (config.dim + 2 * config.ffn_dim)
     norms = config.dim * ((12 if low == 2 else 8) + 3 * low)  # in fp32
+    before, after = config.dim * (3 * low + 4 + low), 8 * config.dim + max(feed_forward, norms)
+    if scratch:  # results are written where they belong, or take the place of their input
+        before, after = 0, 4 * config.dim
     phases = [
         every | qkv | {f"attention of {heads} heads": low * some + 4 * tokens * heads},
-        every
-        | qkv
-        | {f"{chunk} tokens before attention": chunk * config.dim * (3 * low + 4 + low)},
+        every | qkv | {f"{chunk} tokens before attention": chunk * before},
         every
         | {
             "result of attention": low * stream,
-            f"{chunk} tokens after attention": chunk * (8 * config.dim + max(feed_forward, norms)),
+            f"{chunk} tokens after attention": chunk * after,
         },
         {"step of the solver": SOLVER_STEP * latent},
     ]

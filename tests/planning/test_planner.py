@@ -159,7 +159,10 @@ def test_scratch_memory_of_engines_is_in_the_plan() -> None:
         candidates(replace(work_for("2k"), scratch=scratch), gpu=True)["highres"][0].memory
         for scratch in ({}, {"highres": 2**30})
     )
-    assert with_engines.peak("device") - plain.peak("device") == 2**30
+    more = with_engines.peak("device") - plain.peak("device")
+    assert 0.6 * 2**30 < more < 2**30  # what a chunk takes in PyTorch is part of it
+    names = [item.name for item in with_engines.items]
+    assert "scratch memory of the engines" in names
 
 
 @pytest.mark.parametrize(("guidance", "name"), [(1.0, "the prompt"), (0.0, "the negative prompt")])

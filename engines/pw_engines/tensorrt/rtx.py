@@ -21,6 +21,7 @@ from pw_engines.tensorrt import RECIPE
 from pw_engines.tensorrt.engine import TensorrtEngine
 from pw_engines.tensorrt.library import RTX, bindings
 from pw_engines.tensorrt.onnx_rules import check_importable
+from pw_engines.tensorrt.plan_file import read_facts
 from pw_engines.tensorrt.process import build_in_process
 from pw_engines.tensorrt.request import PLAN, Request
 
@@ -89,9 +90,11 @@ def platforms_for(device: torch.device) -> list[Platform]:
 
     A plan for fewer targets takes less scratch memory. None run on a CPU.
     """
-    if cannot_run(device) is not None:
-        return []
-    own = target_of(device)
+    return [] if cannot_run(device) is not None else platforms_of(target_of(device))
+
+
+def platforms_of(own: str) -> list[Platform]:
+    """List the platforms whose plans run on a target, the fewest targets first."""
     others = [target for target in RTX.targets if target != own]
     return [
         target_platform((own, *more))
@@ -134,6 +137,11 @@ def build(
         return request
 
     build_in_process(spec, "pw_engines.tensorrt.onnx_build", prepare, path, say, RTX)
+
+
+def scratch_of(path: Path) -> int:
+    """Return the bytes of scratch memory that a plan's calls take, as its builder said."""
+    return read_facts(path).scratch or 0
 
 
 def check_first_run(engine: TensorrtEngine, segment: SegmentFunction, device: torch.device) -> None:
