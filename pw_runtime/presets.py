@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import math
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.input_files import UnreadableInput, read_toml
 from pw_runtime.types import (
     PATCH,
     TRAIN_STEPS,
@@ -48,6 +47,8 @@ PRESETS: dict[str, Preset] = {
 PIXELS_PER_TOKEN = VAE_STRIDE[1] * PATCH
 MAX_POSITIONS = 1024  # of the official rotary tables, along each axis
 SHIFTS = (0.01, 1000.0)
+MAX_GUIDANCE = 1000.0  # a thousand times as far as the networks were trained; bf16 still holds it
+MOST_PROBLEMS = 8  # in a message
 
 
 def find_preset(name: str) -> Preset:
@@ -71,14 +72,13 @@ def find_preset(name: str) -> Preset:
 def read_preset(path: Path) -> Preset:
     """Read and check a preset file (docs/presets.md). Raises BadRequest."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
+        table = read_toml(path)
+    except UnreadableInput as error:
         raise BadRequest(
-            f"cannot read the preset file {path}", got=error.strerror, do="check the path"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(
-            f"{path} is not a TOML file", got=error, do="compare it with docs/presets.md"
+            f"cannot read the preset file {path}",
+            got=error,
+            wanted="a TOML file as in docs/presets.md",
+            do="check the path and the file",
         ) from error
     try:
         # By way of JSON: strict validation of Python objects would not take tables.
@@ -86,11 +86,12 @@ def read_preset(path: Path) -> Preset:
     except ValidationError as error:
         problems = [
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-            for item in error.errors(include_url=False)
+            for item in error.errors(include_url=False, include_input=False)[:MOST_PROBLEMS]
         ]
+        unnamed = error.error_count() - len(problems)
         raise BadRequest(
             f"{path} is not a preset",
-            got="; ".join(problems),
+            got="; ".join(problems + [f"and {unnamed} more"] * (unnamed > 0)),
             wanted="the tables and keys of docs/presets.md, and no others",
         ) from error
     check_preset(preset, str(path))
@@ -112,8 +113,8 @@ def check_preset(preset: Preset, source: str) -> None:
             problems.append(f"{name}.steps is {stage.steps}, wanted 1 to {TRAIN_STEPS}")
         if not SHIFTS[0] <= stage.shift <= SHIFTS[1]:
             problems.append(f"{name}.shift is {stage.shift}, wanted {SHIFTS[0]} to {SHIFTS[1]}")
-        if not math.isfinite(stage.guidance):
-            problems.append(f"{name}.guidance is {stage.guidance}, wanted a finite number")
+        if not -MAX_GUIDANCE <= stage.guidance <= MAX_GUIDANCE:
+            problems.append(f"{name}.guidance is {stage.guidance}, wanted at most {MAX_GUIDANCE}")
     frames, most = preset.video.frames, (MAX_POSITIONS - 1) * VAE_STRIDE[0] + 1
     if not 0 < frames <= most or frames % VAE_STRIDE[0] != 1:
         nearest = min(max(0, frames - 1) // VAE_STRIDE[0] * VAE_STRIDE[0] + 1, most)
@@ -125,8 +126,8 @@ def check_preset(preset: Preset, source: str) -> None:
         problems.append(f"decode.strips is {preset.decode.strips}, wanted 1 to {columns}")
     if preset.decode.tiling == "official" and preset.decode.caches == "host":
         problems.append("decode.caches is host, which decode.tiling official does not know")
-    if preset.decode.overlap < 0:
-        problems.append(f"decode.overlap is {preset.decode.overlap}, wanted 0 or more")
+    if not 0 <= preset.decode.overlap <= columns:
+        problems.append(f"decode.overlap is {preset.decode.overlap}, wanted 0 to {columns}")
     if problems:
         raise BadRequest(
             f"{source} asks for a clip that cannot be made",

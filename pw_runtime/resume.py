@@ -16,8 +16,9 @@ from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.job.clip import Clip, resume_clip
 from pw_runtime.job.failures import report_on_abort
-from pw_runtime.job.latents import Provenance, check_latents
+from pw_runtime.job.latents import NO_DIGESTS, check_latents
 from pw_runtime.job.preflight import check_request, computing
+from pw_runtime.job.provenance import Provenance
 from pw_runtime.job.run import Run
 from pw_runtime.pipeline import decode_clips
 from pw_runtime.planning.oom_fallback import plan_run
@@ -83,6 +84,8 @@ def finish(
     clips = []
     for file in files:
         provenance = check_latents(file, bundle)
+        if NO_DIGESTS in provenance.notices:
+            reporter.warn(f"{file}: {NO_DIGESTS}")
         request = _request(file, provenance, overrides)
         _check_kernels(file, request)
         check_request(request)

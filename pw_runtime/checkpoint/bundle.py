@@ -14,17 +14,20 @@ Only `pw convert` (pw_export.convert) writes bundles.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 
+from pw_runtime.checkpoint.limits import declared_layers, problems_of, stored_layers
 from pw_runtime.errors import BadWeights
+from pw_runtime.system.input_files import MAX_JSON, UnreadableInput, open_input, read_input
+from pw_runtime.system.tensor_file import TensorFile
 from pw_runtime.types import DitConfig, Network, TextEncoderConfig, VaeConfig
 
 ConfigT = TypeVar("ConfigT", DitConfig, VaeConfig, TextEncoderConfig)
@@ -32,6 +35,7 @@ ConfigT = TypeVar("ConfigT", DitConfig, VaeConfig, TextEncoderConfig)
 FORMAT = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer"
+SHARD = ".safetensors"
 
 # Files that identify a folder as a published checkpoint.
 _CHECKPOINT_MARKS = (
@@ -104,12 +108,14 @@ class Bundle:
         digest: SHA-256 of bundle.json, which pins every other file.
         manifest: the content of bundle.json.
         synthetic_tensors: returns the tensors of a network, for benchmarks without weight files.
+        opened: its shards by name, each opened once: what is hashed is what is computed with.
     """
 
     root: Path
     digest: str
     manifest: Manifest
     synthetic_tensors: Callable[[Network], dict[str, torch.Tensor]] | None = None
+    opened: dict[str, TensorFile] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def networks(self) -> Networks:
@@ -143,21 +149,20 @@ def open_bundle(path: Path | str) -> Bundle:
     path = Path(path)
     file = path / MANIFEST
     try:
-        raw = file.read_bytes()
-    except OSError as error:
+        raw = read_input(file, MAX_JSON)
+    except UnreadableInput as error:
         raise _no_bundle(path, error) from error
     try:
         manifest = _MANIFEST.validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise BadWeights(
-            f"{file} cannot be used",
-            got=f"{where}: {first['msg']} ({error.error_count()} error(s))",
-            wanted=f"a manifest of format {FORMAT}",
-            do=_REMAKE,
+        raise _unusable(
+            file, f"{where}: {first['msg']} ({error.error_count()} error(s))"
         ) from error
     _check_paths(file, manifest)
+    if problems := problems_of(manifest):
+        raise _unusable(file, "; ".join(problems[:_MAX_NAMES]))
     return Bundle(root=path, digest=hashlib.sha256(raw).hexdigest(), manifest=manifest)
 
 
@@ -170,63 +175,75 @@ def sha256_of(path: Path) -> str:
 def verify(bundle: Bundle, names: Collection[str] | None = None) -> None:
     """Check sizes, then SHA-256 sums, of all files of the bundle or of those in `names`.
 
+    Shards stay open, and `load_tensors` reads from the open file: one that takes the name of a
+    verified shard is not used. One that is overwritten in place is noticed by the next load.
+
     Raises BadWeights naming the first file that differs from bundle.json.
     """
-    files = [(bundle.root / name, record) for name, record in bundle.files.items()]
-    if names is not None:
-        files = [(bundle.root / name, bundle.files[name]) for name in names]
-    for path, record in files:
-        _check_size(path, record)
+    chosen = list(bundle.files if names is None else names)
+    for name in chosen:
+        _check_size(bundle.root / name, bundle.files[name])
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        for check in [pool.submit(_check_digest, path, record) for path, record in files]:
+        for check in [pool.submit(_check_digest, bundle, name) for name in chosen]:
             check.result()
+
+
+def check_tensors(
+    bundle: Bundle, network: Network, prefix: tuple[str, ...] = ("",)
+) -> tuple[str, ...]:
+    """Check names and shapes of a network's tensors from the headers; return its shards' names.
+
+    Nothing is built before the files have as many layers as the config declares.
+
+    Raises BadWeights as `load_tensors` does, digests apart.
+    """
+    from pw_runtime.models import expected_shapes
+
+    entry = _entry(bundle, network)
+    what, shapes = f"the {network} network of {bundle.root}", _stored_shapes(bundle, network)
+    declared = declared_layers(entry.config)
+    if declared is not None and (stored := stored_layers(entry.config, shapes)) != declared:
+        raise BadWeights(
+            f"{what} is not what {MANIFEST} declares",
+            got=f"tensors of {stored} layers",
+            wanted=f"tensors of {declared} layers",
+            do=_REMAKE,
+        )
+    expected = expected_shapes(network, entry.config)
+    require_shapes(
+        what,
+        {name: shape for name, shape in shapes.items() if name.startswith(prefix)},
+        {name: shape for name, shape in expected.items() if name.startswith(prefix)},
+        do=_REMAKE,
+    )
+    return entry.files
 
 
 def load_tensors(
     bundle: Bundle, network: Network, prefix: tuple[str, ...] = ("",)
 ) -> dict[str, torch.Tensor]:
-    """Map the tensors of a network whose names start with one of `prefix` from disk.
+    """Map the tensors of a network whose names start with one of `prefix`, of verified files.
 
-    Pages are read when a tensor is first used. Names and shapes are exactly those of
-    `pw_runtime.models.expected_shapes` for the config; dtypes are those of the checkpoint.
+    Files that `verify` has not hashed are hashed now, once per bundle. Pages are read when a tensor
+    is first used. Names and shapes are exactly those of `pw_runtime.models.expected_shapes` for the
+    config; dtypes are those of the checkpoint.
 
-    Raises BadWeights when the bundle lacks the network, a shard is missing or damaged, or a
-    tensor is missing, unexpected, duplicated or of another shape.
+    Raises BadWeights when the bundle lacks the network, a shard is missing, damaged or altered, or
+    a tensor is missing, unexpected, duplicated or of another shape.
     """
-    from pw_runtime.models import expected_shapes
-
-    entry = bundle.networks.get(network)
-    if entry is None:
-        raise BadWeights(
-            f"{bundle.root} has no {network} network",
-            got="a bundle converted without it",
-            do="run `pw convert` again with the PixelWizard checkpoint as --highres",
-        )
-    shapes = expected_shapes(network, entry.config)
-    expected = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
-    tensors: dict[str, torch.Tensor] = {}
     if bundle.synthetic_tensors is not None:
-        tensors = {
-            name: tensor
-            for name, tensor in bundle.synthetic_tensors(network).items()
-            if name.startswith(prefix)
-        }
-    for file in entry.files:
-        shard = _read_shard(bundle.root / file, prefix)
-        if duplicates := shard.keys() & tensors.keys():
-            raise BadWeights(
-                f"{bundle.root / file} repeats tensors of another shard",
-                got=some_names(duplicates),
-                do=_REMAKE,
-            )
-        tensors |= shard
-    require_shapes(
-        f"the {network} network of {bundle.root}",
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        expected,
-        do=_REMAKE,
-    )
-    return tensors
+        tensors = bundle.synthetic_tensors(network)
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    files = check_tensors(bundle, network, prefix)
+    verify(bundle, files)
+    loaded: dict[str, torch.Tensor] = {}
+    for name in files:
+        try:
+            loaded |= bundle.opened[name].tensors(prefix)
+            bundle.opened[name].require_unchanged()
+        except UnreadableInput as error:
+            raise _damaged(bundle.root / name, error) from error
+    return loaded
 
 
 def require_shapes(
@@ -264,30 +281,57 @@ def some_names(names: Collection[str]) -> str:
     return f"{first}, ... ({len(names)} in all)" if len(names) > _MAX_NAMES else first
 
 
-def _read_shard(path: Path, prefix: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as shard:
-            return {n: shard.get_tensor(n) for n in shard.keys() if n.startswith(prefix)}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+def _entry(bundle: Bundle, network: Network) -> Entry[Any]:
+    entry = bundle.networks.get(network)
+    if entry is None:
         raise BadWeights(
-            f"{path} cannot be read",
-            got=error,
-            wanted="a complete safetensors file",
-            do=_REMAKE,
-        ) from error
+            f"{bundle.root} has no {network} network",
+            got="a bundle converted without it",
+            do="run `pw convert` again with the PixelWizard checkpoint as --highres",
+        )
+    return entry
+
+
+def _stored_shapes(bundle: Bundle, network: Network) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of a network by name, from its shards' headers."""
+    if bundle.synthetic_tensors is not None:
+        tensors = bundle.synthetic_tensors(network)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in _entry(bundle, network).files:
+        shard = _opened(bundle, name).shapes
+        if duplicates := shard.keys() & shapes.keys():
+            raise BadWeights(
+                f"{bundle.root / name} repeats tensors of another shard",
+                got=some_names(duplicates),
+                do=_REMAKE,
+            )
+        shapes |= shard
+    return shapes
+
+
+def _opened(bundle: Bundle, name: str) -> TensorFile:
+    """Return a shard, opened at the first call for it."""
+    if name not in bundle.opened:
+        try:
+            bundle.opened[name] = TensorFile(bundle.root / name)
+        except UnreadableInput as error:
+            raise _damaged(bundle.root / name, error) from error
+    return bundle.opened[name]
 
 
 def _check_size(path: Path, record: FileRecord) -> None:
     try:
-        size = path.stat().st_size
-    except OSError as error:
+        with open_input(path) as file:
+            size = os.fstat(file.fileno()).st_size
+    except UnreadableInput as error:
         raise BadWeights(
             f"{path} is missing from the bundle",
-            got=error.strerror,
+            got=error,
             wanted=f"{record.bytes} bytes with SHA-256 {record.sha256}",
             do=_REMAKE,
         ) from error
-    if size != record.bytes or not path.is_file():
+    if size != record.bytes:
         raise BadWeights(
             f"{path} has the wrong size",
             got=f"{size} bytes",
@@ -296,11 +340,12 @@ def _check_size(path: Path, record: FileRecord) -> None:
         )
 
 
-def _check_digest(path: Path, record: FileRecord) -> None:
+def _check_digest(bundle: Bundle, name: str) -> None:
+    path, record = bundle.root / name, bundle.files[name]
     try:
-        digest = sha256_of(path)
-    except OSError as error:
-        raise BadWeights(f"{path} cannot be read", got=error, do=_REMAKE) from error
+        digest = _opened(bundle, name).sha256 if name.endswith(SHARD) else sha256_of(path)
+    except (OSError, UnreadableInput) as error:
+        raise _damaged(path, error) from error
     if digest != record.sha256:
         raise BadWeights(
             f"{path} was altered or damaged",
@@ -328,7 +373,19 @@ def _check_paths(file: Path, manifest: Manifest) -> None:
         )
 
 
-def _no_bundle(path: Path, error: OSError) -> BadWeights:
+def _unusable(file: Path, got: str) -> BadWeights:
+    return BadWeights(
+        f"{file} cannot be used", got=got, wanted=f"a manifest of format {FORMAT}", do=_REMAKE
+    )
+
+
+def _damaged(path: Path, error: Exception) -> BadWeights:
+    return BadWeights(
+        f"{path} cannot be read", got=error, wanted="a complete safetensors file", do=_REMAKE
+    )
+
+
+def _no_bundle(path: Path, error: UnreadableInput) -> BadWeights:
     marks = [mark for mark in _CHECKPOINT_MARKS if (path / mark).exists()]
     if marks:
         return BadWeights(
@@ -339,7 +396,7 @@ def _no_bundle(path: Path, error: OSError) -> BadWeights:
         )
     return BadWeights(
         f"there is no bundle at {path}",
-        got=f"{MANIFEST}: {error.strerror}",
+        got=f"{MANIFEST}: {error}",
         wanted="a bundle created by `pw convert`",
         do=f"check the path, or run `pw convert --wan CHECKPOINT --out {path}`",
     )

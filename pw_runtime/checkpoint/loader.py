@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pw_kernels.attention import HEAD_WIDTHS
-from pw_runtime.checkpoint.bundle import Bundle, load_tensors
+from pw_runtime.checkpoint.bundle import TOKENIZER, Bundle, check_tensors, load_tensors, verify
 from pw_runtime.errors import BadRequest, BadWeights
 from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
 from pw_runtime.models.precision import store_dit_weight
@@ -53,7 +53,7 @@ def check_networks(bundle: Bundle, stages: Iterable[StageName], attention: Atten
                 do="add --attention reference",
             )
     for network in (*stages, *ALWAYS_NEEDED):
-        load_tensors(bundle, network)
+        check_tensors(bundle, network)
 
 
 def load_dit(
@@ -131,6 +131,8 @@ def load_text_network(bundle: Bundle, precision: Precision, device: torch.device
             got=error,
             do="convert the checkpoint again, with its complete tokenizer folder",
         ) from error
+    # After it is read: transformers opens its files by name.
+    verify(bundle, [name for name in bundle.files if name.startswith(f"{TOKENIZER}/")])
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     encoder = build_text_encoder(bundle.networks.text_encoder.config)
     weights = load_tensors(bundle, "text_encoder")

@@ -16,11 +16,11 @@ from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.job.contact_sheet import Filmstrip, SheetRow
 from pw_runtime.job.latents import (
     SUFFIX,
-    Provenance,
     read_latent,
     vae_digest,
     write_latents,
 )
+from pw_runtime.job.provenance import Provenance
 from pw_runtime.job.receipt import Receipt, kernel_launches, machine, versions, write_receipt
 from pw_runtime.planning.oom_fallback import OomFallback
 from pw_runtime.sampling.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest

@@ -6,6 +6,7 @@ OUT/<id>.latents.safetensors
     text_context, negative_context      [E, text_dim]
     draft_latent, highres_latent        [C, T, H, W] fp32
     metadata "pixelwizard"              a `Provenance` as JSON
+    metadata "sha256"                   JSON: SHA-256 of that text and of every tensor, by name
 """
 
 from __future__ import annotations
@@ -13,66 +14,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.errors import BadRequest
-from pw_runtime.presets import check_preset
-from pw_runtime.prompts import make_prompts
+from pw_runtime.job.provenance import Provenance, parse_provenance, provenance_json
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.system.atomic_files import write_tensors
-from pw_runtime.types import (
-    Latent,
-    Preset,
-    Prompt,
-    RunOptions,
-    StageConfig,
-    StageName,
-    TilingConfig,
-)
+from pw_runtime.system.input_files import UnreadableInput, parse_json
+from pw_runtime.system.tensor_file import TensorFile
+from pw_runtime.types import Latent, StageName
 
 METADATA = "pixelwizard"
+DIGESTS = "sha256"
+_FRAMEWORK = ("format", "pt")  # which safetensors adds to the metadata
 SUFFIX = ".latents.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Provenance:
-    """Origin of the latents of a clip. Bump `format` when a field changes."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
-
-    prompt: Prompt
-    negative: str
-    preset: Preset
-    decode: TilingConfig  # of the run's plan, which decides the last bits of the frames
-    options: RunOptions
-    seeds: dict[str, int]
-    noise: dict[str, str]  # SHA-256 of each stage's initial noise
-    noise_file: str | None
-    bundle: dict[str, str]  # SHA-256 of bundle.json and of every file
-    vae: str  # digest of config and weights of the VAE: what the frames depend on
-    engines: dict[str, dict[str, str]]
-    notices: tuple[str, ...]
-    seconds: dict[str, float]  # of the stages that ran
-    versions: dict[str, str]
-    fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
-    machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
-    format: Literal[1, 2] = 2
-
-    @property
-    def stages(self) -> dict[StageName, StageConfig]:
-        """The stages of the run, in order; the last one's latent becomes the clip."""
-        return self.preset.stages(draft_only=self.options.draft_only)
-
-
-_PROVENANCE = TypeAdapter(Provenance)
+NO_DIGESTS = (
+    "the latents are of a format without digests: that they are as they were computed "
+    "cannot be checked"
+)
 
 
 def vae_digest(bundle: Bundle) -> str:
@@ -85,55 +49,33 @@ def vae_digest(bundle: Bundle) -> str:
 def write_latents(path: Path, provenance: Provenance, tensors: Mapping[str, Tensor]) -> None:
     """Write the file, whole or not at all. Raises WriteFailed."""
     on_cpu = {name: x.cpu().contiguous() for name, x in tensors.items()}
-    write_tensors(path, on_cpu, {METADATA: _PROVENANCE.dump_json(provenance).decode()})
+    text = provenance_json(provenance)
+    write_tensors(path, on_cpu, {METADATA: text, DIGESTS: json.dumps(digests_of(text, on_cpu))})
 
 
 def read_provenance(path: Path) -> Provenance:
     """Read the metadata of a latents file. Raises BadRequest where it is foreign or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            raw = (file.metadata() or {}).get(METADATA)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
-    if raw is None:
-        raise BadRequest(
-            f"{path} does not describe its clip",
-            got=f"a safetensors file without the metadata {METADATA!r}",
-            wanted=f"a file <id>{SUFFIX} that `pw generate` left",
-            do="if an older version wrote it, repeat its run with `pw generate --noise`",
-        )
-    try:
-        provenance = _PROVENANCE.validate_json(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the metadata"
-        raise BadRequest(
-            f"{path} has metadata that this version cannot read",
-            got=f"format {_format_of(raw)}; {where}: {first['msg']}",
-            wanted="format 1 or 2",
-            do="finish it with the version of pw that wrote it",
-        ) from error
-    check_preset(provenance.preset, str(path))
-    make_prompts([(provenance.prompt.id, provenance.prompt.text)])
-    return provenance
+    return _provenance(path, _open(path))
 
 
 def is_resumable(path: Path) -> bool:
     """Tell whether `pw decode` could finish a clip from this file."""
     try:
-        provenance = read_provenance(path)
-        with safe_open(path, framework="pt") as file:
-            return f"{list(provenance.stages)[-1]}_latent" in file.keys()  # noqa: SIM118
-    except (BadRequest, OSError, SafetensorError):
+        file = _open(path)
+        return f"{list(_provenance(path, file).stages)[-1]}_latent" in file.shapes
+    except BadRequest:
         return False
 
 
 def check_latents(path: Path, bundle: Bundle) -> Provenance:
     """Read a latents file completely and check that `bundle` can finish its clip.
 
+    The provenance of a file without digests has NO_DIGESTS among its notices.
+
     Raises BadRequest naming what is wrong and what to do.
     """
-    provenance = read_provenance(path)
+    file = _open(path)
+    provenance = _provenance(path, file)
     if provenance.vae != vae_digest(bundle):
         raise BadRequest(
             f"{path} was made for another VAE",
@@ -142,7 +84,10 @@ def check_latents(path: Path, bundle: Bundle) -> Provenance:
             f"{provenance.bundle['digest'][:16]}",
             do="give that bundle to --model; another decoder makes other pictures",
         )
-    read_latent(path, provenance, list(provenance.stages)[-1], torch.device("cpu"))
+    tensors = _tensors(path, file)
+    _latent(path, provenance, list(provenance.stages)[-1], tensors)
+    if DIGESTS not in file.metadata:
+        return replace(provenance, notices=(*provenance.notices, NO_DIGESTS))
     return provenance
 
 
@@ -151,9 +96,10 @@ def read_latent(
 ) -> Latent:
     """Read a stage's latent, [C, T, H, W] fp32 on `device`, bit for bit as it was computed.
 
-    Raises BadRequest where it is missing, of another shape or dtype, or not finite.
+    Raises BadRequest where it is missing, altered, of another shape or dtype, or not finite.
     """
-    stored = read_provenance(path)
+    file = _open(path)
+    stored = _provenance(path, file)
     expected = (provenance.prompt, provenance.noise, provenance.seeds)
     if (stored.prompt, stored.noise, stored.seeds) != expected:
         raise BadRequest(
@@ -161,19 +107,66 @@ def read_latent(
             got=f"the latents of {stored.prompt.text[:60]!r} with other noise",
             do="give two runs two --out folders, and run this one again",
         )
-    name, shape = f"{stage}_latent", latent_shape(provenance.stages[stage], provenance.preset.video)
+    return Latent(x=_latent(path, provenance, stage, _tensors(path, file)).to(device))
+
+
+def _open(path: Path) -> TensorFile:
     try:
-        with safe_open(path, framework="pt") as file:
-            present = name in file.keys()  # noqa: SIM118 (it has no __contains__)
-            x = file.get_tensor(name) if present else None
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
-    if x is None:
+        return TensorFile(path)
+    except UnreadableInput as error:
+        raise BadRequest(
+            f"cannot read the latents file {path}",
+            got=error,
+            wanted=f"a complete file <id>{SUFFIX} that `pw generate` left",
+            do="check the path; if the file was copied, copy it again",
+        ) from error
+
+
+def _provenance(path: Path, file: TensorFile) -> Provenance:
+    text = file.metadata.get(METADATA)
+    if text is None:
+        raise BadRequest(
+            f"{path} does not describe its clip",
+            got=f"a safetensors file without the metadata {METADATA!r}",
+            wanted=f"a file <id>{SUFFIX} that `pw generate` left",
+            do="if an older version wrote it, repeat its run with `pw generate --noise`",
+        )
+    provenance = parse_provenance(text, path)
+    named = {name for name, value in file.metadata.items() if (name, value) != _FRAMEWORK}
+    if provenance.format >= 3 and named != {METADATA, DIGESTS}:
+        raise _altered(path, f"the metadata {', '.join(sorted(named))}")
+    return provenance
+
+
+def _tensors(path: Path, file: TensorFile) -> dict[str, Tensor]:
+    """Map all tensors, and compare them and the metadata with their digests, if there are any."""
+    try:
+        tensors = file.tensors()
+        expected = parse_json(file.metadata[DIGESTS]) if DIGESTS in file.metadata else None
+    except UnreadableInput as error:
+        raise _altered(path, str(error)) from error
+    if expected is None:
+        return tensors
+    found = digests_of(file.metadata[METADATA], tensors)
+    if not isinstance(expected, dict) or found.keys() != expected.keys():
+        raise _altered(path, "digests of other tensors")
+    if differing := [name for name in found if found[name] != expected[name]]:
+        raise _altered(path, f"another SHA-256 of {', '.join(differing)}")
+    return tensors
+
+
+def _latent(
+    path: Path, provenance: Provenance, stage: StageName, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    """Return a stage's latent, [C, T, H, W] fp32 on the CPU."""
+    name, shape = f"{stage}_latent", latent_shape(provenance.stages[stage], provenance.preset.video)
+    if name not in tensors:
         raise BadRequest(
             f"{path} ends before the {stage} stage",
             got=f"no {name}",
             do=f"run `pw generate` again with --seed {provenance.seeds['base']}",
         )
+    x = tensors[name]
     if x.shape != shape or x.dtype != torch.float32:
         raise BadRequest(
             f"{path} contradicts its own preset",
@@ -184,24 +177,26 @@ def read_latent(
     if not x.isfinite().all():
         raise BadRequest(
             f"{path} contains NaN or infinity",
-            got=name,
+            got=f"{name}, in {int((~x.isfinite()).sum())} of {x.numel()} values",
             do="use the file as `pw generate` wrote it: it was finite then",
         )
-    return Latent(x=x.to(device))
+    return x
 
 
-def _unreadable(path: Path, error: Exception) -> BadRequest:
+def digests_of(text: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return SHA-256 sums: of the metadata, and of dtype, shape and bytes of every tensor."""
+    digests = {METADATA: hashlib.sha256(text.encode()).hexdigest()}
+    for name, x in tensors.items():
+        digest = hashlib.sha256(f"{x.dtype} {list(x.shape)}\n".encode())
+        digest.update(memoryview(x.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _altered(path: Path, got: str) -> BadRequest:
     return BadRequest(
-        f"cannot read the latents file {path}",
-        got="a folder" if path.is_dir() else error,
-        wanted=f"a complete file <id>{SUFFIX} that `pw generate` left",
-        do="check the path; if the file was copied, copy it again",
+        f"{path} was altered or damaged",
+        got=got,
+        wanted="the file as `pw generate` wrote it",
+        do="copy it again from where it was made, or run `pw generate` again",
     )
-
-
-def _format_of(raw: str) -> object:
-    try:
-        metadata = json.loads(raw)
-    except (ValueError, RecursionError):
-        return "unknown"
-    return metadata.get("format", "unknown") if isinstance(metadata, dict) else "unknown"

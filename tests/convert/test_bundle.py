@@ -163,7 +163,6 @@ def test_damaged_shard_is_named_when_tensors_are_loaded(
 def test_missing_extra_and_misshapen_tensors_are_named(broken: Path) -> None:
     name = "blocks.0.norm3.weight"
     pristine = load_file(broken / DRAFT)
-    bundle = open_bundle(broken)
     changes: list[tuple[str, Callable[[State], object]]] = [
         (f"lacks tensors\n  got: without {name}", lambda tensors: tensors.pop(name)),
         ("unknown tensors\n  got: stray", lambda tensors: tensors.update(stray=torch.zeros(1))),
@@ -173,7 +172,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(broken: Path) -> None:
         save_file(pristine, broken / DRAFT)
         edit_shard(broken / DRAFT, change)
         with pytest.raises(BadWeights, match="the draft network of") as caught:
-            load_tensors(bundle, "draft")
+            load_tensors(open_bundle(broken), "draft")
         assert part in str(caught.value)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pw_runtime.job.latents import METADATA
+from pw_runtime.job.latents import DIGESTS, METADATA, NO_DIGESTS, digests_of
 from tests.e2e.pw import Ended, Pw
 
 
@@ -52,7 +52,10 @@ def rewrite(
         origin = json.loads(opened.metadata()[METADATA])
     change(tensors)
     change_origin(origin)
-    save_file(tensors, file, metadata={METADATA: json.dumps(origin)})
+    metadata = {METADATA: json.dumps(origin)}
+    if origin["format"] >= 3:
+        metadata[DIGESTS] = json.dumps(digests_of(metadata[METADATA], tensors))
+    save_file(tensors, file, metadata=metadata)
 
 
 def test_the_file_is_the_one_the_run_made_and_the_receipt_tells_both_runs(
@@ -153,18 +156,26 @@ def test_latents_of_which_no_clip_can_be_made(decode, latents, tmp_path, change,
 
 
 def later_format(origin: dict) -> None:
-    origin["format"] = 3
+    origin["format"] = 4
 
 
-def test_latents_of_format_1_are_finished_too(decode, latents, tmp_path) -> None:
-    """Format 2 added `fallbacks`, and nothing else."""
+@pytest.mark.parametrize("number", [1, 2])
+def test_latents_of_earlier_formats_are_finished_and_named_unchecked(
+    decode, latents, tmp_path, number
+) -> None:
+    """Format 2 added `fallbacks`, format 3 digests."""
 
     def earlier(origin: dict) -> None:
-        origin["format"] = 1
-        del origin["fallbacks"]
+        origin["format"] = number
+        if number == 1:
+            del origin["fallbacks"]
 
     rewrite(latents, change_origin=earlier)
-    assert decode().code == 0
+    ended = decode()
+    assert ended.code == 0
+    assert "without digests" in ended.err
+    receipt = json.loads((tmp_path / "out" / "0.json").read_text())
+    assert NO_DIGESTS in receipt["notices"]
 
 
 def other_vae(origin: dict) -> None:
@@ -186,7 +197,7 @@ def on_a_gpu(origin: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (later_format, "format 3"),
+        (later_format, "format 4"),
         (other_vae, "made for another VAE"),
         (path_as_id, "cannot name a file"),
         (odd_frames, "wanted 4n+1"),

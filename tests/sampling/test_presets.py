@@ -72,7 +72,7 @@ def test_preset_file_is_read_key_by_key(tmp_path: Path) -> None:
         ("guidance = 5.0", "guidance = nan", "draft.guidance is nan"),
         ("shift = 5.0", "shift = 1e-300", "draft.shift is 1e-300"),
         ("width = 96", "width = 3200000000", "draft.width is 3200000000"),
-        ("steps = 2", "steps = 1" + "0" * 5000, "not a TOML file"),
+        ("steps = 2", "steps = 1" + "0" * 5000, "line 4 has 5009 characters"),
         ("fps = 24\n", "", None),
     ],
 )

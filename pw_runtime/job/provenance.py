@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The origin of a clip's latents, as their file stores it, and what it may contain."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Final, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pw_runtime.errors import BadRequest
+from pw_runtime.presets import check_preset
+from pw_runtime.prompts import make_prompts
+from pw_runtime.sampling.noise import MAX_SEED, seeds_for
+from pw_runtime.system.input_files import UnreadableInput, parse_json
+from pw_runtime.types import Preset, Prompt, RunOptions, StageConfig, StageName, TilingConfig
+
+MAX_METADATA: Final = 4 * 2**20  # characters of a clip's description
+MAX_POSITION: Final = 10**9  # of a prompt in its file
+CHUNKS: Final = (1, 2**24)  # tokens in one call of an engine
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_DEVICE: Final = re.compile(r"(cpu|cuda)(:\d{1,4})?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Origin of the latents of a clip. Bump `format` when a field changes."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Prompt
+    negative: str
+    preset: Preset
+    decode: TilingConfig  # of the run's plan, which decides the last bits of the frames
+    options: RunOptions
+    seeds: dict[str, int]
+    noise: dict[str, str]  # SHA-256 of each stage's initial noise
+    noise_file: str | None
+    bundle: dict[str, str]  # SHA-256 of bundle.json and of every file
+    vae: str  # digest of config and weights of the VAE: what the frames depend on
+    engines: dict[str, dict[str, str]]
+    notices: tuple[str, ...]
+    seconds: dict[str, float]  # of the stages that ran
+    versions: dict[str, str]
+    fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
+    machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
+    format: Literal[1, 2, 3] = 3  # since 3 the file has digests
+
+    @property
+    def stages(self) -> dict[StageName, StageConfig]:
+        """The stages of the run, in order; the last one's latent becomes the clip."""
+        return self.preset.stages(draft_only=self.options.draft_only)
+
+
+_PROVENANCE = TypeAdapter(Provenance)
+
+
+def provenance_json(provenance: Provenance) -> str:
+    """Return the text that a latents file stores."""
+    return _PROVENANCE.dump_json(provenance).decode()
+
+
+def parse_provenance(text: str, path: Path) -> Provenance:
+    """Read and check the text that the latents file `path` stores.
+
+    Raises BadRequest naming what is wrong: fields, types, and numbers that no run could have had.
+    """
+    try:
+        if len(text) > MAX_METADATA:
+            raise UnreadableInput(f"more than {MAX_METADATA} characters")
+        content = parse_json(text)
+        version = content.get("format") if isinstance(content, dict) else None
+    except UnreadableInput as error:
+        raise _foreign(path, str(error)) from error
+    try:
+        provenance = _PROVENANCE.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the metadata"
+        got = f"format {str(version)[:20]}; {where}: {first['msg']}"
+        raise _foreign(path, got, do="finish it with the version of pw that wrote it") from error
+    check_preset(provenance.preset, str(path))
+    check_preset(replace(provenance.preset, decode=provenance.decode), str(path))
+    make_prompts([(provenance.prompt.id, provenance.prompt.text)])
+    if problems := _problems_of(provenance):
+        raise _foreign(path, "; ".join(problems))
+    return provenance
+
+
+def _problems_of(provenance: Provenance) -> list[str]:
+    problems = []
+    position, seeds = provenance.prompt.position, provenance.seeds
+    base = seeds.get("base", -1)
+    if not 1 <= position <= MAX_POSITION:
+        problems.append(f"prompt.position is {position}, wanted 1 to {MAX_POSITION}")
+    elif not 0 <= base < MAX_SEED or seeds != {"base": base, **asdict(seeds_for(base, position))}:
+        problems.append(f"seeds are {seeds}, wanted those of one base seed and this position")
+    if not {"draft", "highres"} >= provenance.noise.keys():
+        problems.append(f"noise is that of {', '.join(provenance.noise)}")
+    digests = {"vae": provenance.vae, "bundle.digest": provenance.bundle.get("digest", "")}
+    digests |= {f"noise.{stage}": digest for stage, digest in provenance.noise.items()}
+    problems += [f"{name} is no SHA-256" for name, x in digests.items() if not _SHA256.fullmatch(x)]
+    if not all(math.isfinite(x) and x >= 0 for x in provenance.seconds.values()):
+        problems.append("seconds are not all finite and at least 0")
+    if not CHUNKS[0] <= provenance.options.chunk <= CHUNKS[1]:
+        problems.append(f"options.chunk is {provenance.options.chunk}")
+    if not _DEVICE.fullmatch(provenance.options.device):
+        problems.append(f"options.device is {provenance.options.device!r}")
+    return problems
+
+
+def _foreign(
+    path: Path, got: str, do: str = "use the file as `pw generate` wrote it"
+) -> BadRequest:
+    return BadRequest(
+        f"{path} has metadata that this version cannot read",
+        got=got,
+        wanted="format 1, 2 or 3, as `pw generate` writes it",
+        do=do,
+    )
