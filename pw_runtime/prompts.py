@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.input_files import UnreadableInput, parse_json, read_text
+from pw_runtime.system.printable import printable
 from pw_runtime.types import Prompt
 
 ID_KEYS = ("id", "prompt_id")
 TEXT_KEYS = ("text", "prompt", "caption")
-SAFE_ID = re.compile(r"(?!\.)[^/\\\x00-\x1f]+")
+SAFE_ID = re.compile(r"(?!\.)[^/\\\t\n]+")
 MAX_ID_BYTES = 200  # file systems take 255, and we add endings
+MAX_FILE_BYTES = 256 * 2**20
+MAX_CHARACTERS = 100_000  # of a prompt; the text encoders see about a thousand of them
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
@@ -23,20 +27,17 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     JSON lines where the name ends in .jsonl or the first line starts with "{"; otherwise plain
     text. Blank lines are skipped. A prompt without an id gets its 0-based line number.
 
-    Raises BadRequest for a missing, empty or non-UTF-8 file, a malformed line (with its
-    1-based number), an id that cannot name a file, or an id used twice.
+    Raises BadRequest for a file that is missing, empty, not UTF-8 or too large, a malformed line
+    (with its 1-based number), an id that cannot name a file, or an id used twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
+        lines = read_text(path, MAX_FILE_BYTES).split("\n")
+    except UnreadableInput as error:
         raise BadRequest(
-            f"{path} is not UTF-8 text",
-            got=f"byte 0x{error.object[error.start]:02x} at offset {error.start}",
-            do="save the file as UTF-8",
-        ) from error
-    except OSError as error:
-        raise BadRequest(
-            f"cannot read the prompt file {path}", got=error.strerror, do="check the path"
+            f"cannot read the prompt file {path}",
+            got=error,
+            wanted=f"UTF-8 text of at most {MAX_FILE_BYTES} bytes",
+            do="check the path, or save the prompts in such a file",
         ) from error
     filled = [(number, line.strip()) for number, line in enumerate(lines) if line.strip()]
     if not filled:
@@ -50,19 +51,31 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 
 def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
-    """Return prompts numbered from 1. Raises BadRequest for unusable or repeated ids."""
+    """Return prompts numbered from 1.
+
+    Raises BadRequest for unusable ids and texts, and for ids that some file systems cannot tell
+    apart: equal ones, and those that differ by case or by Unicode's normal form alone.
+    """
     prompts = tuple(
         Prompt(id=prompt_id, text=text, position=position)
         for position, (prompt_id, text) in enumerate(pairs, start=1)
     )
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for prompt in prompts:
         if not _can_name_a_file(prompt.id):
             raise BadRequest(
                 f"the id of prompt {prompt.position} cannot name a file",
                 got=ascii(prompt.id),
-                wanted=f"at most {MAX_ID_BYTES} bytes, no slashes, no leading dot",
+                wanted=f"at most {MAX_ID_BYTES} bytes, no slashes, no control characters, "
+                "no leading dot",
                 do="change the id",
+            )
+        if len(prompt.text) > MAX_CHARACTERS:
+            raise BadRequest(
+                f"prompt {prompt.id} is too long",
+                got=f"{len(prompt.text)} characters",
+                wanted=f"at most {MAX_CHARACTERS}",
+                do="shorten it: the model reads the first few hundred words",
             )
         if not _is_text(prompt.text):
             raise BadRequest(
@@ -71,20 +84,29 @@ def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
                 wanted="Unicode characters without lone surrogates",
                 do="write the prompt anew, or check the locale of the terminal",
             )
-        if prompt.id in seen:
+        name = unicodedata.normalize("NFC", unicodedata.normalize("NFD", prompt.id).casefold())
+        other = seen.setdefault(name, prompt.id)
+        if other == prompt.id and len(seen) < prompt.position:
             raise BadRequest(
                 f"two prompts have the id {prompt.id!r}",
                 do="give each prompt an id of its own: it names the clip",
             )
-        seen.add(prompt.id)
+        if other != prompt.id:
+            raise BadRequest(
+                f"the ids of two prompts differ by case or by Unicode's normal form alone: "
+                f"{other!r} and {prompt.id!r}",
+                got=f"{ascii(other)} and {ascii(prompt.id)}",
+                wanted="names that every file system can tell apart",
+                do="change one of them",
+            )
     return prompts
 
 
 def _from_json(line: str, number: int, path: Path) -> tuple[str, str]:
     where = f"{path}, line {number + 1}"
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line)
+    except UnreadableInput as error:
         raise BadRequest(
             f"{where} is not JSON",
             got=f"{error}: {line[:60]}",
@@ -109,7 +131,8 @@ def _can_name_a_file(prompt_id: str) -> bool:
         size = len(os.fsencode(prompt_id))
     except UnicodeEncodeError:
         return False
-    return size <= MAX_ID_BYTES and SAFE_ID.fullmatch(prompt_id) is not None
+    safe = SAFE_ID.fullmatch(prompt_id) is not None and printable(prompt_id) == prompt_id
+    return size <= MAX_ID_BYTES and safe
 
 
 def _is_text(text: str) -> bool:

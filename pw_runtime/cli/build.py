@@ -19,6 +19,7 @@ from pw_runtime.cli.options import (
     precision_option,
 )
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -232,7 +233,7 @@ def _show(*, verify: bool) -> int:
         state = f"damaged: {entry.damage}" if entry.damage else f"built in {entry.seconds:.0f} s"
         if targets := dict(entry.key.get("platform", ())).get("targets"):
             state += f" for {targets.replace(' ', ', ')}"
-        click.echo(f"{entry.folder}  {entry.bytes / 2**20:6.1f} MiB  {state}")
+        click.echo(printable(f"{entry.folder}  {entry.bytes / 2**20:6.1f} MiB  {state}"))
     click.echo(f"{len(entries)} engines in {store.root}")
     return SOME_FAILED if any(entry.damage for entry in entries) else DONE
 
@@ -248,7 +249,7 @@ def prune_engines(everything: bool) -> int:
         reason = "asked for" if everything else entry.damage or unusable(entry)
         if reason:
             store.remove(entry.folder)
-            click.echo(f"removed {entry.folder}: {reason}")
+            click.echo(printable(f"removed {entry.folder}: {reason}"))
     for path in store.remove_leftovers():
         click.echo(f"removed {path.name}: an incomplete build")
     return DONE

@@ -6,6 +6,7 @@ Imports the standard library alone, so that it can say which package is missing.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import TextIO
 from pw_runtime.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, exit_code_of
 from pw_runtime.errors import PixelWizardError
 from pw_runtime.system.packages import missing_package
+from pw_runtime.system.printable import printable
 
 
 def main() -> None:
@@ -70,7 +72,9 @@ def _run() -> int:
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)
+        _say(usage.getvalue().rstrip("\n"))
         return BAD_INPUT
     except click.Abort as error:
         raise KeyboardInterrupt from error
@@ -78,7 +82,7 @@ def _run() -> int:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _print_everything(stream: TextIO) -> None:

@@ -188,7 +188,7 @@ def digests_of(text: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     digests = {METADATA: hashlib.sha256(text.encode()).hexdigest()}
     for name, x in tensors.items():
         digest = hashlib.sha256(f"{x.dtype} {list(x.shape)}\n".encode())
-        digest.update(memoryview(x.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         digests[name] = digest.hexdigest()
     return digests
 

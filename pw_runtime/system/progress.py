@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pw_runtime.system.printable import printable
 from pw_runtime.types import FrameChunk
 
 LINE_INTERVAL = 10.0  # seconds between plain lines of one stage
@@ -42,15 +43,16 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a line, unless quiet."""
         if not self._quiet:
-            self._console.print(text)
+            self._console.print(printable(text))
 
     def warn(self, text: str) -> None:
         """Print a line even when quiet."""
-        self._console.print(text)
+        self._console.print(printable(text))
 
     def finished(self, path: Path) -> None:
         """Print the path of a complete clip on stdout, for scripts, also when quiet."""
-        print(path, flush=True)
+        name = str(path)
+        print(printable(name) if sys.stdout.isatty() else name, flush=True)
 
     @contextmanager
     def steps(self, label: str, total: int) -> Iterator[Advance]:
@@ -72,7 +74,7 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(label, total=total)
+            task = progress.add_task(printable(label), total=total)
             yield lambda done=1: progress.advance(task, done)
 
     def _lines(self, label: str, total: int) -> Iterator[Advance]:
