@@ -15,7 +15,7 @@ from pw_runtime.types import Prompt
 
 ID_KEYS = ("id", "prompt_id")
 TEXT_KEYS = ("text", "prompt", "caption")
-SAFE_ID = re.compile(r"(?!\.)[^/\\\t\n]+")
+SAFE_ID = re.compile(r"(?!\.)[^/\\\t\n\u2028\u2029]+")
 MAX_ID_BYTES = 200  # file systems take 255, and we add endings
 MAX_FILE_BYTES = 256 * 2**20
 MAX_CHARACTERS = 100_000  # of a prompt; the text encoders see about a thousand of them
@@ -95,7 +95,7 @@ def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
             raise BadRequest(
                 f"the ids of two prompts differ by case or by Unicode's normal form alone: "
                 f"{other!r} and {prompt.id!r}",
-                got=f"{ascii(other)} and {ascii(prompt.id)}",
+                got=f"{other!a} and {prompt.id!a}",
                 wanted="names that every file system can tell apart",
                 do="change one of them",
             )

@@ -13,9 +13,9 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pw_bench.result_sections import (
     Clip,
@@ -26,8 +26,10 @@ from pw_bench.result_sections import (
     Ratio,
 )
 from pw_runtime.errors import BadRequest
-from pw_runtime.system.atomic_files import write_text
+from pw_runtime.system.atomic_files import require_replaceable, write_text
+from pw_runtime.system.input_files import UnreadableInput, parse_json, read_text
 from pw_runtime.system.machine import Machine
+from pw_runtime.system.printable import printable
 
 Kind = Literal[
     "kernels",
@@ -41,6 +43,8 @@ Kind = Literal[
 ]
 
 FORMAT: Final = 2  # format 1 lacks the last five kinds; its files are read as they are
+MAX_BYTES: Final = 64 * 2**20  # of a file that is read
+Sample = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 STABLE: Final = 0.05  # largest (p90 - p10) / median of a stable figure
 
 
@@ -62,8 +66,8 @@ class Figure:
 
     name: str
     unit: Literal["s", "B", "J"]
-    samples: tuple[float, ...]
-    rejected: tuple[float, ...] = ()
+    samples: Annotated[tuple[Sample, ...], Field(min_length=1)]
+    rejected: tuple[Sample, ...] = ()
     flops: float | None = None
     bytes: float | None = None
     of_ceiling: float | None = None
@@ -161,7 +165,7 @@ class Result:
         ratios: refused where two clips differ by more than rounding, or a program fell back.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     format: int = FORMAT
     kind: Kind
@@ -197,6 +201,7 @@ def require_folder(out: Path) -> None:
             got=f"{out.parent}, which is not a folder",
             do=f"mkdir -p {out.parent}",
         )
+    require_replaceable(out)
 
 
 def write_result(result: Result, path: Path) -> None:
@@ -207,9 +212,8 @@ def write_result(result: Result, path: Path) -> None:
 def read_result(path: Path) -> Result:
     """Read a results file. Raises BadRequest where it is none, or a newer version's."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-    except (OSError, ValueError) as error:
+        content = _escaped(parse_json(read_text(path, MAX_BYTES)))
+    except UnreadableInput as error:
         raise BadRequest(
             f"cannot read {path}", got=error, do="give a results file of `pw bench`"
         ) from error
@@ -222,9 +226,9 @@ def read_result(path: Path) -> Result:
             do="use the version that wrote it, or a newer one",
         )
     try:
-        return _RESULT.validate_json(text)
+        return _RESULT.validate_json(json.dumps(content))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         location = ".".join(str(part) for part in first["loc"])
         raise BadRequest(
             f"{path} is not a results file",
@@ -232,3 +236,12 @@ def read_result(path: Path) -> Result:
             wanted="a file written by a program of `pw bench`",
             do="measure again with this version",
         ) from error
+
+
+def _escaped(content: Any) -> Any:
+    """Return JSON without characters that drive a terminal: tables show its texts."""
+    if isinstance(content, dict):
+        return {printable(key): _escaped(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_escaped(value) for value in content]
+    return printable(content) if isinstance(content, str) else content

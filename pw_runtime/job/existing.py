@@ -13,6 +13,7 @@ from typing import Any
 from pw_runtime.errors import BadRequest
 from pw_runtime.job.clip import Clip
 from pw_runtime.job.latents import SUFFIX, is_resumable
+from pw_runtime.job.receipt import read_receipt
 from pw_runtime.sampling.noise import tensor_digest
 from pw_runtime.types import Request
 
@@ -69,13 +70,13 @@ def _is_finished(clip: Clip) -> bool:
     if not (path.exists() and clip.target.exists()):
         return False
     try:
-        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt = read_receipt(path)
         stored = _identity_of_receipt(receipt)
         video_bytes = receipt["video"]["bytes"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except KeyError as error:
         raise BadRequest(
             f"{path} is not a receipt that can be compared",
-            got=f"{type(error).__name__}: {error}",
+            got=f"no {error}",
             do="pass --overwrite to replace the clip, or choose another --out",
         ) from error
     expected = _identity(clip)

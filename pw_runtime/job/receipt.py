@@ -9,14 +9,17 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from pw_kernels.launcher import tally
+from pw_runtime.errors import BadRequest
 from pw_runtime.system.atomic_files import write_text
+from pw_runtime.system.input_files import UnreadableInput, read_json
 from pw_runtime.system.machine import cpu_model
 
+FORMAT: Final = 2
 VERSIONED = ("pixelwizard-runtime", "torch", "transformers", "safetensors", "av")
 
 
@@ -46,7 +49,7 @@ class Receipt:
     plan: dict[str, Any] | None  # decisions; by stage predicted and measured peaks, in bytes
     kernel_launches: dict[str, dict[str, int]] | None  # kernel -> library or jit -> so far
     finished_from_latents: dict[str, Any] | None = None
-    format: int = 2
+    format: int = FORMAT
 
 
 _ABSENT_IF_NONE = ("peak_memory_bytes", "plan", "kernel_launches", "finished_from_latents")
@@ -59,6 +62,47 @@ def write_receipt(receipt: Receipt, path: Path) -> None:
         if content[name] is None:
             del content[name]
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+# Fields that all formats have, and their types in JSON.
+_STORED: Final[dict[str, type | tuple[type, ...]]] = {
+    "prompt": dict,
+    "negative": str,
+    "seeds": dict,
+    "noise": dict,
+    "noise_file": (str, type(None)),
+    "preset": dict,
+    "options": dict,
+    "bundle": dict,
+    "video": dict,
+    "seconds": dict,
+    "engines": dict,
+    "notices": list,
+    "versions": dict,
+}
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """Return the content of a receipt, its fields of the right types.
+
+    Raises BadRequest where it is damaged, none, or of a later version.
+    """
+    try:
+        content = read_json(path)
+        version = content.get("format") if isinstance(content, dict) else None
+        if not isinstance(version, int) or not 1 <= version <= FORMAT:
+            raise UnreadableInput(f"format {str(version)[:20]}")
+        for name, kind in _STORED.items():
+            if not isinstance(content.get(name, ...), kind):
+                raise UnreadableInput(f"no usable {name!r}")
+    except UnreadableInput as error:
+        raise BadRequest(
+            f"{path} is not a receipt that can be read",
+            got=error,
+            wanted=f"a receipt of `pw generate`, format 1 to {FORMAT}",
+            do="make the clip again with --overwrite, or remove the receipt",
+        ) from error
+    return content
 
 
 def kernel_launches() -> dict[str, dict[str, int]]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.input_files import UnreadableInput
+from pw_runtime.system.tensor_file import TensorFile
 from pw_runtime.types import VAE_STRIDE, StageConfig, StageName, VideoConfig
 
 LATENT_CHANNELS = 48
@@ -74,11 +74,11 @@ def load_noise(
     """
     shapes = {f"{name}_noise": latent_shape(stage, video) for name, stage in stages.items()}
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors = TensorFile(path).tensors(tuple(shapes))
+    except UnreadableInput as error:
         raise BadRequest(
             f"cannot read the noise file {path}",
-            got="a folder" if path.is_dir() else error,
+            got=error,
             wanted=f"a safetensors file with {' and '.join(shapes)}",
             do="pass a file written by --save-latents",
         ) from error

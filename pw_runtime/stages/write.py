@@ -27,7 +27,7 @@ from av.video.stream import VideoStream
 from pw_runtime.errors import WriteFailed
 from pw_runtime.stages.codecs import RECIPES, Recipe, check_codec, encoder_options
 from pw_runtime.stages.fragmented_mp4 import FragmentedMp4
-from pw_runtime.system.atomic_files import atomic_file, write_failed
+from pw_runtime.system.atomic_files import atomic_file, require_replaceable, write_failed
 from pw_runtime.system.overlap import overlap
 from pw_runtime.system.trace import span
 from pw_runtime.types import Codec, FrameChunk, PixelFormat
@@ -100,6 +100,8 @@ def encoded_video(
     """
     check_codec(codec, fragmented=partial_video is not None)
     clip = _Format(width=width, height=height, frames=frames, fps=fps)
+    if partial_video is not None:
+        require_replaceable(partial_video)
     with atomic_file(path) as partial:
         try:
             overlap(

@@ -7,12 +7,14 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pw_runtime.errors import BadRequest, WriteFailed
+from pw_runtime.system.input_files import kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,21 +29,24 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     The file and its folder are on the disk when this returns. After any exception, Ctrl-C
     included, the temporary file is gone and an earlier `path` is as it was. Two processes that
-    write one path do not meet: the last one to finish wins.
+    write one path do not meet: the last one to finish wins. A link is followed, as a shell's `>`
+    follows it: the link stays, and the file that it names is replaced.
 
-    Raises WriteFailed when the system refuses the file; an OSError that names some other
-    file passes through as it is.
+    Raises WriteFailed when the system refuses the file, or something stands there that is no file;
+    an OSError that names some other file passes through as it is.
     """
-    partial = partial_name(path)
+    final = _replaceable(path)
+    partial = partial_name(final)
     try:
-        for leftover in stale_partials(path):
+        for leftover in stale_partials(final):
             remove(leftover)
         yield partial
         _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
+        _replaceable(final)  # it may have changed while the file was made
+        os.replace(partial, final)
+        _sync(final.parent)
     except OSError as error:
-        if error.filename not in (None, str(partial), str(path), str(path.parent)):
+        if error.filename not in (None, str(partial), str(final), str(final.parent)):
             raise
         raise write_failed(path, error) from error
     finally:
@@ -76,6 +81,42 @@ def atomic_folder(out: Path, num_bytes: int, say: Callable[[str], None]) -> Iter
     finally:
         # why: nothing is left after the rename; what cannot be removed goes at the next start
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise BadRequest where `path` could not be written, because of what stands there."""
+    try:
+        _replaceable(path)
+    except WriteFailed as error:
+        raise BadRequest(str(error)) from error
+
+
+def _replaceable(path: Path) -> Path:
+    """Return the path of the file to write: `path`, or the one that a link of that name leads to.
+
+    Raises WriteFailed for a folder, a device, a pipe and a socket: replacing them by a file would
+    take them from everyone; and for a link of another user, who could choose what is replaced.
+    """
+    with _as_write_failed(path):
+        try:
+            own = os.lstat(path)
+            status = os.stat(path)
+        except FileNotFoundError:  # nothing is there, or nothing where a link points
+            return Path(os.path.realpath(path)) if path.is_symlink() else path
+    if stat.S_ISLNK(own.st_mode) and hasattr(os, "geteuid") and own.st_uid not in (0, os.geteuid()):
+        raise WriteFailed(
+            f"cannot write {path}",
+            got="a link that belongs to another user",
+            do="remove the link, or choose another place",
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise WriteFailed(
+            f"cannot write {path}",
+            got=kind_of(status.st_mode),
+            wanted="a file, or a name that is free",
+            do="choose another name; nothing but a file is ever replaced",
+        )
+    return Path(os.path.realpath(path)) if stat.S_ISLNK(own.st_mode) else path
 
 
 def require_absent(out: Path) -> None:
@@ -173,14 +214,14 @@ def write_tensors(
 
     # In a folder of its own: safetensors writes a temporary file of an unknown name beside its
     # target, which would stay for ever after a kill.
-    folder = partial_name(path).with_suffix(".folder.partial")
     with atomic_file(path) as partial:
+        folder = partial.with_suffix(".folder.partial")
         try:
             folder.mkdir()
             file = folder / path.name
             save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
-            # Safetensors lets only the owner read its files, whatever the umask.
-            file.chmod(path.parent.stat().st_mode & 0o666)
+            # Safetensors lets only the owner read its files; the new folder has the umask's mode.
+            file.chmod(folder.stat().st_mode & 0o666)
             file.rename(partial)
         except (OSError, SafetensorError) as error:  # the latter also for a full disk
             raise write_failed(path, error) from error

@@ -6,11 +6,13 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.input_files import kind_of
 
 NAME = ".pw.lock"
 
@@ -40,8 +42,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def _acquire(path: Path) -> int:
     """Return the descriptor of the locked file."""
     while True:
+        _require_own_file(path)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # A link is not followed: its target would be emptied.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(path, flags, 0o644)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.read(descriptor, 200).decode(errors="replace") or "another process"
@@ -60,6 +65,20 @@ def _acquire(path: Path) -> int:
         if _is_current(descriptor, path):
             return descriptor
         os.close(descriptor)  # its holder removed it before we got the lock
+
+
+def _require_own_file(path: Path) -> None:
+    """Raise BadRequest where something stands at the lock's name that is no file."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:  # not there; or opening it says what is wrong
+        return
+    if not stat.S_ISREG(mode):
+        raise BadRequest(
+            f"cannot lock the output folder {path.parent}",
+            got=f"{path.name}, which is {'a link' if stat.S_ISLNK(mode) else kind_of(mode)}",
+            do="remove it, or choose another --out",
+        )
 
 
 def _is_current(descriptor: int, path: Path) -> bool:

@@ -8,9 +8,9 @@ from typing import Final
 
 # Everything by which text moves the cursor, sets colours, asks the terminal for an answer or reads
 # otherwise than it is stored: C0 (without tab and line feed), DEL, C1; marks, embeddings, overrides
-# and isolates of direction; separators of lines and paragraphs; surrogates, which no encoding has.
+# and isolates of direction; annotations; surrogates, which no encoding has.
 _UNSAFE: Final = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufff9-\ufffb"
     "\ud800-\udfff]"
 )
 

@@ -55,7 +55,7 @@ def test_folder_that_is_a_file_fails_as_write_failed(tmp_path: Path) -> None:
 
 def test_final_name_of_a_folder_fails_and_cleans_up(tmp_path: Path) -> None:
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(WriteFailed, match="Is a directory"):
+    with pytest.raises(WriteFailed, match="a folder"):
         write_text(tmp_path / "a.txt", "x")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 

@@ -17,8 +17,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 
 from pw_bench.clips.equivalence import FrameDifference, compare_frames
 from pw_bench.clips.video import count_frames, video_frames
@@ -33,7 +33,11 @@ from pw_runtime.job.contact_sheet import (
     write_contact_sheet,
 )
 from pw_runtime.job.latents import SUFFIX
+from pw_runtime.job.receipt import read_receipt
 from pw_runtime.system.atomic_files import write_text
+from pw_runtime.system.input_files import UnreadableInput
+from pw_runtime.system.printable import printable
+from pw_runtime.system.tensor_file import TensorFile
 from pw_runtime.types import FrameChunk
 
 VIDEOS: Final = (".mp4", ".mkv")
@@ -100,27 +104,11 @@ def _changed_settings(clip: Path, reference: Path) -> dict[str, tuple[Any, Any]]
         receipt = video.with_suffix(".json")
         if not receipt.exists():
             return {}
-        content = _read_receipt(receipt)
+        content = read_receipt(receipt)
         settings.append(dict(_flatten({key: content.get(key) for key in REQUESTED})))
     left, right = settings
     keys = dict.fromkeys((*left, *right))
     return {k: (left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k)}
-
-
-def _read_receipt(path: Path) -> dict[str, Any]:
-    """Read the receipt of a clip. Raises BadRequest where it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        reason = f"a {type(content).__name__}"
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error)
-    raise BadRequest(
-        f"{path} is not the receipt of a clip",
-        got=reason,
-        do="remove it to compare the clips without their settings",
-    )
 
 
 def _flatten(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -136,25 +124,18 @@ def _latent_differences(clip: Path, reference: Path) -> dict[str, float]:
     if not all(file.exists() for file in files):
         return {}
     try:
-        return _relative_differences(*files)
-    except (OSError, SafetensorError) as error:
+        left, right = (TensorFile(file).tensors() for file in files)
+    except UnreadableInput as error:
         raise BadRequest(
-            f"{files[0]} or {files[1]} cannot be read",
+            f"cannot read the latents {files[0]} and {files[1]}",
             got=error,
-            wanted="two complete safetensors files",
-            do="remove them to compare the clips without their latents",
+            do="remove them to compare the frames alone",
         ) from error
-
-
-def _relative_differences(file: Path, other: Path) -> dict[str, float]:
-    with safe_open(file, "pt") as left, safe_open(other, "pt") as right:
-        names = [name for name in left.keys() if name.endswith("_latent")]  # noqa: SIM118
-        differences = {}
-        for name in sorted(set(names) & set(right.keys())):
-            x, y = (opened.get_tensor(name) for opened in (left, right))
-            if x.shape == y.shape:
-                differences[name] = relative_l2(x, y)
-    return differences
+    return {
+        name: relative_l2(left[name], right[name])
+        for name in sorted(left.keys() & right.keys())
+        if name.endswith("_latent") and left[name].shape == right[name].shape
+    }
 
 
 def difference_row(name: str, clip: Path, reference: Path) -> SheetRow:
@@ -199,7 +180,7 @@ def compare_clips(a: Path, b: Path, sheet: Path | None, out: Path | None) -> Non
     for pair in pairs:
         frames = pair.frames
         table.add_row(
-            pair.name,
+            escape(printable(pair.name)),
             "no byte differs" if frames.psnr is None else f"{frames.psnr:.2f} dB",
             f"{frames.ssim:.5f}",
             "static" if frames.flicker_ratio is None else f"{frames.flicker_ratio:.3f}",
@@ -209,7 +190,7 @@ def compare_clips(a: Path, b: Path, sheet: Path | None, out: Path | None) -> Non
     console.print(table)
     settings = {name: values for pair in pairs for name, values in pair.settings.items()}
     for name, (left, right) in settings.items():
-        console.print(f"{name}: {left} and {right}")
+        console.print(printable(f"{name}: {left} and {right}"), markup=False)
     if sheet is not None:
         write_contact_sheet([difference_row(name, *clips) for name, clips in paths.items()], sheet)
     if out is not None:
