@@ -6,7 +6,8 @@
     ROOT/.building-*                     a build in progress, or left by one that was killed
 
 An engine is used only if its manifest contains exactly the requested key and its file exactly the
-bytes that were published.
+bytes that were published. An engine is a program, so a store that others own or can write to is
+refused as a whole.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,9 +28,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from pw_engines.spec import EngineKey
+from pw_engines.trust import distrust, foreign, make_private
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
+MAX_MANIFEST: Final = 4 * 2**20  # bytes
 State = Literal["fresh", "missing", "damaged"]
 
 
@@ -73,7 +78,11 @@ class EngineStore:
         self.root = default_root() if root is None else root
 
     def find(self, key: EngineKey) -> Lookup:
-        """Return the verified file of an engine, or the reason why it has to be built."""
+        """Return the verified file of an engine, or the reason why it has to be built.
+
+        Raises StoreError for a store that others own or can write to.
+        """
+        self._require_trusted()
         folder = self.root / key.folder
         if not folder.is_dir():
             return Lookup(state="missing", reason="not built yet")
@@ -172,14 +181,24 @@ class EngineStore:
         return sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != ".")
 
     def make_root(self) -> None:
-        """Create the folder if it does not exist. Raises StoreError."""
+        """Create the folder, for this user alone, if it does not exist. Raises StoreError."""
         try:
-            (self.root / ".locks").mkdir(parents=True, exist_ok=True)
+            make_private(self.root)
+            (self.root / ".locks").mkdir(exist_ok=True)
         except OSError as error:
             raise StoreError(
                 f"cannot create the engine store {self.root}: {error.strerror}; "
                 "set PW_CACHE to another folder"
             ) from error
+        self._require_trusted()
+
+    def _require_trusted(self) -> None:
+        if fault := distrust(self.root):
+            raise StoreError(
+                f"the engine store {self.root} is not used: an engine is a program, and "
+                f"{fault.reason}; look at what is in it, then `{fault.remedy}`, or set PW_CACHE to "
+                "another folder (--policy eager uses no engines)"
+            )
 
 
 def _publish(building: Path, folder: Path, key: EngineKey, name: str, seconds: float) -> None:
@@ -202,29 +221,61 @@ def _publish(building: Path, folder: Path, key: EngineKey, name: str, seconds: f
     _sync(folder.parent)
 
 
+_FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
+    "file": str,
+    "bytes": int,
+    "sha256": str,
+    "key": dict,
+    "seconds": (int, float),
+}
+
+
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     """Return the manifest, and what is wrong with it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return {}, f"format {manifest['format']}, expected {FORMAT}"
-        if not {"file", "bytes", "sha256", "key", "seconds"} <= manifest.keys():
-            return {}, "its manifest is incomplete"
-        if not isinstance(manifest["key"]["spec"], dict):
-            return {}, "its manifest has no key"
-        if Path(manifest["file"]).name != manifest["file"]:
-            return {}, f"its manifest names {manifest['file']}, which is not in its folder"
+        manifest = json.loads(_read_file(folder / MANIFEST, MAX_MANIFEST))
     except FileNotFoundError:
         return {}, "it has no manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {}, f"its manifest cannot be read ({error})"
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        got = manifest.get("format") if isinstance(manifest, dict) else None
+        return {}, f"format {str(got)[:20]}, expected {FORMAT}"
+    for name, kind in _FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            return {}, f"its manifest has no usable {name}"
+    key = manifest["key"]
+    if not isinstance(key.get("spec"), dict) or not isinstance(key.get("backend"), str):
+        return {}, "its manifest has no key"
+    if not isinstance(key["spec"].get("segment"), str):
+        return {}, "its manifest has no segment"
+    if not math.isfinite(manifest["seconds"]):
+        return {}, "its manifest has no usable seconds"
+    if manifest["file"] in ("", "..") or Path(manifest["file"]).name != manifest["file"]:
+        return {}, f"its manifest names {manifest['file']}, which is not in its folder"
     return manifest, ""
+
+
+def _read_file(path: Path, most: int) -> bytes:
+    """Return the bytes of a regular file. Raises OSError, also for a pipe and for a larger one."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path.name} is not a file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"{path.name} has more than {most} bytes")
+    return content
 
 
 def _verify(folder: Path, manifest: dict[str, Any]) -> str:
     """Describe what is wrong with the engine's file; empty if nothing is."""
     path = folder / manifest["file"]
+    if owner := foreign(folder) or foreign(path):
+        return owner
     try:
+        if path.exists() and not path.is_file():
+            return f"{path.name} is not a file"
         size = path.stat().st_size
         if size != manifest["bytes"]:
             return f"{path.name} has {size} bytes, expected {manifest['bytes']}"
@@ -240,11 +291,15 @@ def _entry(folder: Path, verify: bool) -> Entry:
     if verify and not damage:
         damage = _verify(folder, manifest)
     key = manifest.get("key", {})
+    try:
+        size = sum(path.lstat().st_size for path in folder.iterdir())
+    except OSError as error:
+        size, damage = 0, damage or f"it cannot be read ({error.strerror})"
     return Entry(
         folder=folder.name,
         segment=key.get("spec", {}).get("segment", "?"),
         backend=key.get("backend", "?"),
-        bytes=sum(path.stat().st_size for path in folder.iterdir()),
+        bytes=size,
         seconds=manifest.get("seconds", 0.0),
         key=key,
         damage=damage,

@@ -10,6 +10,7 @@ from pathlib import Path
 from pw_export.convert import convert_once
 from pw_export.one_conversion import fingerprint
 from pw_runtime.checkpoint.bundle import MANIFEST
+from pw_runtime.system.trusted_folder import trusted_folder
 
 
 def cached_bundle(
@@ -23,7 +24,7 @@ def cached_bundle(
     Raises BadRequest, BadWeights and WriteFailed as `convert` does.
     """
     home = Path(os.environ.get("PW_CACHE") or Path.home() / ".cache" / "pixelwizard")
-    bundle = home / "bundles" / fingerprint(wan, draft, highres)
+    bundle = trusted_folder(home / "bundles") / fingerprint(wan, draft, highres)
     if (bundle / MANIFEST).exists():
         say(f"using the bundle {bundle}, converted from {wan} by an earlier run")
         return bundle

@@ -71,18 +71,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "manifest no object": (
         lambda folder: (folder / MANIFEST).write_text("[]"),
-        "its manifest cannot be read (",
+        "format None, expected 1",
     ),
     "manifest empty": (lambda folder: (folder / MANIFEST).write_text(""), "cannot be read ("),
     "format": (edit(lambda it: it.update(format=0)), "format 0, expected 1"),
-    "incomplete": (edit(lambda it: it.pop("sha256")), "its manifest is incomplete"),
+    "incomplete": (edit(lambda it: it.pop("sha256")), "its manifest has no usable sha256"),
     "key": (edit(lambda it: it["key"].update(backend="eager")), "has another key"),
-    "key no object": (edit(lambda it: it.update(key=7)), "its manifest cannot be read ("),
+    "key no object": (edit(lambda it: it.update(key=7)), "its manifest has no usable key"),
     "file elsewhere": (
         edit(lambda it: it.update(file="../engine")),
         "its manifest names ../engine",
     ),
-    "file no name": (edit(lambda it: it.update(file=7)), "its manifest cannot be read ("),
+    "file no name": (edit(lambda it: it.update(file=7)), "its manifest has no usable file"),
 }
 
 
