@@ -182,7 +182,7 @@ def verify(bundle: Bundle, names: Collection[str] | None = None) -> None:
     """
     chosen = list(bundle.files if names is None else names)
     for name in chosen:
-        _check_size(bundle.root / name, bundle.files[name])
+        _check_size(bundle, name)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         for check in [pool.submit(_check_digest, bundle, name) for name in chosen]:
             check.result()
@@ -320,10 +320,14 @@ def _opened(bundle: Bundle, name: str) -> TensorFile:
     return bundle.opened[name]
 
 
-def _check_size(path: Path, record: FileRecord) -> None:
+def _check_size(bundle: Bundle, name: str) -> None:
+    path, record = bundle.root / name, bundle.files[name]
     try:
-        with open_input(path) as file:
-            size = os.fstat(file.fileno()).st_size
+        if name in bundle.opened:
+            size = bundle.opened[name].size
+        else:
+            with open_input(path) as file:
+                size = os.fstat(file.fileno()).st_size
     except UnreadableInput as error:
         raise BadWeights(
             f"{path} is missing from the bundle",
