@@ -44,7 +44,8 @@ Kind = Literal[
 
 FORMAT: Final = 2  # format 1 lacks the last five kinds; its files are read as they are
 MAX_BYTES: Final = 64 * 2**20  # of a file that is read
-Sample = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# What a machine can take or do; beyond it, nothing that is computed with it would be a number.
+Measured = Annotated[float, Field(ge=1e-12, le=1e24, allow_inf_nan=False)]
 STABLE: Final = 0.05  # largest (p90 - p10) / median of a stable figure
 
 
@@ -66,10 +67,10 @@ class Figure:
 
     name: str
     unit: Literal["s", "B", "J"]
-    samples: Annotated[tuple[Sample, ...], Field(min_length=1)]
-    rejected: tuple[Sample, ...] = ()
-    flops: float | None = None
-    bytes: float | None = None
+    samples: Annotated[tuple[Measured, ...], Field(min_length=1)]
+    rejected: tuple[Measured, ...] = ()
+    flops: Measured | None = None
+    bytes: Measured | None = None
     of_ceiling: float | None = None
     fell_back: tuple[str, ...] = ()
     counted: bool = False
@@ -99,7 +100,7 @@ class Ceiling:
     """The best rate of one kind of work, by PyTorch's own operation for it."""
 
     work: str  # what was timed
-    rate: float  # FLOP/s, or bytes/s read and written
+    rate: Measured  # FLOP/s, or bytes/s read and written
     figure: Figure
 
 

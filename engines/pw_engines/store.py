@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -221,6 +222,7 @@ def _publish(building: Path, folder: Path, key: EngineKey, name: str, seconds: f
     _sync(folder.parent)
 
 
+_FILE_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
     "file": str,
     "bytes": int,
@@ -251,7 +253,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
         return {}, "its manifest has no segment"
     if not math.isfinite(manifest["seconds"]):
         return {}, "its manifest has no usable seconds"
-    if manifest["file"] in ("", "..") or Path(manifest["file"]).name != manifest["file"]:
+    if not _FILE_NAME.fullmatch(manifest["file"]):
         return {}, f"its manifest names {manifest['file']}, which is not in its folder"
     return manifest, ""
 

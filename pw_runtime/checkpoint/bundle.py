@@ -209,7 +209,12 @@ def check_tensors(
             wanted=f"tensors of {declared} layers",
             do=_REMAKE,
         )
-    expected = expected_shapes(network, entry.config)
+    try:
+        expected = expected_shapes(network, entry.config)
+    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:  # as torch likes
+        raise BadWeights(
+            f"{what} cannot be built as {MANIFEST} declares it", got=error, do=_REMAKE
+        ) from error
     require_shapes(
         what,
         {name: shape for name, shape in shapes.items() if name.startswith(prefix)},

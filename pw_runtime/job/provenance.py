@@ -22,7 +22,7 @@ MAX_METADATA: Final = 4 * 2**20  # characters of a clip's description
 MAX_POSITION: Final = 10**9  # of a prompt in its file
 CHUNKS: Final = (1, 2**24)  # tokens in one call of an engine
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_DEVICE: Final = re.compile(r"(cpu|cuda)(:\d{1,4})?")
+_DEVICE: Final = re.compile(r"auto|(cpu|cuda)(:\d{1,4})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

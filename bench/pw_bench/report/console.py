@@ -25,8 +25,8 @@ def show(result: Result) -> None:
         console.print(_figures_table(result))
     for same in result.equivalence:
         frames = "frames equal" if same.psnr is None else f"frames {same.psnr:.1f} dB"
-        last = same.steps[-1].relative_l2
-        console.print(f"{same.side} against {same.against}: {same.label} ({last:.1e}, {frames})")
+        last = f"{same.steps[-1].relative_l2:.1e}" if same.steps else "steps not recorded"
+        console.print(f"{same.side} against {same.against}: {same.label} ({last}, {frames})")
     for difference in result.differences:
         console.print(_difference_line(difference))
     for ratio in result.ratios:
@@ -101,7 +101,7 @@ def _kernel_cells(row: KernelRow, figure: Figure | None) -> tuple[str, ...]:
         timed = (
             f"{figure.median * 1e3:.3f}",
             f"{row.rate / 1e9:,.1f} G/s",
-            f"{figure.of_ceiling:.0%}",
+            "" if figure.of_ceiling is None else f"{figure.of_ceiling:.0%}",
         )
     return (
         row.op,
@@ -138,11 +138,11 @@ def _clip_lines(clip: Clip) -> list[str]:
     lines = [f"{clip.side} {clip.start}: unattributed {max(clip.unattributed_shares):.2%} at most"]
     for stage, places in clip.measured.items():
         for place, size in places.items():
-            predicted = clip.predicted[stage][place]
-            lines.append(
-                f"    {stage}, {place}: predicted {quantity('B', predicted)}, "
-                f"measured {quantity('B', size)}, {size / predicted:.3f} of it"
-            )
+            line, measured = f"    {stage}, {place}: ", f"measured {quantity('B', size)}"
+            if predicted := clip.predicted.get(stage, {}).get(place):
+                line += f"predicted {quantity('B', predicted)}, "
+                measured += f", {size / predicted:.3f} of it"
+            lines.append(line + measured)
     return lines
 
 
