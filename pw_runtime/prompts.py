@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
-from pw_runtime.system.input_files import UnreadableInput, parse_json, read_text
+from pw_runtime.system.input_files import UnreadableInput, parse_json, read_text, size_of
 from pw_runtime.system.printable import printable
 from pw_runtime.types import Prompt
 
@@ -36,7 +36,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
         raise BadRequest(
             f"cannot read the prompt file {path}",
             got=error,
-            wanted=f"UTF-8 text of at most {MAX_FILE_BYTES} bytes",
+            wanted=f"UTF-8 text of at most {size_of(MAX_FILE_BYTES)}",
             do="check the path, or save the prompts in such a file",
         ) from error
     filled = [(number, line.strip()) for number, line in enumerate(lines) if line.strip()]

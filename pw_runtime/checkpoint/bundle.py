@@ -151,6 +151,8 @@ def open_bundle(path: Path | str) -> Bundle:
     try:
         raw = read_input(file, MAX_JSON)
     except UnreadableInput as error:
+        if os.path.lexists(file):
+            raise _unusable(file, str(error)) from error
         raise _no_bundle(path, error) from error
     try:
         manifest = _MANIFEST.validate_json(raw)

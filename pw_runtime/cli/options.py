@@ -102,8 +102,10 @@ def traced(run: Callable[[], int], file: Path | None, device: torch.device) -> i
     """Run `run`, and write a trace if `file` is given, also when the run fails."""
     if file is None:
         return run()
+    from pw_runtime.system.atomic_files import require_replaceable
     from pw_runtime.system.trace import Trace
 
+    require_replaceable(file)
     trace = Trace(device)
     try:
         with trace.recording():

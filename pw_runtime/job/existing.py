@@ -15,6 +15,7 @@ from pw_runtime.job.clip import Clip
 from pw_runtime.job.latents import SUFFIX, is_resumable
 from pw_runtime.job.receipt import read_receipt
 from pw_runtime.sampling.noise import tensor_digest
+from pw_runtime.system.atomic_files import require_replaceable
 from pw_runtime.types import Request
 
 SHEET = "contact_sheet.png"
@@ -39,18 +40,21 @@ def settle_existing(clips: Iterable[Clip], request: Request) -> None:
     Raises:
         BadRequest: a file would be replaced that may not be, or belongs to another clip.
     """
-    if request.existing == "overwrite":
-        return
     standing: list[Path] = []
     for clip in clips:
         files = _files_of(clip)
+        for path in files:
+            require_replaceable(path)
+        if request.existing == "overwrite":
+            continue
         if request.existing == "skip" and _is_finished(clip):
             clip.video = clip.target
         else:
             standing += files
     sheet = request.out / SHEET
     if request.contact_sheet and sheet.exists():
-        standing.append(sheet)
+        require_replaceable(sheet)
+        standing += [sheet] if request.existing != "overwrite" else []
     if standing:
         raise _refused(standing, request)
 

@@ -82,9 +82,12 @@ def parse_provenance(text: str, path: Path) -> Provenance:
         where = ".".join(map(str, first["loc"])) or "the metadata"
         got = f"format {str(version)[:20]}; {where}: {first['msg']}"
         raise _foreign(path, got, do="finish it with the version of pw that wrote it") from error
-    check_preset(provenance.preset, str(path))
-    check_preset(replace(provenance.preset, decode=provenance.decode), str(path))
-    make_prompts([(provenance.prompt.id, provenance.prompt.text)])
+    try:
+        check_preset(provenance.preset, str(path))
+        check_preset(replace(provenance.preset, decode=provenance.decode), str(path))
+        make_prompts([(provenance.prompt.id, provenance.prompt.text)])
+    except BadRequest as error:  # its advice is for who writes presets and prompts
+        raise _foreign(path, f"{error.what}: {error.got}") from error
     if problems := _problems_of(provenance):
         raise _foreign(path, "; ".join(problems))
     return provenance

@@ -60,6 +60,11 @@ def open_input(path: Path) -> BinaryIO:
     return file
 
 
+def size_of(num_bytes: int) -> str:
+    """Return a cap as people say it: "64 KiB", "16 MiB"."""
+    return f"{num_bytes >> 20} MiB" if num_bytes >= 2**20 else f"{num_bytes >> 10} KiB"
+
+
 def read_input(path: Path, most: int) -> bytes:
     """Return the content of a regular file of at most `most` bytes. Raises UnreadableInput."""
     with open_input(path) as file:
@@ -68,7 +73,7 @@ def read_input(path: Path, most: int) -> bytes:
         except OSError as error:
             raise UnreadableInput(error.strerror or str(error)) from error
     if len(content) > most:
-        raise UnreadableInput(f"a file of more than {most} bytes, the most that is read")
+        raise UnreadableInput(f"a file of more than {size_of(most)}, the most that is read")
     return content
 
 
