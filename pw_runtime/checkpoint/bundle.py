@@ -18,22 +18,51 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pw_runtime.checkpoint.limits import declared_layers, problems_of, stored_layers
+from pw_runtime.checkpoint.limits import declared_layers, stored_layers
+from pw_runtime.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    REMAKE,
+    ConfigT,
+    Entry,
+    FileRecord,
+    Manifest,
+    Networks,
+    manifest_json,
+    parse_manifest,
+    some_names,
+    unusable,
+)
 from pw_runtime.errors import BadWeights
 from pw_runtime.system.input_files import MAX_JSON, UnreadableInput, open_input, read_input
 from pw_runtime.system.tensor_file import TensorFile
-from pw_runtime.types import DitConfig, Network, TextEncoderConfig, VaeConfig
+from pw_runtime.types import Network
 
-ConfigT = TypeVar("ConfigT", DitConfig, VaeConfig, TextEncoderConfig)
+__all__ = [  # with what `manifest` has for others
+    "FORMAT",
+    "MANIFEST",
+    "TOKENIZER",
+    "Bundle",
+    "ConfigT",
+    "Entry",
+    "FileRecord",
+    "Manifest",
+    "Networks",
+    "check_tensors",
+    "load_tensors",
+    "manifest_json",
+    "open_bundle",
+    "require_shapes",
+    "sha256_of",
+    "some_names",
+    "verify",
+]
 
-FORMAT = 1
-MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer"
 SHARD = ".safetensors"
 
@@ -44,59 +73,7 @@ _CHECKPOINT_MARKS = (
     "Wan2.2_VAE.pth",
     "models_t5_umt5-xxl-enc-bf16.pth",
 )
-_REMAKE = "copy the bundle again, or convert the checkpoint again with this version of `pw convert`"
 _HASH_THREADS = 8
-_MAX_NAMES = 8  # in a message
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRecord:
-    """Size in bytes and SHA-256 (64 hex digits) of a file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry(Generic[ConfigT]):
-    """A network of a bundle."""
-
-    config: ConfigT
-    dtype: str  # dtypes of its tensors, joined by "+"
-    files: tuple[str, ...]  # its shards in order, relative to the bundle, separated by "/"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Networks:
-    """The networks of a bundle."""
-
-    draft: Entry[DitConfig]
-    vae: Entry[VaeConfig]
-    text_encoder: Entry[TextEncoderConfig]
-    highres: Entry[DitConfig] | None = None
-
-    def get(self, network: Network) -> Entry[Any] | None:
-        """Return the entry of a network, or None if the bundle was converted without it."""
-        entries: dict[Network, Entry[Any] | None] = {
-            "draft": self.draft,
-            "highres": self.highres,
-            "vae": self.vae,
-            "text_encoder": self.text_encoder,
-        }
-        return entries[network]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """The content of bundle.json. Unknown keys are errors, also nested ones."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
-
-    format: Literal[1]
-    created_by: str
-    source: dict[str, str]  # names of the files it was converted from
-    networks: Networks
-    files: dict[str, FileRecord]  # every file except bundle.json itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,14 +110,6 @@ class Bundle:
         return self.root / TOKENIZER
 
 
-_MANIFEST = TypeAdapter(Manifest)
-
-
-def manifest_json(manifest: Manifest) -> str:
-    """Serialise a manifest as the text of bundle.json; equal manifests give equal texts."""
-    return _MANIFEST.dump_json(manifest, indent=1).decode() + "\n"
-
-
 def open_bundle(path: Path | str) -> Bundle:
     """Read and check bundle.json, but not the files that it lists (see `verify`).
 
@@ -152,19 +121,9 @@ def open_bundle(path: Path | str) -> Bundle:
         raw = read_input(file, MAX_JSON)
     except UnreadableInput as error:
         if os.path.lexists(file):
-            raise _unusable(file, str(error)) from error
+            raise unusable(file, str(error)) from error
         raise _no_bundle(path, error) from error
-    try:
-        manifest = _MANIFEST.validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise _unusable(
-            file, f"{where}: {first['msg']} ({error.error_count()} error(s))"
-        ) from error
-    _check_paths(file, manifest)
-    if problems := problems_of(manifest):
-        raise _unusable(file, "; ".join(problems[:_MAX_NAMES]))
+    manifest = parse_manifest(raw, file)
     return Bundle(root=path, digest=hashlib.sha256(raw).hexdigest(), manifest=manifest)
 
 
@@ -209,19 +168,19 @@ def check_tensors(
             f"{what} is not what {MANIFEST} declares",
             got=f"tensors of {stored} layers",
             wanted=f"tensors of {declared} layers",
-            do=_REMAKE,
+            do=REMAKE,
         )
     try:
         expected = expected_shapes(network, entry.config)
     except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:  # as torch likes
         raise BadWeights(
-            f"{what} cannot be built as {MANIFEST} declares it", got=error, do=_REMAKE
+            f"{what} cannot be built as {MANIFEST} declares it", got=error, do=REMAKE
         ) from error
     require_shapes(
         what,
         {name: shape for name, shape in shapes.items() if name.startswith(prefix)},
         {name: shape for name, shape in expected.items() if name.startswith(prefix)},
-        do=_REMAKE,
+        do=REMAKE,
     )
     return entry.files
 
@@ -282,12 +241,6 @@ def require_shapes(
             )
 
 
-def some_names(names: Collection[str]) -> str:
-    """List the first few names in order, and say how many there are if that is not all."""
-    first = ", ".join(sorted(names)[:_MAX_NAMES])
-    return f"{first}, ... ({len(names)} in all)" if len(names) > _MAX_NAMES else first
-
-
 def _entry(bundle: Bundle, network: Network) -> Entry[Any]:
     entry = bundle.networks.get(network)
     if entry is None:
@@ -311,7 +264,7 @@ def _stored_shapes(bundle: Bundle, network: Network) -> dict[str, tuple[int, ...
             raise BadWeights(
                 f"{bundle.root / name} repeats tensors of another shard",
                 got=some_names(duplicates),
-                do=_REMAKE,
+                do=REMAKE,
             )
         shapes |= shard
     return shapes
@@ -340,14 +293,14 @@ def _check_size(bundle: Bundle, name: str) -> None:
             f"{path} is missing from the bundle",
             got=error,
             wanted=f"{record.bytes} bytes with SHA-256 {record.sha256}",
-            do=_REMAKE,
+            do=REMAKE,
         ) from error
     if size != record.bytes:
         raise BadWeights(
             f"{path} has the wrong size",
             got=f"{size} bytes",
             wanted=f"{record.bytes} bytes with SHA-256 {record.sha256}",
-            do=_REMAKE,
+            do=REMAKE,
         )
 
 
@@ -362,37 +315,13 @@ def _check_digest(bundle: Bundle, name: str) -> None:
             f"{path} was altered or damaged",
             got=f"SHA-256 {digest}",
             wanted=f"SHA-256 {record.sha256}",
-            do=_REMAKE,
+            do=REMAKE,
         )
-
-
-def _check_paths(file: Path, manifest: Manifest) -> None:
-    entries = map(manifest.networks.get, get_args(Network))
-    shards = {name for entry in entries if entry is not None for name in entry.files}
-    unlisted = shards - manifest.files.keys()
-    outside = {
-        name
-        for name in manifest.files
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
-    }
-    if unlisted or outside:
-        raise BadWeights(
-            f"{file} names files that cannot be part of the bundle",
-            got=some_names(unlisted | outside),
-            wanted="shards listed under `files`, all inside the bundle",
-            do=_REMAKE,
-        )
-
-
-def _unusable(file: Path, got: str) -> BadWeights:
-    return BadWeights(
-        f"{file} cannot be used", got=got, wanted=f"a manifest of format {FORMAT}", do=_REMAKE
-    )
 
 
 def _damaged(path: Path, error: Exception) -> BadWeights:
     return BadWeights(
-        f"{path} cannot be read", got=error, wanted="a complete safetensors file", do=_REMAKE
+        f"{path} cannot be read", got=error, wanted="a complete safetensors file", do=REMAKE
     )
 
 

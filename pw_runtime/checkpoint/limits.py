@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 from pw_runtime.types import Config, DitConfig, Network, TextEncoderConfig, VaeConfig
 
 if TYPE_CHECKING:
-    from pw_runtime.checkpoint.bundle import Manifest
+    from pw_runtime.checkpoint.manifest import Manifest
 
 CHANNELS: Final = 48  # of the latents, which noise, presets and receipts take for granted
 STAGES: Final = 4  # of the VAE: 16 pixels are one latent cell

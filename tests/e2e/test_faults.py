@@ -272,13 +272,30 @@ def test_values_that_overflow_fail_their_prompt_alone(generate, tmp_path, monkey
     assert ended.out.split() == [str(tmp_path / "out" / "1.mp4")]
 
 
-def test_a_contact_sheet_that_fails_hides_no_finished_clip(generate, tmp_path) -> None:
+def test_a_contact_sheet_that_fails_hides_no_finished_clip(
+    generate, tmp_path, monkeypatch
+) -> None:
     """Seen: exit 2 and no path, with the clip complete on the disk."""
-    (tmp_path / "out" / "contact_sheet.png").mkdir(parents=True)
+
+    def fails(rows, path):
+        raise WriteFailed(f"cannot write {path}")
+
+    monkeypatch.setattr("pw_runtime.job.run.write_contact_sheet", fails)
     ended = generate("--prompt", "a cat", "--contact-sheet", "--draft-only", "--overwrite")
     assert ended.code == 3
     assert ended.out.split() == [str(tmp_path / "out" / "0.mp4")]
     assert "contact_sheet.png" in ended.err
+
+
+def test_a_folder_in_the_place_of_a_file_is_found_before_anything_is_computed(
+    generate, tmp_path
+) -> None:
+    for name in ("contact_sheet.png", "0.mp4", "0.json"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        ended = generate("--prompt", "a cat", "--contact-sheet", "--draft-only", "--overwrite")
+        assert ended.code == 2
+        assert f"{name}\n  got: a folder" in ended.err
+        (tmp_path / "out" / name).rmdir()
 
 
 def test_networks_that_do_not_fit_are_found_before_anything_is_computed(

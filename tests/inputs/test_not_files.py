@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pw_bench.clips.compare import find_pairs
 from pw_bench.results import read_result
 from pw_runtime.checkpoint.bundle import check_tensors, open_bundle, verify
 from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
@@ -70,6 +71,17 @@ def test_no_reader_waits_for_what_is_no_file(tmp_path: Path, kind: str, reader: 
     NO_FILES[kind](tmp_path / "x")
     with pytest.raises(BadRequest, match=f"got: {kind}"):
         READERS[reader](tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device"])
+def test_a_clip_to_compare_is_a_file(tmp_path: Path, kind: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        NO_FILES[kind](tmp_path / name / "0.mp4")
+    with pytest.raises(BadRequest, match=f"is not a clip\n  got: {kind}"):
+        find_pairs(tmp_path / "a" / "0.mp4", tmp_path / "b" / "0.mp4")
+    with pytest.raises(BadRequest, match="no clips in"):
+        find_pairs(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("kind", NO_FILES)

@@ -35,7 +35,7 @@ from pw_runtime.job.contact_sheet import (
 from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.receipt import read_receipt
 from pw_runtime.system.atomic_files import write_text
-from pw_runtime.system.input_files import UnreadableInput
+from pw_runtime.system.input_files import UnreadableInput, kind_of
 from pw_runtime.system.printable import printable
 from pw_runtime.system.tensor_file import TensorFile
 from pw_runtime.types import FrameChunk
@@ -74,6 +74,12 @@ def find_pairs(a: Path, b: Path) -> dict[str, tuple[Path, Path]]:
     for path in (a, b):
         if not path.exists():
             raise BadRequest(f"{path} does not exist", do="give two clips, or two folders of clips")
+        if not (path.is_file() or path.is_dir()):
+            raise BadRequest(
+                f"{path} is not a clip",
+                got=kind_of(path.stat().st_mode),
+                wanted="two clips, or two folders of clips",
+            )
     if a.is_file() and b.is_file():
         return {a.name: (a, b)}
     if a.is_file() or b.is_file():
@@ -83,7 +89,7 @@ def find_pairs(a: Path, b: Path) -> dict[str, tuple[Path, Path]]:
             wanted="two clips, or two folders",
         )
     left, right = (
-        {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in VIDEOS}
+        {x.stem: x for x in sorted(folder.iterdir()) if x.suffix in VIDEOS and x.is_file()}
         for folder in (a, b)
     )
     if unpaired := left.keys() ^ right.keys():
