@@ -103,7 +103,9 @@ def _problems_of(provenance: Provenance) -> list[str]:
         problems.append(f"seeds are {seeds}, wanted those of one base seed and this position")
     if not {"draft", "highres"} >= provenance.noise.keys():
         problems.append(f"noise is that of {', '.join(provenance.noise)}")
-    digests = {"vae": provenance.vae, "bundle.digest": provenance.bundle.get("digest", "")}
+    if not provenance.bundle.get("digest"):  # synthetic weights have words there
+        problems.append("bundle.digest is missing")
+    digests = {"vae": provenance.vae}
     digests |= {f"noise.{stage}": digest for stage, digest in provenance.noise.items()}
     problems += [f"{name} is no SHA-256" for name, x in digests.items() if not _SHA256.fullmatch(x)]
     if not all(math.isfinite(x) and x >= 0 for x in provenance.seconds.values()):
