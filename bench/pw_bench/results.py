@@ -46,6 +46,8 @@ FORMAT: Final = 2  # format 1 lacks the last five kinds; its files are read as t
 MAX_BYTES: Final = 64 * 2**20  # of a file that is read
 # What a machine can take or do; beyond it, nothing that is computed with it would be a number.
 Measured = Annotated[float, Field(ge=1e-12, le=1e24, allow_inf_nan=False)]
+Sample = Annotated[float, Field(ge=0, le=1e24, allow_inf_nan=False)]  # memory may grow by nothing
+SHORTEST: Final = 1e-12  # seconds: nothing takes none
 STABLE: Final = 0.05  # largest (p90 - p10) / median of a stable figure
 
 
@@ -67,8 +69,8 @@ class Figure:
 
     name: str
     unit: Literal["s", "B", "J"]
-    samples: Annotated[tuple[Measured, ...], Field(min_length=1)]
-    rejected: tuple[Measured, ...] = ()
+    samples: Annotated[tuple[Sample, ...], Field(min_length=1)]
+    rejected: tuple[Sample, ...] = ()
     flops: Measured | None = None
     bytes: Measured | None = None
     of_ceiling: float | None = None
@@ -227,7 +229,7 @@ def read_result(path: Path) -> Result:
             do="use the version that wrote it, or a newer one",
         )
     try:
-        return _RESULT.validate_json(json.dumps(content))
+        result: Result = _RESULT.validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         location = ".".join(str(part) for part in first["loc"])
@@ -237,6 +239,15 @@ def read_result(path: Path) -> Result:
             wanted="a file written by a program of `pw bench`",
             do="measure again with this version",
         ) from error
+    for figure in result.figures:
+        if figure.unit == "s" and min(figure.samples) < SHORTEST:
+            raise BadRequest(
+                f"{path} is not a results file",
+                got=f"{figure.name} took {min(figure.samples)} s",
+                wanted="times above 0",
+                do="measure again with this version",
+            )
+    return result
 
 
 def _escaped(content: Any) -> Any:

@@ -58,6 +58,7 @@ __all__ = [  # with what `manifest` has for others
     "manifest_json",
     "open_bundle",
     "require_shapes",
+    "require_unchanged",
     "sha256_of",
     "some_names",
     "verify",
@@ -206,10 +207,20 @@ def load_tensors(
     for name in files:
         try:
             loaded |= bundle.opened[name].tensors(prefix)
-            bundle.opened[name].require_unchanged()
         except UnreadableInput as error:
             raise _damaged(bundle.root / name, error) from error
+    require_unchanged(bundle, network)
     return loaded
+
+
+def require_unchanged(bundle: Bundle, network: Network) -> None:
+    """Raise BadWeights where an opened shard of a network was overwritten since it was hashed."""
+    for name in _entry(bundle, network).files:
+        try:
+            if name in bundle.opened:
+                bundle.opened[name].require_unchanged()
+        except UnreadableInput as error:
+            raise _damaged(bundle.root / name, error) from error
 
 
 def require_shapes(

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from pw_kernels.attention import HEAD_WIDTHS
-from pw_runtime.checkpoint.bundle import TOKENIZER, Bundle, check_tensors, load_tensors, verify
+from pw_runtime.checkpoint.bundle import (
+    TOKENIZER,
+    Bundle,
+    check_tensors,
+    load_tensors,
+    require_unchanged,
+    verify,
+)
 from pw_runtime.errors import BadRequest, BadWeights
 from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
 from pw_runtime.models.precision import store_dit_weight
@@ -79,6 +86,7 @@ def load_dit(
             stored[name] = store_dit_weight(name, weight.to(device), precision)
         elif weights == "streamed":
             stored[name] = store_dit_weight(name, weight, precision)
+    require_unchanged(bundle, network)  # meanwhile most of the weights were copied
     net.load_state_dict(stored, assign=True)
     return net.eval().requires_grad_(False)
 
@@ -99,6 +107,7 @@ def load_decoder(bundle: Bundle, device: torch.device, precision: Precision = "f
         },
         assign=True,
     )
+    require_unchanged(bundle, "vae")
     return decoder.eval().requires_grad_(False)
 
 
@@ -137,6 +146,7 @@ def load_text_network(bundle: Bundle, precision: Precision, device: torch.device
     encoder = build_text_encoder(bundle.networks.text_encoder.config)
     weights = load_tensors(bundle, "text_encoder")
     weights = {name: w.to(device, dtype) for name, w in weights.items()}
+    require_unchanged(bundle, "text_encoder")
     weights[TIED_KEY] = weights["shared.weight"]
     encoder.load_state_dict(weights, assign=True)
     encoder.requires_grad_(False)

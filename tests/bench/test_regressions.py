@@ -119,6 +119,20 @@ def test_the_command_fails_where_something_is_slower(tmp_path: Path) -> None:
     assert CliRunner().invoke(compare, [old, old], standalone_mode=False).return_value == 0
 
 
+def test_memory_that_did_not_grow_can_be_compared_and_times_cannot_be_zero(tmp_path: Path) -> None:
+    none, some = ([0.0] * 5, [1e6 + i for i in range(5)])
+    before, after = figure("a", *none, unit="B"), figure("a", *some, unit="B")
+    assert change(before, before).verdict == "same"
+    assert change(before, after).verdict == "larger"
+    assert change(after, before).verdict == "smaller"
+    write_result(result(before), tmp_path / "r.json")
+    assert read_result(tmp_path / "r.json").figures == (before,)
+    for samples in ([0.0], [1.0, 0.0], [-1.0], []):
+        write_result(result(figure("a", *samples)), tmp_path / "r.json")
+        with pytest.raises(BadRequest, match="is not a results file"):
+            read_result(tmp_path / "r.json")
+
+
 def test_a_result_reads_back_equal(tmp_path: Path) -> None:
     kept = result(figure("a", 1.0, 2.0, flops=3.0), skipped=())
     write_result(kept, tmp_path / "r.json")

@@ -272,9 +272,7 @@ def test_values_that_overflow_fail_their_prompt_alone(generate, tmp_path, monkey
     assert ended.out.split() == [str(tmp_path / "out" / "1.mp4")]
 
 
-def test_a_contact_sheet_that_fails_hides_no_finished_clip(
-    generate, tmp_path, monkeypatch
-) -> None:
+def test_a_contact_sheet_that_fails_hides_no_finished_clip(generate, tmp_path, monkeypatch) -> None:
     """Seen: exit 2 and no path, with the clip complete on the disk."""
 
     def fails(rows, path):

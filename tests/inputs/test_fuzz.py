@@ -45,7 +45,7 @@ from pw_runtime.presets import find_preset
 from pw_runtime.prompts import read_prompts
 from pw_runtime.sampling.noise import load_noise
 from pw_runtime.types import Network
-from tests.bench.small_results import CLIP, KERNELS, RESULT
+from tests.bench.small_results import CLIP, KERNELS, RESULT, figure
 from tests.e2e.pw import write_preset
 from tests.engines.small import key, put
 from tests.inputs.mutations import damaged_bytes, damaged_json, damaged_text
@@ -171,7 +171,8 @@ def receipt(folder: Path, bundle: Path) -> Kind:
 def result(folder: Path, bundle: Path) -> Kind:
     file = folder / "r.json"
     clips = (replace(CLIP, host=CLIP.host[:3], measured={"draft": {"host": 2**30}}),)
-    write_result(replace(RESULT, clips=clips), file)
+    memory = figure("ours/memory", 0.0, 2.0**30, unit="B")
+    write_result(replace(RESULT, clips=clips, figures=(*RESULT.figures, memory)), file)
 
     def read() -> None:
         found = read_result(file)

@@ -44,8 +44,8 @@ class Change:
 
     @property
     def relative(self) -> float:
-        """Relative change of the median."""
-        return self.new / self.old - 1
+        """Relative change of the median; infinite where there was nothing before."""
+        return _relative(self.old, self.new)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,16 +119,23 @@ def change(old: Figure, new: Figure) -> Change:
     """Compare two figures of one name."""
     a, b = old.median, new.median
     spread = math.hypot(*(figure.spread[1] - figure.spread[0] for figure in (old, new)))
-    threshold = max(MIN_CHANGE, SPREAD_SHARE * spread / a)
+    threshold = max(MIN_CHANGE, SPREAD_SHARE * spread / a if a else 0.0)
     verdict: Verdict = "same"
     if old.fell_back or new.fell_back:
         verdict = "fell back"
     elif min(len(old.samples), len(new.samples)) < MIN_SAMPLES:
         verdict = "too few samples"
-    elif abs(b / a - 1) > threshold and chance_of(old.samples, new.samples) < CHANCE:
+    elif abs(_relative(a, b)) > threshold and chance_of(old.samples, new.samples) < CHANCE:
         more, less = VERDICTS["time" if new.unit == "s" else "size"]
         verdict = more if b > a else less
     return Change(name=new.name, unit=new.unit, old=a, new=b, threshold=threshold, verdict=verdict)
+
+
+def _relative(old: float, new: float) -> float:
+    """Return the relative change; memory that is measured as growth may have been 0."""
+    if old == 0:
+        return math.inf if new else 0.0
+    return new / old - 1
 
 
 def chance_of(old: Sequence[float], new: Sequence[float]) -> float:
