@@ -97,7 +97,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
                 raise UnreadableInput(f"no usable {name!r}")
     except UnreadableInput as error:
         raise BadRequest(
-            f"{path} is not a receipt that can be read",
+            f"{path} is not the receipt of a clip",
             got=error,
             wanted=f"a receipt of `pw generate`, format 1 to {FORMAT}",
             do="make the clip again with --overwrite, or remove the receipt",

@@ -187,7 +187,7 @@ def test_a_failed_rebuild_keeps_the_engine_that_is_there(store: EngineStore) -> 
 def test_a_full_disk_while_publishing_leaves_nothing(
     at: str, store: EngineStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os if at == "fsync" else Path, at, full)
