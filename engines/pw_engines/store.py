@@ -251,11 +251,19 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
         return {}, "its manifest has no key"
     if not isinstance(key["spec"].get("segment"), str):
         return {}, "its manifest has no segment"
+    platform = key.get("platform")
+    if not isinstance(platform, list) or not all(map(_is_pair, platform)):
+        return {}, "its manifest has no usable platform"
     if not math.isfinite(manifest["seconds"]):
         return {}, "its manifest has no usable seconds"
     if not _FILE_NAME.fullmatch(manifest["file"]):
         return {}, f"its manifest names {manifest['file']}, which is not in its folder"
     return manifest, ""
+
+
+def _is_pair(value: object) -> bool:
+    """Tell whether a value of JSON is a name with its text."""
+    return isinstance(value, list) and [type(x) for x in value] == [str, str]
 
 
 def _read_file(path: Path, most: int) -> bytes:
