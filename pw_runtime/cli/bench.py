@@ -22,6 +22,7 @@ from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.cli.options import (
     FILE,
     FOLDER,
+    PresetName,
     device_option,
     precision_option,
 )
@@ -77,7 +78,7 @@ def kernels(
 
 
 @bench.command()
-@click.option("--preset", required=True, help="As for `pw generate`.")
+@click.option("--preset", type=PresetName(), required=True, help="As for `pw generate`.")
 @weights_options
 @click.option("--steps", type=click.IntRange(1), help="Maximum for each denoising stage.")
 @click.option("--clips", type=click.IntRange(1), default=5, show_default=True)
@@ -115,7 +116,7 @@ def stages(
 
 
 @bench.command()
-@click.option("--preset", required=True, help="As for `pw generate`.")
+@click.option("--preset", type=PresetName(), required=True, help="As for `pw generate`.")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft, which is then the clip.")
 @weights_options
 @click.option(

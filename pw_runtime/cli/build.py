@@ -14,6 +14,7 @@ import click
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.cli.options import (
     FOLDER,
+    PresetName,
     chunk_option,
     device_option,
     precision_option,
@@ -64,7 +65,9 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be built, and build nothing.")
 @click.option("--onnx-only", type=FOLDER, help="Write ONNX models to this folder instead.")
-@click.option("--preset", help="Also build the decoder, for this preset's resolution only.")
+@click.option(
+    "--preset", type=PresetName(), help="Also build the decoder, for this preset's resolution only."
+)
 @click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 def build(**options: Any) -> int:
     """Compile a model's transformers, once for all presets; with --preset also the decoder."""

@@ -13,6 +13,7 @@ from pw_runtime.cli.options import (
     CODECS,
     FILE,
     FOLDER,
+    PresetName,
     chunk_option,
     device_option,
     exit_code,
@@ -24,6 +25,7 @@ from pw_runtime.cli.options import (
     traced,
     vae_precision_option,
 )
+from pw_runtime.cli.trained_size import beyond_training
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.packages import require_packages
 from pw_runtime.system.places import cache_root, check_cache
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 @click.option(
     "--preset",
     "--resolution",
+    type=PresetName(),
     required=True,
     help="draft, 2k, 4k, 4k-5step, nano, nano-hd, or a preset file (.toml).",
 )
@@ -127,6 +130,10 @@ def generate(**options: Any) -> int:
     reporter = Reporter(quiet=options["quiet"])
     request = read_request(options)
     bundle = open_model(options, reporter)
+    if options["seed"] < 0:
+        reporter.say(f"seed {request.seed} was drawn: --seed {request.seed} makes this clip again")
+    if warning := beyond_training(request, bundle):
+        reporter.warn(warning)
     run = partial(generate, request, bundle, reporter)
     return traced(partial(exit_code, run, reporter), options["trace"], request.device)
 

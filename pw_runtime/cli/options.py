@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -30,6 +31,17 @@ class NonEmptyPath(click.Path):
         if value == "":
             self.fail("the path is empty", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class PresetName(click.ParamType):  # type: ignore[type-arg]
+    """The name of a preset in any case, or a preset file."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name as the presets have it; that of a file unchanged."""
+        name = str(value)
+        return name if Path(name).suffix or os.sep in name else name.strip().lower()
 
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

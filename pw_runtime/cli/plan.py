@@ -12,6 +12,7 @@ from pw_runtime.cli.exit_codes import DONE
 from pw_runtime.cli.options import (
     CODECS,
     FOLDER,
+    PresetName,
     chunk_option,
     gpu_memory_option,
     host_memory_option,
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--model", type=FOLDER, help="Bundle. [default: the published 5B networks]")
-@click.option("--preset", "--resolution", required=True, help="As for `pw generate`.")
+@click.option(
+    "--preset", "--resolution", type=PresetName(), required=True, help="As for `pw generate`."
+)
 @gpu_memory_option
 @host_memory_option
 @click.option(

@@ -7,6 +7,8 @@ missing, the eager decoder runs.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from pw_engines import EngineStore, digest_of
@@ -26,6 +28,11 @@ from pw_runtime.execution.transformer_segments import Segment
 from pw_runtime.models import VaeDecoder
 from pw_runtime.presets import PRESETS
 from pw_runtime.types import VAE_STRIDE, Preset, RunOptions, VaeConfig
+
+# Reasons why a decoder needs no engines.
+PAST_ON_HOST: Final = "the preset keeps past frames on the host"
+ONLY_FP32: Final = "decoder engines are fp32"
+DRAFT_DECODED: Final = "its engines fit the high-res picture, and a draft is decoded"
 
 
 def decoder_segments(
@@ -73,12 +80,12 @@ def select_decoder_engines(bundle: Bundle, preset: Preset, options: RunOptions) 
     if options.policy == "eager" or options.kernels == "triton":
         return _eager(ASKED_FOR)
     if preset.decode.caches == "host":
-        return _eager("the preset keeps past frames on the host")
+        return _eager(PAST_ON_HOST)
     if options.vae_precision != "fp32":
-        return _eager("decoder engines are fp32")
+        return _eager(ONLY_FP32)
     command = f"{build_command(options, bundle.root)} --preset {preset_name(preset)}"
     if options.draft_only and preset.highres is not None:
-        return _eager("its engines fit the high-res picture, and a draft is decoded")
+        return _eager(DRAFT_DECODED)
     result = find_engines(
         lambda compiler: decoder_segments(bundle, preset, compiler),
         EngineStore(),

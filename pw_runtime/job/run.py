@@ -225,7 +225,9 @@ class Run:
         rows = [clip.sheet_row() for clip in self.clips if clip.filmstrips]
         if self.request.contact_sheet and rows:
             with span("contact sheet"):
-                write_contact_sheet(rows, self.request.out / "contact_sheet.png")
+                path = self.request.out / "contact_sheet.png"
+                write_contact_sheet(rows, path)
+                self.reporter.say(f"contact sheet: {path}")
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return the result for every prompt, in order."""

@@ -88,10 +88,15 @@ class Reporter:
             if now - last >= LINE_INTERVAL and count < total:
                 last = now
                 eta = (now - start) / count * (total - count)
-                self.say(f"{label}: {count:.4g}/{total}, ETA {eta:.0f} s")
+                self.say(f"{label}: {whole(count)}/{total}, ETA {eta:.0f} s")
 
         yield advance
-        self.say(f"{label}: {count:.4g}/{total} in {time.monotonic() - start:.1f} s")
+        self.say(f"{label}: {whole(count)}/{total} in {time.monotonic() - start:.1f} s")
+
+
+def whole(count: float) -> int:
+    """Return how many whole steps were counted in parts, whose sum may be off by rounding."""
+    return int(count + 1e-6)
 
 
 def count_frames(chunks: Iterable[FrameChunk], advance: Advance) -> Iterator[FrameChunk]:
