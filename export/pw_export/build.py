@@ -148,10 +148,11 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
     for name, reason in reasons.items():
         if reason is None:
             return name
+    where = "the CPU" if device.type == "cpu" else str(device)
     raise BadRequest(
-        f"engines cannot be built by {backend} on {device}",
+        f"no engines can be built for {where}" + (f" by {backend}" * (backend != "auto")),
         got="; ".join(filter(None, reasons.values())),
-        do="fix the cause, or generate without engines",
+        do="mend what is said above, or generate without engines, which needs no `pw build`",
     )
 
 
@@ -206,7 +207,7 @@ def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -
     _require_room(jobs)
     results: list[Built] = []
     pool = ThreadPoolExecutor(workers)
-    futures = [pool.submit(_in_own_process, job) for job in jobs]
+    futures = [pool.submit(_with_room, job) for job in jobs]
     try:
         for future in as_completed(futures):
             results.append(future.result())
@@ -225,6 +226,12 @@ def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -
         raise
     pool.shutdown()
     return results
+
+
+def _with_room(job: Job) -> Built:
+    """Build a job in a separate process. Raises BadRequest where there is no room by now."""
+    _require_room([job])
+    return _in_own_process(job)
 
 
 def _require_room(jobs: Iterable[Job]) -> None:

@@ -214,8 +214,8 @@ def report(
     for output in outputs:
         if paths.count(output.resolve()) > 1:
             raise BadRequest(
-                f"{output} is given twice",
-                wanted="different files for results, page, tables and lines",
+                f"{output} is named twice",
+                wanted="another file for each of the results, the page, the tables and the lines",
                 do="give one of them another name",
             )
     results = [read_result(file) for file in files]
@@ -245,8 +245,7 @@ def gpu_suite(out: Path, minutes: float, full: bool) -> int:
 
     if not torch.cuda.is_available():
         raise BadRequest(
-            "these sizes need a GPU",
-            got="no CUDA GPU that torch can use",
+            "`pw bench gpu-suite` measures a GPU, and PyTorch finds none",
             do="run `pw doctor` on the GPU machine",
         )
     missing = run_parts(out, minutes, full=full, say=click.echo)

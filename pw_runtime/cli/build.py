@@ -86,7 +86,9 @@ def build(**options: Any) -> int:
         for flag in ("dry_run", "frontend"):
             if options[flag]:
                 name = flag.replace("_", "-")
-                raise BadRequest(f"--onnx-only and --{name} exclude each other", do="drop one")
+                raise BadRequest(
+                    f"--onnx-only and --{name} contradict each other", do="leave one of them out"
+                )
         return _export_onnx(bundle, precision, chunk, folder, preset, reporter)
     targets, backend = options["targets"], options["backend"]
     compiler = pick_compiler(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How `pw` ends: its exit codes, which are those of every verb (README.md)."""
+"""Exit codes of `pw`, which are those of every verb (README.md)."""
 
 from __future__ import annotations
 

@@ -148,8 +148,10 @@ def read_request(options: dict[str, Any]) -> Request:
     texts: tuple[str, ...] = options["prompt_texts"]
     if (options["prompt_file"] is None) == (not texts):
         raise BadRequest(
-            "prompts are missing, or given twice",
-            do="give exactly one of --prompts FILE and --prompt TEXT",
+            "there are prompts on the command line and in a file"
+            if texts
+            else "there is no prompt",
+            do="give one of --prompts FILE and --prompt TEXT, which may be repeated",
         )
     if any(not text.strip() for text in texts):
         raise BadRequest("--prompt is empty", do="describe what the clip should show")
@@ -160,7 +162,7 @@ def read_request(options: dict[str, Any]) -> Request:
     )
     if options["overwrite"] and options["skip_existing"]:
         raise BadRequest(
-            "--overwrite and --skip-existing exclude each other", do="give one of the two"
+            "--overwrite and --skip-existing contradict each other", do="leave one of them out"
         )
     existing: Existing = "refuse"
     if options["overwrite"] or options["skip_existing"]:
@@ -198,15 +200,15 @@ def open_model(options: dict[str, Any], reporter: Reporter) -> Bundle:
     draft, highres = options["lr_ckpt"], options["hr_ckpt"]
     if (model is None) == (checkpoint is None):
         raise BadRequest(
-            "the model is missing, or given twice",
-            do="give exactly one of --model BUNDLE and --ckpt_dir CHECKPOINT",
+            "no model is named" if model is None else "--model and --ckpt_dir both name a model",
+            do="give --model BUNDLE, a folder made by `pw convert`, or else --ckpt_dir CHECKPOINT",
         )
     if model is None:
         check_cache(cache_root() / "bundles")
         model = cached_bundle(wan=checkpoint, draft=draft, highres=highres, say=reporter.say)
     elif draft or highres:
         raise BadRequest(
-            "--lr_ckpt and --hr_ckpt need --ckpt_dir; --model already contains its weights",
+            "--lr_ckpt and --hr_ckpt belong to --ckpt_dir: a bundle has its weights already",
             do="leave --lr_ckpt and --hr_ckpt out, or give --ckpt_dir instead of --model",
         )
     return open_bundle(model)

@@ -64,7 +64,11 @@ def plan(**options: Any) -> int:
     budgeted = options["gpu_memory"] is not None
     device = torch.device("cuda" if budgeted or torch.cuda.is_available() else "cpu")
     if options["gpu"] is not None and device.type == "cpu":
-        raise BadRequest("--gpu without a GPU to plan for", do="add --gpu-memory, e.g. 24GiB")
+        raise BadRequest(
+            f"--gpu {options['gpu']} gives the times of a GPU, and this plan is for the CPU",
+            got="no CUDA GPU here and no --gpu-memory",
+            do="add the memory of that GPU, for instance --gpu-memory 24GiB",
+        )
     precision = default_precision(options["precision"], device)
     networks = NETWORKS if options["model"] is None else open_bundle(options["model"]).networks
     run_options = RunOptions(
@@ -85,9 +89,9 @@ def plan(**options: Any) -> int:
     run_plan = make_plan(candidates(work, gpu=budget.device is not None), budget)
     if options["gpu"] is not None and precision != "bf16":
         raise BadRequest(
-            "published rates of a GPU are for bf16",
-            got=f"--gpu {options['gpu']} --precision {precision}",
-            do="leave --gpu out: the plan then has no times",
+            f"the speed of --gpu {options['gpu']} is known for bf16 alone",
+            got=f"--precision {precision}",
+            do="add --precision bf16, or leave --gpu out: the plan then has no times",
         )
     rates = None
     if options["gpu"] is not None:

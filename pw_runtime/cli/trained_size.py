@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.types import Request, StageConfig, StageName
+
+if TYPE_CHECKING:
+    from pw_runtime.checkpoint.bundle import Bundle
 
 
 def beyond_training(request: Request, bundle: Bundle) -> str | None:

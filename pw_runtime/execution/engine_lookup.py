@@ -224,7 +224,7 @@ def choose_engines(
         reason = result.reason
     if policy == "engines":
         raise BadRequest(
-            f"--policy engines, but {store.root} lacks engines for this model and machine",
+            f"{store.root} has no engines for this model on this machine, as --policy engines asks",
             got=reason,
             do=f"run `{command}` first, or leave --policy out",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run's networks run on, in one line."""
+"""One line about what a run's networks run on."""
 
 from __future__ import annotations
 

@@ -83,11 +83,11 @@ def _require_fit(stages: Sequence[Sequence[Candidate[Any]]], budget: Budget) -> 
         host=max(budget.host, *(memory.peak("host") for memory in least)),
         device=None if budget.device is None else max(budget.device, device),
     )
-    names = " and ".join(options[0].memory.stage for options in failing)
+    names = ", ".join(options[0].memory.stage for options in failing)
     raise BadRequest(
-        f"not enough memory for the {names} stage{'s' * (len(failing) > 1)}",
+        f"this clip does not fit into memory (too large: {names})",
         got=budget_text(budget),
-        wanted=f"{budget_text(need)}, the nearest budget for this clip and model",
+        wanted=f"{budget_text(need)}, the least that is enough for this clip and model",
         do="free memory, name a larger budget, choose a smaller preset or fewer frames, or add "
         f"--vae-precision bf16 for the decode{_BF16_ON_A_CPU * (budget.device is None)}",
     )

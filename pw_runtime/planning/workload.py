@@ -69,7 +69,10 @@ def workload(
     entries = {"draft": networks.draft, "highres": networks.highres}
     transformers = {name: entry for name in stages if (entry := entries[name]) is not None}
     if not decode_only and (missing := stages.keys() - transformers.keys()):
-        raise BadRequest(f"the bundle has no {missing.pop()} network", do="add --draft-only")
+        raise BadRequest(
+            f"the preset has a {missing.pop()} stage, and the model has no network for it",
+            do="add --draft-only, or convert the checkpoints again with --highres",
+        )
     return Workload(
         preset=preset,
         stages=stages,
@@ -92,7 +95,10 @@ def budget_of(device: torch.device, gpu: int | None, host: int | None) -> Budget
     Raises BadRequest for GPU memory in a run on the CPU, and where free memory is unknown.
     """
     if device.type == "cpu" and gpu is not None:
-        raise BadRequest("--gpu-memory for a run on the CPU", do="give --host-memory instead")
+        raise BadRequest(
+            "--gpu-memory limits the memory of a GPU, and this run is on the CPU",
+            do="give --host-memory instead",
+        )
     if host is None:
         host = available_memory_bytes()
         if host is None:

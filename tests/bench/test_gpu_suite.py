@@ -34,7 +34,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Return the arguments of every `pw bench` that is run; each writes its file."""
     calls: list[list[str]] = []
 
-    def run(command: list[str], check: bool) -> SimpleNamespace:
+    def run(command: list[str], check: bool, env: dict[str, str]) -> SimpleNamespace:
         arguments = command[command.index("bench") + 1 :]
         calls.append(arguments)
         write_result(FINISHED, Path(arguments[-1]))
@@ -120,4 +120,4 @@ def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     answer = CliRunner().invoke(command, ["--out", str(tmp_path / "r")])
     assert isinstance(answer.exception, BadRequest)
-    assert "no CUDA GPU" in str(answer.exception)
+    assert "measures a GPU, and PyTorch finds none" in str(answer.exception)

@@ -91,7 +91,7 @@ def test_auto_runs_the_segments_where_one_engine_lacks_and_says_which(
 
 
 def test_engines_or_nothing(store: EngineStore, segments: dict[str, Segment]) -> None:
-    with pytest.raises(BadRequest, match=r"(?s)lacks engines.*no engine is built.*pw build"):
+    with pytest.raises(BadRequest, match=r"(?s)has no engines for.*no engine is built.*pw build"):
         choose_engines(segments, "engines", store, CPU, "pw build")
 
 

@@ -145,7 +145,7 @@ def test_a_backend_that_cannot_build_here_says_why(
 
 
 def test_a_front_end_asks_for_tensorrt() -> None:
-    with pytest.raises(BadRequest, match=r"(?s)built by tensorrt on cpu.*runs on NVIDIA GPUs"):
+    with pytest.raises(BadRequest, match=r"(?s)for the CPU by tensorrt\n.*runs on NVIDIA GPUs"):
         pick_compiler("auto", "torch-tensorrt", CPU)
     with pytest.raises(BadRequest, match=r"--frontend onnx with --backend aoti"):
         pick_compiler("aoti", "onnx", CPU)
@@ -245,4 +245,4 @@ def test_a_temporary_folder_that_runs_full_ends_the_build_with_one_error(
     with pytest.raises(BadRequest, match=r"0\.0 MiB free"):
         builder.run_jobs(jobs(store)[0], 1, said.append)
     assert said == []
-    assert len(started) < 9
+    assert len(started) == 1

@@ -101,7 +101,7 @@ def test_what_cannot_work_is_refused_with_a_budget_that_does() -> None:
     with pytest.raises(BadRequest) as refused:
         plan_for("4k", 8)
     text = str(refused.value)
-    assert "not enough memory for the highres and decode stages" in text
+    assert "this clip does not fit into memory (too large: highres, decode)" in text
     assert "8.0 GiB of GPU memory" in text
     wanted = text.splitlines()[2]
     gpu, host = (float(number) for number in re.findall(r"([\d.]+) GiB", wanted))

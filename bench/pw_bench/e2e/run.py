@@ -148,7 +148,7 @@ def pick_programs(
             programs.append(name)
         elif requested:
             do = "add --draft-only" if "high-res" in reason else f"leave --side {name} out"
-            raise BadRequest(f"--side {name} cannot run", got=reason, do=do)
+            raise BadRequest(f"the program of --side {name} cannot run here", got=reason, do=do)
         else:
             skipped.append(Skipped(part=name, reason=reason))
     if len(programs) > 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from pw_bench.choices import OURS, ProgramName
 from pw_bench.clips.equivalence import Output, compare_outputs
@@ -31,6 +32,8 @@ from pw_bench.result_sections import Clip, Equivalence, Ratio
 from pw_bench.results import Figure, Skipped
 from pw_runtime.errors import BadResult
 from pw_runtime.system.progress import Reporter
+
+OURS_FAILED: Final = "`pw generate`, which the programs are compared with, failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +102,7 @@ def compare_programs(session: Session) -> Measurements:
     samples = {program: sample for program, sample in samples.items() if sample.cold}
     reasons = [part.reason for part in skipped if part.part == OURS]
     if reasons and OURS not in samples:
-        raise BadResult("our own program failed", got="; ".join(reasons))
+        raise BadResult(OURS_FAILED, got="; ".join(reasons))
     figures = figures_of(samples, rejected)
     return Measurements(
         figures=figures,
@@ -131,7 +134,7 @@ def _compare_clips(
             outputs[program] = _lossless_clip(session, program)
         except ProgramFailed as error:
             if program == OURS:
-                raise BadResult("our own program failed", got=error) from error
+                raise BadResult(OURS_FAILED, got=error) from error
             reporter.warn(f"{program} is left out: {error}")
             skipped.append(Skipped(part=program, reason=str(error)))
     reference = outputs[REFERENCE]

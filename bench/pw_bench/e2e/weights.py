@@ -86,9 +86,9 @@ def pick_weights(
         return synthetic_weights(synthetic, folder, say)
     if checkpoint is not None and synthetic is None:
         return converted(checkpoint, folder, say)
+    twice = "--checkpoint and --synthetic both name the weights"
     raise BadRequest(
-        "no weights" if checkpoint is None else "--checkpoint and --synthetic exclude each other",
-        got=f"--preset {preset}",
+        f"--preset {preset} needs weights, and none are named" if checkpoint is None else twice,
         do="give --checkpoint FOLDER or --synthetic nano, medium or 5b",
     )
 
