@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,23 +225,29 @@ def test_an_onnx_file_takes_two_small_packages_and_no_tensorrt(
     assert report.count("fix       pip install 'onnx>=1.18' 'onnxscript>=0.5'\n") == 2
 
 
+@pytest.fixture
+def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the project not be installed: its pyproject.toml is what the next one will declare."""
+
+    def not_installed(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", not_installed)
+
+
+@pytest.mark.usefixtures("checkout")
 def test_every_declared_package_for_users_has_its_module_and_purpose() -> None:
-    """A checkout's pyproject.toml is what the next installation declares."""
     groups = declared()
     names = {name for group in groups if group != packages.DEVELOPMENT for name in groups[group]}
     assert names <= KNOWN.keys()
     assert set(packages.UNDECLARED) <= KNOWN.keys()
 
 
-def test_a_checkout_that_is_not_installed_declares_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def not_installed(name: str) -> list[str]:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "requires", not_installed)
+@pytest.mark.usefixtures("checkout")
+def test_a_checkout_that_is_not_installed_declares_the_same() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = declared()
-    assert {"", "bench", "cuda", "dev", "onnx", "tensorrt"} == groups.keys()
+    assert groups.keys() == {"", *project["optional-dependencies"]}
     assert groups["onnx"].keys() == {"onnx", "onnxscript"}
     assert groups["onnx"].keys() < groups["tensorrt"].keys()
     assert groups["onnx"].keys() < groups["dev"].keys()
