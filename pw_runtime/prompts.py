@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
@@ -51,17 +52,32 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 
 def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
-    """Return prompts numbered from 1.
+    """Return prompts numbered from 1, of pairs of id and text.
 
-    Raises BadRequest for unusable ids and texts, and for ids that some file systems cannot tell
-    apart: equal ones, and those that differ by case or by Unicode's normal form alone.
+    Raises BadRequest as `check_prompts` does.
     """
     prompts = tuple(
         Prompt(id=prompt_id, text=text, position=position)
         for position, (prompt_id, text) in enumerate(pairs, start=1)
     )
+    check_prompts(prompts)
+    return prompts
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raise BadRequest for prompts that cannot be made in one run.
+
+    These are unusable ids and texts, positions below 1, and ids that some file systems cannot tell
+    apart: equal ones, and those that differ by case or by Unicode's normal form alone.
+    """
+    if not prompts:
+        raise BadRequest("there is no prompt", do="give at least one")
     seen: dict[str, str] = {}
-    for prompt in prompts:
+    for count, prompt in enumerate(prompts, start=1):
+        if prompt.position < 1:
+            raise BadRequest(
+                f"the position of prompt {prompt.id!a} is below 1", got=prompt.position
+            )
         if not _can_name_a_file(prompt.id):
             raise BadRequest(
                 f"the id of prompt {prompt.position} cannot name a file",
@@ -86,7 +102,7 @@ def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
             )
         name = unicodedata.normalize("NFC", unicodedata.normalize("NFD", prompt.id).casefold())
         other = seen.setdefault(name, prompt.id)
-        if other == prompt.id and len(seen) < prompt.position:
+        if other == prompt.id and len(seen) < count:
             raise BadRequest(
                 f"two prompts have the id {prompt.id!r}",
                 do="give each prompt an id of its own: it names the clip",
@@ -99,7 +115,6 @@ def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
                 wanted="names that every file system can tell apart",
                 do="change one of them",
             )
-    return prompts
 
 
 def _from_json(line: str, number: int, path: Path) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.run import Run
 from pw_runtime.planning.oom_fallback import plan_run
+from pw_runtime.prompts import check_prompts
 from pw_runtime.sampling.noise import load_noise
 from pw_runtime.stages.codecs import check_codec
 from pw_runtime.system.folder_lock import locked_folder
@@ -129,6 +130,7 @@ def computing(options: RunOptions) -> Iterator[None]:
 def check_request(request: Request) -> None:
     """Check codec, kernels and the output folder, which is created. Raises BadRequest."""
     options = request.options
+    check_prompts(request.prompts)
     check_codec(options.codec, fragmented=request.fragmented)
     _check_names(request)
     if (options.kernels, options.attention_kernel) != ("reference", "reference"):
