@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
-from pw_runtime.system.machine import Machine, describe
+from pw_runtime.system.machine import Machine, cpu_features, describe
 from pw_runtime.system.packages import (
     BASE,
     DEVELOPMENT,
@@ -27,10 +27,18 @@ from pw_runtime.system.packages import (
 )
 from pw_runtime.system.places import cache_root, check_cache, free_bytes, temporary_folder
 
+NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # as Linux names them
+
 
 def report() -> str:
     """Look at this machine, which takes seconds, and describe it."""
     return doctor_report(describe())
+
+
+def _bf16() -> str:
+    """Say whether the CPU has instructions for products in bf16."""
+    has = cpu_features() & NATIVE_BF16
+    return f"bf16 by {', '.join(sorted(has))}" if has else "no bf16 arithmetic: keep to fp32"
 
 
 def doctor_report(machine: Machine) -> str:
@@ -41,7 +49,7 @@ def doctor_report(machine: Machine) -> str:
     lines = [
         f"python     {machine.python}",
         f"system     {machine.os}",
-        f"cpu        {machine.cpu}, {machine.cores} cores",
+        f"cpu        {machine.cpu}, {machine.cores} cores, {_bf16()}",
         f"memory     {_gib(machine.memory_bytes)}",
         *(f"gpu        {g.name}, {_gib(g.memory_bytes)}, sm {g.capability}" for g in machine.gpus),
         *([] if machine.gpus else ["gpu        none that torch can use"]),

@@ -301,3 +301,18 @@ def test_the_compiler_that_is_reported_is_the_one_that_pytorch_calls() -> None:
 
     if "CXX" not in os.environ:
         assert doctor.cpp_compiler() in config.cpp.cxx
+
+
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        ({"avx2"}, "no bf16 arithmetic: keep to fp32"),
+        ({"avx512f", "avx512_bf16", "amx_bf16"}, "bf16 by amx_bf16, avx512_bf16"),
+    ],
+)
+def test_doctor_says_whether_a_cpu_has_bf16(
+    features: set[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: the documentation said that bf16 on a CPU is slow; on one that has it, it is not."""
+    monkeypatch.setattr(doctor, "cpu_features", lambda: frozenset(features))
+    assert doctor._bf16() == said
