@@ -176,7 +176,7 @@ def test_a_budget_is_heeded_or_refused_before_anything_is_loaded(
     monkeypatch.setattr(run_module, "load_text_network", lambda *arguments: pytest.fail("loaded"))
     ended = generate("--host-memory", "64MiB")
     assert ended.code == 2
-    assert "not enough memory" in ended.err
+    assert "does not fit into memory" in ended.err
     assert "do this: free memory" in ended.err
 
 
