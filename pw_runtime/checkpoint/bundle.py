@@ -66,6 +66,7 @@ __all__ = [  # with what `manifest` has for others
 
 TOKENIZER = "tokenizer"
 SHARD = ".safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of weights, as safetensors names them
 
 # Files that identify a folder as a published checkpoint.
 _CHECKPOINT_MARKS = (
@@ -270,7 +271,17 @@ def _stored_shapes(bundle: Bundle, network: Network) -> dict[str, tuple[int, ...
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in _entry(bundle, network).files:
-        shard = _opened(bundle, name).shapes
+        opened = _opened(bundle, name)
+        shard = opened.shapes
+        if other := [
+            f"{x} of {dtype}" for x, dtype in opened.dtypes.items() if dtype not in FLOATS
+        ]:
+            raise BadWeights(
+                f"{bundle.root / name} has tensors that are no weights",
+                got=some_names(other),
+                wanted=f"dtypes {', '.join(FLOATS)}",
+                do=REMAKE,
+            )
         if duplicates := shard.keys() & shapes.keys():
             raise BadWeights(
                 f"{bundle.root / name} repeats tensors of another shard",

@@ -28,6 +28,7 @@ class TensorFile:
     Attributes:
         metadata: its texts by name.
         shapes: the shape of every tensor, from the header alone.
+        dtypes: its dtype as safetensors names it, such as "BF16".
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,10 +43,9 @@ class TensorFile:
         try:
             with safe_open(self._name, framework="pt") as file:
                 self.metadata: Mapping[str, str] = file.metadata() or {}
-                self.shapes = {
-                    name: tuple(file.get_slice(name).get_shape())
-                    for name in file.keys()  # noqa: SIM118 (it has no __iter__)
-                }
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self.shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
+                self.dtypes = {name: str(x.get_dtype()) for name, x in slices.items()}
         except Exception as error:  # of any class, where the header is damaged
             raise UnreadableInput(f"no complete safetensors file: {error}") from error
 

@@ -143,6 +143,19 @@ def test_layers_are_counted_in_the_files_before_anything_is_built(
         check_tensors(open_bundle(bundle), network)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_weights_are_of_a_float_type(bundle: Path, dtype: torch.dtype) -> None:
+    file = shard(bundle)
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file)
+    with pytest.raises(BadWeights, match=f"that are no weights\n  got: {name} of"):
+        check_tensors(open_bundle(bundle), "vae")
+
+
 def shard(bundle: Path) -> Path:
     return bundle / open_bundle(bundle).networks.vae.files[0]
 
