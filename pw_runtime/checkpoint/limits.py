@@ -37,8 +37,8 @@ _BOUNDS: Final[dict[type, dict[str, tuple[float, float]]]] = {
     },
     VaeConfig: {
         "z_dim": (CHANNELS, CHANNELS),
-        "encoder_blocks": (1, 64),
-        "decoder_blocks": (1, 64),
+        "encoder_blocks": (1, 16),
+        "decoder_blocks": (1, 16),
     },
     TextEncoderConfig: {
         "vocab_size": (1, 2**24),
@@ -74,6 +74,9 @@ def problems_of(manifest: Manifest) -> list[str]:
         if dit is not None and dit.config.text_dim != wanted:
             got = dit.config.text_dim
             problems.append(f"networks.{name}.config.text_dim is {got}, the encoder's is {wanted}")
+    lengths = {x.config.text_len for x in (networks.draft, networks.highres) if x is not None}
+    if len(lengths) > 1:
+        problems.append(f"networks.highres.config.text_len differs: {sorted(lengths)}")
     for name, record in manifest.files.items():
         if not name or _CONTROL.search(name) or len(name) > 1000:
             problems.append(f"files has the name {ascii(name)[:80]}")

@@ -84,6 +84,7 @@ DECLARED: list[tuple[Change, str]] = [
     (config("draft", eps=1e9), "eps is 1000000000.0"),
     (config("draft", text_dim=7), "text_dim is 7, the encoder's is"),
     (config("draft", text_len=10**12), "text_len is"),
+    (config("highres", text_len=17), "highres.config.text_len differs"),
     (config("highres", adapter_dim=-1), "adapter_dim is -1"),
     (config("highres", control_blocks=[99]), "control_blocks|no blocks"),
     (config("text_encoder", num_layers=2_000_006), "num_layers is 2000006"),
