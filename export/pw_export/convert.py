@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from pw_export.checkpoints import Checkpoint, open_checkpoint
+from pw_export.checkpoints.parts import Part
+from pw_export.checkpoints.published import Checkpoint, open_checkpoint
+from pw_export.checkpoints.tensor_refs import Refs
+from pw_export.checkpoints.weight_values import WeightValues
 from pw_export.one_conversion import fingerprint, one_conversion
-from pw_export.parts import Part
-from pw_export.tensor_refs import Refs
-from pw_export.weight_values import WeightValues
 from pw_runtime.checkpoint.bundle import (
     MANIFEST,
     TOKENIZER,

@@ -174,9 +174,7 @@ def require_packages(purpose: str, *names: str) -> None:
 
 def missing_package(error: ImportError) -> MissingPackage | None:
     """Return the error to show for a failed import; None where the fault is our own."""
-    while isinstance(
-        error.__cause__, ImportError
-    ):  # transformers hides the cause
+    while isinstance(error.__cause__, ImportError):  # transformers hides the cause
         error = error.__cause__
     top = (error.name or "").partition(".")[0]
     if not top or top in sys.stdlib_module_names or top.startswith("pw_"):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pw_export import keymaps
+from pw_export.checkpoints import keymaps
 from pw_export.convert import convert
 from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
 from pw_runtime.checkpoint.bundle import Bundle, load_tensors

@@ -155,6 +155,6 @@ def test_numbers_that_a_network_refuses_are_an_error_of_the_checkpoint(
     def refuse(**fields: object) -> None:
         raise ValueError("7 does not go with 3")
 
-    monkeypatch.setattr(f"pw_export.configs.{config}", refuse)
+    monkeypatch.setattr(f"pw_export.checkpoints.configs.{config}", refuse)
     message = refused(checkpoint.base, tmp_path / "b", "do not describe a valid network")
     assert "7 does not go with 3" in message

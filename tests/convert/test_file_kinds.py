@@ -308,7 +308,7 @@ def test_remains_of_a_download_in_the_tokenizer_are_named(
 def test_tokenizer_with_more_tokens_than_the_table_has_rows_is_refused(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    from pw_export.tokenizer_files import require_tokenizer
+    from pw_export.checkpoints.tokenizer_files import require_tokenizer
 
     with pytest.raises(BadWeights, match=r"not the tokenizer of this text encoder[\s\S]*at most 9"):
         require_tokenizer(checkpoint.base / "google" / "umt5-xxl", 9)

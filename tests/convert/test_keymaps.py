@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pw_export import keymaps
-from pw_export.configs import (
+from pw_export.checkpoints import keymaps
+from pw_export.checkpoints.configs import (
     dit_config,
     text_encoder_config,
     vae_config,
 )
-from pw_export.tensor_refs import Ref
+from pw_export.checkpoints.tensor_refs import Ref
 from pw_export.wan22_configs import DRAFT, HIGHRES, TEXT_ENCODER, VAE
 from pw_runtime.models import expected_shapes
 from pw_runtime.types import Config, Network

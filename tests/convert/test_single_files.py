@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pw_export import keymaps
+from pw_export.checkpoints import keymaps
 from pw_export.convert import convert
 from pw_runtime.errors import BadRequest, BadWeights
 from tests.convert.layouts import (
@@ -200,8 +200,8 @@ def test_two_files_for_one_network_are_named(
 def test_without_config_heads_are_128_wide_or_the_file_is_asked_for(
     checkpoint: Checkpoint, states: dict[str, State], tmp_path: Path
 ) -> None:
-    from pw_export.configs import dit_config
-    from pw_export.tensor_refs import Ref
+    from pw_export.checkpoints.configs import dit_config
+    from pw_export.checkpoints.tensor_refs import Ref
 
     wan = write(tmp_path / "wan", checkpoint, states, COMFY)
     (wan / "config.json").unlink()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pw_export import keymaps
+from pw_export.checkpoints import keymaps
 from pw_runtime.models import build_text_encoder
 from pw_runtime.models.text_encoder import TIED_KEY, encode_tokens
 from pw_runtime.stages.text import clean_text

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from pw_bench.e2e.diffusers_networks import rotary_table, wan_autoencoder, wan_transformer
 from pw_bench.e2e.job import ClipFacts, Job
-from pw_export import keymaps
-from pw_export.checkpoints import open_checkpoint
-from pw_export.parts import Part
-from pw_export.tensor_refs import Refs
+from pw_export.checkpoints import keymaps
+from pw_export.checkpoints.parts import Part
+from pw_export.checkpoints.published import open_checkpoint
+from pw_export.checkpoints.tensor_refs import Refs
 from pw_runtime.errors import BadRequest
 from pw_runtime.models import build_text_encoder
 from pw_runtime.models.text_encoder import TIED_KEY

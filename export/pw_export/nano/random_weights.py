@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from pw_export import keymaps
+from pw_export.checkpoints import keymaps
 from pw_export.nano.checkpoint import (
     SPECIAL_TOKENS,
     NanoTensors,

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pw_export.configs import dit_config
-from pw_export.file_kinds import require_regular
-from pw_export.layouts import SINGLE_FILES, Base, open_base
-from pw_export.parts import Part, make_part, transformer_refs
-from pw_export.sources import read_pixelwizard
-from pw_export.tensor_refs import Refs
-from pw_export.tokenizer_files import require_tokenizer
+from pw_export.checkpoints.configs import dit_config
+from pw_export.checkpoints.file_kinds import require_regular
+from pw_export.checkpoints.layouts import SINGLE_FILES, Base, open_base
+from pw_export.checkpoints.parts import Part, make_part, transformer_refs
+from pw_export.checkpoints.sources import read_pixelwizard
+from pw_export.checkpoints.tensor_refs import Refs
+from pw_export.checkpoints.tokenizer_files import require_tokenizer
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 from pw_runtime.types import DitConfig, TextEncoderConfig, VaeConfig

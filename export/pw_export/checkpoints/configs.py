@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pw_export.tensor_refs import Refs
-from pw_export.upstream_configs import MAX_SIZE, ConfigFields
+from pw_export.checkpoints.tensor_refs import Refs
+from pw_export.checkpoints.upstream_configs import MAX_SIZE, ConfigFields
 from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights

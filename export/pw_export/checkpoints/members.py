@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from pw_export.network_kinds import kind_of
-from pw_export.tensor_refs import Ref, Refs, renamed, shapes_of
+from pw_export.checkpoints.network_kinds import kind_of
+from pw_export.checkpoints.tensor_refs import Ref, Refs, renamed, shapes_of
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pw_export.tensor_refs import FLOATS, Ref, Refs
+from pw_export.checkpoints.tensor_refs import FLOATS, Ref, Refs
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pw_export.file_kinds import remains_of_download
+from pw_export.checkpoints.file_kinds import remains_of_download
 from pw_runtime.errors import BadWeights
 
 _WANTED = "the files of google/umt5-xxl in Wan-AI/Wan2.2-TI2V-5B"

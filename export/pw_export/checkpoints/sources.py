@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pw_export.file_kinds import DOWNLOAD, form_of
-from pw_export.fp8 import dequantised
-from pw_export.members import pixelwizard_member, sole_network, unprefixed
-from pw_export.tensor_refs import Ref, Refs, require_floats
-from pw_export.upstream_configs import read_json
+from pw_export.checkpoints.file_kinds import DOWNLOAD, form_of
+from pw_export.checkpoints.fp8 import dequantised
+from pw_export.checkpoints.members import pixelwizard_member, sole_network, unprefixed
+from pw_export.checkpoints.tensor_refs import Ref, Refs, require_floats
+from pw_export.checkpoints.upstream_configs import read_json
 from pw_runtime.checkpoint.bundle import some_names
 from pw_runtime.errors import BadWeights
 

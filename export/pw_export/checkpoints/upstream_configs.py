@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pw_export.file_kinds import require_regular
+from pw_export.checkpoints.file_kinds import require_regular
 from pw_runtime.errors import BadWeights
 
 ConfigFields = Mapping[str, Any]

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from os.path import lexists  # a link whose target is missing is named, not passed over
 from pathlib import Path
 
-from pw_export.file_kinds import form_of, listing, require_regular
-from pw_export.fp8 import unused_names
-from pw_export.members import unprefixed
-from pw_export.network_kinds import Kind, Role, kind_of
-from pw_export.parts import Part, text_encoder_part, transformer_refs, vae_part
-from pw_export.sources import open_safetensors, read_network, read_shards
-from pw_export.tensor_refs import Refs, shapes_of
-from pw_export.upstream_configs import (
+from pw_export.checkpoints.file_kinds import form_of, listing, require_regular
+from pw_export.checkpoints.fp8 import unused_names
+from pw_export.checkpoints.members import unprefixed
+from pw_export.checkpoints.network_kinds import Kind, Role, kind_of
+from pw_export.checkpoints.parts import Part, text_encoder_part, transformer_refs, vae_part
+from pw_export.checkpoints.sources import open_safetensors, read_network, read_shards
+from pw_export.checkpoints.tensor_refs import Refs, shapes_of
+from pw_export.checkpoints.upstream_configs import (
     ConfigFields,
     diffusers_dit,
     diffusers_vae,
