@@ -101,6 +101,7 @@ class AotiEngine:
 
     backend: Backend = "aoti"
     padded = False
+    granularity = 1
     scratch = 0
 
     def __init__(self, spec: EngineSpec, package: Path, device: torch.device) -> None:

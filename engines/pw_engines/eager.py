@@ -16,6 +16,7 @@ class EagerEngine:
 
     backend: Backend = "eager"
     padded = False
+    granularity = 1
     scratch = 0
 
     def __init__(self, spec: EngineSpec, segment: SegmentFunction) -> None:

@@ -24,6 +24,7 @@ class Engine(Protocol):
     spec: EngineSpec
     backend: Backend
     padded: bool  # named dimensions must have their limits: the caller pads
+    granularity: int  # calls begin at multiples of so many rows
     scratch: int  # bytes on the device that PyTorch does not allocate, shared by all engines there
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

@@ -304,9 +304,8 @@ def _compile(job: Job, segment: Segment, path: Path, device: torch.device) -> No
         model = export_segment(segment)
         tensorrt.build(segment.spec, model, path, device, timing_cache=cache, say=say)
     elif job.compiler == "tensorrt-rtx":
-        rtx.build(
-            segment.spec, export_segment(segment), path, rtx.targets_of(job.key.platform), say
-        )
+        model = export_segment(segment, varying=bool(segment.spec.limits))
+        rtx.build(segment.spec, model, path, rtx.targets_of(job.key.platform), say)
     elif job.compiler == "torch-tensorrt":
         torch_tensorrt.build(segment.spec, segment.module, path, device, say=say)
     else:

@@ -133,4 +133,4 @@ def _on_engines(work: Workload, target: str) -> Workload:
         found = scratch_for(unbaked_segments(work.vae, work.preset), store, target)
     if not isinstance(found, Unavailable):
         scratch["vae"] = found
-    return replace(work, padded=True, decoder_engines="vae" in scratch, scratch=scratch)
+    return replace(work, decoder_engines="vae" in scratch, scratch=scratch)

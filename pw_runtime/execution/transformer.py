@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pw_engines import DTYPES, Engine
+from pw_engines import DTYPES, SMALLEST, Engine
 from pw_kernels import attention
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import load_dit
@@ -256,6 +256,8 @@ class SegmentedDiT:
         count = -(-tokens // limit)
         if engine.padded:
             return [limit] * count
+        if engine.granularity > 1:
+            return _aligned_sizes(tokens, limit, engine.granularity)
         return [tokens // count + (index < tokens % count) for index in range(count)]
 
     def _run_sliced(
@@ -305,6 +307,18 @@ def _outputs(engine: Engine, sizes: Mapping[str, int], device: torch.device) -> 
     """Allocate the tensors that an engine fills."""
     specs = engine.spec.outputs
     return [torch.empty(s.sized(sizes), dtype=DTYPES[s.dtype], device=device) for s in specs]
+
+
+def _aligned_sizes(tokens: int, limit: int, granularity: int) -> list[int]:
+    """Divide tokens into whole chunks and a rest, which begins at a multiple of `granularity`."""
+    limit -= limit % granularity if limit > granularity else 0
+    sizes = [limit] * (tokens // limit)
+    rest = tokens % limit
+    if 0 < rest < SMALLEST and sizes:  # engines take no single row
+        moved = min(granularity, limit - 1)
+        sizes[-1] -= moved
+        rest += moved
+    return [*sizes, rest] if rest else sizes
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -19,7 +19,7 @@ from pw_engines.eager import EagerEngine
 from pw_engines.engine import random_inputs
 from pw_runtime import models
 from pw_runtime.execution import transformer_segments
-from pw_runtime.execution.transformer import SegmentedDiT
+from pw_runtime.execution.transformer import SegmentedDiT, _aligned_sizes
 from pw_runtime.execution.transformer_segments import FIRST_BLOCK, segments_of
 from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
@@ -266,3 +266,18 @@ def test_digest_covers_every_file_that_a_segment_runs() -> None:
     # What decides which implementation runs is not part of the arithmetic.
     assert ran - {"op"} <= {*transformer_segments._KERNELS, *transformer_segments._MODELS}
     assert {"attention/__init__", "blocks", "adapter", "qk_norm_rope"} <= ran
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [
+        (256, [256]),
+        (300, [256, 44]),
+        (512, [256, 256]),
+        (513, [256, 128, 129]),  # no engine takes a single row
+        (1, [1]),
+    ],
+)
+def test_chunks_of_engines_that_want_aligned_addresses(tokens: int, sizes: list[int]) -> None:
+    assert _aligned_sizes(tokens, 300, 128) == sizes
+    assert sum(sizes) == tokens

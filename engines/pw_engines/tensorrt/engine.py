@@ -82,9 +82,13 @@ def lane(device: torch.device, library: Library) -> Lane:
 
 
 class TensorrtEngine:
-    """A loaded plan. All calls but the first can be captured in a CUDA graph."""
+    """A loaded plan. All calls but the first can be captured in a CUDA graph.
 
-    padded = True
+    A plan of TensorRT has one size, and callers pad; one of TensorRT for RTX has every size up to
+    the limits of its spec.
+    """
+
+    granularity = 128  # rows of any tensor of ours: a multiple of ALIGNMENT
 
     def __init__(
         self, spec: EngineSpec, path: Path, device: torch.device, library: Library = TENSORRT
@@ -92,6 +96,8 @@ class TensorrtEngine:
         """Open a plan that the store has verified. Raises EngineError."""
         self.spec = spec
         self.backend: Backend = library.name
+        self.padded = not library.targets
+        self._sizes: dict[str, int] = {}  # of the named dimensions, as the context has them
         plan, facts = split_plan(path.read_bytes())
         stored_names = facts.names
         spec_names = [tensor_spec.name for tensor_spec in (*spec.inputs, *spec.outputs)]
@@ -128,13 +134,14 @@ class TensorrtEngine:
             failure = f"{library.title} cannot make a context of {name}"
             self._context = messages.need(context, failure)
         self._engine = engine  # must outlive its context
-        self._fix_shapes(name)
+        self._set_sizes(dict(spec.limits), name)
         self.scratch: int = engine.get_device_memory_size_for_profile_v2(0)
         self._lane.reserve(self.scratch)
 
-    def _fix_shapes(self, plan_name: str) -> None:
-        """Set the sizes of the spec, the only ones that the plan has."""
-        sizes = dict(self.spec.limits)
+    def _set_sizes(self, sizes: dict[str, int], plan_name: str) -> None:
+        """Set the named dimensions of the next calls. Raises EngineError for what it lacks."""
+        if sizes == self._sizes:
+            return
         context = self._context
         count = len(self.spec.inputs)
         for name, tensor_spec in zip(self._names[:count], self.spec.inputs, strict=True):
@@ -149,6 +156,7 @@ class TensorrtEngine:
                     f"{plan_name} returns {tensor_spec.name} of {got}, expected {expected}; "
                     "export and build it again"
                 )
+        self._sizes = sizes
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Compute `outputs`. Raises ValueError for tensors that the spec does not allow.
@@ -156,9 +164,10 @@ class TensorrtEngine:
         The check comes first: TensorRT is given only addresses. Raises EngineError when TensorRT
         fails, or when the very first call is captured in a CUDA graph.
         """
-        self._check(inputs, outputs)
+        sizes = self._check(inputs, outputs)
         shared, context = self._lane, self._context
         with torch.cuda.device(shared.device), shared.lock:
+            self._set_sizes(sizes, f"the plan of {self.spec.segment}")
             if torch.cuda.is_current_stream_capturing():
                 self._prepare_for_capture()
             if self._bound != shared.scratch:
@@ -174,9 +183,10 @@ class TensorrtEngine:
             shared.messages.need(done, f"{self.spec.segment} failed in {shared.library.title}")
         self._has_run = True
 
-    def _check(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def _check(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict[str, int]:
+        """Return the named dimensions of a call. Raises ValueError for what it may not have."""
         sizes = self.spec.sizes(inputs)
-        for name, limit in self.spec.limits:
+        for name, limit in self.spec.limits if self.padded else ():
             if sizes.get(name, limit) != limit:
                 self._refuse(f"expected {name} padded to {limit}, got {sizes[name]}")
         self.spec.check_outputs(outputs, sizes)
@@ -192,6 +202,7 @@ class TensorrtEngine:
                     f"tensor {name}: expected an address that is a multiple of {ALIGNMENT}, got "
                     f"{x.data_ptr() % ALIGNMENT} more; pass a whole tensor, not a slice"
                 )
+        return sizes
 
     def _refuse(self, reason: str) -> None:
         raise ValueError(f"{self.spec.segment}, {reason}")

@@ -16,7 +16,7 @@ import torch
 
 from pw_engines.child import end_with_parent
 from pw_engines.engine import EngineError
-from pw_engines.spec import EngineSpec
+from pw_engines.spec import SMALLEST, EngineSpec
 from pw_engines.tensorrt.library import (
     LIBRARIES,
     Library,
@@ -50,7 +50,7 @@ def build_plan(request: Request) -> list[str]:
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, library.workspace)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: fp32 would not be fp32
     config.max_aux_streams = 0  # everything on the caller's stream, as a CUDA graph needs it
-    _set_profile(builder, network, config, request.spec, messages)
+    _set_profile(builder, network, config, request.spec, messages, library)
     _set_targets(trt, config, request.targets)
     notes = _use_timing_cache(config, request.timing_cache, messages)
 
@@ -116,17 +116,28 @@ def _tensors(trt: Any, network: Any) -> Iterator[TensorInfo]:
 
 
 def _set_profile(
-    builder: Any, network: Any, config: Any, spec: EngineSpec, messages: Messages
+    builder: Any,
+    network: Any,
+    config: Any,
+    spec: EngineSpec,
+    messages: Messages,
+    library: Library,
 ) -> None:
-    """Fix the named dimensions of the ONNX model at the limits of the spec: callers pad."""
-    shapes = {x.name: x.sized(dict(spec.limits)) for x in spec.inputs}
+    """Give named dimensions that are still open every size up to the limits of the spec.
+
+    A library without targets gets the limits alone: callers pad.
+    """
+    limits = dict(spec.limits)
+    smallest = dict.fromkeys(limits, SMALLEST) if library.targets else limits
+    shapes = {x.name: x.sized(limits) for x in spec.inputs}
+    least = {x.name: x.sized(smallest) for x in spec.inputs}
     profile = messages.need(builder.create_optimization_profile(), "no optimization profile")
     has_dynamic_shapes = False
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         if -1 in tuple(tensor.shape):
             shape = shapes[tensor.name]
-            profile.set_shape(tensor.name, shape, shape, shape)
+            profile.set_shape(tensor.name, least[tensor.name], shape, shape)
             has_dynamic_shapes = True
     if has_dynamic_shapes and config.add_optimization_profile(profile) < 0:
         raise messages.error(f"TensorRT does not take the sizes of {spec.segment}: {shapes}")

@@ -113,7 +113,7 @@ def build(
     """Build the plan `path` of a segment, in a process of its own.
 
     Args:
-        spec: of the segment; named dimensions of the ONNX model are fixed at its limits.
+        spec: of the segment; the plan has every size of its named dimensions up to the limits.
         onnx: the model; its inputs and outputs have the names of the spec.
         path: to write.
         targets: GPU architectures, of `RTX.targets`.

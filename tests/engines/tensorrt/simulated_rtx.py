@@ -31,6 +31,13 @@ class IBuilderConfig(simulated_build.IBuilderConfig):
         self._flags.add(flag.name)
 
 
+class IOptimizationProfile(simulated_build.IOptimizationProfile):
+    def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
+        assert all(low in (2, high) for low, high in zip(min, max, strict=True))
+        assert tuple(opt) == tuple(max)
+        super().set_shape(input, max, max, max)
+
+
 class Builder(simulated_build.Builder):
     def build_serialized_network(self, network: Any, config: Any) -> Any:
         assert config._targets, "no target named: some would be dropped silently"
@@ -101,6 +108,21 @@ class IRuntimeConfig(Simulated):
     @cuda_graph_strategy.setter
     def cuda_graph_strategy(self, value: Any) -> None:
         self._graphs = value
+
+
+class IExecutionContext(simulated_run.IExecutionContext):
+    def set_input_shape(self, name: str, shape: Any) -> bool:
+        limits = self._engine._shapes.get(name)
+        if limits is None:
+            return super().set_input_shape(name, shape)
+        if not all(2 <= size <= most for size, most in zip(shape, limits, strict=True)):
+            self._say(f"{name}: outside the optimization profile")
+            return False
+        self._engine._shapes[name] = list(shape)
+        try:
+            return super().set_input_shape(name, shape)
+        finally:
+            self._engine._shapes[name] = limits
 
 
 class ICudaEngine(simulated_run.ICudaEngine):

@@ -35,6 +35,7 @@ CLASSES = (
 )  # fmt: skip
 _OWN = (
     simulated_rtx.Builder, simulated_rtx.IBuilderConfig, simulated_rtx.ICudaEngine,
+    simulated_rtx.IExecutionContext, simulated_rtx.IOptimizationProfile,
     simulated_rtx.IRuntimeCache, simulated_rtx.IRuntimeConfig, simulated_rtx.Runtime,
 )  # fmt: skip
 RTX_CLASSES = tuple({cls.__name__: cls for cls in (*CLASSES, *_OWN)}.values())

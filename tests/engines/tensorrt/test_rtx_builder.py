@@ -64,7 +64,8 @@ def full_width(precision: Precision) -> dict[str, Segment]:
 def test_segments_of_full_width_build_for_every_target(name: str, tmp_path: Path) -> None:
     """Scratch memory is what a call needs beside its tensors: less than 64 KiB a token."""
     segment = full_width("bf16")[name]
-    facts = built(segment.spec, export_segment(segment), tmp_path, *RTX.targets)
+    model = export_segment(segment, varying=bool(segment.spec.limits))
+    facts = built(segment.spec, model, tmp_path, *RTX.targets)
     assert facts.scratch is not None
     assert facts.scratch < TOKENS * 64 * 2**10
     plan, _ = split_plan((tmp_path / rtx.FILE).read_bytes())

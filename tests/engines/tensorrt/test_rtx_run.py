@@ -65,6 +65,19 @@ def test_a_plan_computes_what_its_segment_does(path: Path, ada: None) -> None:
     assert relative_l2(outputs[0], expected) < 1e-2
 
 
+@pytest.mark.parametrize("tokens", [2, 7, 24])
+def test_every_size_up_to_the_limit_runs_unpadded(path: Path, ada: None, tokens: int) -> None:
+    engine = rtx.load(spec(), path, CPU)
+    assert not engine.padded
+    for count in (24, tokens, 24):  # the context's sizes follow the calls
+        sized = spec(tokens=count)
+        inputs, outputs, expected = data(sized, seed=count)
+        engine.run(inputs, outputs)
+        assert relative_l2(outputs[0], expected) < 1e-2
+    with pytest.raises(ValueError, match="tokens from 2 to 24"):
+        engine.run(*data(spec(tokens=25))[:2])
+
+
 def test_kernels_finished_at_the_first_run_are_kept_for_the_next(
     path: Path, ada: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
