@@ -20,7 +20,7 @@ from pw_runtime.errors import BadRequest, BadWeights, WriteFailed
 from pw_runtime.job.preflight import check_request
 from pw_runtime.presets import PRESETS
 from pw_runtime.stages.text import encode_text
-from pw_runtime.types import Request, RunOptions
+from pw_runtime.types import Prompt, Request, RunOptions
 from tests.e2e.pw import Pw, latent_shapes
 
 
@@ -351,7 +351,7 @@ def test_what_the_triton_kernels_cannot_take_is_refused_before_anything_is_compu
     with pytest.raises(BadRequest, match="does not support the draft network"):
         check_networks(bundle, ["draft"], "triton")
     request = Request(
-        prompts=(),
+        prompts=(Prompt("a cat"),),
         preset=PRESETS["draft"],
         out=Path(),
         options=RunOptions(kernels="triton", device="cuda", precision="fp32"),

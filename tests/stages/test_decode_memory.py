@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +23,8 @@ from pw_runtime.types import Compat, Latent, MemoryItem, Place, TilingConfig, Va
 def accounted(config: VaeConfig, rows: int, columns: int, plan: TilingConfig) -> int:
     """Peak of all tensors of a decode of three latent frames."""
     net, latent = VaeDecoder(config).requires_grad_(False), torch.empty(48, 3, rows, columns)
-    with Ledger() as ledger:
+    no_numbers = patch("pw_runtime.stages.decode.is_finite", lambda x: True)
+    with no_numbers, Ledger() as ledger:
         taps = [m.made_taps() for m in net.modules() if isinstance(m, Upsample)]
         ledger.enter([*net.parameters(), *taps], "weights")
         ledger.enter([latent], "latent")

@@ -26,8 +26,8 @@ _OPERATORS: Final[Mapping[frozenset[str], str]] = MappingProxyType(
     {
         _FLOATS: "Attention Clip Conv Cos Erf Exp Gelu Gemm LayerNormalization MatMul Reciprocal "
         "Resize RMSNormalization RotaryEmbedding Sigmoid Sin Softmax Sqrt Tanh",
-        _NUMBERS: "Abs Add Div Max Min Mul Neg Pad Pow ReduceL2 ReduceMax ReduceMean ReduceSum "
-        "Relu Sub",
+        _NUMBERS: "Abs Add Div Max Min Mul Neg Pad Pow Range ReduceL2 ReduceMax ReduceMean "
+        "ReduceSum Relu Sub",
         _ALL: "Cast Concat Constant ConstantOfShape Expand Flatten Gather Identity Reshape Shape "
         "Slice Split Squeeze Tile Transpose Unsqueeze Where",
     }

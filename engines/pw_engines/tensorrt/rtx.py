@@ -144,7 +144,7 @@ def scratch_of(path: Path) -> int:
     return read_facts(path).scratch or 0
 
 
-def check_first_run(engine: TensorrtEngine, segment: SegmentFunction, device: torch.device) -> None:
+def check_first_run(opened: TensorrtEngine, segment: SegmentFunction, device: torch.device) -> None:
     """Compare an engine with its segment where no kernels of an earlier run are kept.
 
     It may have been built where it could not run. The kernels that are finished meanwhile are kept
@@ -153,11 +153,11 @@ def check_first_run(engine: TensorrtEngine, segment: SegmentFunction, device: to
     Raises:
         EngineError: it does not compute what its segment does.
     """
-    kernels = engine.kernels
+    kernels = opened.kernels
     if kernels is None or kernels.loaded:
         return
     with torch.inference_mode():
-        require_parity(engine.spec.segment, check_parity(engine, segment, device))
+        require_parity(opened.spec.segment, check_parity(opened, segment, device))
     kernels.save()
 
 

@@ -18,6 +18,7 @@ from pw_engines.spec import EngineSpec
 from pw_engines.tensorrt import rtx
 from pw_engines.tensorrt.library import RTX, bindings
 from pw_engines.tensorrt.onnx_build import build_plan
+from pw_engines.tensorrt.onnx_rules import check_importable
 from pw_engines.tensorrt.plan_file import PlanFacts, read_facts, split_plan
 from pw_engines.tensorrt.request import Request
 from pw_export import wan22_configs
@@ -40,7 +41,8 @@ DECODER = segments_of_decode(SMALLEST_VAE, TilingConfig(), 2, 2)
 
 
 def built(engine_spec: EngineSpec, onnx: bytes, folder: Path, *targets: str) -> PlanFacts:
-    """Build a plan in this process; return its facts."""
+    """Check a model and build its plan, as `rtx.build` does, in this process; return its facts."""
+    check_importable(onnx)
     (folder / "model.onnx").write_bytes(onnx)
     build_plan(
         Request(
@@ -98,8 +100,9 @@ def test_a_model_of_another_segment_is_refused(tmp_path: Path) -> None:
         built(spec("bf16", width=64), onnx_of(spec("bf16")), tmp_path, "sm_89")
 
 
-def test_a_parser_error_names_the_node(tmp_path: Path) -> None:
+def test_a_parser_error_names_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = onnx_of(spec("fp32")).replace(b"Gelu", b"Xelu")
+    monkeypatch.setitem(built.__globals__, "check_importable", lambda model: None)
     with pytest.raises(EngineError, match=r"cannot read the ONNX model of up\n.*activate \(Xelu\)"):
         built(spec("fp32"), unknown, tmp_path, "sm_89")
 
