@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same round trip where TensorRT and a GPU are: pytest -m tensorrt."""
+"""The same round trip where TensorRT and a GPU are: pytest -m gpu."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.engines.tensorrt.segments import data, function, onnx_of, spec
 GPU = torch.device("cuda", 0)
 REASON = tensorrt.unavailable(GPU)
 pytestmark = [
-    pytest.mark.tensorrt,
+    pytest.mark.gpu,
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
 Built = Callable[[EngineSpec], TensorrtEngine]
