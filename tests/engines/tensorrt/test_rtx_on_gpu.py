@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first real self-check of TensorRT for RTX, where it and a GPU of its list are: pytest -m gpu."""
+"""The first real self-check of TensorRT for RTX, with it and a GPU of its list: pytest -m gpu."""
 
 from __future__ import annotations
 
