@@ -86,15 +86,15 @@ WORKERS = """
 from dataclasses import replace
 from pathlib import Path
 from pw_engines import EngineStore
-from pw_export.build import TransformerSource, jobs_for, run_jobs
+from pw_export.build import TransformerSource, jobs_for, platform_for, run_jobs
 from tests.engines.test_segments import DRAFT
 from tests.processes.blocking import BlockingSource
 import torch
 
 def main():
     store = EngineStore(Path(os.environ["PW_TEST_FOLDER"]) / "engines")
-    source = TransformerSource(DRAFT, "fp32", 64)
-    jobs, _ = jobs_for([source], "aoti", torch.device("cpu"), store)
+    source, cpu = TransformerSource(DRAFT, "fp32", 64), torch.device("cpu")
+    jobs, _ = jobs_for([source], "aoti", cpu, store, platform_for("aoti", cpu))
     blocking = BlockingSource(os.environ["PW_TEST_PIPE"])
     run_jobs([replace(job, source=blocking) for job in jobs[:2]], 1, print)
 
