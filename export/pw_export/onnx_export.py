@@ -3,8 +3,8 @@
 
     python -m pw_export.onnx_export --out DIR [--precision bf16] [--tokens 8192]
 
-writes the models of the published networks. The segments are traced on the meta device: nothing is
-computed and no weights are needed.
+writes the models of the published networks. The transformers' segments are traced on the meta
+device, the decoder's are written by `onnx_decoder`: nothing is computed and no weights are needed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from pw_engines import DTYPES, EngineSpec
 from pw_engines.engine import EngineError
 from pw_engines.spec import SMALLEST
 from pw_export.onnx_check import check_onnx
-from pw_export.onnx_scatter import ScatterRewriter
+from pw_export.onnx_decoder import decoder_model
 from pw_export.wan22_configs import DRAFT, HIGHRES, VAE
 from pw_kernels.op import using
-from pw_runtime.execution.decoder_segments import segments_of_decode
+from pw_runtime.execution.decoder_segments import DecoderSegment, segments_of_decode
 from pw_runtime.execution.transformer_segments import Segment, segments_of
 from pw_runtime.presets import PRESETS
 from pw_runtime.system.atomic_files import atomic_file, atomic_folder, require_absent, write_text
 from pw_runtime.types import VAE_STRIDE, DitConfig, Precision, Preset, VaeConfig
 
 OPSET: Final = 20  # has Gelu and LayerNormalization, and TensorRT 10.8 and later support it
-MAX_UNIFORM = 1024  # elements; larger constants of one value become an Expand
 TOKENS: Final = 8192  # per call, of the published networks; large resolutions take many calls
 
 
@@ -134,11 +133,11 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
     Raises:
         EngineError: a package is missing, or PyTorch cannot export the segment.
     """
+    if isinstance(segment, DecoderSegment):
+        return _signed(decoder_model(segment, _package("onnx"), OPSET), segment.spec)
     spec, limits = segment.spec, dict(segment.spec.limits)
-    baked = next(segment.module.buffers(), None)
-    device = "meta" if baked is None else baked.device
     examples = tuple(
-        torch.empty(tensor.sized(limits), dtype=DTYPES[tensor.dtype], device=device)
+        torch.empty(tensor.sized(limits), dtype=DTYPES[tensor.dtype], device="meta")
         for tensor in spec.inputs
     )
     dims = {name: torch.export.Dim(name, min=SMALLEST, max=limit) for name, limit in spec.limits}
@@ -146,7 +145,7 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
         {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
         for tensor in spec.inputs
     )
-    translations = _translations(sized=not varying)
+    translations = _translations()
     try:
         with _quiet(), using("reference"):
             program = torch.onnx.export(
@@ -166,18 +165,9 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
     return _signed(program.model_proto, spec)
 
 
-def _translations(*, sized: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return translations of operators that replace those of PyTorch, for TensorRT's sake.
-
-    With `sized`, when all sizes are known, they include operators that write into slices.
-    """
-    try:
-        onnx: Any = importlib.import_module("onnx")
-        op: Any = importlib.import_module("onnxscript").opset20
-    except ImportError as error:
-        raise EngineError(
-            f'the export to ONNX needs a package ({error}): pip install "pixelwizard-runtime[onnx]"'
-        ) from error
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return translations of operators that replace those of PyTorch, for TensorRT's sake."""
+    onnx, op = _package("onnx"), _package("onnxscript").opset20
 
     def divide(x: Any, y: Any, rounding_mode: str) -> Any:
         # PyTorch's translation divides in fp32, which a GPU may round up to the next integer
@@ -193,11 +183,20 @@ def _translations(*, sized: bool) -> dict[Callable[..., Any], Callable[..., Any]
         return op.MatMul(op.Softmax(logits, axis=-1), v)
 
     aten = torch.ops.aten
-    table: dict[Callable[..., Any], Callable[..., Any]] = {
+    return {
         aten.div.Tensor_mode: divide,
         aten.scaled_dot_product_attention.default: attend,
     }
-    return table | ScatterRewriter(op).table() if sized else table
+
+
+def _package(name: str) -> Any:
+    """Import a package that the export needs. Raises EngineError where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EngineError(
+            f'the export to ONNX needs a package ({error}): pip install "pixelwizard-runtime[onnx]"'
+        ) from error
 
 
 @contextmanager
@@ -227,7 +226,6 @@ def _signed(model: Any, spec: EngineSpec) -> bytes:
         item.ClearField("doc_string")
     graph.ClearField("metadata_props")
     graph.name = spec.segment
-    _expand_uniform_constants(graph)
     for key, value in {
         "segment": spec.segment,
         "sources": spec.sources,
@@ -236,26 +234,6 @@ def _signed(model: Any, spec: EngineSpec) -> bytes:
         model.metadata_props.add(key=f"pixelwizard.{key}", value=value)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
-
-
-def _expand_uniform_constants(graph: Any) -> None:
-    """Replace large constants of a single value, such as the past before a clip, by an Expand."""
-    onnx: Any = importlib.import_module("onnx")
-    kept, nodes = [], []
-    for constant in graph.initializer:
-        values = onnx.numpy_helper.to_array(constant)
-        if values.size <= MAX_UNIFORM or (values != values.flat[0]).any():
-            kept.append(constant)
-            continue
-        value, shape = f"{constant.name}.value", f"{constant.name}.shape"
-        kept.append(onnx.numpy_helper.from_array(values.flat[:1], value))
-        kept.append(onnx.helper.make_tensor(shape, 7, [values.ndim], values.shape))  # int64
-        nodes.append(onnx.helper.make_node("Expand", [value, shape], [constant.name]))
-    rest = list(graph.node)
-    graph.ClearField("initializer")
-    graph.ClearField("node")
-    graph.initializer.extend(kept)
-    graph.node.extend([*nodes, *rest])
 
 
 def _made_by() -> str:

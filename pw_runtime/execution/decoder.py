@@ -57,7 +57,8 @@ class SegmentedVae:
 
     def fine(self, x: Tensor, cache: CausalCache) -> Tensor:
         """Run the fine part of some columns. Raises ValueError for a size without an engine."""
-        return self._run("fine", x, cache)[0]
+        frames = self._run("fine", x, cache).split(1, dim=2)
+        return torch.cat([self._run("frame", frame, cache)[0] for frame in frames], dim=1)
 
     def check_weights(self) -> None:
         """Raise BadWeights for weights that are not finite; see `protocols.Decoder`."""
@@ -75,7 +76,7 @@ class SegmentedVae:
         inputs = [x]
         for tensor in spec.inputs[1 : len(spec.inputs) - len(weights)]:
             frames = past.get(self._net.get_submodule(tensor.name.removesuffix(PAST)))
-            # A convolution that doubles frames has no past at the second latent frame.
+            # None before a clip, and at its second latent frame where frames are doubled.
             inputs.append(x.new_zeros(tensor.sized({})) if frames is None else to_engine(frames))
         outputs = [
             torch.empty(tensor.sized({}), dtype=DTYPES[tensor.dtype], device=x.device)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE decoder divided into segments: its coarse and fine part, first frame and later ones.
+"""The VAE decoder divided into segments: coarse and fine part, first frame and later ones.
+
+Of the fine part, the last stage and the head are a segment that takes one frame at a time: these
+layers have the largest activations, and do not double frames.
 
 A segment fits one picture size. Past frames, the last input frames of every causal convolution, are
 inputs and outputs: an engine has no state. Activations and past frames have their channels last, as
@@ -36,13 +39,13 @@ from pw_runtime.models.tiling import exact_halo, make_strips
 from pw_runtime.models.vae_blocks import Upsample
 from pw_runtime.types import TilingConfig, VaeConfig
 
-Part = Literal["coarse", "fine"]
+Part = Literal["coarse", "fine", "frame"]
 # Part -> the decoder's method.
-PARTS: Mapping[Part, str] = MappingProxyType({"coarse": "coarse_layers", "fine": "fine"})
-# Prefixes of the names of the coarse part's weights; all others are the fine part's.
-_COARSE = ("conv2.", "decoder.conv1.", "decoder.middle.", "decoder.upsamples.0.")
+PARTS: Mapping[Part, str] = MappingProxyType(
+    {"coarse": "coarse_layers", "fine": "fine_layers", "frame": "frame_layers"}
+)
 PAST, LAST = ".past", ".last"  # suffixes of the names of past frames as inputs and outputs
-_TAPS = ".taps"  # suffix of the name of an upsampling convolution's taps, instead of its weight
+TAPS = ".taps"  # suffix of the name of an upsampling convolution's taps, instead of its weight
 
 
 def segments_of_decode(
@@ -61,7 +64,8 @@ def segments_of_decode(
     exact = plan.tiling == "exact"
     overlap = max(plan.overlap, exact_halo(config)) if exact else plan.overlap
     strips = {strip.last - strip.first for strip in make_strips(columns, plan.strips, overlap)}
-    widths: dict[Part, set[int]] = {"coarse": {columns} if exact else strips, "fine": strips}
+    coarse = {columns} if exact else strips
+    widths: dict[Part, set[int]] = {"coarse": coarse, "fine": strips, "frame": strips}
     return {
         f"{segment.name}_{rows}x{width}": segment
         for width in sorted(widths["coarse"] | strips)
@@ -78,7 +82,7 @@ def segments_of_vae(
     baked: VaeDecoder | None = None,
     digest: str | None = None,
 ) -> dict[str, Segment]:
-    """Return the four segments by name, for one size.
+    """Return the five segments by name, for one size.
 
     Args:
         config: of the decoder.
@@ -97,9 +101,11 @@ def segments_of_vae(
     for first in (True, False):
         x = frame
         for part, method in PARTS.items():
+            if part == "frame":
+                x = x[:, :, :1]
             result = getattr(net, method)(x, caches[part])
             past = {names[conv]: frames for conv, frames in caches[part].past.items()}
-            decoder_part = _DecoderPart(net, part, first, tuple(past))
+            decoder_part = DecoderPart(net, part, first and part != "frame", tuple(past))
             segment = _segment(decoder_part, x, (result, past), baked, digest)
             segments[segment.name] = segment
             x = result
@@ -108,6 +114,8 @@ def segments_of_vae(
 
 def segment_name(part: Part, *, first: bool) -> str:
     """Return the name of the segment for a clip's first latent frame, or for later ones."""
+    if part == "frame":  # without a past it is given zeros
+        return "vae_frame"
     return f"vae_{part}_{'first' if first else 'next'}"
 
 
@@ -117,7 +125,7 @@ def stored_weights(net: VaeDecoder) -> dict[str, Tensor]:
     for name, module in net.named_modules():
         if isinstance(module, Upsample):
             del weights[f"{name}.resample.1.weight"]
-            weights[name + _TAPS] = module.made_taps()
+            weights[name + TAPS] = module.made_taps()
     return weights
 
 
@@ -143,7 +151,7 @@ def from_rows(name: str, rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _channels(name: str) -> int:
-    return 2 if name.endswith(_TAPS) else 1
+    return 2 if name.endswith(TAPS) else 1
 
 
 def to_engine(x: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ def from_engine(x: Tensor) -> Tensor:
 
 
 def _segment(
-    decoder_part: _DecoderPart,
+    decoder_part: DecoderPart,
     x: Tensor,
     results: tuple[Tensor, dict[str, Tensor]],
     baked: VaeDecoder | None,
@@ -186,13 +194,24 @@ def _segment(
     )
     computation = Computation(decoder_part.net, decoder_part.compute)
     if baked:
-        return Segment(spec, WithWeights(computation, names, baked=list(weights.values())), ())
+        stored_inside = WithWeights(computation, names, baked=list(weights.values()))
+        return DecoderSegment(spec, stored_inside, (), decoder_part)
     shapes = {name: weight.shape for name, weight in weights.items()}
 
     def restore(name: str, weight: Tensor) -> Tensor:
         return from_rows(name, weight, shapes[name])
 
-    return Segment(spec, WithWeights(computation, names, restore), names)
+    return DecoderSegment(spec, WithWeights(computation, names, restore), names, decoder_part)
+
+
+def _part_of(weight: str, net: VaeDecoder) -> Part:
+    """Return the part that a weight belongs to, by its name."""
+    last = f"decoder.upsamples.{len(net.decoder.upsamples) - 1}."
+    if weight.startswith((last, "decoder.head.")):
+        return "frame"
+    if weight.startswith("decoder.upsamples.") and not weight.startswith("decoder.upsamples.0."):
+        return "fine"
+    return "coarse"
 
 
 def _bytes(weight: Tensor) -> bytes:
@@ -204,7 +223,7 @@ def _spec(name: str, x: Tensor) -> TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class _DecoderPart:
+class DecoderPart:
     """One part of a decoder, for a clip's first latent frame or for later ones.
 
     Attributes:
@@ -230,7 +249,7 @@ class _DecoderPart:
         return tuple(
             name
             for name in stored_weights(self.net)
-            if name.startswith(_COARSE) == (self.part == "coarse")
+            if _part_of(name, self.net) == self.part
             and not (self.first and ".time_conv." in name)  # frames are doubled later
         )
 
@@ -243,6 +262,13 @@ class _DecoderPart:
         out: Tensor = getattr(net, PARTS[self.part])(from_engine(x), cache)
         frames_out = (cache.past[net.get_submodule(name)] for name in self.cached)
         return to_engine(out), *(to_engine(frames) for frames in frames_out)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSegment(Segment):
+    """A segment of the decoder, with what another form of it is written from."""
+
+    part: DecoderPart
 
 
 # See `pw_runtime.execution.transformer_segments`.

@@ -129,20 +129,55 @@ class VaeDecoder(nn.Module):
             [12, F, 4 rows, 4 columns] fp32 colours of 2x2 pixel blocks (see
             `unpatchify_pixels`), not clamped; F = 1 for the first frame, then 4.
         """
-        *stages, last = self.decoder.upsamples[1:]
-        for stage in stages:
+        for layer in (*self.decoder.upsamples[1:-1], *self._frame_layers()):
+            x = layer(x, cache)
+        cache.first = False
+        return _colours(x)
+
+    def fine_layers(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """Run the stages of `fine` that upsample, all except the last one.
+
+        Args:
+            x: [1, C', t, rows, columns] from `coarse`.
+            cache: cache of this part.
+
+        Returns:
+            [1, C'', F, 4 rows, 4 columns], F = 1 for the first frame, then 4.
+        """
+        for stage in self.decoder.upsamples[1:-1]:
             x = stage(x, cache)
+        cache.first = False
+        return x
+
+    def frame_layers(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """Run the last stage of `fine` and the head, on any number of frames at a time.
+
+        Args:
+            x: [1, C'', F, 4 rows, 4 columns] from `fine_layers`, or some frames of it.
+            cache: cache of this part.
+
+        Returns:
+            [12, F, 4 rows, 4 columns] as `fine` does.
+        """
+        for layer in self._frame_layers():
+            x = layer(x, cache)
+        return _colours(x)
+
+    def _frame_layers(self) -> tuple[nn.Module, ...]:
+        """List the head and, before it, the last stage's blocks: it would keep its input alive."""
+        last = self.decoder.upsamples[-1]
         assert isinstance(last, UpStage)
         assert not last.up
-        for block in last.upsamples:  # not last(x, cache), which would keep its input alive
-            x = block(x, cache)
-        x = self.decoder.head(x, cache)
-        cache.first = False
-        return x[0].float() if x.dtype == torch.bfloat16 else x[0]
+        return (*last.upsamples, self.decoder.head)
 
     def check_weights(self) -> None:
         """Raise BadWeights naming the weights that hold NaN or infinity."""
         require_finite_weights(self)
+
+
+def _colours(x: Tensor) -> Tensor:
+    """Return the result of the head, [1, 12, F, H, W], as [12, F, H, W] in fp32 or wider."""
+    return x[0].float() if x.dtype == torch.bfloat16 else x[0]
 
 
 class EncoderLayers(nn.Module):

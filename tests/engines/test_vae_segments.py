@@ -139,6 +139,15 @@ def test_memory_is_that_of_every_convolution_over_time() -> None:
         ]
         assert not seen & set(out)
         seen |= set(out)
+    frame = segments["vae_frame"].spec
+    ends = {".past": frame.inputs, ".last": frame.outputs}
+    into, out = (
+        [x.name.removesuffix(end) for x in tensors if x.name.endswith(end)]
+        for end, tensors in ends.items()
+    )
+    assert into == out
+    assert not seen & set(out)
+    seen |= set(out)
     assert seen == expected
 
 
@@ -199,7 +208,7 @@ def test_strips_of_the_presets_keep_every_tensor_within_32_bits(name) -> None:
     rows, columns = stage.height // VAE_STRIDE[1], stage.width // VAE_STRIDE[2]
     segments = segments_of_decode(VAE, plan, rows, columns)
     widths = {int(key.rpartition("x")[2]) for key in segments}
-    assert len(segments) == 2 * len(widths)
+    assert len(segments) == 2 + 3 * (len(widths) - 1)  # the coarse part has one width, all columns
     for segment in segments.values():
         inputs = [torch.empty(tensor.sized({}), device="meta") for tensor in segment.spec.inputs]
         with Largest() as largest:
@@ -208,7 +217,7 @@ def test_strips_of_the_presets_keep_every_tensor_within_32_bits(name) -> None:
         assert 0 < largest.elements < 2**31
 
 
-@pytest.mark.parametrize("segment", ["vae_coarse_next", "vae_fine_next"])
+@pytest.mark.parametrize("segment", ["vae_coarse_next", "vae_fine_next", "vae_frame"])
 def test_the_published_decoder_is_exported_without_its_weights(segment) -> None:
     """A strip of 2k; the network has 2.2 GB of weights, and none of them is in the program."""
     exported = segments_of_vae(VAE, 90, 65)[segment]

@@ -169,7 +169,8 @@ def test_engines_of_the_decoder_are_of_one_size_and_kept(
     source = DecoderSource(bundle_dir, SMALL)
     missing, _ = jobs_for([source], "aoti", CPU, store, platform_for("aoti", CPU))
     assert [job.segment for job in missing] == [
-        "vae_coarse_first_2x3", "vae_fine_first_2x3", "vae_coarse_next_2x3", "vae_fine_next_2x3",
+        "vae_coarse_first_2x3", "vae_fine_first_2x3", "vae_frame_2x3", "vae_coarse_next_2x3",
+        "vae_fine_next_2x3",
     ]  # fmt: skip
     built = build(missing[0])
     assert built.error is None
@@ -179,7 +180,7 @@ def test_engines_of_the_decoder_are_of_one_size_and_kept(
     others, fresh = jobs_for(
         [DecoderSource(bundle_dir, taller)], "aoti", CPU, store, platform_for("aoti", CPU)
     )
-    assert (len(others), fresh) == (4, [])
+    assert (len(others), fresh) == (5, [])
 
 
 def test_engines_of_other_sources_are_of_no_use(

@@ -34,7 +34,7 @@ from pw_engines.tensorrt.request import PLAN, Request
 FILE: Final = PLAN
 # Bump when onnx_build.py makes another plan of the same ONNX model, or the export another model of
 # the same segment: neither is part of a key, as the runtime does not know the exporter.
-RECIPE: Final = "1"
+RECIPE: Final = "2"
 
 
 def unavailable(device: torch.device) -> str | None:
