@@ -60,13 +60,13 @@ class _Writer:
     def write(self) -> None:
         """Write all layers and the outputs."""
         graph = self._graph
-        graph.output("out", self._joined(list(self._layers(self._frames("x")))))
+        graph.output("out", graph.concat(list(self._layers(self._frames("x"))), 0))
         for tensor in self._spec.outputs[1:]:
-            frames = self._past[tensor.name.removesuffix(LAST)]
-            graph.output(tensor.name, self._joined(frames, tensor.sized({})[0]))
+            last = self._past_output(tensor.name.removesuffix(LAST), tensor.sized({})[0])
+            graph.output(tensor.name, last)
 
     def _layers(self, frames: Sequence[Value]) -> Iterator[Value]:
-        """Yield what the segment makes of its input frames."""
+        """Yield what the segment makes of its input frames, each [1, H, W, C]."""
         net, decoder = self._part.net, self._part.net.decoder
         if self._part.part == "coarse":
             (x,) = frames
@@ -80,11 +80,13 @@ class _Writer:
         elif self._part.part == "fine":
             yield from self._stages(decoder.upsamples[1:-1], frames)
         else:
-            for x in self._stages(decoder.upsamples[-1:], frames):
-                yield self._causal(decoder.head["2"], self._norm(decoder.head["0"], x, silu=True))
+            for frame in frames:
+                x = self._blocks(decoder.upsamples[-1], frame)
+                x = self._norm(decoder.head["0"], x, silu=True)
+                yield self._stored(self._causal(decoder.head["2"], x))
 
     def _stages(self, stages: Iterable[nn.Module], frames: Sequence[Value]) -> Iterator[Value]:
-        """Yield what some stages make of frames.
+        """Yield what stages that upsample make of frames, each [1, H, W, C].
 
         What a frame becomes when it is upsampled passes all other stages before the next one is.
         """
@@ -92,17 +94,21 @@ class _Writer:
         assert isinstance(stage, UpStage)
         pairs = [(x, self._blocks(stage, x)) for x in frames]
         for x, h in pairs:
-            for y in self._upsampled(stage, x, h) if stage.up else (h,):
-                yield from self._stages(others, [y]) if others else (y,)
+            for y in self._upsampled(stage, x, h):
+                yield from self._stages(others, [self._frame(y)]) if others else (y,)
 
-    def _blocks(self, stage: UpStage, x: Value) -> Value:
+    def _blocks(self, stage: nn.Module, x: Value) -> Value:
+        assert isinstance(stage, UpStage)
         for block in stage.upsamples:
             if isinstance(block, ResidualBlock):
                 x = self._residual(block, x)
         return x
 
     def _upsampled(self, stage: UpStage, x: Value, h: Value) -> Iterator[Value]:
-        """Yield the one or two frames that a stage makes of its input x and h, what blocks gave."""
+        """Yield the one or two frames that a stage makes of its input x and h, what blocks gave.
+
+        Each is [1, 2H, 2W, C].
+        """
         up, factor = stage.upsamples[-1], stage.time_factor
         assert isinstance(up, Upsample)
         frames = [h]
@@ -112,12 +118,11 @@ class _Writer:
             yield self._doubled(up, frame, x, index * 4, factor * 4)
 
     def _doubled(self, up: Upsample, h: Value, x: Value, first: int, count: int) -> Value:
-        """Write `upsample2x_conv` of h and `dup_up_add` of x to it.
+        """Write `upsample2x_conv` of h and `dup_up_add` of x to it, [1, 2H, 2W, C].
 
-        The results of four convolutions stand one behind the other, even rows' even and odd columns
-        and then odd rows', when x is added, and are interleaved last. Channel o at sub-position p
-        gains channel (o n + p) // r of x, where n is the `count` of sub-positions and `first` is p
-        of the first result.
+        The results of four convolutions, even rows' even and odd columns and then odd rows', are
+        interleaved after x is added. Channel o at sub-position p gains channel (o n + p) // r of x,
+        where n is the `count` of sub-positions and `first` is p of the first result.
         """
         graph, name, (_, channels, rows, columns) = self._graph, self._names[up], h.shape
         if name not in self._made:
@@ -129,14 +134,20 @@ class _Writer:
             row, column = divmod(phase, 2)
             pads = (1 - row, 1 - column, row, column)
             parts.append(self._convolution(conv, h, kernel_of_phase, pads, bias=True))
+        y = graph.reshape(graph.concat(parts, 1), 2, 2, channels, rows, columns)
+
         repeats = channels * count // x.shape[1]
         gained = [
-            (o * count + first + phase) // repeats for phase in range(4) for o in range(channels)
+            [(o * count + first + phase) // repeats for o in range(channels)] for phase in range(4)
         ]
-        y = graph.node("Add", graph.concat(parts, 1), graph.gather(x, 1, gained))
-        y = graph.reshape(y, 2, 2, channels, rows, columns)
-        y = graph.transpose(y, 2, 3, 0, 4, 1)
-        return graph.reshape(y, 1, channels, 2 * rows, 2 * columns)
+        grid = (2, 2)
+        if gained[0] == gained[1] and gained[2] == gained[3]:  # broadcast, without a copy
+            gained, grid = gained[::2], (2, 1)
+            if gained[0] == gained[1]:
+                gained, grid = gained[:1], (1, 1)
+        x = graph.gather(x, 1, [channel for part in gained for channel in part])
+        y = graph.node("Add", y, graph.reshape(x, *grid, channels, rows, columns))
+        return graph.reshape(graph.transpose(y, 3, 0, 4, 1, 2), 1, 2 * rows, 2 * columns, channels)
 
     def _residual(self, block: nn.Module, x: Value) -> Value:
         assert isinstance(block, ResidualBlock)
@@ -230,19 +241,24 @@ class _Writer:
 
     def _frames(self, name: str) -> list[Value]:
         """Return the frames of an input [T, H, W, C]."""
-        graph, x = self._graph, self._inputs[name]
-        stored = graph.split(x, 0, x.shape[0])
-        frames = [graph.transpose(frame, 0, 3, 1, 2) for frame in stored]
-        self._as_stored |= dict(zip(frames, stored, strict=True))
-        return frames
+        x = self._inputs[name]
+        return [self._frame(stored) for stored in self._graph.split(x, 0, x.shape[0])]
 
-    def _joined(self, frames: Sequence[Value], count: int = 0) -> Value:
-        """Return frames as an output [T, H, W, C], with frames of zeros before them up to count."""
-        graph, stored = self._graph, []
-        for frame in frames:
-            if frame not in self._as_stored:
-                self._as_stored[frame] = graph.transpose(frame, 0, 2, 3, 1)
-            stored.append(self._as_stored[frame])
+    def _frame(self, stored: Value) -> Value:
+        """Return a frame of [1, H, W, C]."""
+        frame = self._graph.transpose(stored, 0, 3, 1, 2)
+        self._as_stored[frame] = stored
+        return frame
+
+    def _stored(self, frame: Value) -> Value:
+        """Return a frame as [1, H, W, C]."""
+        if frame not in self._as_stored:
+            self._as_stored[frame] = self._graph.transpose(frame, 0, 2, 3, 1)
+        return self._as_stored[frame]
+
+    def _past_output(self, name: str, count: int) -> Value:
+        """Return the frames to keep of a convolution, [count, H, W, C]: zeros where none were."""
+        graph, stored = self._graph, [self._stored(frame) for frame in self._past[name]]
         missing = count - len(stored)
         if missing > 0:
             stored.insert(0, graph.expand(graph.number(0.0), missing, *stored[0].shape[1:]))

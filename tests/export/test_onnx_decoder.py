@@ -118,8 +118,11 @@ LAYERS = {"coarse_first": 3000, "coarse_next": 3303, "fine_first": 5242, "fine_n
 
 
 @pytest.mark.tensorrt_rtx
+@pytest.mark.parametrize("targets", [("sm_89",), RTX.targets])
 @pytest.mark.parametrize("part", PARTS)
-def test_2k_is_built_in_6_gib_of_scratch_memory(part: str, tmp_path: Path) -> None:
+def test_2k_is_built_in_6_gib_of_scratch_memory(
+    part: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
     trt = pytest.importorskip(RTX.modules[0])
     name = f"vae_{part}_90x{160 if part.startswith('coarse') else 65}"
     segment = published()[name]
@@ -131,7 +134,7 @@ def test_2k_is_built_in_6_gib_of_scratch_memory(part: str, tmp_path: Path) -> No
         plan=tmp_path / "plan",
         device=None,
         library="tensorrt-rtx",
-        targets=("sm_89",),
+        targets=targets,
     )
     build_plan(request)
     scratch = read_facts(request.plan).scratch
