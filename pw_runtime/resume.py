@@ -15,6 +15,7 @@ from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.job.clip import Clip, resume_clip
+from pw_runtime.job.existing import require_one_container
 from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import NO_DIGESTS, check_latents
 from pw_runtime.job.preflight import check_request, computing
@@ -22,6 +23,7 @@ from pw_runtime.job.provenance import Provenance
 from pw_runtime.job.run import Run
 from pw_runtime.pipeline import decode_clips
 from pw_runtime.planning.oom_fallback import plan_run
+from pw_runtime.system.atomic_files import require_replaceable
 from pw_runtime.system.folder_lock import locked_folder
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import Stopwatch
@@ -90,17 +92,18 @@ def finish(
         _check_kernels(file, request)
         check_request(request)
         clips.append(resume_clip(file, provenance, request, bundle))
-    _check_targets(clips, overwrite=overwrite)
-    load_tensors(bundle, "vae")
-    verify(bundle, bundle.networks.vae.files)
-    tally.clear()
-    runs = [_run(group, bundle, reporter) for group in _groups(clips)]
-    with ExitStack() as locks, report_on_abort(clips, reporter):
+    with ExitStack() as locks:
         for folder in sorted({clip.request.out.resolve() for clip in clips}):
             locks.enter_context(locked_folder(folder))
-        for run in runs:
-            with computing(run.request.options), run.fallback.track_peak("decode"):
-                decode_clips(run)
+        _check_targets(clips, overwrite=overwrite)  # under the lock: no other run adds a clip now
+        load_tensors(bundle, "vae")
+        verify(bundle, bundle.networks.vae.files)
+        tally.clear()
+        runs = [_run(group, bundle, reporter) for group in _groups(clips)]
+        with report_on_abort(clips, reporter):
+            for run in runs:
+                with computing(run.request.options), run.fallback.track_peak("decode"):
+                    decode_clips(run)
     return tuple(clip.outcome() for clip in clips)
 
 
@@ -174,7 +177,9 @@ def _check_targets(clips: Sequence[Clip], *, overwrite: bool) -> None:
                 do="run `pw decode` for each, with an --out of its own",
             )
         sources[target] = clip.latents
+        require_one_container(clip)
         for file in (clip.target, clip.path(".json")):
+            require_replaceable(file)
             if file.exists() and not overwrite:
                 raise BadRequest(
                     f"{file} exists", do="pass --overwrite to replace it, or choose another --out"

@@ -56,7 +56,8 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         """Turn the text of an option into bytes."""
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
+        # Fifteen digits: more than any memory has bytes, and still a number that a float holds.
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
         size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
         if size <= 0:
             self.fail(f"invalid size {value!r}: expected e.g. 24GiB or 512MiB", param, ctx)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from pw_runtime.system.atomic_files import require_replaceable
 from pw_runtime.types import Request
 
 SHEET = "contact_sheet.png"
+VIDEOS = (".mp4", ".mkv")
 # Options that change the frames or the file; the others may differ between equal clips.
 _DECIDING = (
     "codec",
@@ -46,13 +48,14 @@ def settle_existing(clips: Iterable[Clip], request: Request) -> None:
         for path in files:
             require_replaceable(path)
         if request.existing == "overwrite":
+            require_one_container(clip)
             continue
         if request.existing == "skip" and _is_finished(clip):
             clip.video = clip.target
         else:
             standing += files
     sheet = request.out / SHEET
-    if request.contact_sheet and sheet.exists():
+    if request.contact_sheet and os.path.lexists(sheet):
         require_replaceable(sheet)
         standing += [sheet] if request.existing != "overwrite" else []
     if standing:
@@ -60,9 +63,21 @@ def settle_existing(clips: Iterable[Clip], request: Request) -> None:
 
 
 def _files_of(clip: Clip) -> list[Path]:
-    """List the existing files that the clip would replace."""
-    endings = (".mp4", ".mkv", ".json", SUFFIX, ".partial.mp4")
-    return [path for ending in endings if (path := clip.path(ending)).exists()]
+    """List the existing files that the clip would replace, links to nothing included."""
+    endings = (*VIDEOS, ".json", SUFFIX, ".partial.mp4")
+    return [path for ending in endings if os.path.lexists(path := clip.path(ending))]
+
+
+def require_one_container(clip: Clip) -> None:
+    """Raise BadRequest where a video in another container would stay, and lose its receipt."""
+    for ending in VIDEOS:
+        other = clip.path(ending)
+        if other != clip.target and os.path.lexists(other):
+            raise BadRequest(
+                f"{other} would stay beside {clip.target.name}, described by no receipt",
+                got=f"a clip of another codec than {clip.request.options.codec}",
+                do=f"remove {other.name}, or choose another --out",
+            )
 
 
 def _is_finished(clip: Clip) -> bool:

@@ -84,11 +84,21 @@ def atomic_folder(out: Path, num_bytes: int, say: Callable[[str], None]) -> Iter
 
 
 def require_replaceable(path: Path) -> None:
-    """Raise BadRequest where `path` could not be written, because of what stands there."""
+    """Raise BadRequest where `path` could not be written, because of what stands there.
+
+    Its folder must exist and be writable.
+    """
     try:
-        _replaceable(path)
+        final = _replaceable(path)
     except WriteFailed as error:
         raise BadRequest(str(error)) from error
+    folder = final.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadRequest(
+            f"cannot write {path}",
+            got=f"no permission to write into {folder}" if folder.is_dir() else "no such folder",
+            do="choose another place" if folder.is_dir() else f"create the folder {folder}",
+        )
 
 
 def _replaceable(path: Path) -> Path:
@@ -102,7 +112,7 @@ def _replaceable(path: Path) -> Path:
             own = os.lstat(path)
             status = os.stat(path)
         except FileNotFoundError:  # nothing is there, or nothing where a link points
-            return Path(os.path.realpath(path)) if path.is_symlink() else path
+            return _target_of_link(path) if path.is_symlink() else path
     if stat.S_ISLNK(own.st_mode) and hasattr(os, "geteuid") and own.st_uid not in (0, os.geteuid()):
         raise WriteFailed(
             f"cannot write {path}",
@@ -117,6 +127,18 @@ def _replaceable(path: Path) -> Path:
             do="choose another name; nothing but a file is ever replaced",
         )
     return Path(os.path.realpath(path)) if stat.S_ISLNK(own.st_mode) else path
+
+
+def _target_of_link(link: Path) -> Path:
+    """Return the new file that a link names. Raises WriteFailed where its folder is not there."""
+    target = Path(os.path.realpath(link))
+    if not target.parent.is_dir():
+        raise WriteFailed(
+            f"cannot write {link}",
+            got=f"a link to {target}, whose folder does not exist",
+            do=f"remove the link, or create the folder {target.parent}",
+        )
+    return target
 
 
 def require_absent(out: Path) -> None:
@@ -148,10 +170,17 @@ def require_room(folder: Path, num_bytes: int) -> None:
     if free < needed:
         raise WriteFailed(
             f"not enough room in {folder}",
-            got=f"{free / _GIB:.2f} GiB free",
-            wanted=f"{needed / _GIB:.2f} GiB",
+            got=f"{_in_units(free)} free",
+            wanted=_in_units(needed),
             do="free some space, or choose a folder on another disk",
         )
+
+
+def _in_units(num_bytes: int) -> str:
+    """Return a size in GiB, or in MiB where that would show little but zeros."""
+    if num_bytes < _GIB:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / _GIB:.2f} GiB"
 
 
 @contextmanager

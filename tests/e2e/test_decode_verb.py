@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pw_runtime import resume
 from pw_runtime.job.latents import DIGESTS, METADATA, NO_DIGESTS, digests_of
 from tests.e2e.pw import Ended, Pw
 
@@ -102,6 +103,32 @@ def test_a_clip_that_exists_is_replaced_only_on_request(decode, latents, tmp_pat
     assert (tmp_path / "out" / "0.mp4").read_bytes() == b"another clip"
     assert decode(latents, "--overwrite").code == 0
     assert (tmp_path / "out" / "0.mp4").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("0.mp4", ("--codec", "ffv1"), "0.mp4 would stay beside 0.mkv"),
+        ("0.mp4", ("--codec", "ffv1", "--overwrite"), "0.mp4 would stay beside 0.mkv"),
+        ("0.mkv", ("--overwrite",), "0.mkv would stay beside 0.mp4"),
+        ("0.mp4/", ("--overwrite",), "got: a folder"),
+        ("0.json/", ("--overwrite",), "got: a folder"),
+    ],
+)
+def test_what_cannot_be_replaced_is_said_before_anything_is_decoded(
+    decode, latents, tmp_path, monkeypatch, name, arguments, says
+) -> None:
+    monkeypatch.setattr(resume, "load_tensors", lambda *_: pytest.fail("the decoder was read"))
+    (tmp_path / "out").mkdir()
+    place = tmp_path / "out" / name
+    if name.endswith("/"):
+        place.mkdir()
+    else:
+        place.write_bytes(b"another clip")
+    ended = decode(latents, *arguments)
+    assert ended.code == 2
+    assert says in ended.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [place.name]
 
 
 def test_two_files_for_one_clip_are_refused(decode, latents) -> None:

@@ -130,6 +130,35 @@ def test_an_earlier_contact_sheet_is_not_replaced(generate: Generate, tmp_path: 
     assert "contact_sheet.png" in ended.err
 
 
+@pytest.mark.parametrize("other", ["0.mp4", "nothing.mp4"])
+def test_a_clip_in_another_container_is_not_left_without_its_receipt(
+    generate: Generate, tmp_path: Path, other: str
+) -> None:
+    assert generate("--prompt", "a cat", "--codec", "h264", "--save-latents").code == 0
+    if other != "0.mp4":  # what a link names counts as little as what a file contains
+        (tmp_path / "out" / "0.mp4").unlink()
+        (tmp_path / "out" / "0.mp4").symlink_to(other)
+    before = content(tmp_path / "out") if other == "0.mp4" else {}
+    ended = generate("--prompt", "a dog", "--overwrite")
+    assert ended.code == 2
+    assert "0.mp4 would stay beside 0.mkv, described by no receipt" in ended.err
+    assert "remove 0.mp4" in ended.err
+    assert not before or content(tmp_path / "out") == before
+
+
+def test_a_link_to_nothing_at_the_place_of_a_clip_is_refused_at_once(
+    generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load_text_network", lambda *_: pytest.fail("computed"))
+    (tmp_path / "out").mkdir()
+    for name in ("0.mkv", "0.json", LATENTS):
+        for target, says in (("gone/x", "whose folder does not exist"), ("x", "earlier run")):
+            (tmp_path / "out" / name).symlink_to(target)
+            ended = generate("--prompt", "a cat")
+            assert (ended.code, says in ended.err) == (2, True), ended.err
+            (tmp_path / "out" / name).unlink()
+
+
 HOLD = """
 from pathlib import Path
 from types import SimpleNamespace

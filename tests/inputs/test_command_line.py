@@ -55,6 +55,10 @@ CASES = {
     "--preset {f}/keys.toml --prompt x": "more than 64 KiB",
     "--preset {f}/deep.toml --prompt x": "line 1 has",
     "--preset {f}/evil.toml --prompt x": "is not a preset",
+    "--preset {f}/ok.toml --prompt x --trace {f}/gone/t.json": "create the folder",
+    "--preset {f}/ok.toml --prompt x --gpu-memory " + "9" * 400: "invalid size",
+    "--preset {f}/ok.toml --prompt x --host-memory " + "9" * 400 + "GiB": "invalid size",
+    "--preset {f}/ok.toml --prompt x --seed " + "9" * 400: "seed is too large",
     "--preset {f}/ok.toml --prompt x --" + EVIL: "No such option",
 }
 COMMANDS = {GENERATE + rest: says for rest, says in CASES.items()} | {

@@ -149,6 +149,32 @@ def test_a_link_stays_and_the_file_it_names_is_written(tmp_path: Path) -> None:
         write_text(tmp_path / "loop", "text")
 
 
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path.symlink_to("gone/x"), "a link to .*gone/x, whose folder does not exist"),
+        (lambda path: path.symlink_to("/proc/none/x"), "whose folder does not exist"),
+    ],
+)
+def test_a_link_into_a_missing_folder_is_refused_by_its_target(
+    tmp_path: Path, make: Make, says: str
+) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(BadRequest, match=says):
+        require_replaceable(tmp_path / "x")
+    with pytest.raises(WriteFailed, match=says):
+        write_text(tmp_path / "x", "text")
+
+
+@pytest.mark.parametrize("place", ["gone/x", "gone/deeper/x", "file/x"])
+def test_a_place_without_its_folder_is_refused_before_anything_is_computed(
+    tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(BadRequest, match=r"cannot write .*/x\n"):
+        require_replaceable(tmp_path / place)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link to another user")
 def test_a_link_of_another_user_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
