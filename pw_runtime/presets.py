@@ -59,7 +59,7 @@ def find_preset(name: str) -> Preset:
     """
     if name in PRESETS:
         return PRESETS[name]
-    if not name.endswith(".toml"):
+    if not name.lower().endswith(".toml"):
         raise BadRequest(
             "unknown preset",
             got=name,

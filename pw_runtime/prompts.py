@@ -32,7 +32,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     (with its 1-based number), an id that cannot name a file, or an id used twice.
     """
     try:
-        lines = read_text(path, MAX_FILE_BYTES).split("\n")
+        lines = re.split(r"\r\n?|\n", read_text(path, MAX_FILE_BYTES))
     except UnreadableInput as error:
         raise BadRequest(
             f"cannot read the prompt file {path}",
@@ -86,20 +86,7 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
                 "no leading dot",
                 do="change the id",
             )
-        if len(prompt.text) > MAX_CHARACTERS:
-            raise BadRequest(
-                f"prompt {prompt.id} is too long",
-                got=f"{len(prompt.text)} characters",
-                wanted=f"at most {MAX_CHARACTERS}",
-                do="shorten it: the model reads the first few hundred words",
-            )
-        if not _is_text(prompt.text):
-            raise BadRequest(
-                f"prompt {prompt.id} is not text",
-                got=ascii(prompt.text)[:80],
-                wanted="Unicode characters without lone surrogates",
-                do="write the prompt anew, or check the locale of the terminal",
-            )
+        check_text(f"prompt {prompt.id}", prompt.text)
         name = unicodedata.normalize("NFC", unicodedata.normalize("NFD", prompt.id).casefold())
         other = seen.setdefault(name, prompt.id)
         if other == prompt.id and len(seen) < count:
@@ -115,6 +102,24 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
                 wanted="names that every file system can tell apart",
                 do="change one of them",
             )
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise BadRequest where the text called `name` is too long, or cannot be stored as UTF-8."""
+    if len(text) > MAX_CHARACTERS:
+        raise BadRequest(
+            f"{name} is too long",
+            got=f"{len(text)} characters",
+            wanted=f"at most {MAX_CHARACTERS}",
+            do="shorten it: the model reads the first few hundred words",
+        )
+    if not _is_text(text):
+        raise BadRequest(
+            f"{name} is not text",
+            got=ascii(text)[:80],
+            wanted="Unicode characters without lone surrogates",
+            do="write the prompt anew, or check the locale of the terminal",
+        )
 
 
 def _from_json(line: str, number: int, path: Path) -> tuple[str, str]:
@@ -137,7 +142,12 @@ def _from_json(line: str, number: int, path: Path) -> tuple[str, str]:
         )
     ids = [entry[k] for k in ID_KEYS if k in entry] or [number]
     if isinstance(ids[0], bool) or not isinstance(ids[0], str | int):
-        raise BadRequest(f"{where} has an unusable id", got=ids[0], wanted="a string or an integer")
+        raise BadRequest(
+            f"{where} has an unusable id",
+            got="null" if ids[0] is None else ids[0],
+            wanted="a string or an integer",
+            do="give the prompt another id, or leave it out: then it is the line's number",
+        )
     return str(ids[0]), texts[0].strip()
 
 

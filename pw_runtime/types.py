@@ -41,6 +41,7 @@ NoticeKind = Literal["fallback", "text", "noise", "disk"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
 CHUNK = 8192  # most tokens in one call of an engine
+CHUNKS = (16, 2**24)  # what a run may choose instead
 TRAIN_STEPS = 1000  # timesteps that the networks were trained on
 PATCH = 2  # latent rows and columns in one token
 

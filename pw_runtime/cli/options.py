@@ -12,7 +12,7 @@ import click
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.errors import BadResult, WriteFailed
-from pw_runtime.types import CHUNK, Codec, Precision
+from pw_runtime.types import CHUNK, CHUNKS, Codec, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,7 +77,7 @@ PRECISIONS = click.Choice(get_args(Precision))
 
 chunk_option = click.option(
     "--chunk",
-    type=click.IntRange(min=16),
+    type=click.IntRange(*CHUNKS),
     default=CHUNK,
     show_default=True,
     help="Maximum tokens per engine call; must match between `pw build` and `pw generate`.",

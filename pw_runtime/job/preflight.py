@@ -25,9 +25,10 @@ from pw_runtime.job.clip import start_clip
 from pw_runtime.job.existing import settle_existing
 from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import SUFFIX
+from pw_runtime.job.provenance import require_storable
 from pw_runtime.job.run import Run
 from pw_runtime.planning.oom_fallback import plan_run
-from pw_runtime.prompts import check_prompts
+from pw_runtime.prompts import check_prompts, check_text
 from pw_runtime.sampling.noise import load_noise
 from pw_runtime.stages.codecs import check_codec
 from pw_runtime.system.folder_lock import locked_folder
@@ -105,6 +106,8 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
             start_clip(request, prompt, noise, bundle, engines, tiling)
             for prompt in request.prompts
         )
+    for clip in clips:
+        require_storable(clip.provenance)
     settle_existing(clips, request)
     for clip in clips:
         if clip.video is not None:
@@ -131,6 +134,7 @@ def check_request(request: Request) -> None:
     """Check codec, kernels and the output folder, which is created. Raises BadRequest."""
     options = request.options
     check_prompts(request.prompts)
+    check_text("the negative prompt", request.negative)
     check_codec(options.codec, fragmented=request.fragmented)
     _check_names(request)
     if (options.kernels, options.attention_kernel) != ("reference", "reference"):
@@ -140,15 +144,19 @@ def check_request(request: Request) -> None:
     except OSError as error:
         raise BadRequest(
             f"cannot create the output folder {request.out}",
-            got=error.strerror,
+            got="a file of that name" if request.out.is_file() else error.strerror,
             do="choose another --out",
         ) from error
     for folder in filter(None, (request.out, request.spill)):
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if not folder.is_dir():
             raise BadRequest(
                 f"cannot write into {folder}",
-                got="no permission" if folder.exists() else "no such folder",
-                do="choose another folder",
+                got="no folder, but a file" if folder.exists() else "no such folder",
+                do="create it, or choose another folder",
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise BadRequest(
+                f"cannot write into {folder}", got="no permission", do="choose another folder"
             )
 
 

@@ -16,11 +16,18 @@ from pw_runtime.presets import check_preset
 from pw_runtime.prompts import make_prompts
 from pw_runtime.sampling.noise import MAX_SEED, seeds_for
 from pw_runtime.system.input_files import UnreadableInput, parse_json
-from pw_runtime.types import Preset, Prompt, RunOptions, StageConfig, StageName, TilingConfig
+from pw_runtime.types import (
+    CHUNKS,
+    Preset,
+    Prompt,
+    RunOptions,
+    StageConfig,
+    StageName,
+    TilingConfig,
+)
 
 MAX_METADATA: Final = 4 * 2**20  # characters of a clip's description
 MAX_POSITION: Final = 10**9  # of a prompt in its file
-CHUNKS: Final = (1, 2**24)  # tokens in one call of an engine
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _DEVICE: Final = re.compile(r"auto|(cpu|cuda)(:\d{1,4})?")
 
@@ -61,6 +68,19 @@ _PROVENANCE = TypeAdapter(Provenance)
 def provenance_json(provenance: Provenance) -> str:
     """Return the text that a latents file stores."""
     return _PROVENANCE.dump_json(provenance).decode()
+
+
+def require_storable(provenance: Provenance) -> None:
+    """Raise BadRequest where latents of this origin could not be written, or not be read again."""
+    try:
+        parse_provenance(provenance_json(provenance), Path("latents"))
+    except (BadRequest, ValueError) as error:  # the latter for text that is no Unicode
+        raise BadRequest(
+            f"the latents of prompt {provenance.prompt.id} could not be stored with their origin",
+            got=error.got if isinstance(error, BadRequest) else error,
+            wanted="a request that `pw decode` can read again",
+            do="change what is named",
+        ) from error
 
 
 def parse_provenance(text: str, path: Path) -> Provenance:
@@ -110,7 +130,7 @@ def _problems_of(provenance: Provenance) -> list[str]:
     problems += [f"{name} is no SHA-256" for name, x in digests.items() if not _SHA256.fullmatch(x)]
     if not all(math.isfinite(x) and x >= 0 for x in provenance.seconds.values()):
         problems.append("seconds are not all finite and at least 0")
-    if not CHUNKS[0] <= provenance.options.chunk <= CHUNKS[1]:
+    if not 1 <= provenance.options.chunk <= CHUNKS[1]:
         problems.append(f"options.chunk is {provenance.options.chunk}")
     if not _DEVICE.fullmatch(provenance.options.device):
         problems.append(f"options.device is {provenance.options.device!r}")

@@ -8,8 +8,10 @@ fits behind "got:" in the loader's own error.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, NoReturn
@@ -99,13 +101,15 @@ def parse_json(text: str) -> Any:
     Raises UnreadableInput.
     """
     try:
-        content = json.loads(text, parse_constant=_no_number)
+        content = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except RecursionError as error:
         raise _too_deep() from error
     except UnreadableInput:
         raise
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise UnreadableInput(f"not JSON: {error}") from error
+    except ValueError as error:  # Python's words advise to change a limit of the interpreter
+        raise _too_many_digits() from error
     _require_shallow(content)
     return content
 
@@ -122,8 +126,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         content = tomllib.loads(text)
     except RecursionError as error:
         raise _too_deep() from error
-    except ValueError as error:
+    except tomllib.TOMLDecodeError as error:
         raise UnreadableInput(f"not a TOML file: {error}") from error
+    except ValueError as error:
+        raise _too_many_digits() from error
     _require_shallow(content)
     return content
 
@@ -146,6 +152,17 @@ def _require_shallow(content: Any) -> None:
 
 def _too_deep() -> UnreadableInput:
     return UnreadableInput(f"objects nested more than {MAX_DEPTH} deep")
+
+
+def _too_many_digits() -> UnreadableInput:
+    return UnreadableInput(f"an integer of more than {sys.get_int_max_str_digits()} digits")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise UnreadableInput(f"{number[:20]}, which is larger than any number that is stored")
+    return value
 
 
 def _no_number(name: Literal["NaN", "Infinity", "-Infinity"] | str) -> NoReturn:

@@ -31,6 +31,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "evil.jsonl").write_text(json.dumps({"id": EVIL, "text": "x"}))
     (tmp_path / "raw.jsonl").write_text('{"id": "' + EVIL)
     (tmp_path / "case.jsonl").write_text('{"id": "a", "text": "x"}\n{"id": "A", "text": "x"}')
+    (tmp_path / "digits.jsonl").write_text('{"id": ' + "9" * 5000 + ', "text": "x"}')
+    (tmp_path / "null.jsonl").write_text('{"id": null, "text": "x"}')
     (tmp_path / "keys.toml").write_text("\n".join(f"a{i} = 1" for i in range(20_000)))
     (tmp_path / "deep.toml").write_text(".".join("a" * 5000) + " = 1")
     (tmp_path / "evil.toml").write_text('["\\u001b[2J\\u202e"]\n')
@@ -58,6 +60,12 @@ CASES = {
     "--preset {f}/ok.toml --prompt x --trace {f}/gone/t.json": "create the folder",
     "--preset {f}/ok.toml --prompt x --gpu-memory " + "9" * 400: "invalid size",
     "--preset {f}/ok.toml --prompt x --host-memory " + "9" * 400 + "GiB": "invalid size",
+    "--preset {f}/ok.toml --prompt x --chunk 99999999": "is not in the range",
+    "--preset {f}/ok.toml --prompt x --negative \udcff": "the negative prompt is not text",
+    "--preset {f}/ok.toml --prompt x --negative " + "x" * 100_001: "negative prompt is too long",
+    "--preset {f}/ok.toml --prompt x --spill-dir {f}/ok.toml": "no folder, but a file",
+    "--preset {f}/ok.toml --prompts {f}/digits.jsonl": "an integer of more than 4300 digits",
+    "--preset {f}/ok.toml --prompts {f}/null.jsonl": "got: null",
     "--preset {f}/ok.toml --prompt x --seed " + "9" * 400: "seed is too large",
     "--preset {f}/ok.toml --prompt x --" + EVIL: "No such option",
 }

@@ -24,7 +24,8 @@ from pw_runtime.job.latents import (
     read_provenance,
     write_latents,
 )
-from pw_runtime.job.provenance import parse_provenance, provenance_json
+from pw_runtime.job.provenance import parse_provenance, provenance_json, require_storable
+from pw_runtime.types import RunOptions
 from tests.inputs.small_files import small_latents, small_provenance
 
 CPU = torch.device("cpu")
@@ -169,3 +170,22 @@ def test_seconds_that_are_no_numbers_are_refused() -> None:
         for written in (text, text.replace("null", str(value)), text.replace("null", "1e999")):
             with pytest.raises(BadRequest):
                 parse_provenance(written, Path("0.latents.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"negative": "\udcff"},
+        {"noise_file": "/folder/\udcff.safetensors"},
+        {"options": RunOptions(device="cpu", precision="fp32", chunk=2**24 + 1)},
+        {"options": RunOptions(device="cuda:99999", precision="fp32")},
+        {"seeds": {"base": -1, "draft": 99, "highres": 9999}},
+        {"bundle": {}},
+    ],
+)
+def test_an_origin_that_could_not_be_read_again_is_refused_before_the_run(
+    changes: dict[str, Any],
+) -> None:
+    require_storable(small_provenance())
+    with pytest.raises(BadRequest, match="could not be stored with their origin\n  got: "):
+        require_storable(replace(small_provenance(), **changes))

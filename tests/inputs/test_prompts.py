@@ -11,6 +11,7 @@ import pytest
 
 from pw_runtime.errors import BadRequest
 from pw_runtime.prompts import MAX_CHARACTERS, make_prompts, read_prompts
+from pw_runtime.system.input_files import UnreadableInput, parse_json
 from pw_runtime.system.printable import printable
 from pw_runtime.system.progress import Reporter
 
@@ -117,3 +118,18 @@ def test_paths_are_printed_exactly_for_scripts_and_escaped_for_people(
         monkeypatch.setattr(sys, "stdout", stream)
         Reporter().finished(Path("a\x1bb"))
         assert stream.getvalue() == expected
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_any_system_ends_them(tmp_path: Path, end: str) -> None:
+    (tmp_path / "p.txt").write_bytes(end.join(["a cat", "", "a dog", ""]).encode())
+    prompts = read_prompts(tmp_path / "p.txt")
+    assert [(prompt.id, prompt.text) for prompt in prompts] == [("0", "a cat"), ("2", "a dog")]
+
+
+@pytest.mark.parametrize("text", ["1e999", "-1e999", "[1, 2e400]", "9" * 5000, '{"a": -1e500}'])
+def test_numbers_that_nothing_stores_are_refused_in_our_words(text: str) -> None:
+    with pytest.raises(UnreadableInput) as caught:
+        parse_json(text)
+    assert "sys." not in str(caught.value)
+    assert "larger than any number" in str(caught.value) or "digits" in str(caught.value)
