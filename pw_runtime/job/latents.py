@@ -26,11 +26,10 @@ from pw_runtime.job.provenance import Provenance, parse_provenance, provenance_j
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.system.atomic_files import write_tensors
 from pw_runtime.system.input_files import UnreadableInput, parse_json
-from pw_runtime.system.tensor_file import TensorFile
+from pw_runtime.system.tensor_file import DIGESTS, TensorFile, digest_of
 from pw_runtime.types import Latent, StageName
 
 METADATA = "pixelwizard"
-DIGESTS = "sha256"
 _FRAMEWORK = ("format", "pt")  # which safetensors adds to the metadata
 SUFFIX = ".latents.safetensors"
 NO_DIGESTS = (
@@ -185,12 +184,8 @@ def _latent(
 
 def digests_of(text: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return SHA-256 sums: of the metadata, and of dtype, shape and bytes of every tensor."""
-    digests = {METADATA: hashlib.sha256(text.encode()).hexdigest()}
-    for name, x in tensors.items():
-        digest = hashlib.sha256(f"{x.dtype} {list(x.shape)}\n".encode())
-        digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        digests[name] = digest.hexdigest()
-    return digests
+    digests = {name: digest_of(x) for name, x in tensors.items()}
+    return digests | {METADATA: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _altered(path: Path, got: str) -> BadRequest:

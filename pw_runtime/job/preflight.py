@@ -171,7 +171,7 @@ def _check_names(request: Request) -> None:
                 do="change one of the two ids",
             )
         latents = request.out / (prompt_id + SUFFIX)
-        if request.noise and request.noise.absolute() == latents.absolute():
+        if request.noise and request.noise.resolve() == latents.resolve():
             raise BadRequest(
                 f"the run would replace its noise file {request.noise} with latents of its own",
                 do="choose another --out, or give --noise a copy of the file",

@@ -69,12 +69,15 @@ def load_noise(
     Returns:
         [C, T, H, W] fp32 on the CPU for each of the stages.
 
-    Raises BadRequest if the file cannot be read or lacks a tensor, or a tensor has another shape
-    or holds NaN or infinity.
+    Raises BadRequest if the file cannot be read or lacks a tensor, or a tensor has another shape,
+    another digest than the file's metadata says, or holds NaN or infinity.
     """
     shapes = {f"{name}_noise": latent_shape(stage, video) for name, stage in stages.items()}
     try:
-        tensors = TensorFile(path).tensors(tuple(shapes))
+        file = TensorFile(path)
+        tensors = file.tensors(tuple(shapes))
+        if altered := file.altered(tensors):
+            raise UnreadableInput(f"another SHA-256 of {', '.join(altered)} than when it was made")
     except UnreadableInput as error:
         raise BadRequest(
             f"cannot read the noise file {path}",

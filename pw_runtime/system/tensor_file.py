@@ -11,12 +11,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pw_runtime.system.input_files import UnreadableInput, open_input
+from pw_runtime.system.input_files import UnreadableInput, open_input, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DIGESTS: Final = "sha256"  # metadata: JSON, the `digest_of` of every tensor by name
 _BLOCK: Final = 2**18  # bytes read at a time
+
+
+def digest_of(x: Tensor) -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and bytes, 64 hex digits."""
+    import torch
+
+    digest = hashlib.sha256(f"{x.dtype} {list(x.shape)}\n".encode())
+    digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class TensorFile:
@@ -59,6 +69,18 @@ class TensorFile:
                 return {name: file.get_tensor(name) for name in names}
         except Exception as error:  # of any class, for a dtype that torch does not know
             raise UnreadableInput(f"tensors that cannot be read: {error}") from error
+
+    def altered(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of tensors that are not as the digests of the metadata, if any, say."""
+        try:
+            digests = parse_json(self.metadata.get(DIGESTS, "{}"))
+        except UnreadableInput:
+            return []  # another program's use of the name
+        if not isinstance(digests, dict):
+            return []
+        return [
+            name for name, x in tensors.items() if digests.get(name) not in (None, digest_of(x))
+        ]
 
     @property
     def size(self) -> int:

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pw_runtime import resume
-from pw_runtime.job.latents import DIGESTS, METADATA, NO_DIGESTS, digests_of
+from pw_runtime.job.latents import METADATA, NO_DIGESTS, digests_of
+from pw_runtime.system.tensor_file import DIGESTS
 from tests.e2e.pw import Ended, Pw
 
 

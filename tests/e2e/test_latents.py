@@ -285,10 +285,12 @@ def test_a_disk_that_refuses_the_latents_does_not_cost_the_clip(
     assert "No space left" in json.loads((tmp_path / "out" / "0.json").read_text())["notices"][-1]
 
 
-def test_a_noise_file_that_the_run_would_replace_is_refused(generate, tmp_path) -> None:
+@pytest.mark.parametrize("by", ["out", "link"])
+def test_a_noise_file_that_the_run_would_replace_is_refused(generate, tmp_path, by) -> None:
     assert generate("--save-latents").code == 0
     before = (tmp_path / "out" / LATENTS).read_bytes()
-    ended = generate("--noise", tmp_path / "out" / LATENTS)
+    (tmp_path / "link").symlink_to("out")
+    ended = generate("--noise", tmp_path / by / LATENTS, "--overwrite")
     assert ended.code == 2
     assert "would replace its noise file" in ended.err
     assert (tmp_path / "out" / LATENTS).read_bytes() == before

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pw_runtime.errors import BadRequest
 from pw_runtime.job.latents import (
-    DIGESTS,
     METADATA,
     digests_of,
     is_resumable,
@@ -25,8 +25,10 @@ from pw_runtime.job.latents import (
     write_latents,
 )
 from pw_runtime.job.provenance import parse_provenance, provenance_json, require_storable
+from pw_runtime.sampling.noise import latent_shape, load_noise
+from pw_runtime.system.tensor_file import DIGESTS
 from pw_runtime.types import RunOptions
-from tests.inputs.small_files import small_latents, small_provenance
+from tests.inputs.small_files import PRESET, small_latents, small_provenance
 
 CPU = torch.device("cpu")
 FLIPS = 300
@@ -189,3 +191,27 @@ def test_an_origin_that_could_not_be_read_again_is_refused_before_the_run(
     require_storable(small_provenance())
     with pytest.raises(BadRequest, match="could not be stored with their origin\n  got: "):
         require_storable(replace(small_provenance(), **changes))
+
+
+def test_noise_of_a_latents_file_is_as_it_was_drawn(tmp_path: Path) -> None:
+    path = small_latents(tmp_path / "0.latents.safetensors")
+    content, stages = path.read_bytes(), PRESET.stages()
+    with safe_open(path, framework="pt") as file:
+        noise = file.get_tensor("draft_noise").numpy().tobytes()
+    start = content.index(noise)
+    assert torch.isfinite(load_noise(path, stages, PRESET.video)["draft"]).all()
+    for bit in random.Random(0).sample(range(8 * len(noise)), 40):
+        damaged = bytearray(content)
+        damaged[start + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(BadRequest, match="another SHA-256 of draft_noise"):
+            load_noise(path, stages, PRESET.video)
+
+
+@pytest.mark.parametrize("metadata", [None, {"sha256": "0" * 64}, {"sha256": "[1]"}])
+def test_noise_of_other_programs_needs_no_digest(
+    tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    shape = latent_shape(PRESET.draft, PRESET.video)
+    save_file({"draft_noise": torch.ones(shape)}, tmp_path / "noise", metadata=metadata)
+    assert load_noise(tmp_path / "noise", PRESET.stages(), PRESET.video)["draft"].shape == shape
