@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,8 +83,8 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
             raise BadRequest(
                 f"the id of prompt {prompt.position} cannot name a file",
                 got=ascii(prompt.id),
-                wanted=f"at most {MAX_ID_BYTES} bytes, no slashes, no control characters, "
-                "no leading dot",
+                wanted=f"at most {MAX_ID_BYTES} bytes of {sys.getfilesystemencoding()}, "
+                "no slashes, no control characters, no leading dot",
                 do="change the id",
             )
         check_text(f"prompt {prompt.id}", prompt.text)

@@ -12,13 +12,15 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TextIO, cast
 
-from pw_runtime.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, exit_code_of
-from pw_runtime.errors import PixelWizardError
+from pw_runtime.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, SOME_FAILED, exit_code_of
+from pw_runtime.errors import BadRequest, PixelWizardError
 from pw_runtime.system.packages import missing_package
 from pw_runtime.system.printable import printable
+from pw_runtime.system.streams import EnduringStream, open_missing_streams
 
 
 def main() -> None:
@@ -26,14 +28,35 @@ def main() -> None:
     # OpenMP reads this when torch loads. By default waiting threads spin, and on a machine that has
     # anything else to do, the decode then takes two to five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         _print_everything(stream)
+    before = sys.stdout, sys.stderr
+    output = EnduringStream(sys.stdout)
+    sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, EnduringStream(sys.stderr))
+    try:
+        code = _ended()
+        output.flush()
+        if output.failure is not None:
+            _say(
+                f"error: cannot write to the standard output\n  got: {output.failure}\n"
+                "  do this: send it to a file on a disk with room; clips and files are not touched"
+            )
+            code = code or SOME_FAILED
+    finally:
+        sys.stdout, sys.stderr = before
+    sys.exit(code)
+
+
+def _ended() -> int:
+    """Run the command line; return the exit code of its ending, which is told if it is no good."""
     if "PW_PARENT_PID" in os.environ:  # a benchmark started this process
         from pw_engines.child import end_with_parent
 
         end_with_parent()
     try:
         with _ending_on(signal.SIGTERM, signal.SIGHUP):
+            _require_current_folder()
             code = _run()
     except KeyboardInterrupt:
         _say("interrupted: what was finished is kept, partial files are removed")
@@ -53,7 +76,7 @@ def main() -> None:
             raise
         _say(f"error: {error}")
         code = exit_code_of(error)
-    sys.exit(code)
+    return code
 
 
 def _run() -> int:
@@ -79,6 +102,16 @@ def _run() -> int:
     except click.Abort as error:
         raise KeyboardInterrupt from error
     return code if isinstance(code, int) else DONE
+
+
+def _require_current_folder() -> None:
+    """Raise BadRequest where the current folder was removed: libraries then fail to load."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise BadRequest(
+            "the current folder does not exist any more", do="change to another folder"
+        ) from error
 
 
 def _say(text: str) -> None:
