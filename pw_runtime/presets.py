@@ -93,6 +93,7 @@ def read_preset(path: Path) -> Preset:
             f"{path} is not a preset",
             got="; ".join(problems + [f"and {unnamed} more"] * (unnamed > 0)),
             wanted="the tables and keys of docs/presets.md, and no others",
+            do="mend the keys that are named",
         ) from error
     check_preset(preset, str(path))
     return preset

@@ -43,7 +43,12 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
         ) from error
     filled = [(number, line.strip()) for number, line in enumerate(lines) if line.strip()]
     if not filled:
-        raise BadRequest(f"{path} holds no prompt", wanted="one prompt per line")
+        raise BadRequest(
+            f"{path} holds no prompt",
+            got="no line with text",
+            wanted="one prompt per line",
+            do="write prompts into it, or give --prompt TEXT",
+        )
     as_json = path.suffix == ".jsonl" or filled[0][1].startswith("{")
     pairs = [
         _from_json(line, number, path) if as_json else (str(number), line)

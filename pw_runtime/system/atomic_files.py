@@ -148,7 +148,7 @@ def require_absent(out: Path) -> None:
             f"{out} exists already",
             got="a path in use",
             wanted="a new one; nothing is ever overwritten",
-            do="choose another --out, or remove it yourself",
+            do="choose another path, or remove it yourself",
         )
 
 

@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pw_export.checkpoints.file_kinds import require_undamaged
+from pw_export.checkpoints.sources import read_network, read_pixelwizard
 from pw_runtime.errors import BadWeights, PixelWizardError
 from tests.convert.layouts import INDEX, SHARDS, T5, VAE, official_state, quietly
 from tests.oracle.checkpoint import Checkpoint
@@ -312,3 +314,40 @@ def test_tokenizer_with_more_tokens_than_the_table_has_rows_is_refused(
 
     with pytest.raises(BadWeights, match=r"not the tokenizer of this text encoder[\s\S]*at most 9"):
         require_tokenizer(checkpoint.base / "google" / "umt5-xxl", 9)
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+def test_a_pickle_with_a_flipped_byte_is_refused_by_its_own_checksum(
+    tmp_path: Path, place: float
+) -> None:
+    torch.save({"x": torch.randn(4096), "y": torch.randn(4096)}, tmp_path / "whole.pt")
+    content = bytearray((tmp_path / "whole.pt").read_bytes())
+    require_undamaged(tmp_path / "whole.pt")
+    content[int(len(content) * place)] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    assert torch.load(tmp_path / "flipped.pt", weights_only=True).keys() == {"x", "y"}  # silent
+    with pytest.raises(BadWeights, match=r"is damaged\n  got: another CRC-32 .*data/"):
+        read_network(tmp_path / "flipped.pt", lambda _: None)
+
+
+def test_a_pickle_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"x": torch.randn(8)}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    require_undamaged(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003", "diffusion_pytorch_model-00001-of-00002"])
+def test_one_part_of_several_files_is_named_as_a_part(tmp_path: Path, name: str) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(BadWeights, match=r"is one part of .*\n  got: part [12] of [23]"):
+        read_pixelwizard(tmp_path / f"{name}.safetensors", ema=False, say=lambda _: None)
+
+
+def test_a_single_part_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00001.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    refs, _ = read_pixelwizard(path, ema=False, say=lambda _: None)
+    assert list(refs) == ["x"]

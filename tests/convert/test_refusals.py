@@ -76,7 +76,7 @@ def test_existing_out_is_never_touched(kind: str, wan: Path, tmp_path: Path) -> 
         out.write_text("mine")
     else:
         out.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(BadRequest, match=r"out exists already[\s\S]*choose another --out"):
+    with pytest.raises(BadRequest, match=r"out exists already[\s\S]*choose another path"):
         quietly(out, wan=wan)
     assert os.path.lexists(out)
 

@@ -8,6 +8,7 @@ import re
 import stat
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -171,6 +172,34 @@ def _require_torch_archive(path: Path) -> None:
             got, wanted, remedy = f"a zip archive of {some_names(names)}", _WANTED, _UNPACK
     if got:
         raise BadWeights(f"{path} cannot be read", got=got, wanted=wanted, do=remedy)
+
+
+def require_undamaged(path: Path) -> None:
+    """Raise BadWeights where a record of a PyTorch archive contradicts its own checksum.
+
+    It is 0, and says nothing, where torch was told to compute none (`set_crc32_options(False)`).
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = [record for record in archive.infolist() if record.CRC]
+        damaged = [record.filename for record in records if not _matches(archive, record)]
+    if damaged:
+        raise BadWeights(
+            f"{path} is damaged",
+            got=f"another CRC-32 than when it was saved, of {some_names(damaged)}",
+            wanted="a PyTorch checkpoint as it was saved",
+            do=DOWNLOAD,
+        )
+
+
+def _matches(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+    """Tell whether a record reads to its end, where its checksum is compared."""
+    try:
+        with archive.open(record) as file:
+            while file.read(2**20):
+                pass
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def _described(head: bytes) -> tuple[str, str]:

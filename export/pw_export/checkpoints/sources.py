@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pw_export.checkpoints.file_kinds import DOWNLOAD, form_of
+from pw_export.checkpoints.file_kinds import DOWNLOAD, form_of, require_undamaged
 from pw_export.checkpoints.fp8 import dequantised
 from pw_export.checkpoints.members import pixelwizard_member, sole_network, unprefixed
 from pw_export.checkpoints.tensor_refs import Ref, Refs, require_floats
@@ -34,6 +34,7 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+_PART = re.compile(r"-0*(\d{1,5})-of-(?!0*1\.)(\d{5})\.safetensors$")
 _MAX_NAME = 300  # characters; the longest published one has 80
 Say = Callable[[str], None]
 
@@ -64,6 +65,13 @@ def read_pixelwizard(path: Path, *, ema: bool, say: Say) -> tuple[Refs, str]:
 
     Raises BadWeights, also if two names become equal.
     """
+    if part := _PART.search(path.name):
+        raise BadWeights(
+            f"{path} is one part of a checkpoint in several files",
+            got=f"part {int(part[1])} of {int(part[2])}",
+            wanted="one file with all tensors",
+            do="load all parts and save them as one file; a base model goes to --wan as a folder",
+        )
     content = _content(path)
     if isinstance(content, Mapping):
         refs, member = pixelwizard_member(path, content, ema=ema, say=say)
@@ -166,6 +174,8 @@ def _content(path: Path) -> _Safetensors | Mapping[object, object]:
     if path.suffix == ".safetensors":
         raise _misnamed(path)  # torch.load goes by the name
     content = _load_pickle(path, mapped=form == "zip")
+    if form == "zip":
+        require_undamaged(path)
     if not isinstance(content, Mapping):
         raise BadWeights(
             f"{path} contains no state dict",
