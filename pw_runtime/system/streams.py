@@ -58,7 +58,7 @@ class EnduringStream:
 
     @property
     def failure(self) -> str | None:
-        """What refused the text; None too where its reader has left, as `head` does."""
+        """The reason of a refused write; None too where the reader has left, as `head` does."""
         if self.refused is None or self.refused.errno == errno.EPIPE:
             return None
         return self.refused.strerror or str(self.refused)
