@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
@@ -23,11 +23,14 @@ MAX_FILE_BYTES = 256 * 2**20
 MAX_CHARACTERS = 100_000  # of a prompt; the text encoders see about a thousand of them
 
 
-def read_prompts(path: Path) -> tuple[Prompt, ...]:
+def read_prompts(
+    path: Path, notice: Callable[[str], None] = lambda text: None
+) -> tuple[Prompt, ...]:
     """Read a prompt file.
 
     JSON lines where the name ends in .jsonl or the first line starts with "{"; otherwise plain
-    text. Blank lines are skipped. A prompt without an id gets its 0-based line number.
+    text. Blank lines are skipped. A prompt without an id gets its 0-based line number. `notice`
+    is called with the keys of JSON lines that are not used.
 
     Raises BadRequest for a file that is missing, empty, not UTF-8 or too large, a malformed line
     (with its 1-based number), an id that cannot name a file, or an id used twice.
@@ -50,10 +53,14 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
             do="write prompts into it, or give --prompt TEXT",
         )
     as_json = path.suffix == ".jsonl" or filled[0][1].startswith("{")
+    unused: dict[str, None] = {}
     pairs = [
-        _from_json(line, number, path) if as_json else (str(number), line)
+        _from_json(line, number, path, unused) if as_json else (str(number), line)
         for number, line in filled
     ]
+    if unused:
+        names = ", ".join(printable(name) for name in unused)
+        notice(f"{path} has keys that are not used: {names}")
     return make_prompts(pairs)
 
 
@@ -128,7 +135,8 @@ def check_text(name: str, text: str) -> None:
         )
 
 
-def _from_json(line: str, number: int, path: Path) -> tuple[str, str]:
+def _from_json(line: str, number: int, path: Path, unused: dict[str, None]) -> tuple[str, str]:
+    """Return id and text of a line; add the keys that it has beside them to `unused`."""
     where = f"{path}, line {number + 1}"
     try:
         entry = parse_json(line)
@@ -154,6 +162,8 @@ def _from_json(line: str, number: int, path: Path) -> tuple[str, str]:
             wanted="a string or an integer",
             do="give the prompt another id, or leave it out: then it is the line's number",
         )
+    used = {next(k for k in TEXT_KEYS if k in entry), *[k for k in ID_KEYS if k in entry][:1]}
+    unused.update(dict.fromkeys(key for key in entry if key not in used))
     return str(ids[0]), texts[0].strip()
 
 

@@ -40,6 +40,8 @@ from pw_runtime.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.system.progress import Reporter
 
@@ -128,7 +130,7 @@ def generate(**options: Any) -> int:
 
     require_packages("`pw generate`", "transformers", "tokenizers")  # used after minutes
     reporter = Reporter(quiet=options["quiet"])
-    request = read_request(options)
+    request = read_request(options, reporter.warn)
     bundle = open_model(options, reporter)
     if options["seed"] < 0:
         reporter.say(f"seed {request.seed} was drawn: --seed {request.seed} makes this clip again")
@@ -138,7 +140,7 @@ def generate(**options: Any) -> int:
     return traced(partial(exit_code, run, reporter), options["trace"], request.device)
 
 
-def read_request(options: dict[str, Any]) -> Request:
+def read_request(options: dict[str, Any], warn: Callable[[str], None]) -> Request:
     """Turn the options of `pw generate` into a Request. Raises BadRequest."""
     from pw_runtime.job.preflight import default_precision, pick_device
     from pw_runtime.presets import find_preset
@@ -158,7 +160,7 @@ def read_request(options: dict[str, Any]) -> Request:
     prompts = (
         make_prompts([(str(i), text.strip()) for i, text in enumerate(texts)])
         if texts
-        else read_prompts(options["prompt_file"])
+        else read_prompts(options["prompt_file"], warn)
     )
     if options["overwrite"] and options["skip_existing"]:
         raise BadRequest(

@@ -133,3 +133,16 @@ def test_numbers_that_nothing_stores_are_refused_in_our_words(text: str) -> None
         parse_json(text)
     assert "sys." not in str(caught.value)
     assert "larger than any number" in str(caught.value) or "digits" in str(caught.value)
+
+
+def test_keys_that_are_not_used_are_named_once(tmp_path: Path) -> None:
+    """Seen: a seed for each prompt was ignored without a word."""
+    file = tmp_path / "p.jsonl"
+    file.write_text(
+        '{"id": "a", "text": "a cat", "seed": 7}\n{"prompt": "a dog", "caption": "x", "seed": 8}\n',
+        encoding="utf-8",
+    )
+    told: list[str] = []
+    prompts = read_prompts(file, told.append)
+    assert [prompt.text for prompt in prompts] == ["a cat", "a dog"]
+    assert told == [f"{file} has keys that are not used: seed, caption"]
