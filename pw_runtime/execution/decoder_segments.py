@@ -35,7 +35,7 @@ from pw_runtime.execution.transformer_segments import (
 )
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.causal_cache import CausalCache
-from pw_runtime.models.tiling import exact_halo, make_strips
+from pw_runtime.models.tiling import Strip, exact_halo, make_strips
 from pw_runtime.models.vae_blocks import Upsample
 from pw_runtime.types import TilingConfig, VaeConfig
 
@@ -61,10 +61,8 @@ def segments_of_decode(
 
     `baked` and `digest` are those of `segments_of_vae`.
     """
-    exact = plan.tiling == "exact"
-    overlap = max(plan.overlap, exact_halo(config)) if exact else plan.overlap
-    strips = {strip.last - strip.first for strip in make_strips(columns, plan.strips, overlap)}
-    coarse = {columns} if exact else strips
+    strips = {strip.last - strip.first for strip in decode_strips(config, plan, columns)}
+    coarse = {columns} if plan.tiling == "exact" else strips
     widths: dict[Part, set[int]] = {"coarse": coarse, "fine": strips, "frame": strips}
     return {
         f"{segment.name}_{rows}x{width}": segment
@@ -72,6 +70,14 @@ def segments_of_decode(
         for segment in segments_of_vae(config, rows, width, baked=baked, digest=digest).values()
         if any(width in widths[part] and part in segment.name for part in PARTS)
     }
+
+
+def decode_strips(config: VaeConfig, plan: TilingConfig, columns: int) -> tuple[Strip, ...]:
+    """Divide a latent into the strips of columns that engines decode."""
+    overlap = plan.overlap
+    if plan.tiling == "exact":
+        overlap = max(overlap, exact_halo(config))
+    return make_strips(columns, plan.strips, overlap)
 
 
 def segments_of_vae(

@@ -13,6 +13,7 @@ from pw_runtime.models import expected_shapes
 from pw_runtime.models.tiling import make_strips
 from pw_runtime.models.vae import PIXEL_CHANNELS
 from pw_runtime.planning.decode_memory import decode_memory
+from pw_runtime.planning.engine_decode import engine_decode_memory
 from pw_runtime.planning.transformer_memory import stage_memory, text_memory
 from pw_runtime.planning.workload import Workload
 from pw_runtime.sampling.noise import latent_shape
@@ -123,11 +124,6 @@ def transformer_candidates(
     return tuple(options)
 
 
-def _scratch(size: int) -> MemoryItem:
-    name = "scratch memory of the engines"
-    return MemoryItem(name=name, kind="activations", bytes=size, place="device")
-
-
 def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...]) -> str:
     """Describe how a transformer runs."""
     weights = {
@@ -153,8 +149,10 @@ def decode_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[DecodePla
     for plan in _decode_plans(work, shape, gpu=gpu):
         itemsize = 4 if options.vae_precision == "fp32" else 2
         items = _decode_items(work.vae, shape, plan.tiling, itemsize)
-        if plan.engines and (size := work.scratch.get("vae", 0)):
-            items += (_scratch(size),)
+        if plan.engines and (scratch := work.scratch.get("vae", 0)):
+            weights = (item for item in items if item.kind == "weights" or item.place == "host")
+            on_engines = engine_decode_memory(work.vae, plan.tiling, *shape[2:], scratch)
+            items = (*weights, *on_engines)
         if not gpu:
             items = (*_moved(items, "host"), *_on_a_cpu(work.vae, items))
         frame = 3 * last.width * last.height // 2
