@@ -128,7 +128,7 @@ def test_too_little_room_is_found_before_anything_is_written(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**30, 2**30, 1000))
-    with pytest.raises(WriteFailed, match=r"not enough room[\s\S]*GiB free[\s\S]*do this: free"):
+    with pytest.raises(WriteFailed, match=r"not enough room[\s\S]*MiB free[\s\S]*do this: free"):
         quietly(tmp_path / "bundle", wan=checkpoint.base)
     assert names(tmp_path) == []
 
