@@ -337,6 +337,7 @@ def test_a_pickle_without_checksums_is_read(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     require_undamaged(tmp_path / "x.pt")
+    assert list(read_network(tmp_path / "x.pt", lambda _: None)) == ["x"]
 
 
 @pytest.mark.parametrize("name", ["model-00002-of-00003", "diffusion_pytorch_model-00001-of-00002"])
