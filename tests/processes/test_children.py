@@ -106,6 +106,9 @@ if __name__ == "__main__":
 START = """
 import os, signal, sys
 
+# Tests that run in the background of a shell, or under nohup, inherit them ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 held = os.open(os.environ["PW_TEST_PIPE"], os.O_WRONLY)
 path = os.pathsep.join((os.environ["PW_TEST_STAY"], *filter(None, sys.path)))
 stay = {"PYTHONPATH": path}
