@@ -93,6 +93,7 @@ def test_config_file_that_is_no_config_is_refused(
     wan = shutil.copytree(checkpoint.base, tmp_path / "wan")
     (wan / "config.json").write_bytes(content)
     refused(wan, tmp_path / "b", "config.json cannot be used")
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", VAE, "google/umt5-xxl/tokenizer.json"])

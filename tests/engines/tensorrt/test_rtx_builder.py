@@ -124,6 +124,6 @@ def test_a_plan_cannot_be_opened_without_a_gpu_and_says_so(tmp_path: Path) -> No
     plan, _ = split_plan((tmp_path / rtx.FILE).read_bytes())
     validity, bits = runtime.get_engine_validity(bytes(plan))
     if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU: tests/engines/tensorrt/test_on_gpu.py")
+        pytest.skip("this machine has a GPU: tests/engines/tensorrt/test_rtx_on_gpu.py")
     assert (validity, bits) == (trt.EngineValidity.INVALID, 0)
     assert runtime.deserialize_cuda_engine(bytes(plan)) is None
