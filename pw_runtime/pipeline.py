@@ -25,7 +25,7 @@ from pw_runtime.stages.draft import denoise_draft
 from pw_runtime.stages.highres import denoise_highres
 from pw_runtime.stages.text import encode_text
 from pw_runtime.stages.write import encoded_video
-from pw_runtime.system.progress import Reporter, count_frames
+from pw_runtime.system.progress import Reporter
 from pw_runtime.system.step import Step
 from pw_runtime.types import Outcome, Request, TextContext
 
@@ -127,14 +127,25 @@ def decode_clip(vae: VaeDecoder, run: Run, clip: Clip, step: Step) -> None:
     with clip.stopwatch.stage("latents"):
         latent = clip.latent_of(stage)
     pixels = pixel_format_for(codec, preset.compat)
-    frames = decode_frames(run.decoder_on(vae), latent, tiling, preset.compat, pixels)
+    store = run.tile_store(clip, latent, pixels)
+    frames = decode_frames(
+        run.decoder_on(vae),
+        latent,
+        tiling,
+        preset.compat,
+        pixels,
+        store=store,
+        advance=step.advance,
+    )
     chunks = thumbnails.collect(stage, clip.stopwatch.time_items("decode", frames))
     if clip.partial_video is not None:
         run.reporter.say(f"{clip.partial_video} can be watched while it is encoded")
     with ExitStack() as publishing:
+        if store is not None:
+            publishing.callback(store.close)
         with clip.stopwatch.stage("write"):
             video = encoded_video(
-                count_frames(chunks, step.advance),
+                chunks,
                 clip.target,
                 width=config.width,
                 height=config.height,

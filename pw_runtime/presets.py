@@ -125,8 +125,6 @@ def check_preset(preset: Preset, source: str) -> None:
     columns = (preset.highres or preset.draft).width // VAE_STRIDE[2]
     if not 1 <= preset.decode.strips <= columns:
         problems.append(f"decode.strips is {preset.decode.strips}, wanted 1 to {columns}")
-    if preset.decode.tiling == "official" and preset.decode.caches == "host":
-        problems.append("decode.caches is host, which decode.tiling official does not know")
     if not 0 <= preset.decode.overlap <= columns:
         problems.append(f"decode.overlap is {preset.decode.overlap}, wanted 0 to {columns}")
     if problems:

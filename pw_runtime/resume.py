@@ -110,9 +110,12 @@ def finish(
 def _request(file: Path, provenance: Provenance, overrides: Overrides) -> Request:
     """Return the request of the run that made the latents, with what is overridden."""
     earlier = provenance.options
+    # Tile by tile, some may be finished; otherwise the memory that is free now decides again.
+    in_turn = provenance.decode.order == "tiles"
+    order = "tiles" if in_turn else provenance.preset.decode.order
     return Request(
         prompts=(provenance.prompt,),
-        preset=replace(provenance.preset, decode=provenance.decode),
+        preset=replace(provenance.preset, decode=replace(provenance.decode, order=order)),
         out=file.parent if overrides.out is None else overrides.out,
         negative=provenance.negative,
         seed=provenance.seeds["base"],

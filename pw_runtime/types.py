@@ -25,6 +25,7 @@ Network = Literal["draft", "highres", "vae", "text_encoder"]
 Pass = Literal["cond", "uncond"]  # of a transformer, with the prompt or with its negative
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["h264", "hevc", "av1", "ffv1"]
+DecodeOrder = Literal["auto", "frames", "tiles"]
 PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
 Place = Literal["device", "host"]
 Kernels = Literal["reference", "triton"]
@@ -90,9 +91,12 @@ class TilingConfig:
     rows, each of which passes on what the next one needs (on engines, strips of columns with a
     halo). `official` blends strips of columns that were decoded independently, as the research code
     does; the seams show. `overlap` is what a strip of columns sees of its neighbours on each inner
-    side, in latent columns; `exact` always takes at least the reach of the decoder (6). `caches`
-    says where the past frames of the fine part are kept, most of the decode's memory: on the host
-    they cross to the device and back once per latent frame.
+    side, in latent columns; `exact` always takes at least the reach of the decoder (6).
+
+    `order` says what is computed first, with the same results. `frames` finishes frame after frame,
+    with the past of all tiles in memory, most of the decode's. `tiles` finishes tile after tile for
+    the whole clip, with the past of one: finished pixels wait on the disk, and what the next tile
+    needs on the host. `auto` is `frames` where it fits.
     """
 
     __pydantic_config__ = FORBID_UNKNOWN
@@ -100,7 +104,7 @@ class TilingConfig:
     tiling: Tiling = "exact"
     strips: int = 1
     overlap: int = 3
-    caches: Place = "device"
+    order: DecodeOrder = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,6 +394,7 @@ class DecodePlan:
 
     tiling: TilingConfig
     engines: bool = False  # on engines that were built
+    store_bytes: int = 0  # of a clip's finished tiles on the disk, in the order `tiles`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,12 +27,12 @@ from pw_runtime.models.finite import require_finite_weights
 
 
 class SegmentedVae:
-    """A VaeDecoder on engines; implements `protocols.Decoder`.
+    """A VaeDecoder on engines; implements `protocols.StripDecoder`.
 
     It fills a cache exactly as the eager decoder does: either can continue a clip of the other.
     """
 
-    exact_tiling: Literal["bands", "halo"] = "halo"
+    exact_tiling: Literal["halo"] = "halo"
 
     def __init__(
         self, net: VaeDecoder, segments: Mapping[str, Segment], engines: Mapping[str, Engine]

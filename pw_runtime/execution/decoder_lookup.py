@@ -30,7 +30,6 @@ from pw_runtime.presets import PRESETS
 from pw_runtime.types import VAE_STRIDE, Preset, RunOptions, VaeConfig
 
 # Reasons why a decoder needs no engines.
-PAST_ON_HOST: Final = "the preset keeps past frames on the host"
 ONLY_FP32: Final = "decoder engines are fp32"
 DRAFT_DECODED: Final = "its engines fit the high-res picture, and a draft is decoded"
 
@@ -79,8 +78,6 @@ def select_decoder_engines(bundle: Bundle, preset: Preset, options: RunOptions) 
     """
     if options.policy == "eager" or options.kernels == "triton":
         return _eager(ASKED_FOR)
-    if preset.decode.caches == "host":
-        return _eager(PAST_ON_HOST)
     if options.vae_precision != "fp32":
         return _eager(ONLY_FP32)
     command = f"{build_command(options, bundle.root)} --preset {preset_name(preset)}"

@@ -9,7 +9,6 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.execution.decoder_lookup import (
     DRAFT_DECODED,
     ONLY_FP32,
-    PAST_ON_HOST,
     preset_name,
 )
 from pw_runtime.execution.engine_lookup import ASKED_FOR, NONE_BUILT, EngineSet, build_command
@@ -41,6 +40,6 @@ def describe_engines(
 def _form(engine_set: EngineSet) -> str:
     if engine_set.backend != "eager":
         return f"on {engine_set.reason} ({engine_set.backend})"
-    if engine_set.reason in (ASKED_FOR, NONE_BUILT, PAST_ON_HOST, ONLY_FP32, DRAFT_DECODED):
+    if engine_set.reason in (ASKED_FOR, NONE_BUILT, ONLY_FP32, DRAFT_DECODED):
         return "not compiled"
     return f"not compiled ({engine_set.reason})"

@@ -116,10 +116,8 @@ class Transformer(Protocol):
         ...
 
 
-class Decoder(Protocol):
+class _Decoder(Protocol):
     """The two parts of a VAE decoder, one latent frame at a time."""
-
-    exact_tiling: Literal["bands", "halo"]  # how an exact decode is divided into tiles
 
     @property
     def config(self) -> VaeConfig:
@@ -131,9 +129,32 @@ class Decoder(Protocol):
         ...
 
     def fine(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """Run the rest, for some rows or columns; see `pw_runtime.models.VaeDecoder.fine`."""
+        """Run the rest, for some columns; see `pw_runtime.models.VaeDecoder.fine`."""
         ...
 
     def check_weights(self) -> None:
         """Raise BadWeights naming the weights that hold NaN or infinity."""
         ...
+
+
+class BandDecoder(_Decoder, Protocol):
+    """A decoder whose exact decode is divided into bands of rows; see `VaeDecoder`."""
+
+    exact_tiling: Literal["bands"]
+
+    def global_part(self, frame: Tensor, cache: CausalCache) -> Tensor:
+        """Run what must see the whole of a latent frame, [C, 1, H, W] -> [1, C', 1, H, W]."""
+        ...
+
+    def local_part(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """Run the rest, for a band of its rows."""
+        ...
+
+
+class StripDecoder(_Decoder, Protocol):
+    """A decoder whose exact decode is divided into strips of columns that overlap."""
+
+    exact_tiling: Literal["halo"]
+
+
+Decoder = BandDecoder | StripDecoder

@@ -39,6 +39,8 @@ from pw_runtime.types import (
     TilingConfig,
 )
 
+TILES = ".tiles"  # ending of the file with the finished tiles of a decode in progress
+
 
 @dataclass(slots=True)
 class Clip:

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pw_runtime.errors import BadWeights, PixelWizardError
-from pw_runtime.job.clip import Clip, resume_command, save_latents
+from pw_runtime.job.clip import TILES, Clip, resume_command, save_latents
 from pw_runtime.planning.oom_fallback import out_of_memory
 from pw_runtime.system.progress import Reporter
+from pw_runtime.system.tile_store import state_of
 
 
 @contextmanager
@@ -75,6 +76,8 @@ def report_resumable(clip: Clip, reporter: Reporter) -> None:
     """Report where an unfinished clip's latents are and which command finishes it."""
     if clip.latents is not None and clip.latents.exists():
         reporter.warn(f"the latents of {clip.prompt.id} are kept in {clip.latents}")
+        if state_of(clip.path(TILES)).exists():
+            reporter.warn(f"that goes on with the finished tiles in {clip.path(TILES)}:")
         reporter.warn(f"to finish this clip, run: {resume_command(clip)}")
     if clip.partial_video is not None and clip.partial_video.exists():
         reporter.warn(f"partial video: {clip.partial_video}")

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -54,7 +55,7 @@ class Provenance:
     versions: dict[str, str]
     fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
     machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
-    format: Literal[1, 2, 3] = 3  # since 3 the file has digests
+    format: Literal[1, 2, 3, 4] = 4  # since 3 the file has digests
 
     @property
     def stages(self) -> dict[StageName, StageConfig]:
@@ -93,6 +94,8 @@ def parse_provenance(text: str, path: Path) -> Provenance:
             raise UnreadableInput(f"more than {MAX_METADATA} characters")
         content = parse_json(text)
         version = content.get("format") if isinstance(content, dict) else None
+        if version in (1, 2, 3):
+            text = json.dumps(_with_order(content))
     except UnreadableInput as error:
         raise _foreign(path, str(error)) from error
     try:
@@ -111,6 +114,15 @@ def parse_provenance(text: str, path: Path) -> Provenance:
     if problems := _problems_of(provenance):
         raise _foreign(path, "; ".join(problems))
     return provenance
+
+
+def _with_order(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the text of a format before 4, whose decode says where its past frames were."""
+    tables = (content, content.get("preset"))
+    for table in [one.get("decode") for one in tables if isinstance(one, dict)]:
+        if isinstance(table, dict) and "caches" in table:
+            table["order"] = {"host": "tiles", "device": "frames"}.get(table.pop("caches"))
+    return content
 
 
 def _problems_of(provenance: Provenance) -> list[str]:
@@ -143,6 +155,6 @@ def _foreign(
     return BadRequest(
         f"{path} has metadata that this version cannot read",
         got=got,
-        wanted="format 1, 2 or 3, as `pw generate` writes it",
+        wanted="format 1 to 4, as `pw generate` writes it",
         do=do,
     )

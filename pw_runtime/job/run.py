@@ -19,21 +19,26 @@ from pw_runtime.execution.decoder_lookup import on_engines
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.protocols import Decoder
 from pw_runtime.execution.transformer import SegmentedDiT, load_transformer
-from pw_runtime.job.clip import Clip, latents_bytes, save_latents, write_clip_receipt
+from pw_runtime.job.clip import TILES, Clip, latents_bytes, save_latents, write_clip_receipt
 from pw_runtime.job.contact_sheet import write_contact_sheet
 from pw_runtime.job.failures import isolate_failure
+from pw_runtime.job.receipt import versions
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.text_encoder import TextNetwork
 from pw_runtime.planning.oom_fallback import LazyNetwork, OomFallback
+from pw_runtime.sampling.noise import tensor_digest
 from pw_runtime.system.atomic_files import require_room
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.step import Step
+from pw_runtime.system.tile_store import TileStore, remove_tiles
 from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import (
+    Latent,
     Network,
     Notice,
     NoticeKind,
     Outcome,
+    PixelFormat,
     Request,
     RunPlan,
     StageName,
@@ -88,6 +93,26 @@ class Run:
     def decoder_on(self, vae: VaeDecoder) -> Decoder:
         """Return the decoder on engines, where the current plan has it run on them."""
         return on_engines(vae, self.engines["vae"]) if self.fallback.plan.decode.engines else vae
+
+    def tile_store(self, clip: Clip, latent: Latent, pixels: PixelFormat) -> TileStore | None:
+        """Return the store of a clip's finished tiles; an earlier decode may have left some.
+
+        None where the current plan decodes frame by frame.
+        """
+        plan, options, preset = self.fallback.plan.decode, clip.request.options, self.request.preset
+        if plan.tiling.order != "tiles":
+            return None
+        made_of = {
+            "latent": tensor_digest(latent.x),
+            "decoder": clip.provenance.vae,
+            "engines": self.engines["vae"].digest if plan.engines else "none",
+            "options": f"{options.device}, {options.kernels}, {options.vae_precision}",
+            "tiling": str(plan.tiling),
+            "compat": str(preset.compat),
+            "pixels": pixels,
+            **versions(),
+        }
+        return TileStore(clip.path(TILES), made_of, self.reporter.say)
 
     def clips_with_text(self) -> Iterator[tuple[Clip, TextContext]]:
         """Yield the clips whose text is encoded."""
@@ -182,9 +207,17 @@ class Run:
                 other.release_tensors()
 
     def require_room(self) -> None:
-        """Raise WriteFailed where the latents of the unfinished clips do not fit on the disk."""
-        needed = sum(latents_bytes(clip) for clip in self.unfinished() if clip.latents is None)
-        self._retrying(partial(require_room, self.request.spill or self.request.out, needed))
+        """Raise WriteFailed where what the unfinished clips need does not fit on the disk.
+
+        That is their latents, and the finished tiles of one clip, if it is decoded tile by tile.
+        """
+        latents = sum(latents_bytes(clip) for clip in self.unfinished() if clip.latents is None)
+        spill, tiles = self.request.spill, self.fallback.plan.decode.store_bytes
+        if spill is None:
+            latents, tiles = latents + tiles, 0
+        self._retrying(partial(require_room, spill or self.request.out, latents))
+        if tiles:
+            self._retrying(partial(require_room, self.request.out, tiles))
 
     def _retrying(self, write: Callable[[], Written]) -> Written:
         """Call `write` until the disk allows it, if the user asked for that; else once.
@@ -213,6 +246,7 @@ class Run:
         """Report a finished video, and remove latents that nobody asked to keep."""
         clip.video = clip.target
         self.reporter.finished(clip.video)
+        remove_tiles(clip.path(TILES))
         if clip.latents is not None and not clip.request.options.save_latents:
             try:
                 clip.latents.unlink(missing_ok=True)

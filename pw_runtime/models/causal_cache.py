@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """State that the VAE carries along: frames from chunk to chunk, rows from band to band.
 
-A frame passes through the decoder's fine part in bands of rows, top to bottom. A 3x3 convolution
-cannot compute the last row of a band before it has the first row of the next one. It skips that
-row and keeps its last two input rows for the next band, whose output then starts one row higher.
-Nothing is computed twice and nothing is missing: the bands together equal the undivided frame.
+A frame passes through the decoder's convolutional part in bands of rows, top to bottom. A 3x3
+convolution cannot compute the last row of a band before it has the first row of the next one. It
+skips that row and keeps its last two input rows for the next band, whose output then starts one row
+higher. Nothing is computed twice and nothing is missing: the bands together equal the undivided
+frame.
 """
 
 from __future__ import annotations
@@ -16,21 +17,53 @@ import torch
 from torch import Tensor, nn
 
 Add = Callable[[Tensor, Tensor], object]
+Allocate = Callable[[Tensor], Tensor]
 
 
 @dataclass(slots=True)
 class Seam:
-    """Rows of one chunk that the band above kept, by the module that needs them."""
+    """Rows of one chunk that the band above kept, by the module that needs them.
+
+    Attributes:
+        rows: what was kept; a band replaces what it was given by what the next one needs.
+        top: the current band is the first one: nothing is above it.
+        bottom: the current band is the last one, and keeps nothing.
+        allocate: returns memory for rows of this shape and dtype, beside them or on the host.
+    """
 
     rows: dict[nn.Module, Tensor] = field(default_factory=dict)
-    bottom: bool = False  # the current band is the last one and keeps nothing
+    top: bool = True
+    bottom: bool = False
+    allocate: Allocate = torch.empty_like
 
-    def keep(self, owner: nn.Module, x: Tensor, rows: int) -> None:
-        """Keep the last `rows` rows of x, [..., H, W], for the band below, if there is one."""
+    def above(self, owner: nn.Module, x: Tensor, rows: int) -> Tensor | None:
+        """Return the `rows` rows above x that the band above kept; None at the top.
+
+        They are zeros where the band above was not computed: what then depends on them is wrong,
+        and up to the caller to drop.
+
+        Args:
+            owner: the module that needs them.
+            x: [..., H, W] on the decoder's device.
+            rows: how many.
+        """
+        if self.top:
+            return None
+        kept = self.rows.get(owner)
+        if kept is not None:
+            return kept.to(x.device, non_blocking=True)
+        order = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+        shape = (*x.shape[:-2], rows, x.shape[-1])
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order).zero_()
+
+    def keep(self, owner: nn.Module, x: Tensor) -> None:
+        """Copy rows, [..., rows, W], for the band below, if there is one."""
         if self.bottom:
             self.rows.pop(owner, None)
-        else:
-            self.rows[owner] = x[..., x.shape[-2] - rows :, :].clone()
+            return
+        if owner not in self.rows:
+            self.rows[owner] = self.allocate(x)
+        self.rows[owner].copy_(x, non_blocking=True)
 
     def join(self, owner: nn.Module, x: Tensor) -> tuple[Tensor, int, int]:
         """Put the rows kept from the band above on top of x, for a 3-row convolution.
@@ -43,12 +76,14 @@ class Seam:
             [..., H', W], and how many of its rows at the top and at the bottom are only neighbours
             of rows to compute.
         """
-        above = self.rows.get(owner)
+        above = self.above(owner, x, 2)
         joined = x if above is None else torch.cat((above, x), dim=-2)
-        self.keep(owner, joined, 2)
-        return joined, 0 if above is None else 1, 0 if self.bottom else 1
+        self.keep(owner, joined[..., joined.shape[-2] - 2 :, :])
+        return joined, int(not self.top), int(not self.bottom)
 
-    def add(self, owner: nn.Module, h: Tensor, x: Tensor, add: Add, grow: int = 1) -> None:
+    def add(
+        self, owner: nn.Module, h: Tensor, x: Tensor, add: Add, *, lag: int, grow: int = 1
+    ) -> None:
         """Add a shortcut x to h, which lags behind it: first the rows kept from above, then x.
 
         Args:
@@ -56,19 +91,19 @@ class Seam:
             h: [1, C', T', H', W'], overwritten.
             x: [1, C, T, H, W].
             add: adds rows of x to the corresponding rows of h, in place.
+            lag: rows of x by which h lags behind, other than at the bottom.
             grow: rows of h per row of x.
         """
-        done, kept = 0, []
-        above = self.rows.pop(owner, None)
+        above = self.above(owner, x, lag)
+        done, left = 0, []
         for rows in (x,) if above is None else (above, x):
             count = min(rows.shape[3], h.shape[3] // grow - done)
             if count:
                 add(h[:, :, :, done * grow : (done + count) * grow], rows[:, :, :, :count])
             if count < rows.shape[3]:
-                kept.append(rows[:, :, :, count:])
+                left.append(rows[:, :, :, count:])
             done += count
-        if kept:
-            self.rows[owner] = torch.cat(kept, dim=3)
+        self.keep(owner, torch.cat(left, dim=3) if left else x)  # at the bottom nothing is left
 
 
 @dataclass(slots=True)
@@ -76,25 +111,19 @@ class CausalCache:
     """Past input frames of every causal convolution, updated by each chunk.
 
     Attributes:
-        past: [1, C, 2, H, W] by convolution.
+        past: [1, C, 2, H, W] by convolution; in a band, with the rows above it that it sees.
         first: no chunk has passed yet.
-        on_host: keep the frames in host memory, pinned if the decoder is on a GPU; they are copied
-            into the buffer that a convolution reads, and back.
         seam: rows of a chunk that is decoded in bands; None if it is not divided.
     """
 
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
     first: bool = True
-    on_host: bool = False
     seam: Seam | None = None
 
     def keep(self, conv: nn.Module, frames: Tensor) -> None:
         """Copy frames, [1, C, 2, H, W], into the cache's own memory."""
         past = self.past.get(conv)
-        if past is not None:
-            past.copy_(frames, non_blocking=True)
-        elif self.on_host and frames.device.type != "cpu":
-            past = torch.empty_like(frames, device="cpu", pin_memory=frames.is_cuda)
-            self.past[conv] = past.copy_(frames, non_blocking=True)
-        else:
+        if past is None:
             self.past[conv] = frames.clone()
+        else:
+            past.copy_(frames)

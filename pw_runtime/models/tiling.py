@@ -23,6 +23,26 @@ class Strip:
     last: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rect:
+    """Pixels of a frame: rows [top, bottom), columns [left, right), even numbers all."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.right - self.left
+
+
 def make_strips(width: int, strips: int, overlap: int) -> tuple[Strip, ...]:
     """Cut `width` latent columns as the official decode does.
 
@@ -62,7 +82,8 @@ def make_bands(rows: int, bands: int, config: VaeConfig) -> tuple[slice, ...]:
     """Divide the latent rows into the input bands of an exact decode, top to bottom.
 
     The output of a band lags behind its input, so the first band gets that many rows more; every
-    output then has rows / bands rows. If too few rows are left for that, the last bands are merged.
+    output then has rows / bands rows. The last band gives at least the lag and one row; where that
+    is more, the others share what is left, and are fewer where rows run out.
 
     Args:
         rows: latent rows of the frame.
@@ -70,20 +91,30 @@ def make_bands(rows: int, bands: int, config: VaeConfig) -> tuple[slice, ...]:
         config: config of the decoder.
     """
     lag = math.ceil(band_lag(config))
-    ends = [min(rows, math.ceil(rows * band / bands) + lag) for band in range(1, bands)]
-    borders = sorted({0, *ends, rows})
+    most = rows - lag - 1  # rows of output that the bands before the last one may have
+    ends = [
+        min(math.ceil(rows * band / bands), most * band // (bands - 1)) for band in range(1, bands)
+    ]
+    borders = sorted({0, *(end + lag for end in ends if end > 0), rows})
     return tuple(slice(start, stop) for start, stop in pairwise(borders))
 
 
+def band_rects(bands: tuple[slice, ...], columns: int, config: VaeConfig) -> tuple[Rect, ...]:
+    """Return the pixels that each band of `make_bands` gives, `columns` latent columns wide."""
+    lag = int(band_lag(config) * VAE_STRIDE[1])
+    ends = [band.stop * VAE_STRIDE[1] - lag for band in bands[:-1]]
+    borders = [0, *ends, bands[-1].stop * VAE_STRIDE[1]]
+    return tuple(Rect(*rows, 0, columns * VAE_STRIDE[2]) for rows in pairwise(borders))
+
+
 def band_lag(config: VaeConfig) -> float:
-    """Return the latent rows by which the output of the fine part lags behind its input.
+    """Return the latent rows by which the output of the local part lags behind its input.
 
     Every 3x3 convolution adds one row of its own grid, every upsampling one row of the grid before
-    it. 6.125 for the full-size decoder.
+    it. 13.125 for the full-size decoder.
     """
-    last = len(config.decoder_dims) - 2
-    stages = sum((2 * config.decoder_blocks + 1) / 2**stage for stage in range(1, last))
-    return stages + (2 * config.decoder_blocks + 1) / 2**last
+    stages = len(config.decoder_dims) - 1
+    return sum((2 * config.decoder_blocks + 1) / 2**stage for stage in range(stages))
 
 
 def blend_ramp(strip: Strip, width: int, overlap: int) -> Tensor:

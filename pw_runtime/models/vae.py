@@ -76,11 +76,13 @@ class DecoderLayers(nn.Module):
 class VaeDecoder(nn.Module):
     """Latent frames to pixel frames, cut where exact tiling is possible.
 
-    `coarse` holds all that needs the whole frame (its attention sees every position); `fine`
-    is purely convolutional, so strips of it with a large enough halo give the same result.
+    `global_part` holds all that needs the whole frame (its attention sees every position);
+    `local_part` is purely convolutional, so bands of it, which hand on rows, or strips with a large
+    enough halo give the same result. For engines the cut is one stage further, where frames are
+    doubled for the first time: `coarse`, then `fine`.
     """
 
-    exact_tiling: Literal["bands", "halo"] = "bands"  # how an exact decode is divided into tiles
+    exact_tiling: Literal["bands"] = "bands"  # how an exact decode is divided into tiles
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -111,10 +113,39 @@ class VaeDecoder(nn.Module):
 
     def coarse_layers(self, x: Tensor, cache: CausalCache) -> Tensor:
         """Run the layers of `coarse`, [1, C, 1, H, W] -> [1, C', t, 2H, 2W]."""
+        x = self.decoder.upsamples[0](self._middle(x, cache), cache)
+        cache.first = False
+        return x
+
+    def global_part(self, frame: Tensor, cache: CausalCache) -> Tensor:
+        """Run what must see the whole of a latent frame: everything up to the attention.
+
+        Args:
+            frame: [C, 1, H, W] normalised latent.
+            cache: cache of this part.
+
+        Returns:
+            [1, C', 1, H, W].
+        """
+        x = self.denormalised(frame)
+        return self._middle(x.to(self.conv2.weight.dtype), cache)
+
+    def local_part(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """Run what follows, which only convolves, on a frame or on a band of its rows.
+
+        Args:
+            x: [1, C', 1, rows, W] from `global_part`.
+            cache: cache of this part. If it has a seam, x is the next band of rows, and the rows
+                of the result lag behind it by `band_lag` latent rows, but at the bottom.
+
+        Returns:
+            [12, F, 8 rows, 8 W] as `fine` does.
+        """
+        return self.fine(self.decoder.upsamples[0](x, cache), cache)
+
+    def _middle(self, x: Tensor, cache: CausalCache) -> Tensor:
         x = self.conv2(x, cache)
         x = self.decoder.middle(self.decoder.conv1(x, cache), cache)
-        x = self.decoder.upsamples[0](x, cache)
-        cache.first = False
         return x
 
     def fine(self, x: Tensor, cache: CausalCache) -> Tensor:
@@ -122,8 +153,7 @@ class VaeDecoder(nn.Module):
 
         Args:
             x: [1, C', t, rows, columns] from `coarse`.
-            cache: cache of this part. If it has a seam, x is the next band of rows, and the rows
-                of the result lag behind it by at most `band_lag` latent rows.
+            cache: cache of this part.
 
         Returns:
             [12, F, 4 rows, 4 columns] fp32 colours of 2x2 pixel blocks (see

@@ -25,9 +25,17 @@ from pw_kernels import (
 )
 from pw_runtime.models.causal_cache import CausalCache
 
+ROWS = 2  # by which a residual block lags behind its input in bands: one for each convolution
+
 
 class CausalConv3d(nn.Conv3d):
-    """3-D convolution whose left padding in time is the past frames."""
+    """3-D convolution whose left padding in time is the past frames.
+
+    Attributes:
+        keeps_rows: in bands, it keeps the rows that the next band needs; otherwise its caller does.
+    """
+
+    keeps_rows = True
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:  # type: ignore[override]
         """Convolve, [B, C, T, H, W] -> [B, C', T, H, W]."""
@@ -54,34 +62,35 @@ class CausalConv3d(nn.Conv3d):
         shape = (b, c, history + t, above + h + below, w)
         order = torch.channels_last_3d
         buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
+        buffer[:, :, :, above + h :] = 0
+        seen = buffer[:, :, :, : above + h]
+        seen[:, :, :history] = cache.past.get(self, 0)
         if above:
             assert cache.seam is not None
-            kept = cache.seam.rows.get(self)
-            buffer[:, :, :, :above] = 0 if kept is None else kept
-        if below:
-            buffer[:, :, :, above + h :] = 0
-        own = buffer[:, :, :, above : above + h]
-        past = cache.past.get(self)
-        if past is None:
-            own[:, :, :history] = 0
-        else:
-            own[:, :, :history].copy_(past, non_blocking=True)
-        return buffer, own[:, :, history:]
+            kept = cache.seam.above(self, x, above) if self.keeps_rows else None
+            seen[:, :, history:, :above] = 0 if kept is None else kept
+        return buffer, seen[:, :, history:, above:]
 
     def _beside(self, cache: CausalCache) -> tuple[int, int]:
         """Return how many rows a buffer has above and below those of the band; 0 without bands."""
         seam, reach = cache.seam, self.kernel_size[1] // 2
         if seam is None or reach == 0:
             return 0, 0
-        return 2 * reach if self in seam.rows else reach, reach if seam.bottom else 0
+        return reach if seam.top else 2 * reach, reach if seam.bottom else 0
 
-    def normed(self, x: Tensor, norm: nn.Module, cache: CausalCache) -> Tensor:
+    def normed(
+        self, x: Tensor, norm: nn.Module, cache: CausalCache, above: Tensor | None = None
+    ) -> Tensor:
         """Write norm and SiLU of x, [B, C, T, H, W], into a buffer for `convolve`.
 
         The norm writes where the convolution reads: nothing is concatenated, padded or copied.
+        `above` are the rows above x, where the caller has kept them.
         """
         buffer, frames = self.buffer(x, cache)
         norm(x, silu=True, out=frames)
+        if above is not None:
+            rows = buffer[:, :, buffer.shape[2] - x.shape[2] :, : above.shape[3]]
+            norm(above, silu=True, out=rows)
         return buffer
 
     def convolve(self, buffer: Tensor, cache: CausalCache) -> Tensor:
@@ -89,12 +98,12 @@ class CausalConv3d(nn.Conv3d):
 
         Keeps its last rows for the band below, if the chunk is decoded in bands.
         """
-        above, below = self._beside(cache)
-        last = buffer[:, :, buffer.shape[2] - self.kernel_size[0] + 1 :]
-        cache.keep(self, last[:, :, :, above : buffer.shape[3] - below])
-        if above:
+        history, (above, below) = self.kernel_size[0] - 1, self._beside(cache)
+        cache.keep(self, buffer[:, :, -history:, : buffer.shape[3] - below])
+        if above and self.keeps_rows:
             assert cache.seam is not None
-            cache.seam.keep(self, buffer, 2 * (self.kernel_size[1] // 2))
+            reach = self.kernel_size[1] // 2
+            cache.seam.keep(self, buffer[:, :, history:, -2 * reach :])
         return causal_conv3d(buffer, self.weight, self.bias, rows_given=above > 0)
 
 
@@ -124,13 +133,20 @@ class ResidualBlock(nn.Module):
             }
         )
         self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else None
+        first = self.residual["2"]
+        assert isinstance(first, CausalConv3d)
+        first.keeps_rows = self.shortcut is not None  # else the shortcut keeps the same rows
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         """Run the block, [B, C, T, H, W] -> [B, C', T, H, W]."""
         first, second = self.residual["2"], self.residual["6"]
         assert isinstance(first, CausalConv3d)
         assert isinstance(second, CausalConv3d)
-        h = first.convolve(first.normed(x, self.residual["0"], cache), cache)
+        above = None
+        if cache.seam is not None and not first.keeps_rows:
+            above = cache.seam.above(self, x, ROWS)
+        h = first.convolve(first.normed(x, self.residual["0"], cache, above), cache)
+        del above
         buffer = second.normed(h, self.residual["3"], cache)
         del h  # otherwise a third of the peak, beside the buffer and the result
         h = second.convolve(buffer, cache)
@@ -140,7 +156,7 @@ class ResidualBlock(nn.Module):
         if cache.seam is None:
             h += x
         else:
-            cache.seam.add(self, h, x, Tensor.add_)
+            cache.seam.add(self, h, x, Tensor.add_, lag=ROWS)
         return h
 
 
@@ -230,6 +246,7 @@ class UpStage(nn.Module):
             layers.append(Upsample(c_out, temporal=temporal))
         self.upsamples = nn.ModuleList(layers)
         self.up, self.time_factor = up, 2 if temporal else 1
+        self.lag = 2 * blocks + 1  # rows, in bands: one for each convolution before the result
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         """Run the stage, [1, C, T, H, W] -> [1, C', T', H', W']."""
@@ -243,7 +260,7 @@ class UpStage(nn.Module):
         )
         if cache.seam is None:
             return spread(h, x)
-        cache.seam.add(self, h, x, spread, grow=2)
+        cache.seam.add(self, h, x, spread, lag=self.lag, grow=2)
         return h
 
 

@@ -6,19 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from pw_runtime.models import expected_shapes
-from pw_runtime.models.tiling import make_strips
-from pw_runtime.models.vae import PIXEL_CHANNELS
-from pw_runtime.planning.decode_memory import decode_memory
-from pw_runtime.planning.engine_decode import engine_decode_memory
+from pw_runtime.planning.decode_choices import decode_choices, decode_text, process_item
 from pw_runtime.planning.transformer_memory import stage_memory, text_memory
 from pw_runtime.planning.workload import Workload
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.types import (
-    Codec,
     DecodePlan,
     MemoryItem,
     Pass,
@@ -26,27 +20,13 @@ from pw_runtime.types import (
     Residency,
     StageMemory,
     StageName,
-    TilingConfig,
     TransformerPlan,
-    VaeConfig,
 )
 
-# Bands in which a CPU decodes as fast as in one, in less memory: measured with 1 to 16 of them;
-# with two latent rows in each it was 10 % slower.
-CPU_BANDS, BAND_ROWS = 4, 8
-HEAP_GAPS = 20  # a twentieth of the tensors: 3 to 7 % were measured
-LIBRARIES = 80 * 2**20  # measured: code first used by the decode, and oneDNN's own buffers
 # Beyond what PyTorch allocates, a process on a GPU needs memory for its code, for cuBLAS and cuDNN
 # and for gaps between allocations. An estimate: not measured by this project.
 DEVICE_RESERVE = 2**30
 SMALLER_CHUNK = 2048  # tokens per engine call, where the usual chunk does not fit
-# Frames of 1.5 bytes a pixel that an encoder holds with the threads of stages/codecs.py: at most
-# 84, 123, 182 and 70 were measured at 3840x2144, packets and frames in production included.
-ENCODER_FRAMES: Mapping[Codec, int] = MappingProxyType(
-    {"h264": 110, "hevc": 150, "av1": 210, "ffv1": 80}
-)
-
-
 Choice = TypeVar("Choice")
 
 
@@ -139,57 +119,10 @@ def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...]) -> str:
 
 
 def decode_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[DecodePlan], ...]:
-    """List the decode's candidates: more and more bands, then past frames on the host.
-
-    Bands change the frames by rounding only.
-    """
-    options, last = work.options, list(work.stages.values())[-1]
-    shape = latent_shape(last, work.preset.video)
-    candidates = []
-    for plan in _decode_plans(work, shape, gpu=gpu):
-        itemsize = 4 if options.vae_precision == "fp32" else 2
-        items = _decode_items(work.vae, shape, plan.tiling, itemsize)
-        if plan.engines and (scratch := work.scratch.get("vae", 0)):
-            weights = (item for item in items if item.kind == "weights" or item.place == "host")
-            on_engines = engine_decode_memory(work.vae, plan.tiling, *shape[2:], scratch)
-            items = (*weights, *on_engines)
-        if not gpu:
-            items = (*_moved(items, "host"), *_on_a_cpu(work.vae, items))
-        frame = 3 * last.width * last.height // 2
-        held = ENCODER_FRAMES[options.codec] * frame
-        encoder = _process_item(f"{options.codec} encoder (estimate)", held)
-        memory = _stage("decode", (*items, encoder), work, gpu=gpu)
-        candidates.append(Candidate(plan, decode_text(plan, gpu=gpu), memory))
-    return tuple(candidates)
-
-
-def _decode_plans(work: Workload, shape: tuple[int, ...], *, gpu: bool) -> list[DecodePlan]:
-    """List the plans of a decode of latents [C, T, H, W], the fastest first."""
-    first = work.tiling
-    if not gpu and first.tiling == "exact" and not work.decoder_engines:
-        least = min(CPU_BANDS, shape[2] // BAND_ROWS)
-        first = replace(first, strips=max(first.strips, least))
-    tilings = [first]
-    if first.tiling == "exact":
-        counts = [first.strips * 2**n for n in range(8)]
-        tilings += [replace(first, strips=n) for n in counts if first.strips < n <= shape[2]]
-    if gpu and first.tiling == "exact" and first.caches == "device":
-        tilings += [replace(tiling, caches="host") for tiling in tilings]
-    plans = [DecodePlan(tiling=tiling) for tiling in tilings]
-    if work.decoder_engines:  # each engine fits one size
-        plans.insert(0, DecodePlan(tiling=first, engines=True))
-    return plans
-
-
-def _on_a_cpu(config: VaeConfig, items: Iterable[MemoryItem]) -> tuple[MemoryItem, ...]:
-    """List what a decode on a CPU takes beside tensors."""
-    shapes = expected_shapes("vae", config).items()
-    largest = max(4 * math.prod(shape) for name, shape in shapes if name.startswith("decoder."))
-    gaps = sum(item.bytes for item in items) // HEAP_GAPS
-    return (
-        _process_item("a weight in oneDNN's layout", largest),
-        _process_item("code of oneDNN and the encoder", LIBRARIES),
-        _process_item("gaps of the heap (estimate)", gaps),
+    """List the decode's candidates."""
+    return tuple(
+        Candidate(plan, decode_text(plan), _stage("decode", items, work, gpu=gpu))
+        for plan, items in decode_choices(work, gpu=gpu)
     )
 
 
@@ -208,51 +141,6 @@ def waiting_bytes(work: Workload) -> int:
     return work.prompts * each + context * ("uncond" in passes)
 
 
-def _process_item(name: str, size: int, place: Place = "host") -> MemoryItem:
-    return MemoryItem(name=name, kind="process", bytes=size, place=place)
-
-
-def _decode_items(
-    config: VaeConfig, shape: tuple[int, ...], tiling: TilingConfig, itemsize: int
-) -> tuple[MemoryItem, ...]:
-    """List what a decode takes, also with strips that are blended."""
-    _, frames, rows, columns = shape
-    if tiling.tiling == "exact":
-        return decode_memory(
-            config,
-            frames=frames,
-            rows=rows,
-            columns=columns,
-            strips=tiling.strips,
-            itemsize=itemsize,
-            caches=tiling.caches,
-        )
-    # Each strip is a picture of its own, with caches of its own; they run one after the other.
-    items: dict[tuple[str, Place], MemoryItem] = {}
-    for strip in make_strips(columns, tiling.strips, tiling.overlap):
-        width = strip.last - strip.first
-        alone = decode_memory(config, frames=frames, rows=rows, columns=width, itemsize=itemsize)
-        for item in alone:
-            earlier = items.get((item.name, item.place), replace(item, bytes=0))
-            caches = earlier.bytes + item.bytes
-            size = caches if item.kind == "caches" else max(earlier.bytes, item.bytes)
-            items[item.name, item.place] = replace(item, bytes=size)
-    blended = 4 * PIXEL_CHANNELS * 4 * (8 * rows) * (8 * columns)
-    frames_item = MemoryItem(
-        name="blended frames", kind="activations", bytes=blended, place="device"
-    )
-    return (*items.values(), frames_item)
-
-
-def decode_text(plan: DecodePlan, *, gpu: bool) -> str:
-    """Describe how a clip is decoded."""
-    tiling = plan.tiling
-    kind = "band" if tiling.tiling == "exact" else "blended strip"
-    pieces = f"{tiling.strips} {kind}s" if tiling.strips > 1 else "the picture as a whole"
-    where = f", past frames on the {'GPU' if tiling.caches == 'device' else 'host'}"
-    return "on engines, " * plan.engines + pieces + where * gpu
-
-
 def _moved(items: Iterable[MemoryItem], place: Place) -> tuple[MemoryItem, ...]:
     return tuple(replace(item, place=place) for item in items)
 
@@ -261,15 +149,15 @@ def _stage(
     name: str, items: Iterable[MemoryItem], work: Workload, *, gpu: bool = False
 ) -> StageMemory:
     """Return a stage's items and what is always in memory beside them, the largest first."""
-    more = [_process_item("Python and its libraries", work.process)]
+    more = [process_item("Python and its libraries", work.process)]
     if name != "decode" and (waiting := waiting_bytes(work)):
         more.append(
-            _process_item(
+            process_item(
                 f"text and drafts of {work.prompts} prompt{'s' * (work.prompts > 1)}", waiting
             )
         )
     if gpu:
-        more.append(_process_item("CUDA (estimate)", DEVICE_RESERVE, "device"))
+        more.append(process_item("CUDA (estimate)", DEVICE_RESERVE, "device"))
     return StageMemory(
         stage=name, items=tuple(sorted((*items, *more), key=lambda item: -item.bytes))
     )

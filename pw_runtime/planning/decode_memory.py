@@ -3,28 +3,29 @@
 
 The decoder's layers are visited in order with the sizes of what they allocate and free. Tensors
 are counted, not what an allocator or a library's workspace adds; for norms and attention, what the
-kernels take. Tests compare it with `pw_bench.measure.tensor_ledger`, within 5 %.
+kernels take. Tests compare it with `pw_bench.measure.tensor_ledger`, within 2 % at full size.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from pw_kernels.attention.chunked import SCORE_BYTES
 from pw_kernels.causal_conv3d import LARGEST, slice_sizes
 from pw_runtime.models.tiling import make_bands
 from pw_runtime.models.vae import PIXEL_CHANNELS
-from pw_runtime.types import VAE_STRIDE, MemoryItem, MemoryKind, Place, VaeConfig
+from pw_runtime.system.pinned_memory import pinned_bytes
+from pw_runtime.types import VAE_STRIDE, DecodeOrder, MemoryItem, MemoryKind, Place, VaeConfig
 
 HISTORY = 2  # past frames that a convolution over time sees
-FINE_CACHES = "fine caches"  # past frames of the part that runs in bands
-_KINDS: dict[str, MemoryKind] = {
-    "weights": "weights",
-    "coarse caches": "caches",
-    FINE_CACHES: "caches",
-}
+PAST = "past frames of the bands"
+GLOBAL_PAST = "past frames of the global part"
+SHARED = "results of the global part"
+SEAMS = "rows between bands"
+PACKED = "packed frames"
+_KINDS: dict[str, MemoryKind] = {"weights": "weights", PAST: "caches", GLOBAL_PAST: "caches"}
 
 
 def decode_memory(
@@ -35,7 +36,8 @@ def decode_memory(
     columns: int,
     strips: int = 1,
     itemsize: int = 4,
-    caches: Place = "device",
+    order: DecodeOrder = "frames",
+    on_gpu: bool = False,
 ) -> tuple[MemoryItem, ...]:
     """List what is in memory at the device's peak during the exact decode of a clip.
 
@@ -46,7 +48,8 @@ def decode_memory(
         columns: of the latent.
         strips: bands of rows, as in `TilingConfig`.
         itemsize: bytes of a weight and of an activation, 4 or 2.
-        caches: where the past of the fine part lies.
+        order: frame by frame, or one band of all frames after the other.
+        on_gpu: in the order `tiles`, what waits for a band is in pinned host memory.
 
     Returns:
         The items; those at "device" add up to its peak. The frames of one chunk are at "host".
@@ -55,21 +58,50 @@ def decode_memory(
     counter.allocate("latent", config.z_dim * frames * rows * columns * 4)
     bands = [band.stop - band.start for band in make_bands(rows, strips, config)]
     counter.count_weights()
-    counter.chunk(rows, columns, bands)  # fills the caches
-    if caches == "host":
-        del counter.live[FINE_CACHES]
-    counter.caches_grow = False
-    counter.peak = Counter()
-    counter.chunk(rows, columns, bands)
+    host: dict[str, int] = {}
+    if order == "tiles":
+        waiting = waiting_sizes(config, frames, rows, columns, bands, itemsize)
+        if on_gpu:
+            host["what bands share and hand on"] = pinned_bytes(chain(*waiting.values()))
+            waiting = {}
+        counter.tile_by_tile(rows, columns, bands, waiting)
+    else:
+        counter.frame_by_frame(rows, columns, bands)
     pixels = VAE_STRIDE[0] * rows * columns * VAE_STRIDE[1] * VAE_STRIDE[2]
-    host = {
-        FINE_CACHES: counter.pinned if caches == "host" else 0,
-        "packed frames": pixels * 3 // 2,
-    }
+    host[PACKED] = pixels * 3 // 2
     return (
         *(_item(name, size, "device") for name, size in counter.peak.items()),
         *(_item(name, size, "host") for name, size in host.items() if size),
     )
+
+
+def waiting_sizes(
+    config: VaeConfig, frames: int, rows: int, columns: int, bands: list[int], itemsize: int
+) -> dict[str, list[int]]:
+    """List the bytes of each tensor that waits for a band in the order `tiles`, by kind.
+
+    Args:
+        config: of the decoder.
+        frames: of the latent.
+        rows: of the latent.
+        columns: of the latent.
+        bands: rows of each.
+        itemsize: bytes of an activation.
+    """
+    shared = [config.decoder_dims[0] * rows * columns * itemsize] * frames
+    if len(bands) == 1:
+        return {SHARED: shared, SEAMS: []}
+    seams: list[int] = []
+    for first in (True, False):
+        counter = _PeakCounter(config, itemsize)
+        counter.local_part(bands, 0, columns, first=first)
+        seams += counter.handed_on * (1 if first else frames - 1)
+    return {SHARED: shared, SEAMS: seams}
+
+
+def waiting_traffic(waiting: dict[str, list[int]], bands: int) -> int:
+    """Return the bytes that cross between host and device in the order `tiles`."""
+    return 2 * sum(waiting[SHARED]) + 2 * (bands - 1) * sum(waiting[SEAMS])
 
 
 def _item(name: str, size: int, place: Place) -> MemoryItem:
@@ -104,7 +136,8 @@ class _PeakCounter:
     live: Counter[str] = field(default_factory=Counter)
     peak: Counter[str] = field(default_factory=Counter)  # the live bytes at the peak
     caches_grow: bool = True
-    pinned: int = 0  # bytes of the fine part's caches in pinned memory
+    in_turn: bool = False  # tile by tile: rows between bands are of all frames
+    handed_on: list[int] = field(default_factory=list)  # bytes of each tensor, of one chunk
 
     def allocate(self, name: str, size: int) -> None:
         """Add bytes; negative ones are freed."""
@@ -127,50 +160,78 @@ class _PeakCounter:
         count += norms + _conv(dims[-1], PIXEL_CHANNELS)
         self.allocate("weights", count * self.itemsize)
 
-    def chunk(self, rows: int, columns: int, bands: list[int]) -> None:
-        """Decode one latent frame."""
-        self.coarse(rows, columns)
-        self.fine(bands, 2 * columns)
+    def frame_by_frame(self, rows: int, columns: int, bands: list[int]) -> None:
+        """Decode latent frames; the peak is that of one with a full past."""
+        for grow in (True, False):
+            self.caches_grow, self.peak = grow, Counter()
+            self.live.pop(SHARED, None)
+            self.global_part(rows, columns)
+            self.allocate(SHARED, self.config.decoder_dims[0] * rows * columns * self.itemsize)
+            for index in range(len(bands)):
+                self.local_part(bands, index, columns)
 
-    def coarse(self, rows: int, columns: int) -> None:
-        """Run everything up to the first upsampling, for one latent frame; its result stays."""
+    def tile_by_tile(
+        self, rows: int, columns: int, bands: list[int], waiting: dict[str, list[int]]
+    ) -> None:
+        """Decode bands one after the other, all frames of each.
+
+        `waiting` is what waits for them in the same memory; empty where they are copied there.
+        """
+        self.in_turn = True
+        self.allocate(SHARED, sum(waiting.get(SHARED, ())))
+        for grow in (True, False):
+            self.caches_grow = grow
+            self.global_part(rows, columns)
+        self.live.pop(GLOBAL_PAST)
+        self.allocate(SEAMS, sum(waiting.get(SEAMS, ())))
+        for index, given in enumerate(bands):
+            copied = 0 if waiting else given * columns * self.config.decoder_dims[0]
+            self.allocate("activations", copied * self.itemsize)
+            for grow in (True, False):
+                self.caches_grow = grow
+                self.local_part(bands, index, columns)
+            self.allocate("activations", -copied * self.itemsize)
+            self.live.pop(PAST)
+
+    def global_part(self, rows: int, columns: int) -> None:
+        """Run what sees the whole of one latent frame."""
         dims, area = self.config.decoder_dims, rows * columns
-        place, band = "coarse caches", None
-        self.live.pop("coarse result", None)
+        place, band = GLOBAL_PAST, None
         self.conv(self.config.z_dim, dims[0], 1, rows, columns, band, place)
         x = dims[0] * area * self.itemsize
         self.allocate("activations", x)
         self.block(dims[0], dims[0], 1, rows, columns, band, place)
         self.attention(dims[0], area)
         self.block(dims[0], dims[0], 1, rows, columns, band, place)
-        self.stage(0, 1, rows, columns, band, place)
         self.allocate("activations", -x)
-        temporal = 2 if self.config.temporal_downsample[-1] else 1
-        self.allocate("coarse result", 4 * temporal * dims[1] * area * self.itemsize)
 
-    def fine(self, bands: list[int], columns: int) -> None:
-        """Run the rest, band by band, for the frames that the coarse part made from one."""
-        dims, place = self.config.decoder_dims, FINE_CACHES
+    def local_part(
+        self, bands: list[int], index: int, columns: int, *, first: bool = False
+    ) -> None:
+        """Run the rest on one band, for the first latent frame or for a later one."""
+        dims, place = self.config.decoder_dims, PAST
         temporal = (*reversed(self.config.temporal_downsample), False)
         last = len(dims) - 2
-        for index, given in enumerate(bands):
-            band = _Band(index == 0, index == len(bands) - 1) if len(bands) > 1 else None
-            t, n, w, x = 1 + temporal[0], 2 * given, columns, 0
-            for stage in range(1, last):
-                n = self.stage(stage, t, n, w, band, place)
-                t, w = t * (1 + temporal[stage]), 2 * w
-                self.allocate("activations", t * n * w * dims[stage + 1] * self.itemsize - x)
-                x = t * n * w * dims[stage + 1] * self.itemsize
-            for index_ in range(self.config.decoder_blocks):
-                n = self.block(dims[last + (index_ > 0)], dims[-1], t, n, w, band, place)
-                made = t * n * w * dims[-1] * self.itemsize
-                self.allocate("activations", made - x)
-                x = made
-            self.conv(dims[-1], PIXEL_CHANNELS, t, n, w, band, place)
-            self.allocate("activations", -x)
-        self.live.pop("rows between bands", None)
+        band = _Band(index == 0, index == len(bands) - 1) if len(bands) > 1 else None
+        t, n, w, x = 1, bands[index], columns, 0
+        for stage in range(last):
+            doubled = temporal[stage] and not first
+            n = self.stage(stage, t, n, w, band, place, doubled=doubled)
+            t, w = t * (1 + doubled), 2 * w
+            made = t * n * w * dims[stage + 1] * self.itemsize
+            self.allocate("activations", made - x)
+            x = made
+        for block in range(self.config.decoder_blocks):
+            n = self.block(dims[last + (block > 0)], dims[-1], t, n, w, band, place)
+            made = t * n * w * dims[-1] * self.itemsize
+            self.allocate("activations", made - x)
+            x = made
+        self.conv(dims[-1], PIXEL_CHANNELS, t, n, w, band, place)
+        self.allocate("activations", -x)
 
-    def stage(self, index: int, t: int, n: int, w: int, band: _Band | None, place: str) -> int:
+    def stage(
+        self, index: int, t: int, n: int, w: int, band: _Band | None, place: str, *, doubled: bool
+    ) -> int:
         """Run blocks and upsampling on `n` rows, which the caller counts; return the rows made."""
         config = self.config
         c_in, c = config.decoder_dims[index : index + 2]
@@ -181,14 +242,14 @@ class _PeakCounter:
             self.allocate("activations", made - x)
             x = made
         frames = t
-        if (*reversed(config.temporal_downsample), False)[index]:
+        if doubled:
             one = c * n * w * self.itemsize
             self.cache(place, HISTORY * one)
             self.transient((HISTORY + t + 2 * t) * one)
             self.transient(4 * t * one)
             frames = 2 * t
-        doubled = c * n * w * frames * self.itemsize if frames != t else 0
-        self.allocate("activations", doubled)
+        more = c * n * w * frames * self.itemsize if doubled else 0
+        self.allocate("activations", more)
         read = made_rows = n
         if band is not None:
             read, made_rows = n + (0 if band.top else 2), band.after(n)
@@ -197,7 +258,7 @@ class _PeakCounter:
         part = c * frames * (read + 1) * (w + 1) * self.itemsize
         out = 4 * c * frames * made_rows * w * self.itemsize
         self.transient(joined + part + out)
-        self.allocate("activations", -doubled - x)
+        self.allocate("activations", -more - x)
         if band is not None:
             lag = 2 * config.decoder_blocks + 1
             self.allocate("activations", out)
@@ -211,7 +272,7 @@ class _PeakCounter:
         """Run a residual block on `n` rows, which the caller counts; return the rows made."""
         middle = n if band is None else band.after(n)
         made = middle if band is None else band.after(middle)
-        self.conv(c_in, c, t, n, w, band, place)
+        self.conv(c_in, c, t, n, w, band, place, keeps_rows=c_in != c)
         one = t * w * c * self.itemsize
         self.allocate("activations", one * middle)
         self.conv(c, c, t, middle, w, band, place, freed=one * middle)
@@ -233,15 +294,17 @@ class _PeakCounter:
         band: _Band | None,
         place: str,
         freed: int = 0,
+        keeps_rows: bool = True,
     ) -> None:
         """Run a 3x3x3 convolution: its buffer, then its result; `freed` bytes go in between."""
         read, made = (n, n) if band is None else (band.buffer(n), band.after(n))
-        self.cache(place, HISTORY * c_in * n * w * self.itemsize)
+        kept = read if band is None or not band.bottom else read - 1
+        self.cache(place, HISTORY * c_in * kept * w * self.itemsize)
         buffer = (HISTORY + t) * c_in * read * w * self.itemsize
         self.allocate("activations", buffer)
         self.allocate("activations", -freed)
-        if band is not None:
-            self.carry_rows(band, 2 * (HISTORY + t) * c_in * w)
+        if band is not None and keeps_rows:
+            self.carry_rows(band, 2 * t * c_in * w)
         self.transient((c * t * made + self.slice_rows(c_in, c, t, read, w)) * w * self.itemsize)
         self.allocate("activations", -buffer)
 
@@ -266,15 +329,15 @@ class _PeakCounter:
         """Keep past frames."""
         if self.caches_grow:
             self.allocate(place, size)
-            if (
-                place == FINE_CACHES
-            ):  # each on its own; PyTorch rounds pinned blocks up to powers of two
-                self.pinned += 1 << (size - 1).bit_length()
 
     def carry_rows(self, band: _Band, elements: int) -> None:
         """Carry rows to the next band: the top band adds them, the bottom band frees them."""
-        sign = band.top - band.bottom
-        self.allocate("rows between bands", sign * elements * self.itemsize)
+        size = elements * self.itemsize
+        self.transient(size)  # those from above, put together with those for below
+        if band.top:
+            self.handed_on.append(size)
+        if not self.in_turn:
+            self.allocate(SEAMS, (band.top - band.bottom) * size)
 
 
 def _conv(c_in: int, c: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 
 from pw_engines import DTYPES, EngineSpec, TensorSpec
@@ -19,52 +20,81 @@ from pw_runtime.execution.decoder_segments import (
     segment_name,
     segments_of_decode,
 )
+from pw_runtime.system.pinned_memory import pinned_bytes
 from pw_runtime.types import MemoryItem, MemoryKind, TilingConfig, VaeConfig
+
+COARSE_RESULTS = "results of the coarse part"  # of all frames, in the order `tiles`
 
 
 @cache
 def engine_decode_memory(
-    config: VaeConfig, tiling: TilingConfig, rows: int, columns: int, scratch: int
+    config: VaeConfig,
+    tiling: TilingConfig,
+    frames: int,
+    rows: int,
+    columns: int,
+    scratch: int,
+    *,
+    pinned: bool = True,
 ) -> tuple[MemoryItem, ...]:
-    """List what is on the device at the peak of a decode on engines, beside the weights.
+    """List what is in memory at the peak of a decode on engines, beside weights and frames.
 
     Args:
         config: of the decoder.
-        tiling: strips of columns.
+        tiling: strips of columns, and their order.
+        frames: of the latent.
         rows: of the latent.
         columns: of the latent.
         scratch: bytes that the engines keep for what they compute.
+        pinned: what waits for a strip, in the order `tiles`, is in pinned memory.
     """
     segments = segments_of_decode(config, tiling, rows, columns)
 
-    def spec(part: Part, width: int) -> EngineSpec:
-        return segments[f"{segment_name(part, first=False)}_{rows}x{width}"].spec
+    def spec(part: Part, width: int, *, first: bool = False) -> EngineSpec:
+        return segments[f"{segment_name(part, first=first)}_{rows}x{width}"].spec
 
     widths = [strip.last - strip.first for strip in decode_strips(config, tiling, columns)]
-    coarse = [columns] if tiling.tiling == "exact" else widths
-    used: list[tuple[Part, list[int]]] = [
-        ("coarse", coarse),
-        ("fine", widths),
-        ("frame", widths),
-    ]
-    past = sum(_past(spec(part, width)) for part, all_widths in used for width in all_widths)
-    held, steps = 0, []
-    for width in widths:
-        fine, frame = spec("fine", width), spec("frame", width)
-        between, (_, *new_past) = _bytes(fine.outputs[:1]), fine.outputs
-        frames = between // _bytes(frame.inputs[:1])  # that the fine part makes of one
-        colours = frames * _bytes(frame.outputs[:1])
-        held += colours
-        # Its past frames stand beside the new ones until it has run.
-        steps.append(between + _bytes(new_past))
-        steps.append(between + _past(frame) + 2 * colours)  # the frames, and joined
-    held *= 1 + (len(widths) > 1)  # the strips, and joined
-    held += max(_bytes(spec("coarse", width).outputs[:1]) for width in coarse)
-    return (
-        _item("past frames", "caches", past),
+    shared = [columns] if tiling.tiling == "exact" else []  # official strips share nothing
+    past = {width: _past(spec("fine", width)) + _past(spec("frame", width)) for width in widths}
+    steps = {width: _largest_step(spec("fine", width), spec("frame", width)) for width in widths}
+    for width in set(widths) - set(shared):
+        if tiling.tiling == "official":
+            past[width] += _past(spec("coarse", width))
+            steps[width] += _bytes(spec("coarse", width).outputs[:1])
+    whole = sum(_bytes(spec("coarse", width).outputs[:1]) for width in shared)
+    whole_past = sum(_past(spec("coarse", width)) for width in shared)
+    if tiling.order == "frames":
+        kept, held = whole_past + sum(past[width] for width in widths), whole + max(steps.values())
+        waiting = 0
+    else:
+        given = {width: whole * width // columns for width in widths}
+        kept, held = max((past[width], given[width] + steps[width]) for width in widths)
+        if 2 * whole_past + whole > kept + held:  # while the coarse part runs: new beside old
+            kept, held = whole_past, whole_past + whole
+        first = [_bytes(spec("coarse", width, first=True).outputs[:1]) for width in shared]
+        sizes = [*first, *(whole for _ in shared for _ in range(frames - 1))]
+        waiting = pinned_bytes(sizes) if pinned else sum(sizes)
+    items = [
+        _item("past frames", "caches", kept),
         _item("scratch memory of the engines", "activations", scratch),
-        _item("results of the engines", "activations", held + max(steps)),
-    )
+        _item("results of the engines", "activations", held),
+    ]
+    if waiting:
+        results = _item(COARSE_RESULTS, "activations", waiting)
+        items.append(replace(results, place="host"))
+    return tuple(items)
+
+
+def _largest_step(fine: EngineSpec, frame: EngineSpec) -> int:
+    """Return the bytes of results while a strip is computed, at most.
+
+    First the past frames of the fine part stand beside the new ones; then those of a frame do,
+    beside the frames and what they are joined to.
+    """
+    between, (_, *new_past) = _bytes(fine.outputs[:1]), fine.outputs
+    count = between // _bytes(frame.inputs[:1])  # frames that the fine part makes of one
+    colours = count * _bytes(frame.outputs[:1])
+    return between + max(_bytes(new_past), _past(frame) + 2 * colours)
 
 
 def _past(spec: EngineSpec) -> int:

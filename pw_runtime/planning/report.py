@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from pw_runtime.planning.decode_choices import decode_traffic
 from pw_runtime.planning.planner import budget_text, gib
 from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
 from pw_runtime.planning.transformer_memory import weight_bytes
@@ -35,13 +36,8 @@ def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, f
         sizes = weight_bytes(config, work.options.compute_precision)
         streamed = 0 if chosen.weights == "resident" else sizes.blocks
         times[name] = denoise_seconds(config, stage, video, chosen, rates, streamed)
-    (decode,) = (memory for memory in plan.stages if memory.stage == "decode")
-    on_host = sum(
-        item.bytes
-        for item in decode.items
-        if item.kind == "caches" and item.place == "host" and plan.budget.device is not None
-    )
-    return times | {"decode": decode_seconds(work.vae, last, video, rates, on_host)}
+    copied = 0 if plan.budget.device is None else decode_traffic(work, plan.decode)
+    return times | {"decode": decode_seconds(work.vae, last, video, rates, copied)}
 
 
 def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) -> Iterator[str]:
@@ -61,7 +57,11 @@ def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) ->
     yield _row(["peak", *most, *([_time(sum(times.values()))] if times else [])])
     yield ""
     yield from plan.decisions
+    if gpu and (copied := decode_traffic(work, plan.decode)):
+        yield f"decode: {gib(copied)} cross between host and GPU in each clip"
     yield f"disk: {_mib(latent_bytes(work))} for a clip's latents until its video is complete"
+    if stored := plan.decode.store_bytes:
+        yield f"disk: {_mib(stored)} for the finished tiles of the clip that is decoded"
     if rates is not None:
         yield f"times: {rates.source}; without loading and encoding"
     for memory in plan.stages if verbose else ():

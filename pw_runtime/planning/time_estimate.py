@@ -90,16 +90,15 @@ def denoise_seconds(
 
 
 def decode_seconds(
-    config: VaeConfig, stage: StageConfig, video: VideoConfig, rates: Rates, on_host: int = 0
+    config: VaeConfig, stage: StageConfig, video: VideoConfig, rates: Rates, copied: int = 0
 ) -> float:
-    """Estimate one clip's decode; `on_host` bytes of past frames cross twice per latent frame."""
+    """Estimate one clip's decode; `copied` bytes cross between host and device."""
     _, frames, rows, columns = latent_shape(stage, video)
     first, later = _frame_flops(config)
     cells = rows * columns
     attended = 4 * cells * cells * config.decoder_dims[0] * frames
     convolved = (first + later * (frames - 1)) * cells / CELLS**2
-    copied = 2 * on_host * frames / rates.copy
-    return convolved / rates.conv + attended / rates.matmul + copied
+    return convolved / rates.conv + attended / rates.matmul + copied / rates.copy
 
 
 def _frame_flops(config: VaeConfig) -> tuple[int, int]:

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latent -> frames, one latent frame at a time."""
+"""Latent -> frames: one latent frame after the other, or one tile after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pw_kernels import pack_frames, pack_yuv
 from pw_runtime.execution.protocols import Decoder
-from pw_runtime.models.causal_cache import CausalCache, Seam
+from pw_runtime.models.causal_cache import Allocate
 from pw_runtime.models.finite import is_finite, overflow
-from pw_runtime.models.tiling import Strip, blend_ramp, exact_halo, make_bands, make_strips
+from pw_runtime.models.tiling import Rect
+from pw_runtime.stages.decode_tiles import Tiles, make_tiles
+from pw_runtime.system.pinned_memory import PinnedMemory
 from pw_runtime.system.trace import span
 from pw_runtime.types import (
     VAE_STRIDE,
@@ -20,12 +23,36 @@ from pw_runtime.types import (
     FrameChunk,
     Latent,
     PixelFormat,
-    Place,
     TilingConfig,
 )
 
-BLOCK_STRIDE = VAE_STRIDE[2] // 2  # columns of 2x2 pixel blocks in one latent column
-COARSE_STRIDE = 2  # rows, and columns, that the coarse part makes of one
+Advance = Callable[[float], object]
+
+
+class TileStore(Protocol):
+    """Finished tiles of a clip, which wait until the last one is finished.
+
+    Attributes:
+        finished: how many tiles are complete.
+    """
+
+    finished: int
+
+    def open(self, shapes: Sequence[tuple[int, ...]], frames: int) -> None:
+        """Begin, or go on, with tiles whose pixels have these shapes in each of the frames."""
+        ...
+
+    def write(self, pixels: Tensor) -> None:
+        """Append the packed pixels of the next frames of the first tile that is not complete."""
+        ...
+
+    def finish(self) -> None:
+        """Complete that tile: it is on the disk when this returns."""
+        ...
+
+    def read(self, tile: int, start: int, count: int) -> Tensor:
+        """Return the packed pixels of some frames of a complete tile."""
+        ...
 
 
 def decode_frames(
@@ -34,156 +61,170 @@ def decode_frames(
     tiling: TilingConfig,
     compat: Compat,
     pixel_format: PixelFormat = "rgb24",
+    *,
+    store: TileStore | None = None,
+    advance: Advance = lambda frames: None,
 ) -> Iterator[FrameChunk]:
-    """Decode a clip, yielding its frames as they appear: one first, then four at a time.
-
-    Only the decoder's caches of past frames and one chunk of frames are held.
+    """Decode a clip, yielding its frames in order: one first, then four at a time.
 
     Args:
         vae: the decoder.
         latent: [C, T, H, W] on the decoder's device.
-        tiling: strips and how they are joined.
+        tiling: tiles, how they are joined, and in which order they are computed.
         compat: official quirks.
         pixel_format: what the frames are packed as, on the decoder's device.
+        store: of finished tiles, for the order `tiles`. Those that are complete in it are not
+            computed again.
+        advance: called with the number of frames that were made, or the share of them in a tile.
 
     Yields:
         Chunks in order, of 1 or 4 frames of 16 H x 16 W pixels.
 
     Raises:
         BadWeights, BadResult: the decoder gives NaN or infinity.
-        ValueError: truncated bytes in a format other than RGB.
+        ValueError: truncated bytes in a format other than RGB; the order `tiles` without a store.
     """
     if compat.truncating_uint8 and pixel_format != "rgb24":
         raise ValueError(f"truncating_uint8 is for frames as rgb24, got {pixel_format}")
-    decode_frame = _tiled(vae, tiling, *latent.x.shape[2:])
-    start = 0
-    for frame in latent.x.split(1, dim=1):  # [C, 1, H, W]
-        with torch.inference_mode(), span("chunk" if start else "first chunk"):
-            parts = _finite(decode_frame(frame), vae)
-            packed = _packed(parts, latent, pixel_format, truncate=compat.truncating_uint8)
-        frames = len(packed)
-        yield FrameChunk(start=start, pixel_format=pixel_format, frames=packed)
-        del packed  # while the next chunk is made, this one must be free
-        start += frames
+    device, in_turn = latent.x.device, tiling.order == "tiles"
+    kept: Allocate = torch.empty_like
+    if in_turn and device.type == "cuda":
+        kept = PinnedMemory().like
+    tiles = make_tiles(vae, tiling, latent.x.shape, device, kept)
+    clip = _Clip(vae, latent, tiles, pixel_format, compat.truncating_uint8, advance)
+    if not in_turn:
+        yield from clip.frame_by_frame()
+    elif store is None:
+        raise ValueError("decoding tile by tile takes a store for the finished tiles")
+    else:
+        yield from clip.tile_by_tile(store, kept)
 
 
-# Colours of some rows of pixel blocks, [12, F, rows, 8 W], and, where strips were blended, the sum
-# of their weights by pixel column, [16 W], by which the colours are yet to be divided
-Rows = tuple[Tensor, Tensor | None]
-# [C, 1, H, W] -> all rows of its frames, from the top
-DecodeFrame = Callable[[Tensor], Iterator[Rows]]
+class _Clip:
+    """One clip's decode."""
 
+    def __init__(
+        self,
+        vae: Decoder,
+        latent: Latent,
+        tiles: Tiles,
+        pixel_format: PixelFormat,
+        truncate: bool,
+        advance: Advance,
+    ) -> None:
+        self._vae, self._latent, self._tiles = vae, latent, tiles
+        self._format, self._truncate, self._advance = pixel_format, truncate, advance
+        self._height, self._width = (VAE_STRIDE[1] * n for n in latent.x.shape[2:])
 
-def _tiled(vae: Decoder, tiling: TilingConfig, height: int, width: int) -> DecodeFrame:
-    if tiling.tiling == "official":
-        overlap = tiling.overlap
-        return _official(vae, make_strips(width, tiling.strips, overlap), width, overlap)
-    if vae.exact_tiling == "bands":
-        return _exact(vae, make_bands(height, tiling.strips, vae.config), tiling.caches)
-    overlap = max(tiling.overlap, exact_halo(vae.config))
-    return _with_halo(vae, make_strips(width, tiling.strips, overlap))
+    def frame_by_frame(self) -> Iterator[FrameChunk]:
+        """Compute all tiles of a latent frame, then those of the next. One chunk is held."""
+        start = 0
+        for t, frame in enumerate(self._latent.x.split(1, dim=1)):  # [C, 1, H, W]
+            picture = torch.empty(0)
+            with torch.inference_mode(), span("chunk" if start else "first chunk"):
+                shared = self._tiles.shared(frame)
+                for index, rect in enumerate(self._tiles.rects):
+                    pixels = self._pixels(*self._tiles.tile(index, t, shared))
+                    if index == 0:
+                        picture = self._picture(len(pixels))
+                    self._place(pixels, picture, rect)
+                    self._count(len(pixels), rect)
+                del shared, pixels
+            frames = len(picture)
+            yield FrameChunk(start=start, pixel_format=self._format, frames=picture)
+            del picture  # while the next chunk is made, this one must be free
+            start += frames
 
+    def tile_by_tile(self, store: TileStore, kept: Allocate) -> Iterator[FrameChunk]:
+        """Compute a tile of all latent frames, then the next; with the last one, frames appear.
 
-def _finite(parts: Iterator[Rows], vae: Decoder) -> Iterator[Rows]:
-    """Pass rows on. Raises BadWeights, BadResult for NaN or infinity in them."""
-    for blocks, weight in parts:
+        What all tiles of a frame share is computed for all frames first, and kept.
+        """
+        frames = VAE_STRIDE[0] * (self._latent.x.shape[1] - 1) + 1
+        store.open([self._shape(rect.height, rect.width) for rect in self._tiles.rects], frames)
+        last, finished = len(self._tiles.rects) - 1, store.finished
+        for rect in self._tiles.rects[:finished]:
+            self._count(frames, rect)
+        if finished > last:
+            for t in range(self._latent.x.shape[1]):
+                yield self._from_store(store, t, None)
+            return
+        with torch.inference_mode(), span("shared part"):
+            shared = [self._keep(frame, kept) for frame in self._latent.x.split(1, dim=1)]
+        for index in range(self._tiles.replayed_from(finished), last + 1):
+            for t, x in enumerate(shared):
+                with torch.inference_mode(), span("tile"):
+                    colours = self._tiles.tile(index, t, x)
+                    if index < finished:  # only what it hands on is missing
+                        continue
+                    pixels = self._pixels(*colours)
+                    del colours
+                    store.write(pixels)
+                    self._count(len(pixels), self._tiles.rects[index])
+                if index == last:
+                    yield self._from_store(store, t, pixels)
+                del pixels
+            if index >= finished:
+                store.finish()
+
+    def _keep(self, frame: Tensor, kept: Allocate) -> Tensor:
+        """Compute what the tiles of a latent frame share, into memory that is kept."""
+        x = self._tiles.shared(frame)
+        return x if x.device.type == "cpu" else kept(x).copy_(x, non_blocking=True)
+
+    def _from_store(self, store: TileStore, t: int, newest: Tensor | None) -> FrameChunk:
+        """Put together the frames made of latent frame t; the last tile may be at hand."""
+        start, count = (0, 1) if t == 0 else (4 * t - 3, 4)
+        rects, picture = self._tiles.rects, self._picture(count)
+        for index, rect in enumerate(rects):
+            if newest is None or index < len(rects) - 1:
+                self._place(store.read(index, start, count), picture, rect)
+            else:
+                self._place(newest, picture, rect)
+        return FrameChunk(start=start, pixel_format=self._format, frames=picture)
+
+    def _pixels(self, blocks: Tensor, weight: Tensor | None) -> Tensor:
+        """Pack the colours of a tile, on the CPU. Raises BadWeights, BadResult for NaN."""
         if not is_finite(blocks):
-            vae.check_weights()
+            self._vae.check_weights()
             raise overflow("a decoded frame")
-        yield blocks, weight
+        if blocks.shape[-1] == 0:  # a strip that finishes no column
+            shape = self._shape(2 * blocks.shape[2], 0)
+            return torch.empty((blocks.shape[1], *shape), dtype=torch.uint8)
+        with span("pack"):
+            if self._format == "rgb24":
+                return pack_frames(blocks, weight, truncate=self._truncate).cpu()
+            return pack_yuv(blocks, self._format, weight).cpu()
+
+    def _picture(self, count: int) -> Tensor:
+        """Return frames laid out as in `FrameChunk`, with nothing in them."""
+        return torch.empty((count, *self._shape(self._height, self._width)), dtype=torch.uint8)
+
+    def _shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Return the shape of the packed pixels of one frame, or of a tile of it."""
+        return (rows, columns, 3) if self._format == "rgb24" else (rows * 3 // 2, columns)
+
+    def _place(self, pixels: Tensor, picture: Tensor, rect: Rect) -> None:
+        """Copy the packed pixels of a tile to their place in whole frames."""
+        if self._format == "rgb24":
+            picture[:, rect.top : rect.bottom, rect.left : rect.right] = pixels
+            return
+        whole, part = _planes(picture), _planes(pixels)
+        for target, source, size in zip(whole, part, (1, 2, 2), strict=True):
+            rows = slice(rect.top // size, rect.bottom // size)
+            target[:, rows, rect.left // size : rect.right // size] = source
+
+    def _count(self, frames: int, rect: Rect) -> None:
+        """Report that a tile of some frames is made."""
+        self._advance(frames * rect.height * rect.width / (self._height * self._width))
 
 
-def _packed(
-    parts: Iterator[Rows], latent: Latent, pixel_format: PixelFormat, *, truncate: bool
-) -> Tensor:
-    """Pack rows as they arrive into one chunk's frames, laid out as in `FrameChunk`, on the CPU."""
-    height, width = (16 * cells for cells in latent.x.shape[2:])
-    frames, top = torch.empty(0), 0
-    for blocks, weight in parts:
-        count, bottom = blocks.shape[1], top + 2 * blocks.shape[2]
-        if pixel_format == "rgb24":
-            if top == 0:
-                frames = torch.empty((count, height, width, 3), dtype=torch.uint8)
-            with span("pack"):
-                frames[:, top:bottom] = pack_frames(blocks, weight, truncate=truncate)
-        else:
-            if top == 0:
-                frames = torch.empty((count, height * 3 // 2, width), dtype=torch.uint8)
-            with span("pack"):
-                packed = pack_yuv(blocks, pixel_format, weight)
-                _place_planes(packed, frames, top)
-        top = bottom
-    return frames
-
-
-def _place_planes(packed: Tensor, frames: Tensor, top: int) -> None:
-    """Copy the planes of some rows, [F, 3/2 rows, width], into those of whole frames, from `top`.
+def _planes(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the planes Y, U and V of yuv420p frames, [F, 3/2 rows, columns], as views.
 
     U and V follow Y, each with half the rows and columns, two of their lines in one.
     """
-    (count, lines, width), height = packed.shape, frames.shape[1] * 2 // 3
+    count, lines, width = frames.shape
     rows = lines * 2 // 3
-    frames[:, top : top + rows] = packed[:, :rows]
-    whole = frames[:, height:].view(count, 2, height // 2, width // 2)
-    whole[:, :, top // 2 : (top + rows) // 2] = packed[:, rows:].view(count, 2, -1, width // 2)
-
-
-def _exact(vae: Decoder, bands: tuple[slice, ...], caches: Place) -> DecodeFrame:
-    """Decode the coarse part whole, the fine part in bands of rows, each passing on its seam."""
-    coarse_cache, on_host = CausalCache(), caches == "host"
-    memory = [CausalCache(on_host=on_host) for _ in bands]
-
-    def decode_frame(frame: Tensor) -> Iterator[Rows]:
-        x = vae.coarse(frame, coarse_cache)
-        seam = Seam() if len(bands) > 1 else None
-        for band, cache in zip(bands, memory, strict=True):
-            cache.seam = seam
-            if seam is not None:
-                seam.bottom = band is bands[-1]
-            part = x[..., band.start * COARSE_STRIDE : band.stop * COARSE_STRIDE, :]
-            yield vae.fine(part, cache), None
-
-    return decode_frame
-
-
-def _with_halo(vae: Decoder, strips: tuple[Strip, ...]) -> DecodeFrame:
-    """Decode the coarse part whole, the fine part in strips that include the convolutions' halo.
-
-    For engines: a strip is computed from its own columns alone.
-    """
-    coarse_cache = CausalCache()
-    caches = [CausalCache() for _ in strips]
-
-    def decode_frame(frame: Tensor) -> Iterator[Rows]:
-        x = vae.coarse(frame, coarse_cache)
-        parts = []
-        for strip, cache in zip(strips, caches, strict=True):
-            part = vae.fine(x[..., strip.first * COARSE_STRIDE : strip.last * COARSE_STRIDE], cache)
-            skip = (strip.start - strip.first) * BLOCK_STRIDE
-            parts.append(part[..., skip : skip + (strip.stop - strip.start) * BLOCK_STRIDE])
-        yield (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)), None
-
-    return decode_frame
-
-
-def _official(vae: Decoder, strips: tuple[Strip, ...], width: int, overlap: int) -> DecodeFrame:
-    """Decode every strip as a picture of its own, then blend them (decode.py of PixelWizard)."""
-    caches = [(CausalCache(), CausalCache()) for _ in strips]
-    ramps = [blend_ramp(strip, width, overlap) for strip in strips]
-
-    def decode_frame(frame: Tensor) -> Iterator[Rows]:
-        total, weight = frame.new_zeros(()), frame.new_zeros(width * VAE_STRIDE[2])
-        for strip, ramp, (coarse, fine) in zip(strips, ramps, caches, strict=True):
-            part = vae.fine(vae.coarse(frame[..., strip.first : strip.last], coarse), fine)
-            if total.dim() == 0:
-                total = part.new_zeros(*part.shape[:-1], len(weight) // 2)
-            # a pixel column and the one after it belong to one column of blocks; channels are
-            # (colour, column, row)
-            pairs = ramp.to(part.device).view(-1, 2)
-            colours = part.clamp_(-1, 1).unflatten(0, (3, 2, 2))  # [3, 2, 2, F, 8 H, ...]
-            columns = slice(strip.first * BLOCK_STRIDE, strip.last * BLOCK_STRIDE)
-            total[..., columns] += (colours * pairs.T[:, None, None, None]).flatten(0, 2)
-            weight.view(-1, 2)[columns] += pairs
-        yield total, weight.clamp_min(1e-6)
-
-    return decode_frame
+    colour = frames[:, rows:].view(count, 2, rows // 2, width // 2)
+    return frames[:, :rows], colour[:, 0], colour[:, 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,6 @@ from rich.progress import (
 )
 
 from pw_runtime.system.printable import printable
-from pw_runtime.types import FrameChunk
 
 LINE_INTERVAL = 10.0  # seconds between plain lines of one stage
 
@@ -97,12 +96,3 @@ class Reporter:
 def whole(count: float) -> int:
     """Return how many whole steps were counted in parts, whose sum may be off by rounding."""
     return int(count + 1e-6)
-
-
-def count_frames(chunks: Iterable[FrameChunk], advance: Advance) -> Iterator[FrameChunk]:
-    """Pass chunks on, counting their frames."""
-    for chunk in chunks:
-        frames = len(chunk.frames)
-        yield chunk
-        del chunk  # while the next chunk is made, this one must be free
-        advance(frames)

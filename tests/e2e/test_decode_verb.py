@@ -184,7 +184,25 @@ def test_latents_of_which_no_clip_can_be_made(decode, latents, tmp_path, change,
 
 
 def later_format(origin: dict) -> None:
-    origin["format"] = 4
+    origin["format"] = 5
+
+
+@pytest.mark.parametrize(("place", "order"), [("host", "tiles"), ("device", "frames")])
+def test_latents_of_format_3_say_where_past_frames_were(
+    decode, latents, tmp_path, place, order
+) -> None:
+    """Format 4 has the order of the decode instead."""
+
+    def earlier(origin: dict) -> None:
+        origin["format"] = 3
+        for table in (origin["decode"], origin["preset"]["decode"]):
+            del table["order"]
+            table["caches"] = place
+
+    rewrite(latents, change_origin=earlier)
+    assert decode().code == 0
+    receipt = json.loads((tmp_path / "out" / "0.json").read_text())
+    assert receipt["preset"]["decode"]["order"] == order
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -225,7 +243,7 @@ def on_a_gpu(origin: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (later_format, "format 4"),
+        (later_format, "format 5"),
         (other_vae, "made for another VAE"),
         (path_as_id, "cannot name a file"),
         (odd_frames, "wanted 4n+1"),

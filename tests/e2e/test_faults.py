@@ -323,9 +323,9 @@ def test_ctrl_c_keeps_finished_clips_and_leaves_no_partial_one(
     decode = pipeline.decode_frames
     calls = []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
-        chunks = decode(*arguments)
+        chunks = decode(*arguments, **options)
         yield next(chunks)
         if len(calls) == 2:
             raise KeyboardInterrupt

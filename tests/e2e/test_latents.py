@@ -97,8 +97,8 @@ def broken_encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     decode_frames = pipeline.decode_frames
 
-    def run_out(*arguments):
-        yield next(decode_frames(*arguments))
+    def run_out(*arguments, **options):
+        yield next(decode_frames(*arguments, **options))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(pipeline, "decode_frames", run_out)
@@ -137,8 +137,8 @@ import os, signal, sys
 from pw_runtime import pipeline
 from pw_runtime.cli import main as cli
 decode_frames = pipeline.decode_frames
-def killed(*arguments):
-    yield next(decode_frames(*arguments))
+def killed(*arguments, **options):
+    yield next(decode_frames(*arguments, **options))
     os.kill(os.getpid(), signal.SIGKILL)
 pipeline.decode_frames = killed
 cli.main()
@@ -257,9 +257,9 @@ def test_before_the_decode_latents_are_on_the_disk_and_networks_are_gone(
         seen.append(weakref.ref(latent.x))
         return latent
 
-    def compared(vae, latent, *rest):
+    def compared(vae, latent, *rest, **options):
         assert torch.equal(latent.x, decoded.pop(0))
-        return decode_frames(vae, latent, *rest)
+        return decode_frames(vae, latent, *rest, **options)
 
     monkeypatch.setattr(run_module, "load_transformer", loaded)
     monkeypatch.setattr(run_module, "load_decoder", looked)

@@ -210,8 +210,8 @@ def test_a_lock_is_exclusive_and_leaves_nothing(tmp_path: Path) -> None:
 
 TERMINATED = """
 decode_frames = pipeline.decode_frames
-def ended(*arguments):
-    yield next(decode_frames(*arguments))
+def ended(*arguments, **options):
+    yield next(decode_frames(*arguments, **options))
     os.kill(os.getpid(), getattr(signal, os.environ["PW_TEST_SIGNAL"]))
     time.sleep(60)
 pipeline.decode_frames = ended

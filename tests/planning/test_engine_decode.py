@@ -18,8 +18,9 @@ from pw_runtime.execution.decoder_segments import segments_of_decode
 from pw_runtime.models import VaeDecoder
 from pw_runtime.planning.engine_decode import engine_decode_memory
 from pw_runtime.stages import decode
-from pw_runtime.types import Compat, Latent, TilingConfig, VaeConfig
+from pw_runtime.types import Compat, DecodeOrder, Latent, TilingConfig, VaeConfig
 from tests.networks import TINY_VAE
+from tests.stages.stores import Nowhere
 
 
 class Nothing:
@@ -44,12 +45,14 @@ def counted(config: VaeConfig, tiling: TilingConfig, rows: int, columns: int) ->
     vae = SegmentedVae(net, segments, engines)
     with Ledger() as ledger:
         ledger.restart()
-        for chunk in decode.decode_frames(vae, latent, tiling, Compat(), "yuv420p"):
+        chunks = decode.decode_frames(vae, latent, tiling, Compat(), "yuv420p", store=Nowhere())
+        for chunk in chunks:
             packed = chunk.frames.numel()
             del chunk
     return ledger.peak["cpu"] - packed
 
 
+@pytest.mark.parametrize("order", ["frames", "tiles"])
 @pytest.mark.parametrize(
     ("config", "rows", "columns", "strips", "most"),
     [
@@ -65,11 +68,12 @@ def test_a_decode_on_engines_takes_what_the_plan_says(
     columns: int,
     strips: int,
     most: float,
+    order: DecodeOrder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tiling = TilingConfig(strips=strips)
+    tiling = TilingConfig(strips=strips, order=order)
     monkeypatch.setattr(decode, "is_finite", lambda x: True)
     with FakeTensorMode():
         wanted = counted(config, tiling, rows, columns)
-    items = engine_decode_memory(config, tiling, rows, columns, scratch=0)
+    items = engine_decode_memory(config, tiling, 4, rows, columns, scratch=0, pinned=False)
     assert 0.95 * wanted <= sum(item.bytes for item in items) <= most * wanted

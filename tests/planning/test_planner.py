@@ -11,12 +11,23 @@ import pytest
 from pw_export.wan22_configs import NETWORKS
 from pw_runtime.errors import BadRequest
 from pw_runtime.planning.candidates import candidates, decode_candidates
+from pw_runtime.planning.decode_choices import decode_traffic
 from pw_runtime.planning.planner import GIB, fits, make_plan
 from pw_runtime.planning.report import plan_report, seconds_by_stage
 from pw_runtime.planning.time_estimate import KNOWN
 from pw_runtime.planning.workload import Workload, workload
 from pw_runtime.presets import PRESETS
-from pw_runtime.types import Budget, DecodePlan, Precision, RunOptions, RunPlan, TilingConfig
+from pw_runtime.stages.codecs import RECIPES, pixel_format_for
+from pw_runtime.types import (
+    Budget,
+    Codec,
+    Compat,
+    DecodePlan,
+    Precision,
+    RunOptions,
+    RunPlan,
+    TilingConfig,
+)
 
 
 def work_for(
@@ -50,7 +61,7 @@ def test_a_large_gpu_takes_the_fastest_way_of_every_stage() -> None:
     assert plan.text == "device"
     assert {one.weights for one in plan.transformers.values()} == {"resident"}
     assert all(one.share_attention for one in plan.transformers.values())
-    assert plan.decode == DecodePlan(tiling=PRESETS["4k"].decode)
+    assert plan.decode == DecodePlan(tiling=replace(PRESETS["4k"].decode, order="frames"))
     assert all(" would take " not in decision for decision in plan.decisions)
 
 
@@ -75,9 +86,13 @@ def test_engines_of_one_size_keep_their_part_and_leave_the_decoder_itself_as_a_w
     work = replace(work_for(), padded=True, decoder_engines=True)
     found = candidates(work, gpu=True)
     assert {way.choice.chunk for way in found["highres"]} == {8192}
-    assert [way.choice.engines for way in found["decode"]][:2] == [True, False]
-    tilings = [candidate.choice.tiling for candidate in found["decode"][:2]]
-    assert tilings == [PRESETS["4k"].decode] * 2
+    choices = [candidate.choice for candidate in found["decode"][:3]]
+    frames, tiles = (replace(PRESETS["4k"].decode, order=order) for order in ("frames", "tiles"))
+    assert choices == [
+        DecodePlan(tiling=frames, engines=True),
+        DecodePlan(tiling=tiles, engines=True, store_bytes=121 * 3840 * 2144 * 3 // 2),
+        DecodePlan(tiling=frames),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +109,43 @@ def test_a_cpu_decodes_high_pictures_in_bands(height: int, gpu: bool, strips: in
 def test_blended_strips_are_never_recut() -> None:
     official = TilingConfig(tiling="official", strips=4)
     found = candidates(work_for(decode=official), gpu=True)
-    assert [way.choice.tiling for way in found["decode"]] == [official]
+    tilings = [way.choice.tiling for way in found["decode"]]
+    assert tilings == [replace(official, order=order) for order in ("frames", "tiles")]
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpu", "host", "vae"),
+    [
+        ("2k", 16, 14, "fp32"),
+        ("4k", 24, 24, "fp32"),
+        ("4k", 24, 12, "bf16"),
+        ("4k", 16, 24, "fp32"),
+    ],
+)
+def test_tile_by_tile_a_decode_fits_a_card_and_its_host(
+    preset: str, gpu: int, host: int, vae: Precision
+) -> None:
+    """With its past on the host instead it took 40 GiB of host memory at 2K and 68 at 4K."""
+    work = work_for(preset)
+    work = replace(work, options=replace(work.options, vae_precision=vae))
+    budget = Budget(host=host * GIB, device=gpu * GIB)
+    chosen = next(one for one in decode_candidates(work, gpu=True) if fits(one.memory, budget))
+    assert chosen.choice.tiling.order == "tiles"
+    assert decode_traffic(work, chosen.choice) <= 300 * GIB
+
+
+@pytest.mark.parametrize("codec", list(RECIPES))
+@pytest.mark.parametrize("truncating", [False, True])
+def test_the_tiles_on_the_disk_are_as_large_as_planned(codec: Codec, truncating: bool) -> None:
+    work = work_for("nano")
+    compat = Compat(truncating_uint8=truncating)
+    options, preset = replace(work.options, codec=codec), replace(work.preset, compat=compat)
+    work = replace(work, options=options, preset=preset)
+    colours = {"rgb24": 3, "yuv420p": 1.5}[pixel_format_for(codec, compat)]
+    stored = {
+        one.choice.tiling.order: one.choice.store_bytes for one in decode_candidates(work, gpu=True)
+    }
+    assert stored == {"frames": 0, "tiles": 17 * 256 * 128 * colours}
 
 
 def test_what_cannot_work_is_refused_with_a_budget_that_does() -> None:
