@@ -85,7 +85,7 @@ class TileStore:
 
     def write(self, pixels: Tensor) -> None:
         """Append pixels of the next frames, uint8, to the tile in progress. Raises WriteFailed."""
-        data = pixels.contiguous().numpy().tobytes()
+        data = pixels.contiguous().view(-1).numpy().data
         self._hash.update(data)
         position = self._start(self.finished) + self._written
         done = 0
@@ -109,19 +109,14 @@ class TileStore:
 
     def read(self, tile: int, start: int, count: int) -> Tensor:
         """Return pixels of `count` frames of a complete tile, uint8. Raises WriteFailed."""
-        shape = (count, *self._shapes[tile])
-        size = math.prod(shape)
-        data = bytearray(size)
-        position = self._start(tile) + start * math.prod(self._shapes[tile])
+        shape = self._shapes[tile]
+        pixels = torch.empty((count, *shape), dtype=torch.uint8)
+        position = self._start(tile) + start * math.prod(shape)
         try:
-            self._read_into(memoryview(data), position)
+            self._read_into(pixels.view(-1).numpy().data, position)
         except OSError as error:
             raise write_failed(self._path, error) from error
-        return (
-            torch.frombuffer(data, dtype=torch.uint8).view(shape)
-            if size
-            else torch.empty(shape, dtype=torch.uint8)
-        )
+        return pixels
 
     def close(self) -> None:
         """Close the file; it stays where tiles are complete."""
