@@ -30,6 +30,9 @@ PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
 Place = Literal["device", "host"]
 Kernels = Literal["reference", "triton"]
 EnginePolicy = Literal["auto", "engines", "eager"]
+# Division of a transformer block among engines: parts around our attention, attention as an engine
+# of its own between them, or one engine for all of it.
+Blocks = Literal["segments", "attention", "whole"]
 Existing = Literal["refuse", "overwrite", "skip"]  # files of an earlier run
 AttentionKernel = Literal[
     "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
@@ -71,6 +74,12 @@ class StageConfig:
         if self.guidance == 1:
             return ("cond",)
         return ("uncond",) if self.guidance == 0 else ("cond", "uncond")
+
+    def tokens(self, video: VideoConfig) -> int:
+        """Return the video tokens (S) of a clip of this size."""
+        frames = (video.frames - 1) // VAE_STRIDE[0] + 1
+        rows, columns = (n // (VAE_STRIDE[1] * PATCH) for n in (self.height, self.width))
+        return frames * rows * columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +298,7 @@ class RunOptions:
     kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
     attention: AttentionKernel | None = None  # of attention alone; None: the same as `kernels`
     policy: EnginePolicy = "auto"  # which engines the transformers run on
+    blocks: Blocks = "segments"  # of these engines; others need engines that fit the preset
     chunk: int = CHUNK
     draft_only: bool = False
     save_latents: bool = False

@@ -33,12 +33,13 @@ from pw_export.onnx_decoder import decoder_model
 from pw_export.wan22_configs import DRAFT, HIGHRES, VAE
 from pw_kernels.op import using
 from pw_runtime.execution.decoder_segments import DecoderSegment, segments_of_decode
-from pw_runtime.execution.transformer_segments import Segment, segments_of
+from pw_runtime.execution.transformer_segments import WITH_ATTENTION, Segment, segments_of
 from pw_runtime.presets import PRESETS
 from pw_runtime.system.atomic_files import atomic_file, atomic_folder, require_absent, write_text
 from pw_runtime.types import VAE_STRIDE, DitConfig, Precision, Preset, VaeConfig
 
 OPSET: Final = 20  # has Gelu and LayerNormalization, and TensorRT 10.8 and later support it
+ATTENTION_OPSET: Final = 23  # has Attention, which TensorRT for RTX has fused kernels for
 TOKENS: Final = 8192  # per call, of the published networks; large resolutions take many calls
 
 
@@ -145,7 +146,8 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
         {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
         for tensor in spec.inputs
     )
-    translations = _translations()
+    opset = ATTENTION_OPSET if spec.segment in WITH_ATTENTION else OPSET
+    translations = _translations(opset)
     try:
         with _quiet(), using("reference"):
             program = torch.onnx.export(
@@ -156,18 +158,25 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=(axes,) if varying else None,
-                opset_version=OPSET,
+                opset_version=opset,
                 custom_translation_table=translations,
             )
     except torch.onnx.OnnxExporterError as error:
         raise EngineError(f"PyTorch cannot export {spec.segment} to ONNX: {error}") from error
     assert program is not None
-    return _signed(program.model_proto, spec)
+    model = program.model_proto
+    for node in model.graph.node:
+        if node.op_type == "Attention":  # TensorRT takes one output and no defaults
+            del node.output[1:]
+            needed = [attribute for attribute in node.attribute if attribute.name == "scale"]
+            del node.attribute[:]
+            node.attribute.extend(needed)
+    return _signed(model, spec)
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return translations of operators that replace those of PyTorch, for TensorRT's sake."""
-    onnx, op = _package("onnx"), _package("onnxscript").opset20
+    onnx, op = _package("onnx"), getattr(_package("onnxscript"), f"opset{opset}")
 
     def divide(x: Any, y: Any, rounding_mode: str) -> Any:
         # PyTorch's translation divides in fp32, which a GPU may round up to the next integer
@@ -175,10 +184,13 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         assert rounding_mode == "trunc", "the rounding of ONNX's integer division"
         return op.Div(x, y)
 
-    def attend(q: Any, k: Any, v: Any, attn_mask: Any) -> Any:
-        # PyTorch's translation scales q and k by a bf16 factor each, which is off by up to 0.2 %
+    def attend(q: Any, k: Any, v: Any, attn_mask: Any = None) -> Any:
+        # PyTorch's translation scales q and k by a bf16 factor each, which is off by up to 0.2 %;
+        # so does TensorRT with the scale of Attention, even where it is the default
         scale = op.Constant(value_float=q.shape[-1] ** -0.5)
         scaled = op.Cast(op.Mul(op.Cast(q, to=onnx.TensorProto.FLOAT), scale), to=q.dtype)
+        if attn_mask is None:  # over the tokens of a clip: too many for a matrix of logits
+            return op.Attention(scaled, k, v, scale=1.0)[0]
         logits = op.Add(op.MatMul(scaled, op.Transpose(k, perm=[0, 1, 3, 2])), attn_mask)
         return op.MatMul(op.Softmax(logits, axis=-1), v)
 

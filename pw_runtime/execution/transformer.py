@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformer on engines: segments over slices of the tokens, attention between them.
 
-What is not compiled (attention over all tokens, the adapter's backbone, a few rows of numbers) is
-the network's own code.
+Its engines say how a block is divided: attention is an engine where there is one for it, and a block
+is one call where there is an engine for all of it. What is not compiled (attention over all tokens
+otherwise, the adapter's backbone, a few rows of numbers) is the network's own code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import load_dit
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.protocols import ControlInputs, TokenLayout, TokenSlice
-from pw_runtime.execution.transformer_segments import POSITIONS, Segment
+from pw_runtime.execution.transformer_segments import POSITIONS, Segment, heads_at_once
 from pw_runtime.execution.weight_streaming import ResidentWeights, StreamedWeights, Weights
 from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
@@ -26,9 +27,6 @@ from pw_runtime.models.dit import Modulation
 from pw_runtime.models.embeddings import Positions, patchify, rope_tables, sinusoid, unpatchify
 from pw_runtime.models.finite import require_finite_weights
 from pw_runtime.types import RunOptions, StageName, TransformerPlan
-
-# Upper bound for the attention output buffer; above it, attention runs over groups of heads.
-ATTENTION_BYTES = 256 * 2**20
 
 
 def load_transformer(
@@ -77,7 +75,8 @@ class SegmentedDiT:
             engines: one for each segment.
             weights: provides them; None: they are on the device.
             share_attention: let the passes of one step share the first block's self-attention,
-                whose result is kept during the first pass. Both ways give the same bits.
+                whose result is kept during the first pass. Both ways give the same bits. Whole
+                blocks have nothing to share.
             chunk: most tokens per call, where that is less than the engines take.
 
         Raises:
@@ -88,7 +87,9 @@ class SegmentedDiT:
             if self._engines[name].spec != segment.spec:
                 raise ValueError(f"the engine for {name} was made for another segment")
         self._weights = weights or ResidentWeights(net, segments)
-        self._share_attention, self._chunk = share_attention, chunk
+        self._whole_blocks = "block" in engines
+        self._share_attention = share_attention and not self._whole_blocks
+        self._chunk = chunk
 
     def check_weights(self) -> None:
         """Raise BadWeights for weights that are not finite; see `protocols.Transformer`."""
@@ -101,8 +102,8 @@ class SegmentedDiT:
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
         """Compute the keys and values of a text; see `protocols.Transformer`."""
         context, bias = self.net.padded_text(context)
-        limit = dict(self._engines["block_out"].spec.limits)["text"]
-        if self._engines["block_out"].padded:
+        limit = dict(self._engines["text_embed"].spec.limits)["text"]
+        if self._engines["text_embed"].padded:
             missing = limit - len(context)
             context = torch.cat((context, context.new_zeros(missing, context.shape[1])))
             bias = torch.cat((bias, bias.new_full((missing,), float("-inf"))))
@@ -125,7 +126,7 @@ class SegmentedDiT:
         tables = rope_tables(POSITIONS, self.net.config.head_dim, latent.device)
         tokens = positions.grid[0] * positions.grid[1] * positions.grid[2]
         slices, first = [], 0
-        for size in self._slice_sizes("block_in", tokens):
+        for size in self._slice_sizes("embed", tokens):
             origin = positions.place + positions.place.new_tensor([first, 0, 0])
             slices.append(TokenSlice(slice(first, first + size), origin))
             first += size
@@ -154,7 +155,8 @@ class SegmentedDiT:
 
         A pass holds the residual stream, queries, keys and values of all tokens and nothing else
         of that size; the rest is computed slice by slice. Until the end of the first block's
-        self-attention no text has been read, so all passes share it.
+        self-attention no text has been read, so all passes share it. A whole block is one call,
+        and a pass holds the residual stream before and after it.
         """
         if (control is not None) != bool(self.net.config.adapter_dim):
             raise ValueError("the high-res network needs control, the draft network takes none")
@@ -164,16 +166,18 @@ class SegmentedDiT:
             share = self._share_attention and len(results) + 1 < len(texts)
             next_pass_block = int(share)  # where the next pass, or the next step, begins
             x = self._run_sliced(layout, "embed", [_padded(patchify(latent), layout.padded)])[0]
-            x = self._add_control(0, x, control, layout)
-            y = shared_attention
-            if y is None:
-                y = self._self_attention(0, x, modulation, layout, next_pass_block)
-            shared_attention = y if share else None
-            x = x.float()
             for block, keys_values in enumerate(text):
-                if block > 0:
-                    x = self._add_control(block, x, control, layout)
+                x = self._add_control(block, x, control, layout)
+                if self._whole_blocks:
+                    x = self._whole_block(block, x, modulation, layout, keys_values)
+                    on_block()
+                    continue
+                y = shared_attention if block == 0 else None
+                if y is None:
                     y = self._self_attention(block, x, modulation, layout, next_pass_block)
+                if block == 0:
+                    shared_attention = y if share else None
+                x = x.float()
                 self._after_attention(layout, x, y, modulation, keys_values, block)
                 del y
                 on_block()
@@ -224,9 +228,33 @@ class SegmentedDiT:
         result[layout.tokens :] = 0
         tokens, heads, width = q.shape
         size = heads_at_once(tokens, heads, width, q.element_size())
+        attend = self._attention_engine if "attention" in self._engines else attention
         for group in zip(*(tensor.split(size, dim=1) for tensor in (q, k, v)), strict=True):
-            group[0].copy_(attention(*group))
+            group[0].copy_(attend(*group))
         return result
+
+    def _attention_engine(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Run the engine of attention over some heads, [S, heads, K], which it takes first."""
+        inputs = [x.transpose(0, 1)[None].contiguous() for x in (q, k, v)]
+        (out,) = self._run("attention", inputs)
+        return out[0].transpose(0, 1)
+
+    def _whole_block(
+        self,
+        block: int,
+        x: Tensor,
+        modulation: Modulation,
+        layout: TokenLayout,
+        text: TextKeysValues,
+    ) -> Tensor:
+        """Run a block in one call: [S, D] -> [S, D] fp32. The first block of a pass follows."""
+        name = "block" if x.dtype == torch.float32 else "block_first"
+        positions = layout.positions
+        inputs = [x, modulation.blocks[block], positions.cos, positions.sin, positions.place]
+        inputs += [text.keys, text.values, text.bias]
+        next_block = (block + 1) % self.net.config.num_layers
+        (out,) = self._run(name, inputs, block=block, next_block=next_block)
+        return out
 
     def _after_attention(
         self,
@@ -286,21 +314,17 @@ class SegmentedDiT:
         self._weights.release(name, blocks[1])
         return outputs
 
-    def _run(self, name: str, inputs: list[Tensor], *, block: int = 0) -> list[Tensor]:
-        """Run an engine once."""
+    def _run(
+        self, name: str, inputs: list[Tensor], *, block: int = 0, next_block: int = 0
+    ) -> list[Tensor]:
+        """Run an engine once, with the weights of a block; it will run for `next_block` next."""
         engine = self._engines[name]
         inputs = inputs + self._weights.acquire(name, block)
         sizes = engine.spec.sizes(inputs)
         outputs = _outputs(engine, sizes, inputs[0].device)
         engine.run(inputs, outputs)
-        self._weights.release(name, block + 1)
+        self._weights.release(name, next_block)
         return outputs
-
-
-def heads_at_once(tokens: int, heads: int, width: int, itemsize: int) -> int:
-    """Return how many heads attention runs over at a time, in groups as even as possible."""
-    most = min(heads, max(1, ATTENTION_BYTES // (tokens * width * itemsize)))
-    return -(-heads // -(-heads // most))
 
 
 def _outputs(engine: Engine, sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:

@@ -2,7 +2,8 @@
 """The transformer divided into segments, each of which is compiled once for all resolutions.
 
 Everything in a Wan network but self-attention works token by token, so a segment takes any slice of
-a clip's tokens, up to a limit. Weights are inputs: one engine of a segment serves all blocks, and
+a clip's tokens, up to a limit. Two other divisions have engines for self-attention too, which take
+all tokens at once: `attention`, between the same segments, and `block`, a whole block. Weights are inputs: one engine of a segment serves all blocks, and
 every checkpoint of these widths. A segment calls the methods of the network itself. The adapter's
 backbone is not among them: it does not work by tokens, and runs once per clip.
 """
@@ -13,21 +14,29 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import pw_kernels
-from pw_engines import DType, EngineSpec, TensorSpec, digest_of, dtype_name
+from pw_engines import DTYPES, DType, EngineSpec, TensorSpec, digest_of, dtype_name
 from pw_runtime import models
 from pw_runtime.models import WanDiT
+from pw_runtime.models.blocks import TextKeysValues
+from pw_runtime.models.embeddings import Positions
 from pw_runtime.models.precision import store_dit_weight
-from pw_runtime.types import PATCH, DitConfig, Precision
+from pw_runtime.types import PATCH, Blocks, DitConfig, Precision
 
 POSITIONS = 1024  # rows of the rotary tables that engines take: the longest side of a token grid
 TEXT_PADDING = 8  # keys beyond text_len, for those that represent the padding
 FIRST_BLOCK = "blocks.0."  # prefix of the names of a block's weights, for any block
+# Segments with the self-attention, whose limit is all tokens of a clip.
+WITH_ATTENTION: Final = ("attention", "block", "block_first")
+# Upper bound for the attention output buffer; above it, attention runs over groups of heads.
+ATTENTION_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +64,89 @@ class _Definition:
     outputs: tuple[TensorSpec, ...]
 
 
-def segments_of(config: DitConfig, precision: Precision, limit: int) -> dict[str, Segment]:
+def segments_of(
+    config: DitConfig,
+    precision: Precision,
+    limit: int,
+    *,
+    blocks: Blocks = "segments",
+    tokens: int = 0,
+) -> dict[str, Segment]:
     """Return every segment of a network by name.
 
     Args:
         config: of the network; the number of blocks does not matter.
         precision: of its weights.
         limit: most tokens per call.
+        blocks: how a block is divided.
+        tokens: all tokens of a clip, which WITH_ATTENTION take in one call.
     """
     net = _network_without_weights(config, precision)
-    limits = (("tokens", limit), ("text", config.text_len + TEXT_PADDING))
-    return {
-        definition.name: _segment(definition, net, limits)
-        for definition in _definitions(config, precision)
-    }
+    segments = {}
+    for definition in _divided(_definitions(config, precision), config, blocks, tokens):
+        most = tokens if definition.name in WITH_ATTENTION else limit
+        limits = (("tokens", most), ("text", config.text_len + TEXT_PADDING))
+        segments[definition.name] = _segment(definition, net, limits)
+    return segments
+
+
+def _divided(
+    definitions: list[_Definition], config: DitConfig, blocks: Blocks, tokens: int
+) -> list[_Definition]:
+    """Return the definitions for a division of the block, from those of its segments."""
+    if blocks == "segments":
+        return definitions
+    by_name = {definition.name: definition for definition in definitions}
+    before, after = by_name["block_in"], by_name["block_out"]
+    if blocks == "attention":
+        low = before.outputs[0].dtype
+        heads = heads_at_once(tokens, config.num_heads, config.head_dim, DTYPES[low].itemsize)
+        # Heads before tokens: the only order that TensorRT for RTX has kernels for.
+        shape = (1, heads, "tokens", config.head_dim)
+        attention = _Definition(
+            name="attention",
+            compute=lambda net, *qkv: F.scaled_dot_product_attention(*qkv),
+            weights=(),
+            inputs=tuple(_tensor(name, low, *shape) for name in "qkv"),
+            outputs=(_tensor("y", low, *shape),),
+        )
+        return [*definitions, attention]
+    block = _Definition(
+        name="block",
+        compute=_whole_block,
+        weights=before.weights + after.weights,
+        inputs=(*before.inputs, *after.inputs[3:]),
+        outputs=after.outputs,
+    )
+    whole = [block]
+    if first := by_name.get("block_in_first"):
+        inputs = (first.inputs[0], *block.inputs[1:])
+        whole.append(replace(block, name="block_first", inputs=inputs))
+    parts = ("block_in", "block_in_first", "block_out")
+    return [*(x for x in definitions if x.name not in parts), *whole]
+
+
+def _whole_block(
+    net: WanDiT,
+    x: Tensor,
+    rows: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    origin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """Run a block; it overwrites x, which an engine must leave unchanged."""
+    positions = Positions((0, 0, 0), cos, sin, origin)  # the grid is in the origin
+    result: Tensor = net.blocks[0](x.clone(), rows, positions, TextKeysValues(keys, values, bias))
+    return result
+
+
+def heads_at_once(tokens: int, heads: int, width: int, itemsize: int) -> int:
+    """Return how many heads attention runs over at a time: the largest equal groups that fit."""
+    most = max(1, ATTENTION_BYTES // (tokens * width * itemsize))
+    return max(size for size in range(1, heads + 1) if heads % size == 0 and size <= most)
 
 
 def _definitions(config: DitConfig, precision: Precision) -> list[_Definition]:

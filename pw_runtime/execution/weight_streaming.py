@@ -3,7 +3,8 @@
 
 Resident weights are on the device. Streamed weights are in host memory or in the bundle's files,
 and each segment has one slot on the device: while one segment of a block runs, and during the
-attention between them, the other segment's slot is filled for its next block.
+attention between them, the other segment's slot is filled for its next block. A whole block has one
+slot, which is filled between its calls.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pw_runtime.models import WanDiT
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.types import Precision
 
-STREAMED = ("block_in", "block_out")  # that every step runs once per block
+# Segments that every step runs once per block, as the block is divided.
+STREAMED = ("block_in", "block_out", "block")
 
 
 class Weights(Protocol):
@@ -89,6 +91,7 @@ class StreamedWeights:
         self._slots = {
             name: _Slot([self._converted(key) for key in names_in_block(segments[name], 0)], device)
             for name in STREAMED
+            if name in segments
         }
         for name, slot in self._slots.items():
             slot.filling = self._thread.submit(self._fill, name, 0)
@@ -123,9 +126,9 @@ class StreamedWeights:
 
     def _slot(self, segment: str) -> tuple[str, _Slot] | None:
         """Find the slot of a segment; segments with the same weights share one."""
-        if not self._segments[segment].weights[0].startswith(FIRST_BLOCK):
-            return None
         weights = self._segments[segment].weights
+        if not weights or not weights[0].startswith(FIRST_BLOCK):
+            return None
         for name, slot in self._slots.items():
             if self._segments[name].weights == weights:
                 return name, slot

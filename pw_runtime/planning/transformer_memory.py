@@ -14,8 +14,7 @@ import torch
 
 from pw_engines import DTYPES
 from pw_runtime.checkpoint.loader import is_streamed
-from pw_runtime.execution.transformer import heads_at_once
-from pw_runtime.execution.transformer_segments import POSITIONS, segments_of
+from pw_runtime.execution.transformer_segments import POSITIONS, heads_at_once, segments_of
 from pw_runtime.execution.weight_streaming import STREAMED
 from pw_runtime.models import expected_shapes
 from pw_runtime.models.blocks import pad_biases
@@ -63,7 +62,7 @@ def weight_bytes(config: DitConfig, precision: Precision) -> WeightBytes:
     return WeightBytes(
         blocks=blocks,
         rest=sum(sizes.values()) - blocks,
-        slots=sum(by_segment[name] for name in STREAMED),
+        slots=sum(by_segment[name] for name in STREAMED if name in segments),
         largest_text=by_segment["text_keys_values"],
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,12 +20,17 @@ from pw_engines.engine import random_inputs
 from pw_runtime import models
 from pw_runtime.execution import transformer_segments
 from pw_runtime.execution.transformer import SegmentedDiT, _aligned_sizes
-from pw_runtime.execution.transformer_segments import FIRST_BLOCK, segments_of
+from pw_runtime.execution.transformer_segments import (
+    ATTENTION_BYTES,
+    FIRST_BLOCK,
+    heads_at_once,
+    segments_of,
+)
 from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
 from pw_runtime.models.embeddings import sinusoid
 from pw_runtime.models.precision import store_dit_weight
-from pw_runtime.types import DitConfig, Precision
+from pw_runtime.types import Blocks, DitConfig, Precision
 from tests.closeness import max_abs, relative_l2
 
 CPU = torch.device("cpu")
@@ -56,9 +61,10 @@ def segmented(
     precision: Precision,
     limit: int,
     engine_class: type[EagerEngine] = EagerEngine,
+    blocks: Blocks = "segments",
     **options: Any,
 ) -> SegmentedDiT:
-    segments = segments_of(net.config, precision, limit)
+    segments = segments_of(net.config, precision, limit, blocks=blocks, tokens=TOKENS)
     engines = {
         name: engine_class(segment.spec, segment.module) for name, segment in segments.items()
     }
@@ -70,6 +76,7 @@ def normal(*shape: int) -> Tensor:
 
 
 LATENT = (48, 2, 6, 8)  # 2x3x4 tokens
+TOKENS = 24
 
 
 def whole_velocities(net: WanDiT, lengths: Sequence[int]) -> list[Tensor]:
@@ -121,6 +128,58 @@ def test_equals_the_whole_network(config: DitConfig, precision: Precision, limit
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", [DRAFT, HIGHRES], ids=["draft", "highres"])
+@pytest.mark.parametrize("blocks", ["attention", "whole"])
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
+def test_every_division_of_a_block_gives_the_same_bits(
+    config: DitConfig, precision: Precision, blocks: Blocks, share: bool
+) -> None:
+    """In one chunk: the arithmetic is the same, in other calls."""
+    net = network(config, precision)
+    expected = velocities(segmented(net, precision, TOKENS), [7, 3, 5])
+    got = velocities(
+        segmented(net, precision, TOKENS, blocks=blocks, share_attention=share), [7, 3, 5]
+    )
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+def test_chunks_around_an_attention_engine_and_around_whole_blocks() -> None:
+    net = network(HIGHRES, "fp32")
+    chunks = velocities(segmented(net, "fp32", 9), [7, 3])
+    on_engine = velocities(segmented(net, "fp32", 9, blocks="attention"), [7, 3])
+    assert all(torch.equal(*pair) for pair in zip(on_engine, chunks, strict=True))
+    whole = velocities(segmented(net, "fp32", 9, blocks="whole"), [7, 3])
+    for got, expected in zip(whole, chunks, strict=True):
+        assert max_abs(got, expected) <= 1e-5 * expected.abs().max().item()
+
+
+def test_an_attention_engine_takes_a_few_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network(DRAFT, "fp32")
+    together = velocities(segmented(net, "fp32", 9), [7])
+    monkeypatch.setattr("pw_runtime.execution.transformer_segments.ATTENTION_BYTES", 1)
+    one_by_one = segmented(net, "fp32", 9, blocks="attention")
+    assert one_by_one._engines["attention"].spec.inputs[0].shape == (1, 1, "tokens", 24)
+    assert torch.equal(velocities(one_by_one, [7])[0], together[0])
+
+
+def test_a_division_has_the_engines_it_needs_and_no_others() -> None:
+    names = {
+        blocks: set(segments_of(DRAFT, "bf16", 8, blocks=blocks, tokens=TOKENS))
+        for blocks in get_args(Blocks)
+    }
+    parts = {"block_in", "block_in_first", "block_out"}
+    assert names["attention"] == names["segments"] | {"attention"}
+    assert names["whole"] == names["segments"] - parts | {"block", "block_first"}
+
+
+@pytest.mark.parametrize(
+    ("heads", "most", "expected"), [(24, 24, 24), (24, 9, 8), (24, 4, 4), (5, 4, 1)]
+)
+def test_groups_of_heads_are_equal(heads: int, most: int, expected: int) -> None:
+    assert heads_at_once(1, heads, ATTENTION_BYTES // most, 1) == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_sharing_the_first_attention_changes_no_bit(precision: Precision) -> None:
     net = network(HIGHRES, precision)
     shared, apart = (
@@ -133,7 +192,7 @@ def test_sharing_the_first_attention_changes_no_bit(precision: Precision) -> Non
 def test_heads_a_few_at_a_time_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(HIGHRES, "fp32")
     together = velocities(segmented(net, "fp32", 9), [7, 3])
-    monkeypatch.setattr("pw_runtime.execution.transformer.ATTENTION_BYTES", 1)
+    monkeypatch.setattr("pw_runtime.execution.transformer_segments.ATTENTION_BYTES", 1)
     one_by_one = velocities(segmented(net, "fp32", 9), [7, 3])
     assert all(torch.equal(*pair) for pair in zip(together, one_by_one, strict=True))
 
@@ -167,11 +226,12 @@ def test_padding_changes_nothing(limit: int, text_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("config", [DRAFT, HIGHRES], ids=["draft", "highres"])
-def test_no_weight_is_forgotten(config: DitConfig) -> None:
+@pytest.mark.parametrize("blocks", ["segments", "whole"])
+def test_no_weight_is_forgotten(config: DitConfig, blocks: Blocks) -> None:
     net = network(config, "bf16")
     used = {
         name.replace(FIRST_BLOCK, f"blocks.{index}.", 1)
-        for segment in segments_of(config, "bf16", 64).values()
+        for segment in segments_of(config, "bf16", 64, blocks=blocks, tokens=64).values()
         for name in segment.weights
         for index in range(config.num_layers)
     }
@@ -198,8 +258,10 @@ def test_depth_and_resolution_make_no_other_engine() -> None:
     }
 
 
-def test_inputs_are_left_as_they_are() -> None:
-    for segment in segments_of(HIGHRES, "bf16", 12).values():
+@pytest.mark.parametrize("blocks", get_args(Blocks))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_inputs_are_left_as_they_are(precision: Precision, blocks: Blocks) -> None:
+    for segment in segments_of(HIGHRES, precision, 12, blocks=blocks, tokens=TOKENS).values():
         sizes = dict(segment.spec.limits)
         inputs = random_inputs(segment.spec, sizes, CPU, seed=0)
         before = [x.clone() for x in inputs]

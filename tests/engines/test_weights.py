@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from pw_runtime.execution.transformer_segments import segments_of
 from pw_runtime.execution.weight_streaming import StreamedWeights
 from pw_runtime.models import WanDiT
 from pw_runtime.models.precision import store_dit_weight
-from pw_runtime.types import Precision
-from tests.engines.test_segments import CPU, HIGHRES, network, segmented, velocities
+from pw_runtime.types import Blocks, Precision
+from tests.engines.test_segments import CPU, HIGHRES, TOKENS, network, segmented, velocities
 
 
 def elsewhere(net: WanDiT, precision: Precision) -> WanDiT:
@@ -33,18 +34,17 @@ def elsewhere(net: WanDiT, precision: Precision) -> WanDiT:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("share", [True, False])
-def test_streamed_weights_change_no_bit(precision: Precision, share: bool) -> None:
+@pytest.mark.parametrize("blocks", get_args(Blocks))
+def test_streamed_weights_change_no_bit(precision: Precision, share: bool, blocks: Blocks) -> None:
     net = network(HIGHRES, precision)
-    expected = velocities(segmented(net, precision, 9), [7, 3])
+    expected = velocities(segmented(net, precision, 9, blocks=blocks), [7, 3])
     streamed = elsewhere(net, precision)
-    weights = StreamedWeights(streamed, segments_of(HIGHRES, precision, 9), precision, CPU)
+    segments = segments_of(HIGHRES, precision, 9, blocks=blocks, tokens=TOKENS)
+    weights = StreamedWeights(streamed, segments, precision, CPU)
     try:
-        got = velocities(
-            segmented(streamed, precision, 9, weights=weights, share_attention=share), [7, 3]
-        )
-        again = velocities(
-            segmented(streamed, precision, 9, weights=weights, share_attention=share), [7, 3]
-        )
+        options: dict[str, Any] = {"weights": weights, "share_attention": share, "blocks": blocks}
+        got = velocities(segmented(streamed, precision, 9, **options), [7, 3])
+        again = velocities(segmented(streamed, precision, 9, **options), [7, 3])
     finally:
         weights.close()
     for reference, first, second in zip(expected, got, again, strict=True):

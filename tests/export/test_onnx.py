@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 import pytest
@@ -26,7 +26,7 @@ from pw_export.onnx_export import export_onnx, export_segment
 from pw_kernels.op import using
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.transformer_segments import Segment, segments_of
-from pw_runtime.types import Precision
+from pw_runtime.types import Blocks, Precision
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.segments import aligned
 from tests.export.runners import run_reference, run_widened
@@ -41,7 +41,10 @@ FP32, BF16 = 1e-6, 1e-2  # relative L2; measured: at most 3e-7 and 6e-3
 def segments(precision: Precision) -> dict[str, Segment]:
     """List every segment of the two networks, which differ in modulation and adapter."""
     draft = segments_of(TINY_DRAFT, precision, TOKENS)
-    return segments_of(TINY_HIGHRES, precision, TOKENS) | {"draft": draft["modulation"]}
+    every: dict[str, Segment] = {}
+    for blocks in get_args(Blocks):
+        every |= segments_of(TINY_HIGHRES, precision, TOKENS, blocks=blocks, tokens=TOKENS)
+    return every | {"draft": draft["modulation"]}
 
 
 @cache
