@@ -69,6 +69,11 @@ def find_preset(name: str) -> Preset:
     return read_preset(Path(name))
 
 
+def preset_name(preset: Preset) -> str:
+    """Return the preset's name for the command line; "FILE.toml" for one read from a file."""
+    return next((name for name, known in PRESETS.items() if known == preset), "FILE.toml")
+
+
 def read_preset(path: Path) -> Preset:
     """Read and check a preset file (docs/presets.md). Raises BadRequest."""
     try:

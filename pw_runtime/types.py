@@ -39,8 +39,8 @@ AttentionKernel = Literal[
 ]
 
 Residency = Literal["resident", "streamed", "mapped"]
-# "staging" are weights on their way to where the stage computes.
-MemoryKind = Literal["weights", "staging", "caches", "activations", "process"]
+# "staging" are weights on their way to where the stage computes, "scratch" is memory of engines.
+MemoryKind = Literal["weights", "staging", "caches", "activations", "scratch", "process"]
 NoticeKind = Literal["fallback", "text", "noise", "disk"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell

@@ -39,10 +39,16 @@ from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import decoder_segments
 from pw_runtime.execution.decoder_segments import source_digest as decoder_source_digest
-from pw_runtime.execution.engine_lookup import COMPILERS, Compiler, CompilerName, keys_of
+from pw_runtime.execution.engine_lookup import (
+    COMPILERS,
+    Compiler,
+    CompilerName,
+    in_order,
+    keys_of,
+)
 from pw_runtime.execution.transformer_segments import Segment, segments_of, source_digest
 from pw_runtime.system.places import require_temporary_room
-from pw_runtime.types import DitConfig, Precision, Preset
+from pw_runtime.types import Blocks, DitConfig, Precision, Preset
 
 # Free bytes that a build needs for temporary files: AOTInductor's precompiled headers were 290 MB.
 ROOM: Final = 512 * 2**20
@@ -64,15 +70,22 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TransformerSource:
-    """A transformer, for any checkpoint of its config."""
+    """A transformer, for any checkpoint of its config.
+
+    Engines with attention inside take `tokens`, those of a preset's clip.
+    """
 
     config: DitConfig
     precision: Precision
     chunk: int
+    blocks: Blocks = "segments"
+    tokens: int = 0
 
     def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
         """Return the segments; compiler and device do not matter, as weights are inputs."""
-        return segments_of(self.config, self.precision, self.chunk)
+        return segments_of(
+            self.config, self.precision, self.chunk, blocks=self.blocks, tokens=self.tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +154,9 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
     }
     builders = by_torch if frontend == "torch-tensorrt" else others
     reasons = {
-        name: unavailable(device)
-        for name, unavailable in builders.items()
-        if backend in ("auto", COMPILERS[name].backend)
+        name: builders[name](device)
+        for name in in_order(device)
+        if name in builders and backend in ("auto", COMPILERS[name].backend)
     }
     for name, reason in reasons.items():
         if reason is None:
@@ -154,6 +167,27 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
         got="; ".join(filter(None, reasons.values())),
         do="mend what is said above, or generate without engines, which needs no `pw build`",
     )
+
+
+def require_attention_compiler(blocks: Blocks, name: CompilerName, preset: Preset | None) -> None:
+    """Raise BadRequest where engines with attention inside cannot be built by a compiler.
+
+    Their size is that of a preset's clips.
+    """
+    if blocks == "segments":
+        return
+    if name != "tensorrt-rtx":
+        raise BadRequest(
+            f"--blocks {blocks} is for TensorRT for RTX, which has kernels for attention this long",
+            got=f"the compiler {name}",
+            do="add --backend tensorrt-rtx, or leave --blocks out",
+        )
+    if preset is None:
+        raise BadRequest(
+            f"--blocks {blocks} makes engines that take all tokens of a clip at once",
+            got="no preset to count them by",
+            do="add --preset",
+        )
 
 
 def platform_for(name: CompilerName, device: torch.device, targets: Sequence[str] = ()) -> Platform:

@@ -15,6 +15,7 @@ from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.cli.options import (
     FOLDER,
     PresetName,
+    blocks_option,
     chunk_option,
     device_option,
     precision_option,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.execution.engine_lookup import CompilerName
     from pw_runtime.system.progress import Reporter
-    from pw_runtime.types import DitConfig, Precision, Preset
+    from pw_runtime.types import Blocks, DitConfig, Precision, Preset
 
 
 @click.command()
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     type=click.Choice(["onnx", "torch-tensorrt"]),
     help="How networks are passed to TensorRT. [default: onnx]",
 )
+@blocks_option
 @chunk_option
 @precision_option
 @device_option
@@ -71,8 +73,9 @@ if TYPE_CHECKING:
 @click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 def build(**options: Any) -> int:
     """Compile a model's transformers, once for all presets; with --preset also the decoder."""
-    from pw_export.build import pick_compiler, platform_for
+    from pw_export.build import pick_compiler, platform_for, require_attention_compiler
     from pw_runtime.checkpoint.bundle import open_bundle
+    from pw_runtime.execution.block_division import require_attention_precision
     from pw_runtime.job.preflight import default_precision, pick_device
     from pw_runtime.presets import find_preset
     from pw_runtime.system.progress import Reporter
@@ -81,28 +84,32 @@ def build(**options: Any) -> int:
     precision = default_precision(options["precision"], device)
     bundle = open_bundle(options["model"])
     preset = None if options["preset"] is None else find_preset(options["preset"])
-    chunk, folder = options["chunk"], options["onnx_only"]
+    chunk, folder, blocks = options["chunk"], options["onnx_only"], options["blocks"]
     if folder is not None:
-        for flag in ("dry_run", "frontend"):
-            if options[flag]:
-                name = flag.replace("_", "-")
+        others = {"dry-run": options["dry_run"], "frontend": options["frontend"]}
+        for name, given in (others | {"blocks": blocks != "segments"}).items():
+            if given:
                 raise BadRequest(
                     f"--onnx-only and --{name} contradict each other", do="leave one of them out"
                 )
         return _export_onnx(bundle, precision, chunk, folder, preset, reporter)
     targets, backend = options["targets"], options["backend"]
-    compiler = pick_compiler(
-        "tensorrt-rtx" if targets and backend == "auto" else backend, options["frontend"], device
-    )
+    if backend == "auto" and (targets or blocks != "segments"):
+        backend = "tensorrt-rtx"
+    compiler = pick_compiler(backend, options["frontend"], device)
     platform = platform_for(compiler, device, targets)
     if compiler == "tensorrt-rtx" and options["precision"] is None:
         precision = "bf16"  # for a GPU, wherever it is built
-    sources = _sources(bundle, precision, chunk, preset, compiler)
+    require_attention_compiler(blocks, compiler, preset)
+    require_attention_precision(blocks, precision)
+    sources = _sources(bundle, precision, chunk, preset, compiler, blocks)
     where = dict(platform).get("targets", str(device)).replace(" ", ", ")
     heading = f"{compiler} engines for {where}, {precision}, up to {chunk} tokens"
     jobs = _pending(sources, compiler, device, platform, heading, reporter)
     if preset is not None:
         last = preset.highres or preset.draft
+        if blocks != "segments":
+            reporter.say(f"blocks as {blocks}: for clips of this preset only")
         reporter.say(f"the decoder's engines are for {last.width}x{last.height} only")
     if options["dry_run"]:
         for job in jobs:
@@ -141,15 +148,33 @@ def _configs(bundle: Bundle) -> dict[str, DitConfig]:
 
 
 def _sources(
-    bundle: Bundle, precision: Precision, chunk: int, preset: Preset | None, compiler: CompilerName
+    bundle: Bundle,
+    precision: Precision,
+    chunk: int,
+    preset: Preset | None,
+    compiler: CompilerName,
+    blocks: Blocks,
 ) -> list[Source]:
-    """List the networks to build engines for."""
+    """List the networks to build engines for: those of the preset's stages, if they depend on it.
+
+    Raises BadWeights where the bundle lacks one of these.
+    """
     from pw_export.build import DecoderSource, TransformerSource
     from pw_runtime.checkpoint.bundle import verify
+    from pw_runtime.checkpoint.loader import require_dit
     from pw_runtime.execution.engine_lookup import COMPILERS
 
-    configs = _configs(bundle).values()
-    sources: list[Source] = [TransformerSource(config, precision, chunk) for config in configs]
+    sources: list[Source]
+    if blocks == "segments" or preset is None:
+        configs = _configs(bundle).values()
+        sources = [TransformerSource(config, precision, chunk) for config in configs]
+    else:
+        sources = [
+            TransformerSource(
+                require_dit(bundle, name), precision, chunk, blocks, stage.tokens(preset.video)
+            )
+            for name, stage in preset.stages().items()
+        ]
     if preset is not None:
         if COMPILERS[compiler].bakes_weights:
             verify(bundle, bundle.networks.vae.files)

@@ -14,6 +14,7 @@ from pw_runtime.cli.options import (
     FILE,
     FOLDER,
     PresetName,
+    blocks_option,
     chunk_option,
     device_option,
     exit_code,
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     help="auto: use engines made by `pw build` if there are any; engines: require them for the "
     "transformers; eager: use none.",
 )
+@blocks_option
 @chunk_option
 @trace_option
 @click.option("--quiet", is_flag=True, help="Print only warnings, errors and finished clips.")

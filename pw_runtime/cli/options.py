@@ -12,7 +12,7 @@ import click
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.errors import BadResult, WriteFailed
-from pw_runtime.types import CHUNK, CHUNKS, Codec, Precision
+from pw_runtime.types import CHUNK, CHUNKS, Blocks, Codec, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,6 +81,15 @@ chunk_option = click.option(
     default=CHUNK,
     show_default=True,
     help="Maximum tokens per engine call; must match between `pw build` and `pw generate`.",
+)
+blocks_option = click.option(
+    "--blocks",
+    type=click.Choice(get_args(Blocks)),
+    default="segments",
+    show_default=True,
+    help="Division of a transformer block among engines: parts around our attention (segments), "
+    "with attention as an engine of its own, or whole. The latter two are for TensorRT for RTX in "
+    "bf16, and fit one preset.",
 )
 precision_option = click.option(
     "--precision",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -13,6 +13,7 @@ from pw_runtime.cli.options import (
     CODECS,
     FOLDER,
     PresetName,
+    blocks_option,
     chunk_option,
     gpu_memory_option,
     host_memory_option,
@@ -20,7 +21,7 @@ from pw_runtime.cli.options import (
     vae_precision_option,
 )
 from pw_runtime.errors import BadRequest
-from pw_runtime.types import Network, RunOptions
+from pw_runtime.types import Blocks, Network, RunOptions
 
 if TYPE_CHECKING:
     from pw_runtime.planning.workload import Workload
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--draft-only", is_flag=True, help="Stop after the draft.")
 @precision_option
 @vae_precision_option
+@blocks_option
 @chunk_option
 @click.option("--verbose", is_flag=True, help="List what is in memory at each stage's peak.")
 def plan(**options: Any) -> int:
@@ -53,13 +55,14 @@ def plan(**options: Any) -> int:
 
     from pw_export.wan22_configs import NETWORKS
     from pw_runtime.checkpoint.bundle import open_bundle
+    from pw_runtime.execution.block_division import require_attention_precision
     from pw_runtime.job.preflight import default_precision
     from pw_runtime.planning.candidates import candidates
     from pw_runtime.planning.planner import make_plan
-    from pw_runtime.planning.report import plan_report
+    from pw_runtime.planning.report import division_report, plan_report
     from pw_runtime.planning.time_estimate import KNOWN, measure_rates
     from pw_runtime.planning.workload import budget_of, workload
-    from pw_runtime.presets import find_preset
+    from pw_runtime.presets import find_preset, preset_name
 
     budgeted = options["gpu_memory"] is not None
     device = torch.device("cuda" if budgeted or torch.cuda.is_available() else "cpu")
@@ -76,16 +79,27 @@ def plan(**options: Any) -> int:
         precision=precision,
         vae_precision=options["vae_precision"],
         device=str(device),
+        blocks=options["blocks"],
         chunk=options["chunk"],
         draft_only=options["draft_only"],
     )
+    require_attention_precision(run_options.blocks, precision)
     preset = find_preset(options["preset"])
     work = workload(networks, preset, run_options)
+    budget = budget_of(device, options["gpu_memory"], options["host_memory"])
     if options["target"] is not None:
         if device.type == "cpu":
             raise BadRequest("--target is for a GPU", do="add its memory: --gpu-memory 16GiB")
-        work = _on_engines(work, options["target"])
-    budget = budget_of(device, options["gpu_memory"], options["host_memory"])
+        divisions = _divisions(work, options["target"])
+        for line in division_report(divisions, budget, run_options.blocks):
+            click.echo(line)
+        work = _chosen(divisions, options["target"], preset_name(preset), run_options.blocks)
+    elif run_options.blocks != "segments":
+        raise BadRequest(
+            f"--blocks {run_options.blocks} is planned with engines that were built",
+            got="no --target",
+            do="add --target, sm_89 for instance, or leave --blocks out",
+        )
     run_plan = make_plan(candidates(work, gpu=budget.device is not None), budget)
     if options["gpu"] is not None and precision != "bf16":
         raise BadRequest(
@@ -102,10 +116,11 @@ def plan(**options: Any) -> int:
     return DONE
 
 
-def _on_engines(work: Workload, target: str) -> Workload:
-    """Return the workload on the engines in the store; the decoder's are optional.
+def _divisions(work: Workload, target: str) -> dict[Blocks, Workload | str]:
+    """Return the workload on the engines in the store for each division of a block.
 
-    Raises BadRequest where the target is unknown, or a transformer's engines are not built for it.
+    A text says what is missing. The decoder's engines are optional. Raises BadRequest where the
+    target is unknown.
     """
     from pw_engines import EngineStore
     from pw_engines.tensorrt import rtx
@@ -116,21 +131,47 @@ def _on_engines(work: Workload, target: str) -> Workload:
     if reason := rtx.cannot_build([target]):
         raise BadRequest("there is no plan for this target", got=reason)
     store, options = EngineStore(), work.options
-    scratch: dict[Network, int] = {}
-    for name, config in work.transformers.items():
-        segments = segments_of(config, options.compute_precision, options.chunk)
-        found = scratch_for(segments, store, target)
-        if isinstance(found, Unavailable):
-            raise BadRequest(
-                f"the {name} network has no engines for {target} in {store.root}",
-                got=found.reason,
-                do=f"run `pw build --target {target}` for this model, --precision and --chunk, or "
-                "leave --target out",
-            )
-        scratch[name] = found
-    found = Unavailable("fp32 only")
+    precision = options.compute_precision
+    decoder: dict[Network, int] = {}
     if options.vae_precision == "fp32" and work.tiling == work.preset.decode:
         found = scratch_for(unbaked_segments(work.vae, work.preset), store, target)
-    if not isinstance(found, Unavailable):
-        scratch["vae"] = found
-    return replace(work, decoder_engines="vae" in scratch, scratch=scratch)
+        if not isinstance(found, Unavailable):
+            decoder["vae"] = found
+
+    def on_engines(blocks: Blocks) -> Workload | str:
+        scratch = dict(decoder)
+        for name, stage in work.stages.items():
+            segments = segments_of(
+                work.transformers[name],
+                precision,
+                options.chunk,
+                blocks=blocks,
+                tokens=stage.tokens(work.preset.video),
+            )
+            found = scratch_for(segments, store, target)
+            if isinstance(found, Unavailable):
+                return f"{name} network, {found.reason}"
+            scratch[name] = found
+        divided = replace(options, blocks=blocks)
+        return replace(work, options=divided, decoder_engines="vae" in scratch, scratch=scratch)
+
+    divisions = get_args(Blocks) if precision == "bf16" else ("segments",)
+    return {blocks: on_engines(blocks) for blocks in divisions}
+
+
+def _chosen(
+    divisions: dict[Blocks, Workload | str], target: str, preset: str, blocks: Blocks
+) -> Workload:
+    """Return the workload of a division. Raises BadRequest where its engines are not built."""
+    from pw_engines import EngineStore
+
+    work = divisions[blocks]
+    if not isinstance(work, str):
+        return work
+    more = "" if blocks == "segments" else f" --blocks {blocks} --preset {preset}"
+    raise BadRequest(
+        f"there are no engines for {target} in {EngineStore().root}",
+        got=work,
+        do=f"run `pw build --target {target}{more}` for this model, --precision and --chunk, or "
+        "leave --target out",
+    )

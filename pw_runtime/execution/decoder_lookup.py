@@ -7,6 +7,7 @@ missing, the eager decoder runs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -26,7 +27,7 @@ from pw_runtime.execution.engine_lookup import (
 from pw_runtime.execution.protocols import Decoder
 from pw_runtime.execution.transformer_segments import Segment
 from pw_runtime.models import VaeDecoder
-from pw_runtime.presets import PRESETS
+from pw_runtime.presets import preset_name
 from pw_runtime.types import VAE_STRIDE, Preset, RunOptions, VaeConfig
 
 # Reasons why a decoder needs no engines.
@@ -80,6 +81,7 @@ def select_decoder_engines(bundle: Bundle, preset: Preset, options: RunOptions) 
         return _eager(ASKED_FOR)
     if options.vae_precision != "fp32":
         return _eager(ONLY_FP32)
+    options = replace(options, blocks="segments")  # the decoder has none
     command = f"{build_command(options, bundle.root)} --preset {preset_name(preset)}"
     if options.draft_only and preset.highres is not None:
         return _eager(DRAFT_DECODED)
@@ -101,8 +103,3 @@ def on_engines(net: VaeDecoder, engines: EngineSet) -> Decoder:
 
 def _eager(reason: str) -> EngineSet:
     return EngineSet({}, {}, "eager", reason)
-
-
-def preset_name(preset: Preset) -> str:
-    """Return the preset's name for the command line; "FILE.toml" for one read from a file."""
-    return next((name for name, known in PRESETS.items() if known == preset), "FILE.toml")

@@ -33,9 +33,11 @@ from pw_engines.tensorrt import rtx, torch_tensorrt
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import require_dit
 from pw_runtime.errors import BadRequest
+from pw_runtime.execution.block_division import require_attention_engines
 from pw_runtime.execution.transformer_segments import Segment, segments_of
+from pw_runtime.presets import preset_name
 from pw_runtime.system.places import check_cache, require_temporary_room
-from pw_runtime.types import CHUNK, EnginePolicy, RunOptions, StageName
+from pw_runtime.types import CHUNK, EnginePolicy, Preset, RunOptions, StageName
 
 # Reasons why a network runs on its segments.
 ASKED_FOR: Final = "asked for"
@@ -77,7 +79,7 @@ class Compiler:
 
 
 COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
-    {  # in the order of preference
+    {  # in the order of preference; see `in_order`
         "tensorrt": Compiler(
             backend="tensorrt",
             file=tensorrt.FILE,
@@ -113,6 +115,19 @@ COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
         ),
     }
 )
+
+
+# Targets of TensorRT for RTX that it comes first for; data-centre GPUs are TensorRT's.
+RTX_FIRST: Final = frozenset({"sm_86", "sm_89", "sm_120", "sm_121"})
+
+
+def in_order(device: torch.device) -> tuple[CompilerName, ...]:
+    """Return the compilers in the order in which they are tried for a device."""
+    names = tuple(COMPILERS)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return names
+    rtx_first = rtx.target_of(device) in RTX_FIRST
+    return tuple(sorted(names, key=lambda name: rtx_first and name != "tensorrt-rtx"))
 
 
 def keys_of(segment: Segment, name: CompilerName, platforms: Iterable[Platform]) -> list[EngineKey]:
@@ -173,6 +188,8 @@ def build_command(options: RunOptions, bundle: Path) -> str:
         flags.append(f"--chunk {options.chunk}")
     if str(device) != auto:
         flags.append(f"--device {device}")
+    if options.blocks != "segments":
+        flags.append(f"--blocks {options.blocks}")
     return " ".join((f"pw build --model {bundle}", *flags))
 
 
@@ -181,18 +198,28 @@ def eager_engines(segments: Mapping[str, Segment]) -> dict[str, Engine]:
     return {name: EagerEngine(segment.spec, segment.module) for name, segment in segments.items()}
 
 
-def select_engines(bundle: Bundle, stage: StageName, options: RunOptions) -> EngineSet:
+def select_engines(
+    bundle: Bundle, stage: StageName, options: RunOptions, preset: Preset
+) -> EngineSet:
     """Select the engines of a transformer.
 
     Raises:
         BadRequest: engines were asked for and are missing, or one cannot be opened.
         BadWeights: the bundle has no such network.
     """
-    segments = segments_of(require_dit(bundle, stage), options.compute_precision, options.chunk)
+    config, blocks, device = require_dit(bundle, stage), options.blocks, options.torch_device
+    tokens = preset.stages()[stage].tokens(preset.video)
+    segments = segments_of(
+        config, options.compute_precision, options.chunk, blocks=blocks, tokens=tokens
+    )
     command = build_command(options, bundle.root)
+    if blocks != "segments":
+        require_attention_engines(options)
+        command = f"{command} --preset {preset_name(preset)}"
+        option = f"--blocks {blocks}"
+        return choose_engines(segments, "engines", EngineStore(), device, command, option)
     # Engines contain kernels of their own: with --kernels triton, the segments run.
     policy = "eager" if options.kernels == "triton" else options.policy
-    device = options.torch_device
     return choose_engines(segments, policy, EngineStore(), device, command)
 
 
@@ -202,6 +229,7 @@ def choose_engines(
     store: EngineStore,
     device: torch.device,
     command: str,
+    option: str = "--policy engines",
 ) -> EngineSet:
     """Choose engines for all segments, from one backend.
 
@@ -212,6 +240,7 @@ def choose_engines(
         store: the engines on disk.
         device: the device that they run on.
         command: builds them.
+        option: asks for engines, where `policy` is "engines".
 
     Raises:
         BadRequest: engines were asked for and are missing, or one cannot be opened.
@@ -224,9 +253,9 @@ def choose_engines(
         reason = result.reason
     if policy == "engines":
         raise BadRequest(
-            f"{store.root} has no engines for this model on this machine, as --policy engines asks",
+            f"{store.root} has no engines for this model on this machine, as {option} asks",
             got=reason,
-            do=f"run `{command}` first, or leave --policy out",
+            do=f"run `{command}` first, or leave {option} out",
         )
     return EngineSet(segments, eager_engines(segments), "eager", reason)
 
@@ -251,7 +280,8 @@ def find_engines(
     """
     check_cache(store.root)
     missing: dict[str, str] = {}
-    for label, compiler in COMPILERS.items():
+    for label in in_order(device):
+        compiler = COMPILERS[label]
         reason = compiler.unavailable(device)
         if reason:
             if device.type != "cpu":  # what cannot run on one is for GPUs

@@ -9,9 +9,9 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.execution.decoder_lookup import (
     DRAFT_DECODED,
     ONLY_FP32,
-    preset_name,
 )
 from pw_runtime.execution.engine_lookup import ASKED_FOR, NONE_BUILT, EngineSet, build_command
+from pw_runtime.presets import preset_name
 from pw_runtime.types import Network, Preset, RunOptions
 
 

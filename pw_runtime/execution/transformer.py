@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformer on engines: segments over slices of the tokens, attention between them.
 
-Its engines say how a block is divided: attention is an engine where there is one for it, and a block
-is one call where there is an engine for all of it. What is not compiled (attention over all tokens
-otherwise, the adapter's backbone, a few rows of numbers) is the network's own code.
+Its engines say how a block is divided: attention is an engine where there is one for it, and a
+block is one call where there is an engine for all of it. What is not compiled (attention otherwise,
+the adapter's backbone, a few rows of numbers) is the network's own code.
 """
 
 from __future__ import annotations

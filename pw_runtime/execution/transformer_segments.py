@@ -3,8 +3,10 @@
 
 Everything in a Wan network but self-attention works token by token, so a segment takes any slice of
 a clip's tokens, up to a limit. Two other divisions have engines for self-attention too, which take
-all tokens at once: `attention`, between the same segments, and `block`, a whole block. Weights are inputs: one engine of a segment serves all blocks, and
-every checkpoint of these widths. A segment calls the methods of the network itself. The adapter's
+all tokens at once: `attention`, between the same segments, and `block`, a whole block.
+
+Weights are inputs: one engine of a segment serves all blocks, and every checkpoint of these widths.
+A segment calls the methods of the network itself. The adapter's
 backbone is not among them: it does not work by tokens, and runs once per clip.
 """
 

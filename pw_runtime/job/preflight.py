@@ -95,7 +95,7 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
     engines: dict[Network, EngineSet] = {}
     with span("engines"):
         for stage in request.stages:
-            engines[stage] = select_engines(bundle, stage, options)
+            engines[stage] = select_engines(bundle, stage, options, request.preset)
         engines["vae"] = select_decoder_engines(bundle, request.preset, options)
     reporter.say(describe_engines(engines, bundle, request.preset, options))
     with span("plan"):

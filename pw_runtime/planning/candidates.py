@@ -13,6 +13,7 @@ from pw_runtime.planning.transformer_memory import stage_memory, text_memory
 from pw_runtime.planning.workload import Workload
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.types import (
+    Blocks,
     DecodePlan,
     MemoryItem,
     Pass,
@@ -80,11 +81,12 @@ def transformer_candidates(
         # Converted once into host memory; where the precision matches, the files are as good.
         off_device = ("streamed", "mapped")
     full, passes = work.options.chunk, work.stages[name].passes
-    chunks = [full] if work.padded else [full, min(full, SMALLER_CHUNK)]
+    whole = work.options.blocks == "whole"  # has no chunks and no attention to share
+    chunks = [full] if work.padded or whole else [full, min(full, SMALLER_CHUNK)]
     options = []
     for weights in ("resident", *off_device):
         variants = [(False, chunk) for chunk in dict.fromkeys(chunks)]
-        if len(passes) > 1:
+        if len(passes) > 1 and not whole:
             variants.insert(0, (True, full))
         for share, chunk in variants:
             plan = TransformerPlan(weights=weights, share_attention=share, chunk=chunk)
@@ -95,16 +97,18 @@ def transformer_candidates(
                 work.options.compute_precision,
                 plan,
                 padded=work.padded,
-                scratch=work.scratch.get(name, 0),
+                on_engines=bool(work.scratch.get(name)),
+                blocks=work.options.blocks,
             )
             if not gpu:
                 items = _moved(items, "host")
             memory = _stage(name, items, work, gpu=gpu)
-            options.append(Candidate(plan, transformer_text(plan, passes), memory))
+            text = transformer_text(plan, passes, work.options.blocks)
+            options.append(Candidate(plan, text, memory))
     return tuple(options)
 
 
-def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...]) -> str:
+def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...], blocks: Blocks) -> str:
     """Describe how a transformer runs."""
     weights = {
         "resident": "weights resident",
@@ -115,7 +119,10 @@ def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...]) -> str:
     if len(passes) == 1:
         text = "the prompt" if passes == ("cond",) else "the negative prompt"
         share = f"one pass per step, with {text} (guidance {int(passes == ('cond',))})"
-    return f"{weights}, {share}, up to {plan.chunk} tokens per call"
+    if blocks == "whole":
+        return f"{weights}, each block in one call"
+    on_engine = ", attention on an engine" * (blocks == "attention")
+    return f"{weights}, {share}, up to {plan.chunk} tokens per call{on_engine}"
 
 
 def decode_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[DecodePlan], ...]:
@@ -158,6 +165,15 @@ def _stage(
         )
     if gpu:
         more.append(process_item("CUDA (estimate)", DEVICE_RESERVE, "device"))
+    if gpu and work.held_scratch:
+        more.append(
+            MemoryItem(
+                name="scratch memory of the engines",
+                kind="scratch",
+                bytes=work.held_scratch,
+                place="device",
+            )
+        )
     return StageMemory(
         stage=name, items=tuple(sorted((*items, *more), key=lambda item: -item.bytes))
     )

@@ -53,9 +53,9 @@ def decode_choices(
     """
     for plan in _plans(work, gpu=gpu):
         items = _items(work, plan.tiling, gpu=gpu)
-        if plan.engines and (scratch := work.scratch.get("vae", 0)):
+        if plan.engines and work.scratch.get("vae"):
             kept = (item for item in items if item.kind == "weights" or item.name == PACKED)
-            items = (*kept, *_on_engines(work, plan, scratch))
+            items = (*kept, *_on_engines(work, plan))
         if not gpu:
             on_host = (replace(item, place="host") for item in items)
             items = (*on_host, *_on_a_cpu(work.vae, items))
@@ -95,7 +95,7 @@ def decode_traffic(work: Workload, plan: DecodePlan) -> int:
     if plan.tiling.order == "frames":
         return 0
     if plan.engines:
-        items = _on_engines(work, plan, 0)
+        items = _on_engines(work, plan)
         return 2 * sum(item.bytes for item in items if item.name == COARSE_RESULTS)
     if plan.tiling.tiling == "official":
         return 2 * sum(_begun(work, plan.tiling))
@@ -152,9 +152,9 @@ def _on_a_cpu(config: VaeConfig, items: Iterable[MemoryItem]) -> tuple[MemoryIte
     )
 
 
-def _on_engines(work: Workload, plan: DecodePlan, scratch: int) -> tuple[MemoryItem, ...]:
+def _on_engines(work: Workload, plan: DecodePlan) -> tuple[MemoryItem, ...]:
     _, frames, rows, columns = _shape(work)
-    return engine_decode_memory(work.vae, plan.tiling, frames, rows, columns, scratch)
+    return engine_decode_memory(work.vae, plan.tiling, frames, rows, columns)
 
 
 def _items(work: Workload, tiling: TilingConfig, *, gpu: bool) -> tuple[MemoryItem, ...]:

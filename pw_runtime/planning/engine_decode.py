@@ -33,11 +33,10 @@ def engine_decode_memory(
     frames: int,
     rows: int,
     columns: int,
-    scratch: int,
     *,
     pinned: bool = True,
 ) -> tuple[MemoryItem, ...]:
-    """List what is in memory at the peak of a decode on engines, beside weights and frames.
+    """List what is in memory at the peak of a decode on engines, beside weights, frames and scratch.
 
     Args:
         config: of the decoder.
@@ -45,7 +44,6 @@ def engine_decode_memory(
         frames: of the latent.
         rows: of the latent.
         columns: of the latent.
-        scratch: bytes that the engines keep for what they compute.
         pinned: what waits for a strip, in the order `tiles`, is in pinned memory.
     """
     segments = segments_of_decode(config, tiling, rows, columns)
@@ -76,7 +74,6 @@ def engine_decode_memory(
         waiting = pinned_bytes(sizes) if pinned else sum(sizes)
     items = [
         _item("past frames", "caches", kept),
-        _item("scratch memory of the engines", "activations", scratch),
         _item("results of the engines", "activations", held),
     ]
     if waiting:

@@ -84,12 +84,18 @@ def _require_fit(stages: Sequence[Sequence[Candidate[Any]]], budget: Budget) -> 
         device=None if budget.device is None else max(budget.device, device),
     )
     names = ", ".join(options[0].memory.stage for options in failing)
+    scratch = sum(item.bytes for item in failing[0][0].memory.items if item.kind == "scratch")
+    engines = (
+        f"; the engines keep {gib(scratch)} of scratch memory in all stages: --blocks segments, or "
+        "engines for one --target, take less, --policy eager takes none"
+    )
     raise BadRequest(
         f"this clip does not fit into memory (too large: {names})",
         got=budget_text(budget),
         wanted=f"{budget_text(need)}, the least that is enough for this clip and model",
         do="free memory, name a larger budget, choose a smaller preset or fewer frames, or add "
-        f"--vae-precision bf16 for the decode{_BF16_ON_A_CPU * (budget.device is None)}",
+        f"--vae-precision bf16 for the decode{_BF16_ON_A_CPU * (budget.device is None)}"
+        f"{engines * (scratch > 0)}",
     )
 
 

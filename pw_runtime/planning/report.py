@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from pw_runtime.planning.candidates import transformer_candidates
 from pw_runtime.planning.decode_choices import decode_traffic
-from pw_runtime.planning.planner import budget_text, gib
+from pw_runtime.planning.planner import budget_text, fits, gib
 from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
 from pw_runtime.planning.transformer_memory import weight_bytes
 from pw_runtime.planning.workload import Workload
 from pw_runtime.sampling.noise import latent_shape
-from pw_runtime.types import Place, RunPlan, StageMemory
+from pw_runtime.types import Blocks, Budget, Place, RunPlan, StageMemory
 
 
 def plan_report(work: Workload, plan: RunPlan, rates: Rates | None, *, verbose: bool) -> str:
@@ -25,6 +26,31 @@ def plan_report(work: Workload, plan: RunPlan, rates: Rates | None, *, verbose: 
         verbose: list everything that is in memory at each peak.
     """
     return "\n".join(_lines(work, plan, rates, verbose))
+
+
+def division_report(
+    divisions: Mapping[Blocks, Workload | str], budget: Budget, chosen: Blocks
+) -> Iterator[str]:
+    """Describe how each division of a block among engines fits into a budget.
+
+    Args:
+        divisions: the workload with the engines of each, or what is missing.
+        budget: of a GPU.
+        chosen: the division of the plan.
+    """
+    default = "the default, as no GPU has compared them" if chosen == "segments" else "asked for"
+    for blocks, work in divisions.items():
+        if isinstance(work, str):
+            text = f"not built ({work})"
+        else:
+            peaks = []
+            for stage in work.stages:
+                options = [way.memory for way in transformer_candidates(work, stage, gpu=True)]
+                peaks.append(next((way for way in options if fits(way, budget)), options[-1]))
+            peak = max(memory.peak("device") for memory in peaks)
+            fit = "fits" if all(fits(memory, budget) for memory in peaks) else "does not fit"
+            text = f"{gib(peak)} of GPU memory, {gib(work.held_scratch)} of it scratch: {fit}"
+        yield f"blocks as {blocks}: {text}" + f"; chosen, {default}" * (blocks == chosen)
 
 
 def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, float]:

@@ -22,6 +22,7 @@ from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.types import (
     PATCH,
+    Blocks,
     DitConfig,
     MemoryItem,
     MemoryKind,
@@ -76,7 +77,8 @@ def stage_memory(
     *,
     text_tokens: int | None = None,
     padded: bool = False,
-    scratch: int = 0,
+    on_engines: bool = False,
+    blocks: Blocks = "segments",
 ) -> tuple[MemoryItem, ...]:
     """List what is in memory at a stage's peak: on the device, and weights also on the host.
 
@@ -88,13 +90,14 @@ def stage_memory(
         plan: how it runs.
         text_tokens: of the prompt and of its negative each; None: as many as there can be.
         padded: engines take whole chunks only.
-        scratch: bytes that engines keep for what they compute; 0: PyTorch allocates it.
+        on_engines: what engines compute with is in scratch memory of their own, not counted here;
+            otherwise PyTorch allocates it.
+        blocks: how a block is divided among engines.
 
     Returns:
         Items, the largest first.
     """
-    shape = latent_shape(stage, video)
-    tokens = math.prod(shape[1:]) // PATCH**2
+    shape, tokens = latent_shape(stage, video), stage.tokens(video)
     if padded:
         tokens = -(-tokens // plan.chunk) * plan.chunk
     low = 4 if precision == "fp32" else 2
@@ -110,8 +113,6 @@ def stage_memory(
     if config.adapter_dim:
         held["features of the draft"] = low * stream
         held["resized draft"] = latent // PATCH**2
-    if scratch:
-        held["scratch memory of the engines"] = scratch
     heads = heads_at_once(tokens, config.num_heads, config.head_dim, low)
     some = tokens * heads * config.head_dim
     every = {"residual stream": 4 * stream}
@@ -123,10 +124,13 @@ def stage_memory(
     feed_forward = low * (config.dim + 2 * config.ffn_dim)
     norms = config.dim * ((12 if low == 2 else 8) + 3 * low)  # in fp32
     before, after = config.dim * (3 * low + 4 + low), 8 * config.dim + max(feed_forward, norms)
-    if scratch:  # results are written where they belong, or take the place of their input
+    if on_engines:  # results are written where they belong, or take the place of their input
         before, after = 0, 4 * config.dim
+    attention = low * some + 4 * tokens * heads
+    if blocks == "attention":  # its inputs and its result, heads first
+        attention = 4 * low * some
     phases = [
-        every | qkv | {f"attention of {heads} heads": low * some + 4 * tokens * heads},
+        every | qkv | {f"attention of {heads} heads": attention},
         every | qkv | {f"{chunk} tokens before attention": chunk * before},
         every
         | {
@@ -135,6 +139,8 @@ def stage_memory(
         },
         {"step of the solver": SOLVER_STEP * latent},
     ]
+    if blocks == "whole":
+        phases[:3] = [every | {"result of a block": 4 * stream}]
     largest = max(phases, key=lambda phase: sum(phase.values()))
     items = _weights(config, precision, plan)
     items += [

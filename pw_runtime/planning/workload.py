@@ -43,8 +43,16 @@ class Workload:
     prompts: int = 1  # whose text and drafts wait between the stages
     padded: bool = False  # engines take whole chunks only
     decoder_engines: bool = False  # the decoder runs on engines
-    scratch: Mapping[Network, int] = field(default_factory=dict)  # bytes of the networks' engines
+    scratch: Mapping[Network, int] = field(default_factory=dict)  # bytes that engines need
     process: int  # bytes of host memory that the program itself takes
+
+    @property
+    def held_scratch(self) -> int:
+        """Bytes on the device from when the engines are opened, before the first stage.
+
+        All engines of a library share one buffer, as large as any of them needs.
+        """
+        return max(self.scratch.values(), default=0)
 
     @property
     def tiling(self) -> TilingConfig:

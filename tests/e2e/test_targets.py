@@ -22,6 +22,13 @@ pytestmark = [
     [
         (("--target", "sm_90"), "no target sm_90 for our networks, expected sm_80, sm_86"),
         (("--target", "sm_89", "--backend", "aoti"), "--target is an option of TensorRT for RTX"),
+        (
+            ("--blocks", "whole", "--preset", "nano", "--precision", "fp32"),
+            "--blocks whole computes attention inside engines, where bf16 alone has kernels",
+        ),
+        (("--blocks", "whole"), "takes all tokens of a clip at once: got no preset"),
+        (("--blocks", "attention", "--backend", "aoti", "--preset", "nano"), "is for TensorRT for"),
+        (("--blocks", "whole", "--onnx-only", "models"), "--onnx-only and --blocks contradict"),
     ],
 )
 def test_targets_that_cannot_be_are_refused(
@@ -38,8 +45,55 @@ def test_the_dry_run_names_the_targets(pw: Pw, bundle_dir: Path) -> None:
     assert "tensorrt-rtx engines for sm_89, bf16, up to 8192 tokens" in ended.err
 
 
+@pytest.mark.parametrize("blocks", ["attention", "whole"])
+def test_engines_with_attention_inside_are_those_of_the_preset(
+    pw: Pw, bundle_dir: Path, blocks: str
+) -> None:
+    options = ("--target", "sm_89", "--dry-run", "--blocks", blocks, "--preset", "nano")
+    ended = pw("build", "--model", bundle_dir, *options)
+    assert ended.code == 0
+    assert f"blocks as {blocks}: for clips of this preset only" in ended.err
+    name = "attention" if blocks == "attention" else "block"
+    engines = [line.split("-")[0].strip() for line in ended.err.splitlines() if "-rtx-" in line]
+    assert engines.count(name) == 2  # of the draft and of the high-res picture
+    assert ("block_in" in engines) == (blocks == "attention")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--precision", "fp32"), "where bf16 alone has kernels"),
+        (("--precision", "bf16"), "TensorRT for RTX runs on NVIDIA GPUs, got the device cpu"),
+    ],
+)
+def test_a_run_that_cannot_have_attention_inside_engines_is_refused(
+    pw: Pw, bundle_dir: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    arguments = ("--model", bundle_dir, "--preset", "nano", "--prompt", "a cat", "--device", "cpu")
+    ended = pw("generate", *arguments, "--out", tmp_path / "out", "--blocks", "whole", *options)
+    assert ended.code == 2
+    assert message in ended.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--blocks whole is planned with engines that were built"),
+        (("--target", "sm_89"), "run `pw build --target sm_89 --blocks whole --preset 2k`"),
+        (("--target", "sm_89", "--precision", "fp32"), "where bf16 alone has kernels"),
+    ],
+)
+def test_a_plan_of_whole_blocks_says_what_it_needs(
+    pw: Pw, options: tuple[str, ...], message: str
+) -> None:
+    ended = pw("plan", "--preset", "2k", "--gpu-memory", "24GiB", "--blocks", "whole", *options)
+    assert ended.code == 2
+    assert message in ended.err
+
+
 def test_a_plan_for_engines_that_are_not_built_names_the_command(pw: Pw) -> None:
     ended = pw("plan", "--preset", "2k", "--gpu-memory", "24GiB", "--target", "sm_89")
     assert ended.code == 2
-    assert "the draft network has no engines for sm_89" in ended.err
+    assert "blocks as segments: not built (draft network, embed: not built yet)" in ended.out
+    assert "there are no engines for sm_89" in ended.err
     assert "run `pw build --target sm_89`" in ended.err

@@ -150,6 +150,32 @@ def test_front_ends_are_searched_in_order_and_the_reason_names_which(
 
 
 @pytest.mark.usefixtures("with_tensorrt")
+@pytest.mark.parametrize(
+    ("capability", "first"),
+    [
+        *((number, "tensorrt-rtx") for number in ((8, 6), (8, 9), (12, 0), (12, 1))),
+        *((number, "tensorrt") for number in ((8, 0), (9, 0), (10, 0), (10, 3))),
+    ],
+)
+def test_the_gpu_decides_which_tensorrt_comes_first(
+    store: EngineStore,
+    segments: dict[str, Segment],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    first: str,
+) -> None:
+    major, minor = capability
+    properties = SimpleNamespace(name="any", major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for segment in segments.values():
+        put(store, segment, compiler="tensorrt")
+        put(store, segment, compiler="tensorrt-rtx")
+    choice = choose_engines(segments, "auto", store, torch.device("cuda"), "pw build")
+    assert choice.to_dict()["backend"] == first  # as the receipt has it
+
+
+@pytest.mark.usefixtures("with_tensorrt")
 def test_engines_of_two_front_ends_are_not_mixed(
     store: EngineStore, segments: dict[str, Segment]
 ) -> None:

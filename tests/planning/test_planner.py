@@ -13,12 +13,13 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.planning.candidates import candidates, decode_candidates
 from pw_runtime.planning.decode_choices import decode_traffic
 from pw_runtime.planning.planner import GIB, fits, make_plan
-from pw_runtime.planning.report import plan_report, seconds_by_stage
+from pw_runtime.planning.report import division_report, plan_report, seconds_by_stage
 from pw_runtime.planning.time_estimate import KNOWN
 from pw_runtime.planning.workload import Workload, workload
 from pw_runtime.presets import PRESETS
 from pw_runtime.stages.codecs import RECIPES, pixel_format_for
 from pw_runtime.types import (
+    Blocks,
     Budget,
     Codec,
     Compat,
@@ -203,6 +204,55 @@ def test_what_waits_between_the_stages_is_counted_for_every_prompt() -> None:
     text, draft = 2 * 512 * 4096, 2 * 4 * 48 * 31 * 16 * 28
     assert many.peak("host") - one.peak("host") == 100 * (text + draft)
     assert many.peak("device") == one.peak("device")
+
+
+def test_scratch_memory_of_engines_is_held_by_every_stage() -> None:
+    """They are opened before the first stage, and share a buffer."""
+    work = replace(work_for("2k"), scratch={"draft": GIB, "highres": 8 * GIB})
+    without, held = (candidates(w, gpu=True) for w in (work_for("2k"), work))
+    for stage in ("text", "draft", "highres", "decode"):
+        (item,) = [x for x in held[stage][0].memory.items if x.kind == "scratch"]
+        assert item.bytes == 8 * GIB
+        assert not [x for x in without[stage][0].memory.items if x.kind == "scratch"]
+
+
+def test_whole_blocks_hold_two_residual_streams_and_share_nothing() -> None:
+    options = replace(work_for("2k").options, blocks="whole")
+    work = replace(work_for("2k"), options=options, scratch={"highres": 8 * GIB})
+    ways = candidates(work, gpu=True)["highres"]
+    assert [way.choice.weights for way in ways] == ["resident", "mapped"]
+    assert not any(way.choice.share_attention for way in ways)
+    names = {item.name: item.bytes for item in ways[0].memory.items}
+    assert names["result of a block"] == names["residual stream"] == 4 * 111_600 * 3072
+    assert "queries, keys, values" not in names
+    assert ways[0].name == "weights resident, each block in one call"
+
+
+def test_engines_that_need_more_than_there_is_are_named_with_the_number_and_a_way_out() -> None:
+    work = replace(work_for("2k"), scratch={"highres": 21 * GIB})
+    with pytest.raises(BadRequest, match=r"keep 21\.0 GiB of scratch memory.*--blocks segments"):
+        make_plan(candidates(work, gpu=True), Budget(host=64 * GIB, device=16 * GIB))
+
+
+def test_every_division_of_a_block_is_reported_with_what_it_takes() -> None:
+    works: dict[Blocks, Workload | str] = {
+        blocks: replace(
+            work_for("2k"),
+            options=replace(work_for("2k").options, blocks=blocks),
+            scratch={"highres": size},
+        )
+        for blocks, size in (("segments", GIB // 2), ("whole", 21 * GIB))
+    }
+    works["attention"] = "highres network, attention: not built yet"
+    budget = Budget(host=64 * GIB, device=20 * GIB)
+    lines = list(division_report(works, budget, "segments"))
+    assert re.fullmatch(
+        r"blocks as segments: 16\.\d GiB of GPU memory, 512 MiB of it scratch: fits; "
+        "chosen, the default, as no GPU has compared them",
+        lines[0],
+    )
+    assert re.fullmatch(r"blocks as whole: .* 21\.0 GiB of it scratch: does not fit", lines[1])
+    assert lines[2].endswith("attention: not built (highres network, attention: not built yet)")
 
 
 def test_scratch_memory_of_engines_is_in_the_plan() -> None:

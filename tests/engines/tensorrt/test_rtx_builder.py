@@ -25,7 +25,7 @@ from pw_export import wan22_configs
 from pw_export.onnx_export import export_segment
 from pw_runtime.execution.decoder_segments import segments_of_decode
 from pw_runtime.execution.transformer_segments import Segment, segments_of
-from pw_runtime.types import Precision, TilingConfig
+from pw_runtime.types import Blocks, Precision, TilingConfig
 from tests.engines.tensorrt.segments import onnx_of, spec
 from tests.networks import SMALLEST_VAE, TINY_HIGHRES
 
@@ -72,6 +72,34 @@ def test_segments_of_full_width_build_for_every_target(name: str, tmp_path: Path
     assert facts.scratch < TOKENS * 64 * 2**10
     plan, _ = split_plan((tmp_path / rtx.FILE).read_bytes())
     assert 100_000 < len(plan) < 2_000_000  # kernels for five targets, no weights
+
+
+@pytest.mark.parametrize(
+    ("blocks", "name", "tokens", "most"),
+    [  # MiB of scratch memory, rounded up from 40.7, 486.8, 258 and 8284
+        ("attention", "attention", 3472, 48),
+        ("attention", "attention", 249_240, 512),
+        ("whole", "block", 3472, 300),
+        ("whole", "block_first", 3472, 300),
+        ("whole", "block", 111_600, 9000),
+    ],
+)
+def test_attention_of_full_width_is_fused(
+    blocks: Blocks, name: str, tokens: int, most: int, tmp_path: Path
+) -> None:
+    """Seen: transposes around it or a leading dimension added in the graph doubled its scratch."""
+    segment = segments_of(FULL, "bf16", TOKENS, blocks=blocks, tokens=tokens)[name]
+    facts = built(segment.spec, export_segment(segment, varying=True), tmp_path, "sm_89")
+    assert facts.scratch is not None
+    assert facts.scratch < most * 2**20
+
+
+def test_attention_has_no_kernel_in_fp32(tmp_path: Path) -> None:
+    """Therefore `--blocks` needs bf16, which is said before anything is built."""
+    segments = segments_of(TINY_HIGHRES, "fp32", 48, blocks="attention", tokens=48)
+    model = export_segment(segments["attention"], varying=True)
+    with pytest.raises(EngineError, match="cannot build attention for sm_89"):
+        built(segments["attention"].spec, model, tmp_path, "sm_89")
 
 
 @pytest.mark.parametrize("name", ["block_in", "block_out"])
