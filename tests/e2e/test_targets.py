@@ -26,7 +26,7 @@ pytestmark = [
             ("--blocks", "whole", "--preset", "nano", "--precision", "fp32"),
             "--blocks whole computes attention inside engines, where bf16 alone has kernels",
         ),
-        (("--blocks", "whole"), "takes all tokens of a clip at once: got no preset"),
+        (("--blocks", "whole"), "engines that take all tokens of a clip at once"),
         (("--blocks", "attention", "--backend", "aoti", "--preset", "nano"), "is for TensorRT for"),
         (("--blocks", "whole", "--onnx-only", "models"), "--onnx-only and --blocks contradict"),
     ],

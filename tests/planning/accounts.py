@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pw_bench.measure.tensor_ledger import Ledger
+from pw_engines import Engine, EngineSpec
 from pw_runtime.checkpoint.loader import is_streamed
 from pw_runtime.execution.engine_lookup import eager_engines
 from pw_runtime.execution.transformer import SegmentedDiT
@@ -24,6 +25,7 @@ from pw_runtime.stages.condition import resize_draft
 from pw_runtime.stages.draft import denoise_draft
 from pw_runtime.stages.highres import denoise_highres
 from pw_runtime.types import (
+    Blocks,
     Compat,
     DitConfig,
     Latent,
@@ -60,8 +62,13 @@ def stage_peak(
     plan: TransformerPlan,
     *,
     fake: bool = True,
+    blocks: Blocks = "segments",
+    engine: Callable[[EngineSpec], Engine] | None = None,
 ) -> int:
-    """Most bytes of tensors that live while a stage denoises a clip of three steps."""
+    """Most bytes of tensors that live while a stage denoises a clip of three steps.
+
+    `engine` makes one from its spec; None: the segments themselves run.
+    """
     with counted(fake=fake) as ledger:
         net = WanDiT(config).requires_grad_(False)
         stored = {
@@ -71,11 +78,14 @@ def stage_peak(
         net.load_state_dict(stored, assign=True)
         del stored
         ledger.restart()
-        segments = segments_of(config, precision, plan.chunk)
+        tokens = stage.tokens(video)
+        segments = segments_of(config, precision, plan.chunk, blocks=blocks, tokens=tokens)
         weights = None
         if plan.weights != "resident":
             weights = StreamedWeights(net, segments, precision, CPU)
         engines = eager_engines(segments)
+        if engine is not None:
+            engines = {name: engine(segment.spec) for name, segment in segments.items()}
         on_engines = SegmentedDiT(
             net, segments, engines, weights, share_attention=plan.share_attention
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pw_runtime.models.text_encoder import TIED_KEY, build_text_encoder, encode_
 from pw_runtime.planning.transformer_memory import stage_memory, text_memory
 from pw_runtime.presets import CLIP, DRAFT, FOUR_K, TWO_K
 from pw_runtime.types import (
+    Blocks,
     DitConfig,
     Precision,
     StageConfig,
@@ -21,6 +23,7 @@ from pw_runtime.types import (
     VideoConfig,
 )
 from tests.planning.accounts import TEXT_TOKENS, counted, stage_peak
+from tests.planning.test_engine_decode import Nothing
 
 # Two blocks of full width: memory of the others is of the same kind, and counted by name.
 DRAFT_5B = replace(wan22_configs.DRAFT, num_layers=2)
@@ -67,6 +70,27 @@ def test_a_small_network(plan: TransformerPlan, fake: bool) -> None:
     precision: Precision = "bf16" if fake else "fp32"  # bf16 takes minutes on a CPU
     peak = stage_peak(SMALL, *SMALL_CLIP, precision, plan, fake=fake)
     assert predicted(SMALL, *SMALL_CLIP, precision, plan) == pytest.approx(peak, rel=WITHIN)
+
+
+class AnySize(Nothing):
+    """An engine that computes nothing, for any number of tokens up to its limit."""
+
+    padded = False
+
+
+@pytest.mark.parametrize("blocks", get_args(Blocks))
+def test_on_engines_with_scratch_memory_of_their_own(blocks: Blocks) -> None:
+    """They are counted without it; here they allocate nothing else either."""
+    plan = TransformerPlan(share_attention=blocks != "whole")
+    config, (stage, video) = HIGHRES_5B, (TWO_K, VideoConfig(frames=17))
+    peak = stage_peak(config, stage, video, "bf16", plan, blocks=blocks, engine=AnySize)
+    items = stage_memory(
+        *(config, stage, video, "bf16", plan),
+        text_tokens=TEXT_TOKENS,
+        on_engines=True,
+        blocks=blocks,
+    )
+    assert sum(item.bytes for item in items) == pytest.approx(peak, rel=WITHIN)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
