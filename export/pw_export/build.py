@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 
@@ -50,6 +52,7 @@ from pw_runtime.execution.transformer_segments import Segment, segments_of, sour
 from pw_runtime.system.places import require_temporary_room
 from pw_runtime.types import Blocks, DitConfig, Precision, Preset
 
+POLL: Final = 0.1  # seconds between looks whether a build has ended
 # Free bytes that a build needs for temporary files: AOTInductor's precompiled headers were 290 MB.
 ROOM: Final = 512 * 2**20
 
@@ -114,7 +117,6 @@ class Job:
     device: str
     store: Path
     key: EngineKey
-    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,18 +232,40 @@ def jobs_for(
     return list(missing.values()), list(stored.values())
 
 
-def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -> list[Built]:
+@dataclass(frozen=True, slots=True)
+class Event:
+    """News of a build in progress: a line for the user, or the phase that it has come to."""
+
+    kind: Literal["line", "phase"]
+    text: str
+
+
+OnEvent = Callable[[Job, Event], None]
+
+
+def run_jobs(
+    jobs: list[Job],
+    workers: int,
+    on_built: Callable[[Built], None],
+    on_event: OnEvent = lambda job, event: None,
+) -> list[Built]:
     """Build each job in a separate process, so that one that is killed fails alone.
 
     An interruption stops the running builds, which leave no files. So does a disk for temporary
     files without room, where every build would fail.
+
+    Args:
+        jobs: to build.
+        workers: most processes at a time.
+        on_built: called with each result.
+        on_event: called with the news of running builds, from threads of theirs.
 
     Raises BadRequest where there is no room for temporary files.
     """
     _require_room(jobs)
     results: list[Built] = []
     pool = ThreadPoolExecutor(workers)
-    futures = [pool.submit(_with_room, job) for job in jobs]
+    futures = [pool.submit(_with_room, job, on_event) for job in jobs]
     try:
         for future in as_completed(futures):
             results.append(future.result())
@@ -262,10 +286,10 @@ def run_jobs(jobs: list[Job], workers: int, on_built: Callable[[Built], None]) -
     return results
 
 
-def _with_room(job: Job) -> Built:
+def _with_room(job: Job, on_event: OnEvent) -> Built:
     """Build a job in a separate process. Raises BadRequest where there is no room by now."""
     _require_room([job])
-    return _in_own_process(job)
+    return _in_own_process(job, on_event)
 
 
 def _require_room(jobs: Iterable[Job]) -> None:
@@ -274,11 +298,20 @@ def _require_room(jobs: Iterable[Job]) -> None:
         require_temporary_room(ROOM, "building engines")
 
 
-def _in_own_process(job: Job) -> Built:
+def _in_own_process(job: Job, on_event: OnEvent) -> Built:
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(1, context, _start_worker, (os.getpid(),)) as process:
+    receiving, sending = context.Pipe(duplex=False)
+    start = (os.getpid(), sending)
+    with receiving, ProcessPoolExecutor(1, context, _start_worker, start) as process:
         try:
-            return process.submit(build, job).result()
+            on_event(job, Event("phase", "starting"))
+            result = process.submit(_build_and_tell, job)
+            sending.close()  # the process has its own: where it is killed, receiving ends
+            with suppress(EOFError):
+                while not result.done() or receiving.poll():
+                    if receiving.poll(POLL):
+                        on_event(job, receiving.recv())
+            return result.result()
         except BrokenProcessPool:
             reason = "its process was killed, perhaps out of memory; --jobs 1 needs less"
         except Exception as error:  # compilers may raise anything
@@ -286,14 +319,25 @@ def _in_own_process(job: Job) -> Built:
     return Built(job, 0.0, error=reason)
 
 
-def _start_worker(parent: int) -> None:
+_news: list[Connection] = []  # of a process that builds: where its events go
+
+
+def _build_and_tell(job: Job) -> Built:
+    return build(job, _news[0].send)
+
+
+def _start_worker(parent: int, sending: Connection) -> None:
     """Prepare a process that builds: Ctrl-C reaches it too, and its parent ends it."""
+    _news.append(sending)
     signal.signal(signal.SIGINT, lambda number, frame: None)  # compilers below still end
     end_with_parent(parent)
 
 
-def build(job: Job) -> Built:
-    """Build one engine, compare it with its segment, and store it if the results agree."""
+def build(job: Job, tell: Callable[[Event], None] = lambda event: None) -> Built:
+    """Build one engine, compare it with its segment, and store it if the results agree.
+
+    `tell` is called with what happens meanwhile.
+    """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # from PyTorch, about its own code
     store, device = EngineStore(job.store), torch.device(job.device)
@@ -305,7 +349,7 @@ def build(job: Job) -> Built:
                 return Built(job, 0.0)
             segment = job.source.segments(compiler, device)[job.segment]
             with torch.inference_mode(), store.publishing(job.key, compiler.file) as path:
-                _compile(job, segment, path, device)
+                _compile(job, segment, path, device, tell)
                 parity = _check(job, segment, path, device)
     except (EngineError, StoreError) as error:
         return Built(job, time.monotonic() - start, error=str(error))
@@ -326,20 +370,25 @@ def _check(job: Job, segment: Segment, path: Path, device: torch.device) -> list
     return parity
 
 
-def _compile(job: Job, segment: Segment, path: Path, device: torch.device) -> None:
+def _compile(
+    job: Job, segment: Segment, path: Path, device: torch.device, tell: Callable[[Event], None]
+) -> None:
     """Compile a segment to a file. Raises EngineError."""
 
     def say(text: str) -> None:
-        if not job.quiet:
-            print(text)
+        tell(Event("line", text))
 
+    def on_phase(name: str) -> None:
+        tell(Event("phase", name))
+
+    on_phase("compiling" if job.compiler == "aoti" else "exporting")
     if job.compiler == "tensorrt":
         cache = job.store / "timing.cache"
         model = export_segment(segment)
         tensorrt.build(segment.spec, model, path, device, timing_cache=cache, say=say)
     elif job.compiler == "tensorrt-rtx":
         model = export_segment(segment, varying=bool(segment.spec.limits))
-        rtx.build(segment.spec, model, path, rtx.targets_of(job.key.platform), say)
+        rtx.build(segment.spec, model, path, rtx.targets_of(job.key.platform), say, on_phase)
     elif job.compiler == "torch-tensorrt":
         torch_tensorrt.build(segment.spec, segment.module, path, device, say=say)
     else:

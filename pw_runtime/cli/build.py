@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from pw_engines import EngineStore, Platform
-    from pw_export.build import Built, Job, Source
+    from pw_export.build import Built, Event, Job, Source
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.execution.engine_lookup import CompilerName
     from pw_runtime.system.progress import Reporter
@@ -116,7 +115,7 @@ def build(**options: Any) -> int:
             reporter.say(f"  {job.key.folder}")
         return DONE
     workers = options["jobs"] or (1 if device.type == "cuda" else os.cpu_count() or 1)
-    return _build(jobs, workers, reporter, quiet=options["quiet"])
+    return _build(jobs, workers, reporter)
 
 
 def _export_onnx(
@@ -199,7 +198,7 @@ def _pending(
     return jobs
 
 
-def _build(jobs: list[Job], workers: int, reporter: Reporter, *, quiet: bool) -> int:
+def _build(jobs: list[Job], workers: int, reporter: Reporter) -> int:
     """Build engines in parallel, report each, and return the exit code."""
     from pw_export.build import run_jobs
 
@@ -207,7 +206,14 @@ def _build(jobs: list[Job], workers: int, reporter: Reporter, *, quiet: bool) ->
         return DONE
     _open_store().make_root()
 
+    def on_event(job: Job, event: Event) -> None:
+        if event.kind == "line":
+            reporter.say(event.text)
+        else:
+            tasks.show(job.key.folder, event.text)
+
     def on_built(built: Built) -> None:
+        tasks.end(built.job.key.folder)
         if built.error is not None:
             reporter.warn(f"{built.job.key.folder}: {built.error}")
             return
@@ -220,7 +226,8 @@ def _build(jobs: list[Job], workers: int, reporter: Reporter, *, quiet: bool) ->
         reporter.say(f"{built.job.key.folder}: {built.seconds:.0f} s, {checked}")
 
     start = time.monotonic()
-    results = run_jobs([replace(job, quiet=quiet) for job in jobs], workers, on_built)
+    with reporter.tasks() as tasks:
+        results = run_jobs(jobs, workers, on_built, on_event)
     failed = sum(result.error is not None for result in results)
     reporter.say(f"{len(jobs) - failed} engines in {time.monotonic() - start:.0f} s")
     if failed:

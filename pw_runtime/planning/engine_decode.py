@@ -36,7 +36,9 @@ def engine_decode_memory(
     *,
     pinned: bool = True,
 ) -> tuple[MemoryItem, ...]:
-    """List what is in memory at the peak of a decode on engines, beside weights, frames and scratch.
+    """List what is in memory at the peak of a decode on engines, beside weights and frames.
+
+    Scratch memory is not counted here: all stages hold it.
 
     Args:
         config: of the decoder.

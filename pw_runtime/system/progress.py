@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -23,6 +25,16 @@ from rich.progress import (
 from pw_runtime.system.printable import printable
 
 LINE_INTERVAL = 10.0  # seconds between plain lines of one stage
+
+
+class Tasks(Protocol):
+    """Shows several things that are done at the same time, each on a line of its own."""
+
+    def show(self, name: str, doing: str) -> None:
+        """Say what is being done about one of them, from any thread."""
+
+    def end(self, name: str) -> None:
+        """Remove its line."""
 
 
 class Advance(Protocol):
@@ -63,6 +75,16 @@ class Reporter:
         else:
             yield from self._lines(label, total)
 
+    @contextmanager
+    def tasks(self) -> Iterator[Tasks]:
+        """Show several things that are done at the same time."""
+        if self._quiet or not self._console.is_terminal:
+            yield _TaskLines(self.say)
+            return
+        columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            yield _LiveTasks(progress)
+
     def _bar(self, label: str, total: int) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description:<24}"),
@@ -91,6 +113,50 @@ class Reporter:
 
         yield advance
         self.say(f"{label}: {whole(count)}/{total} in {time.monotonic() - start:.1f} s")
+
+
+class _LiveTasks:
+    """Tasks on a terminal."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._ids: dict[str, TaskID] = {}
+        self._lock = threading.Lock()
+
+    def show(self, name: str, doing: str) -> None:
+        text = printable(f"{name}: {doing}")
+        with self._lock:
+            if name in self._ids:
+                self._progress.update(self._ids[name], description=text)
+            else:
+                self._ids[name] = self._progress.add_task(text, total=None)
+
+    def end(self, name: str) -> None:
+        with self._lock:
+            if name in self._ids:
+                self._progress.remove_task(self._ids.pop(name))
+
+
+class _TaskLines:
+    """Tasks elsewhere: a line now and then for those that take long."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._times: dict[str, tuple[float, float]] = {}  # of the start, and of the last line
+        self._lock = threading.Lock()
+
+    def show(self, name: str, doing: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            start, last = self._times.setdefault(name, (now, now))
+            if now - last < LINE_INTERVAL:
+                return
+            self._times[name] = (start, now)
+        self._say(f"{name}: {doing}, after {now - start:.0f} s")
+
+    def end(self, name: str) -> None:
+        with self._lock:
+            self._times.pop(name, None)
 
 
 def whole(count: float) -> int:

@@ -223,7 +223,7 @@ def test_without_room_for_temporary_files_nothing_is_built(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 2**20))
-    monkeypatch.setattr(builder, "_in_own_process", lambda job: pytest.fail("built"))
+    monkeypatch.setattr(builder, "_in_own_process", lambda *given: pytest.fail("built"))
     with pytest.raises(BadRequest, match=f"(?s){tmp_path}.*5.0 MiB free.*512 MiB") as refused:
         builder.run_jobs(jobs(store)[0], 2, lambda built: None)
     assert "TMPDIR" in str(refused.value)
@@ -234,7 +234,7 @@ def test_a_temporary_folder_that_runs_full_ends_the_build_with_one_error(
 ) -> None:
     free, started = [2**40], []
 
-    def fail(job: Job) -> Built:
+    def fail(job: Job, on_event: object) -> Built:
         started.append(job)
         free[0] = 0
         return Built(job, 1.0, error="g++: No space left on device")

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build a TensorRT plan from an ONNX model; `process` starts this program.
 
-python -m pw_engines.tensorrt.onnx_build REQUEST.json
+python -m pw_engines.tensorrt.onnx_build REQUEST.json DESCRIPTOR
+
+DESCRIPTOR is that of an open file: the names of the phases of the build are written to it as they
+begin, one on a line.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,11 @@ from pw_engines.tensorrt.plan_file import PlanFacts, append_facts
 from pw_engines.tensorrt.request import REFUSED, Request
 
 
-def build_plan(request: Request) -> list[str]:
-    """Build and write a plan; return notes for the user. Raises EngineError quoting TensorRT."""
+def build_plan(request: Request, on_phase: Callable[[str], None] = lambda phase: None) -> list[str]:
+    """Build and write a plan; return notes for the user. Raises EngineError quoting TensorRT.
+
+    `on_phase` is called with the name of each phase that begins, by TensorRT for RTX alone.
+    """
     library = LIBRARIES[request.library]
     trt = bindings(library)
     messages = Messages(trt)
@@ -52,6 +58,8 @@ def build_plan(request: Request) -> list[str]:
     config.max_aux_streams = 0  # everything on the caller's stream, as a CUDA graph needs it
     _set_profile(builder, network, config, request.spec, messages, library)
     _set_targets(trt, config, request.targets)
+    if request.targets:
+        config.progress_monitor = _monitor(trt, on_phase)
     notes = _use_timing_cache(config, request.timing_cache, messages)
 
     for_targets = f" for {', '.join(request.targets)}" if request.targets else ""
@@ -78,6 +86,30 @@ def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
         config.set_compute_capability(trt.ComputeCapability.__members__[name], index)
     # The plan asks for its scratch memory once and for all, and never allocates in a call.
     config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+def _monitor(trt: Any, on_phase: Callable[[str], None]) -> Any:
+    """Return an object that the builder tells about its phases."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the package has no annotations
+        """Called by the builder, from any of its threads."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            """Pass on the name."""
+            on_phase(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            """Let the build go on: it is ended by killing its process."""
+            # why not False: most of a build is one phase without steps, which would not end
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            """Do nothing: the phase around it was reported when it began."""
+
+    return Monitor()
 
 
 def _network_flags(trt: Any, library: Library) -> int:
@@ -173,13 +205,14 @@ def _save_timing_cache(config: Any, path: Path, messages: Messages) -> None:
 
 
 def main() -> int:
-    """Build what the request file, the first argument, describes; print notes."""
+    """Build what the request file, the first argument, describes; print notes and phases."""
     end_with_parent()
     request = Request.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if request.device is not None:
         torch.cuda.set_device(request.device)
     try:
-        notes = build_plan(request)
+        with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8", buffering=1) as phases:
+            notes = build_plan(request, lambda phase: print(phase, file=phases))
     except (EngineError, OSError) as error:
         print(error, file=sys.stderr)
         return REFUSED

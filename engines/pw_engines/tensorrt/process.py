@@ -75,8 +75,9 @@ def build_in_process(
     path: Path,
     say: Callable[[str], None],
     library: Library = TENSORRT,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> None:
-    """Build the plan `path` of a segment by `python -m module REQUEST.json`.
+    """Build the plan `path` of a segment by `python -m module REQUEST.json DESCRIPTOR`.
 
     Args:
         spec: of the segment.
@@ -86,6 +87,7 @@ def build_in_process(
         path: to write.
         say: called with lines for the user, the estimate first.
         library: that builds.
+        on_phase: called with the names of phases that the builder writes to DESCRIPTOR.
 
     Raises:
         EngineError: the builder refused, or was killed.
@@ -97,7 +99,7 @@ def build_in_process(
         estimate = forecast(spec, request.model.stat().st_size, library)
         say(f"building {spec.segment} with {library.title}: {estimate}")
         (folder / "request.json").write_text(request.to_json(), encoding="utf-8")
-        code, peak = _run_builder(module, folder)
+        code, peak = _run_builder(module, folder, on_phase)
         if code != 0:
             raise EngineError(_reason(spec.segment, code, peak, estimate, folder))
         for line in (folder / "stdout").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -111,15 +113,29 @@ def build_in_process(
     )
 
 
-def _run_builder(module: str, folder: Path) -> tuple[int, int]:
+def _run_builder(
+    module: str, folder: Path, on_phase: Callable[[str], None] = lambda phase: None
+) -> tuple[int, int]:
     """Run the build process; return its exit code (negative: a signal) and peak memory in bytes."""
     # why the path: the child must find what this process found, installed or not
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment = child_environment({**os.environ, **path})
-    command = (sys.executable, "-m", module, str(folder / "request.json"))
-    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
+    read, write = os.pipe()
+    command = (sys.executable, "-m", module, str(folder / "request.json"), str(write))
+    with (
+        (folder / "stdout").open("wb") as out,
+        (folder / "stderr").open("wb") as err,
+        os.fdopen(read, encoding="utf-8", errors="replace") as phases,
+    ):
         try:
+            process = subprocess.Popen(
+                command, env=environment, stdout=out, stderr=err, pass_fds=(write,)
+            )
+        finally:
+            os.close(write)  # the builder has its own: when it has ended, there are no more phases
+        try:
+            for phase in phases:
+                on_phase(phase.strip())
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:  # Ctrl-C: the builder must not outlive its caller
             process.kill()

@@ -109,6 +109,7 @@ def build(
     path: Path,
     targets: Sequence[str],
     say: Callable[[str], None] = print,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> None:
     """Build the plan `path` of a segment, in a process of its own.
 
@@ -118,6 +119,7 @@ def build(
         path: to write.
         targets: GPU architectures, of `RTX.targets`.
         say: called with lines for the user, the estimate first.
+        on_phase: called with the name of each phase of the build that begins.
 
     Raises:
         EngineError: the model cannot be imported, the library refuses it, or the build was killed.
@@ -136,7 +138,7 @@ def build(
         request.model.write_bytes(onnx)
         return request
 
-    build_in_process(spec, "pw_engines.tensorrt.onnx_build", prepare, path, say, RTX)
+    build_in_process(spec, "pw_engines.tensorrt.onnx_build", prepare, path, say, RTX, on_phase)
 
 
 def scratch_of(path: Path) -> int:

@@ -51,7 +51,13 @@ NEEDED = (
     "ExecutionContextAllocationStrategy.STATIC",
     "TensorIOMode.OUTPUT",
 )
-RTX_NEEDED = ("EngineValidity.VALID", "ILogger.Severity.INFO")
+RTX_NEEDED = (
+    "EngineValidity.VALID",
+    "ILogger.Severity.INFO",
+    "IProgressMonitor.phase_finish",
+    "IProgressMonitor.phase_start",
+    "IProgressMonitor.step_complete",
+)
 
 
 def version_of(folder: Path) -> str:

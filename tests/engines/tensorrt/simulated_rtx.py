@@ -10,10 +10,25 @@ from tests.engines.tensorrt import simulated_build, simulated_run
 from tests.engines.tensorrt.simulated import MAGIC, Simulated, fault, read_plan
 
 
+class IProgressMonitor:
+    def __init__(self) -> None:
+        self._initialised = True
+
+
 class IBuilderConfig(simulated_build.IBuilderConfig):
     def __init__(self) -> None:
         super().__init__()
         self._targets: list[str] = []
+        self._monitor: Any = None
+
+    @property
+    def progress_monitor(self) -> Any:
+        return self._monitor
+
+    @progress_monitor.setter
+    def progress_monitor(self, value: Any) -> None:
+        assert value._initialised, "IProgressMonitor.__init__ was not called"
+        self._monitor = value
 
     @property
     def num_compute_capabilities(self) -> int:
@@ -41,6 +56,9 @@ class IOptimizationProfile(simulated_build.IOptimizationProfile):
 class Builder(simulated_build.Builder):
     def build_serialized_network(self, network: Any, config: Any) -> Any:
         assert config._targets, "no target named: some would be dropped silently"
+        config._monitor.phase_start("Building engine", None, 1)
+        assert config._monitor.step_complete("Building engine", 0)
+        config._monitor.phase_finish("Building engine")
         built = super().build_serialized_network(network, config)
         if built is None:
             return None

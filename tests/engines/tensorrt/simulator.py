@@ -59,6 +59,8 @@ def make(version: str) -> Any:
     trt.seen = set()
     trt.ILogger = type("ILogger", (ILogger,), {})
     trt.IHostMemory = IHostMemory
+    if rtx:
+        trt.IProgressMonitor = type("IProgressMonitor", (simulated_rtx.IProgressMonitor,), {})
     for cls in RTX_CLASSES if rtx else CLASSES:
         members = {**bound_to_manifest(cls, entries, trt.seen), "_trt": trt}
         setattr(trt, cls.__name__, type(cls.__name__, (cls,), members))

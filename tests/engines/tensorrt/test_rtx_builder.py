@@ -138,7 +138,11 @@ def test_a_parser_error_names_the_node(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_process_of_its_own_builds_and_says_what_it_took(tmp_path: Path) -> None:
     lines: list[str] = []
-    rtx.build(spec(), onnx_of(spec()), tmp_path / rtx.FILE, ["sm_89"], lines.append)
+    phases: list[str] = []
+    plan = tmp_path / rtx.FILE
+    rtx.build(spec(), onnx_of(spec()), plan, ["sm_89"], lines.append, phases.append)
+    assert phases[0] == "Building engine"
+    assert len(phases) > 3
     assert lines[0].startswith("building up with TensorRT for RTX: ")
     assert lines[-1].startswith("built up in ")
     assert [path.name for path in tmp_path.iterdir()] == [rtx.FILE]
