@@ -17,7 +17,7 @@ inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -46,6 +46,9 @@ PARTS: Mapping[Part, str] = MappingProxyType(
 )
 PAST, LAST = ".past", ".last"  # suffixes of the names of past frames as inputs and outputs
 TAPS = ".taps"  # suffix of the name of an upsampling convolution's taps, instead of its weight
+# Scratch memory that the engines of a strip should stay within, and what those of TensorRT for RTX
+# take for each cell of it: measured for strips of 2K and 4K of the published decoder, five targets.
+SCRATCH, CELL_SCRATCH, PUBLISHED_WIDTH = 6 * 2**30, 1.01 * 2**20, 1024
 
 
 def segments_of_decode(
@@ -59,8 +62,9 @@ def segments_of_decode(
 ) -> dict[str, Segment]:
     """Return all segments for decoding a latent of `rows` x `columns`, by name and size.
 
-    `baked` and `digest` are those of `segments_of_vae`.
+    The strips are those of `engine_tiling`; `baked` and `digest` are those of `segments_of_vae`.
     """
+    plan = engine_tiling(config, plan, rows, columns)
     strips = {strip.last - strip.first for strip in decode_strips(config, plan, columns)}
     coarse = {columns} if plan.tiling == "exact" else strips
     widths: dict[Part, set[int]] = {"coarse": coarse, "fine": strips, "frame": strips}
@@ -70,6 +74,22 @@ def segments_of_decode(
         for segment in segments_of_vae(config, rows, width, baked=baked, digest=digest).values()
         if any(width in widths[part] and part in segment.name for part in PARTS)
     }
+
+
+def engine_tiling(config: VaeConfig, plan: TilingConfig, rows: int, columns: int) -> TilingConfig:
+    """Return the tiling with as many strips as keep engines within SCRATCH, if any number does.
+
+    Strips of an official decode are blended, so their number decides the frames and stays.
+    """
+    if plan.tiling != "exact":
+        return plan
+    for count in range(plan.strips, columns + 1):
+        tiling = replace(plan, strips=count)
+        widest = max(strip.last - strip.first for strip in decode_strips(config, tiling, columns))
+        share = config.decoder_dims[0] / PUBLISHED_WIDTH
+        if rows * widest * CELL_SCRATCH * share <= SCRATCH:
+            return tiling
+    return plan
 
 
 def decode_strips(config: VaeConfig, plan: TilingConfig, columns: int) -> tuple[Strip, ...]:

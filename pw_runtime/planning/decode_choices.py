@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from types import MappingProxyType
 
+from pw_runtime.execution.decoder_segments import engine_tiling
 from pw_runtime.models import expected_shapes
 from pw_runtime.models.tiling import make_bands, make_strips
 from pw_runtime.models.vae import PIXEL_CHANNELS
@@ -65,7 +66,7 @@ def decode_choices(
 
 def _plans(work: Workload, *, gpu: bool) -> list[DecodePlan]:
     """List the plans of a decode, the fastest first."""
-    first, (_, _, rows, _) = work.tiling, _shape(work)
+    first, (_, _, rows, columns) = work.tiling, _shape(work)
     if not gpu and first.tiling == "exact" and not work.decoder_engines:
         least = min(CPU_BANDS, rows // BAND_ROWS)
         first = replace(first, strips=max(first.strips, least))
@@ -85,8 +86,12 @@ def _plans(work: Workload, *, gpu: bool) -> list[DecodePlan]:
         if order == "frames" or count > 1 or first.order == "tiles"
     ]
     if work.decoder_engines:  # each engine fits one size
-        on_engines = [plan for plan in plans if plan.tiling.strips == first.strips]
-        plans = [*(replace(plan, engines=True) for plan in on_engines), *plans]
+        on_engines = [
+            replace(plan, tiling=engine_tiling(work.vae, plan.tiling, rows, columns), engines=True)
+            for plan in plans
+            if plan.tiling.strips == first.strips
+        ]
+        plans = [*on_engines, *plans]
     return plans
 
 

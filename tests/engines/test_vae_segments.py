@@ -20,6 +20,7 @@ from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.execution.decoder import SegmentedVae
 from pw_runtime.execution.decoder_segments import (
     as_rows,
+    engine_tiling,
     from_rows,
     segments_of_decode,
     segments_of_vae,
@@ -215,6 +216,24 @@ def test_strips_of_the_presets_keep_every_tensor_within_32_bits(name) -> None:
             outputs = segment.module(*inputs)
         segment.spec.check_outputs(outputs, {})
         assert 0 < largest.elements < 2**31
+
+
+@pytest.mark.parametrize(
+    ("tiling", "rows", "columns", "strips"),
+    [
+        (PRESETS["2k"].decode, 90, 160, 3),
+        (PRESETS["4k"].decode, 134, 240, 8),
+        (replace(PRESETS["4k"].decode, strips=12), 134, 240, 12),
+        (replace(PRESETS["4k"].decode, tiling="official"), 134, 240, 4),
+        (TilingConfig(), 2048, 2048, 1),  # no number is enough
+    ],
+)
+def test_engines_have_strips_that_fit_into_their_scratch_memory(
+    tiling: TilingConfig, rows: int, columns: int, strips: int
+) -> None:
+    found = engine_tiling(VAE, tiling, rows, columns)
+    assert found == replace(tiling, strips=strips)
+    assert engine_tiling(VAE, found, rows, columns) == found
 
 
 @pytest.mark.parametrize("segment", ["vae_coarse_next", "vae_fine_next", "vae_frame"])

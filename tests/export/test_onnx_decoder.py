@@ -90,9 +90,10 @@ def test_the_same_code_gives_the_same_bytes() -> None:
 
 
 @cache
-def published() -> dict[str, Segment]:
-    """List the segments of the published decoder for 2k; nothing is allocated."""
-    return segments_of_decode(VAE, PRESETS["2k"].decode, 90, 160)
+def published(preset: str = "2k") -> dict[str, Segment]:
+    """List the segments of the published decoder for a preset; nothing is allocated."""
+    size = {"2k": (90, 160), "4k": (134, 240)}[preset]
+    return segments_of_decode(VAE, PRESETS[preset].decode, *size)
 
 
 @pytest.mark.parametrize("name", list(published()))
@@ -137,10 +138,26 @@ def test_2k_is_built_in_6_gib_of_scratch_memory(
         targets=targets,
     )
     build_plan(request)
-    scratch = read_facts(request.plan).scratch
-    assert scratch is not None
-    assert 0 < scratch < 6 * GIB
+    assert 0 < (read_facts(request.plan).scratch or 0) < 6 * GIB
     logger = trt.Logger(trt.Logger.ERROR)
     network = bindings(RTX).Builder(logger).create_network(0)
     assert trt.OnnxParser(network, logger).parse(model.read_bytes())
     assert network.num_layers < LAYERS.get(part, LAYERS["fine_first"]) / 4
+
+
+@pytest.mark.tensorrt_rtx
+@pytest.mark.parametrize("name", ["vae_fine_next_134x42", "vae_frame_134x42"])
+def test_4k_is_built_in_6_gib_of_scratch_memory(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(RTX.modules[0])
+    segment = published("4k")[name]
+    request = Request(
+        spec=segment.spec,
+        model=tmp_path / "model.onnx",
+        plan=tmp_path / "plan",
+        device=None,
+        library="tensorrt-rtx",
+        targets=RTX.targets,
+    )
+    request.model.write_bytes(export_segment(segment))
+    build_plan(request)
+    assert 0 < (read_facts(request.plan).scratch or 0) < 6 * GIB

@@ -90,8 +90,10 @@ def test_engines_of_one_size_keep_their_part_and_leave_the_decoder_itself_as_a_w
     choices = [candidate.choice for candidate in found["decode"][:3]]
     frames, tiles = (replace(PRESETS["4k"].decode, order=order) for order in ("frames", "tiles"))
     assert choices == [
-        DecodePlan(tiling=frames, engines=True),
-        DecodePlan(tiling=tiles, engines=True, store_bytes=121 * 3840 * 2144 * 3 // 2),
+        DecodePlan(tiling=replace(frames, strips=8), engines=True),
+        DecodePlan(
+            tiling=replace(tiles, strips=8), engines=True, store_bytes=121 * 3840 * 2144 * 3 // 2
+        ),
         DecodePlan(tiling=frames),
     ]
 
