@@ -13,10 +13,13 @@ import torch
 
 from pw_engines import EngineError, EngineSpec, EngineStore
 from pw_engines.eager import EagerEngine
+from pw_engines.tensorrt import rtx
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution import engine_lookup
-from pw_runtime.execution.engine_lookup import Compiler, choose_engines, keys_of
+from pw_runtime.execution.block_division import require_attention_engines
+from pw_runtime.execution.engine_lookup import Compiler, build_command, choose_engines, keys_of
 from pw_runtime.execution.transformer_segments import Segment, segments_of
+from pw_runtime.types import RunOptions
 from tests.engines.test_segments import DRAFT
 
 CPU = torch.device("cpu")
@@ -33,11 +36,12 @@ def store(
     tmp_path: Path, segments: dict[str, Segment], monkeypatch: pytest.MonkeyPatch
 ) -> EngineStore:
     """A store, and a compiler whose engines are files that say "good"."""
+    whole = segments_of(DRAFT, "fp32", 64, blocks="whole", tokens=24)
 
     def load(spec: EngineSpec, path: Path, device: torch.device) -> EagerEngine:
         if path.read_text() != "good":
             raise EngineError(f"{path} is no engine")
-        return EagerEngine(spec, segments[spec.segment].module)
+        return EagerEngine(spec, (segments | whole)[spec.segment].module)
 
     def missing(device: torch.device) -> str:
         return "not on this machine"
@@ -229,3 +233,47 @@ def test_engines_without_a_temporary_folder_are_no_reason_to_remove_them(
     assert ("1.0 MiB free" if fault == "full" else "no folder") in str(refused.value)
     assert "prune" not in str(refused.value)
     assert choose_engines(segments, "eager", store, CPU, "pw build").backend == "eager"
+
+
+WHOLE = RunOptions(blocks="whole", device="cuda", precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (replace(WHOLE, policy="eager"), "got: --policy eager"),
+        (replace(WHOLE, kernels="triton"), "got: --kernels triton"),
+        (replace(WHOLE, attention="cudnn"), "got: --attention cudnn"),
+        (replace(WHOLE, precision="fp32"), "got: --precision fp32"),
+    ],
+)
+def test_options_that_attention_inside_engines_contradicts_are_refused(
+    options: RunOptions, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rtx, "cannot_run", lambda device: None)
+    with pytest.raises(BadRequest, match=message):
+        require_attention_engines(options)
+    require_attention_engines(replace(WHOLE, attention="reference"))
+
+
+def test_attention_inside_engines_is_for_gpus_of_tensorrt_for_rtx() -> None:
+    with pytest.raises(BadRequest, match="TensorRT for RTX, which cannot run here"):
+        require_attention_engines(replace(WHOLE, device="cpu"))
+
+
+def test_engines_of_another_division_are_no_fallback(store: EngineStore) -> None:
+    """They were asked for to be compared: what runs is them or nothing."""
+    for segment in segments_of(DRAFT, "fp32", 64).values():
+        put(store, segment)
+    whole = segments_of(DRAFT, "fp32", 64, blocks="whole", tokens=24)
+    with pytest.raises(BadRequest, match=r"(?s)as --blocks whole asks.*no block \(not built yet\)"):
+        choose_engines(whole, "engines", store, CPU, "pw build", "--blocks whole")
+    put(store, whole["block"])
+    choice = choose_engines(whole, "engines", store, CPU, "pw build", "--blocks whole")
+    assert choice.engines.keys() == whole.keys()
+
+
+def test_the_command_that_builds_engines_names_the_division() -> None:
+    options = RunOptions(blocks="attention", device="cpu", precision="bf16")
+    command = build_command(options, Path("bundle"))
+    assert command.endswith(" --blocks attention")
