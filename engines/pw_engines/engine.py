@@ -106,14 +106,17 @@ def random_inputs(
 ) -> list[Tensor]:
     """Make random tensors for an engine's inputs: weights of 1/sqrt(fan-in), others of unit size.
 
-    int64 inputs are 3, 4, 5, ...: positions and sizes, which must not be 0.
+    int64 inputs are consecutive numbers, from 3 for small sizes: the index of the first of some
+    tokens, and the sizes of their grid, in which the last token is at a position below 1024.
     """
     generator = torch.Generator().manual_seed(seed)
+    first = max(3, math.isqrt(max(sizes.values(), default=0) // 512) + 1)
     inputs = []
     for tensor in spec.inputs:
         shape = tensor.sized(sizes)
         if tensor.dtype == "int64":
-            inputs.append(torch.arange(3, 3 + math.prod(shape), device=device).reshape(shape))
+            numbers = torch.arange(first, first + math.prod(shape), device=device)
+            inputs.append(numbers.reshape(shape))
             continue
         x = torch.randn(shape, generator=generator)
         if len(shape) == 2 and not any(isinstance(dim, str) for dim in tensor.shape):

@@ -23,6 +23,7 @@ from pw_runtime.execution.transformer import SegmentedDiT, _aligned_sizes
 from pw_runtime.execution.transformer_segments import (
     ATTENTION_BYTES,
     FIRST_BLOCK,
+    POSITIONS,
     heads_at_once,
     segments_of,
 )
@@ -343,3 +344,14 @@ def test_digest_covers_every_file_that_a_segment_runs() -> None:
 def test_chunks_of_engines_that_want_aligned_addresses(tokens: int, sizes: list[int]) -> None:
     assert _aligned_sizes(tokens, 300, 128) == sizes
     assert sum(sizes) == tokens
+
+
+@pytest.mark.parametrize("tokens", [2, 3276, 44_640, 99_696, 6_710_886])
+def test_the_check_of_an_engine_stays_within_its_rotary_tables(tokens: int) -> None:
+    """With 3, 4, 5 for all sizes a whole block of 2K would read beyond them."""
+    block_in = segments_of(DRAFT, "fp32", 2**24)["block_in"]
+    spec = replace(block_in.spec, inputs=block_in.spec.inputs[4:5])
+    (origin,) = random_inputs(spec, {"tokens": tokens}, CPU, seed=0)
+    start, rows, columns = origin.tolist()
+    assert (start + tokens - 1) // (rows * columns) < POSITIONS
+    assert 0 < max(rows, columns) < POSITIONS

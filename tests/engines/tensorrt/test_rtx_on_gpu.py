@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,10 +14,18 @@ from pw_engines.spec import DType
 from pw_engines.tensorrt import rtx
 from pw_engines.tensorrt.engine import TensorrtEngine
 from pw_engines.tensorrt.plan_file import read_facts
+from pw_export.onnx_export import export_segment
+from pw_runtime.execution.engine_lookup import eager_engines
+from pw_runtime.execution.transformer import SegmentedDiT
+from pw_runtime.execution.transformer_segments import segments_of
+from pw_runtime.types import Blocks, DitConfig
 from tests.closeness import relative_l2
 from tests.engines.tensorrt.segments import data, function, onnx_of, spec
+from tests.engines.test_segments import network
 
 GPU = torch.device("cuda", 0)
+WIDE = DitConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64, text_len=16)
+TOKENS = 256
 REASON = rtx.cannot_run(GPU)
 pytestmark = [
     pytest.mark.gpu,
@@ -79,3 +88,28 @@ def test_a_captured_graph_gives_the_same_bits(tmp_path: Path) -> None:
     outputs[0].fill_(float("nan"))
     graph.replay()
     assert torch.equal(outputs[0], expected)
+
+
+@pytest.mark.parametrize("blocks", get_args(Blocks))
+def test_every_division_of_a_block_computes_what_the_segments_do(
+    blocks: Blocks, tmp_path: Path
+) -> None:
+    net = network(WIDE, "bf16").to(GPU)
+    segments = segments_of(WIDE, "bf16", TOKENS, blocks=blocks, tokens=TOKENS)
+    engines = {}
+    for name, segment in segments.items():
+        model = export_segment(segment, varying=True)
+        rtx.build(segment.spec, model, tmp_path / name, [rtx.target_of(GPU)])
+        engines[name] = rtx.load(segment.spec, tmp_path / name, GPU)
+    eager = segments_of(WIDE, "bf16", TOKENS)
+    latent, t = torch.randn(48, 4, 16, 16, device=GPU), torch.tensor([700.0], device=GPU)
+    context = torch.randn(7, WIDE.text_dim, device=GPU)
+    results = []
+    for dit in (
+        SegmentedDiT(net, segments, engines),
+        SegmentedDiT(net, eager, eager_engines(eager)),
+    ):
+        with torch.inference_mode():
+            texts = [dit.text_keys_values(context)]
+            results += dit.velocities(latent, texts, dit.modulation(t), dit.layout(latent))
+    assert relative_l2(*results) < 2e-2
