@@ -122,7 +122,6 @@ def test_blended_strips_are_never_recut() -> None:
         ("2k", 16, 14, "fp32"),
         ("4k", 24, 24, "fp32"),
         ("4k", 24, 12, "bf16"),
-        ("4k", 16, 24, "fp32"),
     ],
 )
 def test_tile_by_tile_a_decode_fits_a_card_and_its_host(
