@@ -29,6 +29,8 @@ DecodeOrder = Literal["auto", "frames", "tiles"]
 PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
 Place = Literal["device", "host"]
 Kernels = Literal["reference", "triton"]
+QuantizedFormat = Literal["int8", "int8-weight", "fp8", "nvfp4"]
+LinearFormat = Literal["exact", "int8", "int8-weight", "fp8", "nvfp4"]
 EnginePolicy = Literal["auto", "engines", "eager"]
 # Division of a transformer block among engines: parts around our attention, attention as an engine
 # of its own between them, or one engine for all of it.
@@ -297,6 +299,7 @@ class RunOptions:
     device: str = "auto"  # auto: the first CUDA device, or else the CPU
     kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
     attention: AttentionKernel | None = None  # of attention alone; None: the same as `kernels`
+    linear: LinearFormat = "exact"  # large linear layers of the transformers; others approximate
     policy: EnginePolicy = "auto"  # which engines the transformers run on
     blocks: Blocks = "segments"  # of these engines; others need engines that fit the preset
     chunk: int = CHUNK

@@ -40,7 +40,16 @@ SegmentFunction = Callable[..., tuple[Tensor, ...]]
 
 # Largest relative L2 distance from the eager segment in the self-check, by precision; measured
 # distances are far below (docs/engines.md).
-TOLERANCES: dict[DType, float] = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 2e-2}
+TOLERANCES: dict[DType, float] = {
+    "fp32": 1e-5,
+    "fp16": 4e-3,
+    "bf16": 2e-2,
+    # Another rounding before a number is quantized may decide another one. It costs less than half
+    # of what quantizing does.
+    "int8": 4e-3,
+    "fp8": 1.5e-2,
+    "fp4": 5e-2,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +117,8 @@ def random_inputs(
 
     int64 inputs are consecutive numbers, from 3 for small sizes: the index of the first of some
     tokens, and the sizes of their grid, in which the last token is at a position below 1024.
+    Quantized weights are made of numbers of the same size, int8 in units of 2^-7; fp8 is positive,
+    as it may be a scale.
     """
     generator = torch.Generator().manual_seed(seed)
     first = max(3, math.isqrt(max(sizes.values(), default=0) // 512) + 1)
@@ -118,9 +129,17 @@ def random_inputs(
             numbers = torch.arange(first, first + math.prod(shape), device=device)
             inputs.append(numbers.reshape(shape))
             continue
+        if tensor.dtype == "fp4":
+            packed = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            inputs.append(packed.view(DTYPES["fp4"]).to(device))
+            continue
         x = torch.randn(shape, generator=generator)
         if len(shape) == 2 and not any(isinstance(dim, str) for dim in tensor.shape):
             x *= shape[1] ** -0.5
+        if tensor.dtype == "int8":
+            x = (128 * x).round().clamp(-127, 127)
+        elif tensor.dtype == "fp8":
+            x = x.abs()
         inputs.append(x.to(DTYPES[tensor.dtype]).to(device))
     return inputs
 

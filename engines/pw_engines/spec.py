@@ -18,7 +18,7 @@ Backend = Literal["eager", "aoti", "tensorrt", "tensorrt-rtx"]
 FrontEnd = Literal["onnx", "torch-tensorrt"]  # how a segment is passed to TensorRT
 # What an engine depends on beside its spec, by name.
 Platform = tuple[tuple[str, str], ...]
-DType = Literal["fp32", "bf16", "fp16", "int64"]
+DType = Literal["fp32", "bf16", "fp16", "int64", "int8", "fp8", "fp4"]
 
 DTYPES: Final[Mapping[DType, torch.dtype]] = MappingProxyType(
     {
@@ -26,6 +26,9 @@ DTYPES: Final[Mapping[DType, torch.dtype]] = MappingProxyType(
         "bf16": torch.bfloat16,
         "fp16": torch.float16,
         "int64": torch.int64,
+        "int8": torch.int8,
+        "fp8": torch.float8_e4m3fn,
+        "fp4": torch.float4_e2m1fn_x2,  # two numbers in an element
     }
 )
 _NAMES: Final[Mapping[torch.dtype, DType]] = MappingProxyType(
@@ -51,6 +54,11 @@ class TensorSpec:
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape with its named dimensions filled in."""
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+    def numbers(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the same shape as compilers have it: in numbers, of which fp4 packs two."""
+        shape = self.sized(sizes)
+        return (*shape[:-1], 2 * shape[-1]) if self.dtype == "fp4" else shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ from pw_engines import (
 from pw_engines.child import end_with_parent
 from pw_engines.store import Entry
 from pw_engines.tensorrt import rtx, torch_tensorrt
+from pw_export.linear_formats import able, require_buildable
 from pw_export.onnx_export import export_segment
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.checkpoint.loader import load_decoder
@@ -50,7 +51,7 @@ from pw_runtime.execution.engine_lookup import (
 )
 from pw_runtime.execution.transformer_segments import Segment, segments_of, source_digest
 from pw_runtime.system.places import require_temporary_room
-from pw_runtime.types import Blocks, DitConfig, Precision, Preset
+from pw_runtime.types import Blocks, DitConfig, LinearFormat, Precision, Preset
 
 POLL: Final = 0.1  # seconds between looks whether a build has ended
 # Free bytes that a build needs for temporary files: AOTInductor's precompiled headers were 290 MB.
@@ -83,11 +84,17 @@ class TransformerSource:
     chunk: int
     blocks: Blocks = "segments"
     tokens: int = 0
+    linear: LinearFormat = "exact"
 
     def segments(self, compiler: Compiler, device: torch.device | None) -> Mapping[str, Segment]:
         """Return the segments; compiler and device do not matter, as weights are inputs."""
         return segments_of(
-            self.config, self.precision, self.chunk, blocks=self.blocks, tokens=self.tokens
+            self.config,
+            self.precision,
+            self.chunk,
+            self.linear,
+            blocks=self.blocks,
+            tokens=self.tokens,
         )
 
 
@@ -192,11 +199,25 @@ def require_attention_compiler(blocks: Blocks, name: CompilerName, preset: Prese
         )
 
 
-def platform_for(name: CompilerName, device: torch.device, targets: Sequence[str] = ()) -> Platform:
+def platform_for(
+    name: CompilerName,
+    device: torch.device,
+    targets: Sequence[str] = (),
+    linear: LinearFormat = "exact",
+) -> Platform:
     """Return what to build engines for: the device, or GPU architectures that are named.
 
-    Raises BadRequest for targets that the compiler does not have.
+    Raises BadRequest for targets that the compiler does not have, and where the compiler or a GPU
+    does not have the format of linear layers.
     """
+    platform = _platform_for(name, device, targets, linear)
+    require_buildable(linear, name, platform)
+    return platform
+
+
+def _platform_for(
+    name: CompilerName, device: torch.device, targets: Sequence[str], linear: LinearFormat
+) -> Platform:
     if name != "tensorrt-rtx":
         if targets:
             raise BadRequest(
@@ -205,7 +226,8 @@ def platform_for(name: CompilerName, device: torch.device, targets: Sequence[str
                 do="add --backend tensorrt-rtx, or leave --target out",
             )
         return COMPILERS[name].platforms(device)[0]
-    named = tuple(dict.fromkeys(targets)) or rtx.default_targets(device)
+    default = rtx.default_targets(device)
+    named = tuple(dict.fromkeys(targets)) or able(linear, default) or default
     if reason := rtx.cannot_build(named):
         raise BadRequest("engines cannot be built for these targets", got=reason)
     return rtx.target_platform(named)

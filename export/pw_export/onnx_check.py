@@ -16,6 +16,9 @@ _DTYPES: Final[dict[DType, str]] = {
     "bf16": "BFLOAT16",
     "fp16": "FLOAT16",
     "int64": "INT64",
+    "int8": "INT8",
+    "fp8": "FLOAT8E4M3FN",
+    "fp4": "FLOAT4E2M1",
 }
 
 
@@ -59,5 +62,5 @@ def _port_faults(
         if port_dtype != dtype:
             yield f"{name}: expected {dtype}, got {port_dtype}"
         shape = tuple(dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim)
-        if shape not in (tensor.shape, tensor.sized(limits)):
-            yield f"{name}: expected {tensor.shape} or {tensor.sized(limits)}, got {shape}"
+        if shape not in (tensor.shape, tensor.numbers(limits)):
+            yield f"{name}: expected {tensor.shape} or {tensor.numbers(limits)}, got {shape}"

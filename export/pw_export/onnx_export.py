@@ -30,16 +30,25 @@ from pw_engines.engine import EngineError
 from pw_engines.spec import SMALLEST
 from pw_export.onnx_check import check_onnx
 from pw_export.onnx_decoder import decoder_model
+from pw_export.onnx_quantized import product_of_quantized
 from pw_export.wan22_configs import DRAFT, HIGHRES, VAE
 from pw_kernels.op import using
 from pw_runtime.execution.decoder_segments import DecoderSegment, segments_of_decode
 from pw_runtime.execution.transformer_segments import WITH_ATTENTION, Segment, segments_of
 from pw_runtime.presets import PRESETS
 from pw_runtime.system.atomic_files import atomic_file, atomic_folder, require_absent, write_text
-from pw_runtime.types import VAE_STRIDE, DitConfig, Precision, Preset, VaeConfig
+from pw_runtime.types import (
+    VAE_STRIDE,
+    DitConfig,
+    LinearFormat,
+    Precision,
+    Preset,
+    VaeConfig,
+)
 
 OPSET: Final = 20  # has Gelu and LayerNormalization, and TensorRT 10.8 and later support it
-ATTENTION_OPSET: Final = 23  # has Attention, which TensorRT for RTX has fused kernels for
+# Has Attention, which TensorRT for RTX has fused kernels for, and numbers of 4 bits.
+LATER_OPSET: Final = 23
 TOKENS: Final = 8192  # per call, of the published networks; large resolutions take many calls
 
 
@@ -50,6 +59,7 @@ def export_onnx(
     out: Path,
     say: Callable[[str], None] = print,
     decoder: tuple[VaeConfig, Preset] | None = None,
+    linear: LinearFormat = "exact",
 ) -> None:
     """Write the models of all segments of some networks.
 
@@ -60,6 +70,7 @@ def export_onnx(
         out: folder that does not exist yet.
         say: called with a line for every model.
         decoder: a VAE, and the preset that gives the size of its graphs.
+        linear: format of the networks' large linear layers.
 
     Raises:
         BadRequest: `out` exists.
@@ -69,7 +80,7 @@ def export_onnx(
     segments = {
         f"{network}/{name}": segment
         for network, config in networks.items()
-        for name, segment in segments_of(config, precision, tokens).items()
+        for name, segment in segments_of(config, precision, tokens, linear).items()
     }
     if decoder is not None:
         config, preset = decoder
@@ -106,7 +117,7 @@ def write_onnx(
     files = {f"{name}.onnx": segment.spec for name, segment in segments.items()}
     index = {
         "made_by": _made_by(),
-        "opset": OPSET,
+        "opset": max(_opset(spec) for spec in models),
         "models": [
             {"file": file, "sha256": hashlib.sha256(models[spec]).hexdigest(), **asdict(spec)}
             for file, spec in files.items()
@@ -146,7 +157,7 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
         {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
         for tensor in spec.inputs
     )
-    opset = ATTENTION_OPSET if spec.segment in WITH_ATTENTION else OPSET
+    opset = _opset(spec)
     translations = _translations(opset)
     try:
         with _quiet(), using("reference"):
@@ -174,9 +185,16 @@ def export_segment(segment: Segment, *, varying: bool = False) -> bytes:
     return _signed(model, spec)
 
 
+def _opset(spec: EngineSpec) -> int:
+    """Return the opset of a segment's model."""
+    later = spec.segment in WITH_ATTENTION or any(x.dtype == "fp4" for x in spec.inputs)
+    return LATER_OPSET if later else OPSET
+
+
 def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return translations of operators that replace those of PyTorch, for TensorRT's sake."""
-    onnx, op = _package("onnx"), getattr(_package("onnxscript"), f"opset{opset}")
+    onnx, onnxscript = _package("onnx"), _package("onnxscript")
+    op = getattr(onnxscript, f"opset{opset}")
 
     def divide(x: Any, y: Any, rounding_mode: str) -> Any:
         # PyTorch's translation divides in fp32, which a GPU may round up to the next integer
@@ -198,6 +216,7 @@ def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         aten.div.Tensor_mode: divide,
         aten.scaled_dot_product_attention.default: attend,
+        torch.ops.pw.quantized_product.default: product_of_quantized(onnx, onnxscript),
     }
 
 

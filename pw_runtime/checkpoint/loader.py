@@ -20,10 +20,15 @@ from pw_runtime.checkpoint.bundle import (
 from pw_runtime.errors import BadRequest, BadWeights
 from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
 from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.models.quantized_linear import (
+    is_quantized,
+    quantized_weights,
+)
 from pw_runtime.models.text_encoder import TIED_KEY, TextNetwork
 from pw_runtime.types import (
     AttentionKernel,
     DitConfig,
+    LinearFormat,
     Network,
     Precision,
     Residency,
@@ -69,23 +74,33 @@ def load_dit(
     precision: Precision,
     device: torch.device,
     weights: Residency = "resident",
+    linear: LinearFormat = "exact",
 ) -> WanDiT:
     """Load a transformer.
 
     Resident weights are converted and moved to `device`, streamed ones converted and kept in host
     memory, mapped ones left in the bundle's files until a block needs them (see `TransformerPlan`).
+    Weights of quantized layers are quantized from the bundle's values, one after the other.
 
-    Raises BadWeights for a file that is missing, damaged or of other shapes.
+    Raises BadWeights for a file that is missing, damaged or of other shapes, and for weights that
+    cannot be quantized.
     """
     config = require_dit(bundle, network)
     with torch.device("meta"):
         net = WanDiT(config)
     stored = load_tensors(bundle, network)
-    for name, weight in stored.items():
-        if weights == "resident" or not is_streamed(name):
+    for name, weight in list(stored.items()):
+        if linear != "exact" and is_quantized(name, config.num_layers, linear):
+            assert weights != "mapped", "the planner leaves out what would quantize at every call"
+            place = device if weights == "resident" else weight.device
+            parts = quantized_weights(name, weight.to(device), linear)
+            stored |= {part: tensor.to(place) for part, tensor in parts}
+        elif weights == "resident" or not is_streamed(name):
             stored[name] = store_dit_weight(name, weight.to(device), precision)
         elif weights == "streamed":
             stored[name] = store_dit_weight(name, weight, precision)
+    if linear != "exact":
+        net.prepare_quantized(linear)
     require_unchanged(bundle, network)  # meanwhile most of the weights were copied
     net.load_state_dict(stored, assign=True)
     return net.eval().requires_grad_(False)

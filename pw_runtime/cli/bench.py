@@ -14,6 +14,7 @@ from pw_runtime.cli.bench_networks import (
     decoder_memory,
     dit_peers,
     generate_memory,
+    linear_error,
     quality,
     save,
     vae_peers,
@@ -262,7 +263,7 @@ def gpu_suite(out: Path, minutes: float, full: bool) -> int:
     return SOME_FAILED if missing else DONE
 
 
-for command in (dit_peers, vae_peers, generate_memory, decoder_memory, quality):
+for command in (dit_peers, vae_peers, generate_memory, decoder_memory, quality, linear_error):
     bench.add_command(command)
 
 

@@ -142,6 +142,29 @@ def decoder_memory(out: Path, rows: int, columns: int, frames: int, strips: int)
     return save(measure_decoder_memory(rows, columns, frames, strips, click.echo), out)
 
 
+@click.command("linear-error")
+@click.option("--model", type=FOLDER, required=True, help="Bundle of the built-in model.")
+@click.option("--preset", default="nano", show_default=True, help="As for `pw generate`.")
+@out_option
+@click.option("--clips", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(2),
+    default=256,
+    show_default=True,
+    help="Of the block of published width.",
+)
+def linear_error(model: Path, preset: str, out: Path, clips: int, tokens: int) -> int:
+    """Measure the errors of quantized linear layers: of layers, a block, latents and clips."""
+    require_packages("`pw bench linear-error`", "scikit-image", "transformers")
+    from pw_bench.quality.linear_error import measure_linear_error
+    from pw_bench.results import require_folder
+
+    require_folder(out)
+    result = measure_linear_error(model, preset, clips=clips, tokens=tokens, say=click.echo)
+    return save(result, out)
+
+
 @click.command()
 @click.option("--model", type=FOLDER, required=True, help="Bundle of the built-in model.")
 @click.option("--preset", default="nano", show_default=True, help="As for `pw generate`.")

@@ -17,6 +17,7 @@ from pw_runtime.cli.options import (
     blocks_option,
     chunk_option,
     device_option,
+    linear_option,
     precision_option,
 )
 from pw_runtime.errors import BadRequest
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.execution.engine_lookup import CompilerName
     from pw_runtime.system.progress import Reporter
-    from pw_runtime.types import Blocks, DitConfig, Precision, Preset
+    from pw_runtime.types import Blocks, DitConfig, LinearFormat, Precision, Preset
 
 
 @click.command()
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 @blocks_option
 @chunk_option
 @precision_option
+@linear_option
 @device_option
 @click.option(
     "--jobs",
@@ -74,8 +76,12 @@ def build(**options: Any) -> int:
     """Compile a model's transformers, once for all presets; with --preset also the decoder."""
     from pw_export.build import pick_compiler, platform_for, require_attention_compiler
     from pw_runtime.checkpoint.bundle import open_bundle
-    from pw_runtime.execution.block_division import require_attention_precision
+    from pw_runtime.execution.block_division import (
+        require_attention_precision,
+        require_exact_attention,
+    )
     from pw_runtime.job.preflight import default_precision, pick_device
+    from pw_runtime.models.quantized_linear import require_quantizable
     from pw_runtime.presets import find_preset
     from pw_runtime.system.progress import Reporter
 
@@ -84,6 +90,10 @@ def build(**options: Any) -> int:
     bundle = open_bundle(options["model"])
     preset = None if options["preset"] is None else find_preset(options["preset"])
     chunk, folder, blocks = options["chunk"], options["onnx_only"], options["blocks"]
+    linear = options["linear"]
+    for config in _configs(bundle).values():
+        require_quantizable(config, linear)
+    require_exact_attention(blocks, linear)
     if folder is not None:
         others = {"dry-run": options["dry_run"], "frontend": options["frontend"]}
         for name, given in (others | {"blocks": blocks != "segments"}).items():
@@ -91,19 +101,21 @@ def build(**options: Any) -> int:
                 raise BadRequest(
                     f"--onnx-only and --{name} contradict each other", do="leave one of them out"
                 )
-        return _export_onnx(bundle, precision, chunk, folder, preset, reporter)
+        return _export_onnx(bundle, precision, chunk, folder, preset, linear, reporter)
     targets, backend = options["targets"], options["backend"]
     if backend == "auto" and (targets or blocks != "segments"):
         backend = "tensorrt-rtx"
     compiler = pick_compiler(backend, options["frontend"], device)
-    platform = platform_for(compiler, device, targets)
+    platform = platform_for(compiler, device, targets, linear)
     if compiler == "tensorrt-rtx" and options["precision"] is None:
         precision = "bf16"  # for a GPU, wherever it is built
     require_attention_compiler(blocks, compiler, preset)
     require_attention_precision(blocks, precision)
-    sources = _sources(bundle, precision, chunk, preset, compiler, blocks)
+    sources = _sources(bundle, precision, chunk, preset, compiler, blocks, linear)
     where = dict(platform).get("targets", str(device)).replace(" ", ", ")
     heading = f"{compiler} engines for {where}, {precision}, up to {chunk} tokens"
+    if linear != "exact":
+        heading += f", {linear} linear layers"
     jobs = _pending(sources, compiler, device, platform, heading, reporter)
     if preset is not None:
         last = preset.highres or preset.draft
@@ -124,6 +136,7 @@ def _export_onnx(
     chunk: int,
     folder: Path,
     preset: Preset | None,
+    linear: LinearFormat,
     reporter: Reporter,
 ) -> int:
     """Write ONNX models of the transformers' segments, and of the decoder's with a preset."""
@@ -133,7 +146,7 @@ def _export_onnx(
     from pw_export.onnx_export import export_onnx
 
     decoder = None if preset is None else (bundle.networks.vae.config, preset)
-    export_onnx(_configs(bundle), precision, chunk, folder, reporter.say, decoder)
+    export_onnx(_configs(bundle), precision, chunk, folder, reporter.say, decoder, linear)
     return DONE
 
 
@@ -153,6 +166,7 @@ def _sources(
     preset: Preset | None,
     compiler: CompilerName,
     blocks: Blocks,
+    linear: LinearFormat,
 ) -> list[Source]:
     """List the networks to build engines for: those of the preset's stages, if they depend on it.
 
@@ -166,7 +180,7 @@ def _sources(
     sources: list[Source]
     if blocks == "segments" or preset is None:
         configs = _configs(bundle).values()
-        sources = [TransformerSource(config, precision, chunk) for config in configs]
+        sources = [TransformerSource(config, precision, chunk, linear=linear) for config in configs]
     else:
         sources = [
             TransformerSource(

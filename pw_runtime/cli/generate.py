@@ -21,6 +21,7 @@ from pw_runtime.cli.options import (
     fragmented_option,
     gpu_memory_option,
     host_memory_option,
+    linear_option,
     precision_option,
     trace_option,
     traced,
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
 @click.option("--draft-only", is_flag=True, help="Stop after the draft; the clip shows it.")
 @click.option("--contact-sheet", is_flag=True, help="Also write contact_sheet.png.")
 @precision_option
+@linear_option
 @vae_precision_option
 @gpu_memory_option
 @host_memory_option

@@ -12,7 +12,7 @@ import click
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.errors import BadResult, WriteFailed
-from pw_runtime.types import CHUNK, CHUNKS, Blocks, Codec, Precision
+from pw_runtime.types import CHUNK, CHUNKS, Blocks, Codec, LinearFormat, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -102,6 +102,14 @@ vae_precision_option = click.option(
     default="fp32",
     show_default=True,
     help="Precision of the decoder; bf16 halves its memory and is an approximation.",
+)
+linear_option = click.option(
+    "--linear",
+    type=click.Choice(get_args(LinearFormat)),
+    default="exact",
+    show_default=True,
+    help="Format of the transformers' large linear layers; all but exact are approximations "
+    "(docs/numerics.md). Must match between `pw build` and `pw generate`.",
 )
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."

@@ -17,6 +17,7 @@ from pw_runtime.cli.options import (
     chunk_option,
     gpu_memory_option,
     host_memory_option,
+    linear_option,
     precision_option,
     vae_precision_option,
 )
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--codec", type=CODECS, default="h264", show_default=True, help="Video codec.")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft.")
 @precision_option
+@linear_option
 @vae_precision_option
 @blocks_option
 @chunk_option
@@ -55,8 +57,12 @@ def plan(**options: Any) -> int:
 
     from pw_export.wan22_configs import NETWORKS
     from pw_runtime.checkpoint.bundle import open_bundle
-    from pw_runtime.execution.block_division import require_attention_precision
+    from pw_runtime.execution.block_division import (
+        require_attention_precision,
+        require_exact_attention,
+    )
     from pw_runtime.job.preflight import default_precision
+    from pw_runtime.models.quantized_linear import require_quantizable
     from pw_runtime.planning.candidates import candidates
     from pw_runtime.planning.planner import make_plan
     from pw_runtime.planning.report import division_report, plan_report
@@ -81,12 +87,16 @@ def plan(**options: Any) -> int:
         device=str(device),
         blocks=options["blocks"],
         chunk=options["chunk"],
+        linear=options["linear"],
         draft_only=options["draft_only"],
     )
     require_attention_precision(run_options.blocks, precision)
     preset = find_preset(options["preset"])
     work = workload(networks, preset, run_options)
     budget = budget_of(device, options["gpu_memory"], options["host_memory"])
+    for config in work.transformers.values():
+        require_quantizable(config, run_options.linear)
+    require_exact_attention(run_options.blocks, run_options.linear)
     if options["target"] is not None:
         if device.type == "cpu":
             raise BadRequest("--target is for a GPU", do="add its memory: --gpu-memory 16GiB")
@@ -145,6 +155,7 @@ def _divisions(work: Workload, target: str) -> dict[Blocks, Workload | str]:
                 work.transformers[name],
                 precision,
                 options.chunk,
+                options.linear,
                 blocks=blocks,
                 tokens=stage.tokens(work.preset.video),
             )
@@ -155,7 +166,8 @@ def _divisions(work: Workload, target: str) -> dict[Blocks, Workload | str]:
         divided = replace(options, blocks=blocks)
         return replace(work, options=divided, decoder_engines="vae" in scratch, scratch=scratch)
 
-    divisions = get_args(Blocks) if precision == "bf16" else ("segments",)
+    alone = precision != "bf16" or options.linear != "exact"
+    divisions = ("segments",) if alone else get_args(Blocks)
     return {blocks: on_engines(blocks) for blocks in divisions}
 
 

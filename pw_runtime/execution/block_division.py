@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pw_engines.tensorrt import rtx
 from pw_runtime.errors import BadRequest
-from pw_runtime.types import Blocks, Precision, RunOptions
+from pw_runtime.types import Blocks, LinearFormat, Precision, RunOptions
 
 
 def require_attention_precision(blocks: Blocks, precision: Precision) -> None:
@@ -15,6 +15,16 @@ def require_attention_precision(blocks: Blocks, precision: Precision) -> None:
             f"--blocks {blocks} computes attention inside engines, where bf16 alone has kernels",
             got=f"--precision {precision}",
             do="add --precision bf16, or leave --blocks out",
+        )
+
+
+def require_exact_attention(blocks: Blocks, linear: LinearFormat) -> None:
+    """Raise BadRequest where quantized linear layers would be in engines with attention."""
+    if blocks != "segments" and linear != "exact":
+        raise BadRequest(
+            f"--blocks {blocks} has no engines with quantized linear layers yet",
+            got=f"--linear {linear}",
+            do="leave one of them out",
         )
 
 

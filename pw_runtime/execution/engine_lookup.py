@@ -7,7 +7,7 @@ Nothing is compiled here. What runs is reported (engine_report.py), and recorded
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -33,8 +33,9 @@ from pw_engines.tensorrt import rtx, torch_tensorrt
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import require_dit
 from pw_runtime.errors import BadRequest
-from pw_runtime.execution.block_division import require_attention_engines
+from pw_runtime.execution.block_division import require_attention_engines, require_exact_attention
 from pw_runtime.execution.transformer_segments import Segment, segments_of
+from pw_runtime.models.quantized_linear import approximation
 from pw_runtime.presets import preset_name
 from pw_runtime.system.places import check_cache, require_temporary_room
 from pw_runtime.types import CHUNK, EnginePolicy, Preset, RunOptions, StageName
@@ -153,6 +154,7 @@ class EngineSet:
     backend: Backend
     reason: str
     digest: str = ""  # over the keys of built engines
+    linear: str = ""  # what is approximate in the network
 
     @property
     def padded(self) -> bool:
@@ -167,7 +169,8 @@ class EngineSet:
     def to_dict(self) -> dict[str, str]:
         """Return the entry of a receipt."""
         entry = {"backend": self.backend, "reason": self.reason}
-        return entry | ({"digest": self.digest} if self.digest else {})
+        entry |= {"digest": self.digest} if self.digest else {}
+        return entry | ({"linear": self.linear} if self.linear else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +189,8 @@ def build_command(options: RunOptions, bundle: Path) -> str:
         flags.append(f"--precision {precision}")
     if options.chunk != CHUNK:
         flags.append(f"--chunk {options.chunk}")
+    if options.linear != "exact":
+        flags.append(f"--linear {options.linear}")
     if str(device) != auto:
         flags.append(f"--device {device}")
     if options.blocks != "segments":
@@ -209,9 +214,9 @@ def select_engines(
     """
     config, blocks, device = require_dit(bundle, stage), options.blocks, options.torch_device
     tokens = preset.stages()[stage].tokens(preset.video)
-    segments = segments_of(
-        config, options.compute_precision, options.chunk, blocks=blocks, tokens=tokens
-    )
+    precision, linear = options.compute_precision, options.linear
+    require_exact_attention(blocks, linear)
+    segments = segments_of(config, precision, options.chunk, linear, blocks=blocks, tokens=tokens)
     command = build_command(options, bundle.root)
     if blocks != "segments":
         require_attention_engines(options)
@@ -220,7 +225,10 @@ def select_engines(
         return choose_engines(segments, "engines", EngineStore(), device, command, option)
     # Engines contain kernels of their own: with --kernels triton, the segments run.
     policy = "eager" if options.kernels == "triton" else options.policy
-    return choose_engines(segments, policy, EngineStore(), device, command)
+    engines = choose_engines(segments, policy, EngineStore(), device, command)
+    if linear == "exact":
+        return engines
+    return replace(engines, linear=approximation(config.num_layers, linear))
 
 
 def choose_engines(

@@ -38,6 +38,11 @@ def describe_engines(
 
 
 def _form(engine_set: EngineSet) -> str:
+    text = _runs(engine_set)
+    return f"{text}, {engine_set.linear}" if engine_set.linear else text
+
+
+def _runs(engine_set: EngineSet) -> str:
     if engine_set.backend != "eager":
         return f"on {engine_set.reason} ({engine_set.backend})"
     if engine_set.reason in (ASKED_FOR, NONE_BUILT, ONLY_FP32, DRAFT_DECODED):

@@ -19,7 +19,12 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import load_dit
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.protocols import ControlInputs, TokenLayout, TokenSlice
-from pw_runtime.execution.transformer_segments import POSITIONS, Segment, heads_at_once
+from pw_runtime.execution.transformer_segments import (
+    POSITIONS,
+    Segment,
+    heads_at_once,
+    segment_of_block,
+)
 from pw_runtime.execution.weight_streaming import ResidentWeights, StreamedWeights, Weights
 from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
@@ -38,7 +43,7 @@ def load_transformer(
 ) -> SegmentedDiT:
     """Load a transformer as the plan places its weights, on the engines selected for it."""
     device, precision = options.torch_device, options.compute_precision
-    net = load_dit(bundle, stage, precision, device, plan.weights)
+    net = load_dit(bundle, stage, precision, device, plan.weights, options.linear)
     weights: Weights = (
         ResidentWeights(net, engines.segments)
         if plan.weights == "resident"
@@ -266,14 +271,15 @@ class SegmentedDiT:
         block: int,
     ) -> None:
         """Run block_out over all slices; each result takes the place of its input in x."""
-        engine, weights = self._engines["block_out"], self._weights.acquire("block_out", block)
+        engine = self._engines[segment_of_block(self.net, "block_out", block)]
+        weights = self._weights.acquire("block_out", block)
         shared_inputs = [modulation.blocks[block], text.keys, text.values, text.bias]
         for token_slice in layout.slices:
             rows = token_slice.rows
             (out,) = _outputs(engine, {"tokens": rows.stop - rows.start}, x.device)
             engine.run([x[rows], y[rows], *shared_inputs, *weights], [out])
             x[rows] = out
-        self._weights.release("block_out", (block + 1) % self.net.config.num_layers)
+        self._weights.release("block_out", block, (block + 1) % self.net.config.num_layers)
 
     def _slice_sizes(self, name: str, tokens: int) -> list[int]:
         """Return how many tokens each call of an engine takes: nearly equal, or whole chunks."""
@@ -303,7 +309,7 @@ class SegmentedDiT:
         `blocks` are the block whose weights it takes and the block that it will run for next;
         `origins` adds each slice's origin to the inputs.
         """
-        engine = self._engines[name]
+        engine = self._engines[segment_of_block(self.net, name, blocks[0])]
         outputs = _outputs(engine, {"tokens": layout.padded}, tokens[0].device)
         weights = self._weights.acquire(name, blocks[0])
         for token_slice in layout.slices:
@@ -311,7 +317,7 @@ class SegmentedDiT:
             inputs = [tensor[rows] for tensor in tokens] + (shared_inputs or [])
             inputs += [token_slice.origin] if origins else []
             engine.run(inputs + weights, [tensor[rows] for tensor in outputs])
-        self._weights.release(name, blocks[1])
+        self._weights.release(name, *blocks)
         return outputs
 
     def _run(
@@ -323,7 +329,7 @@ class SegmentedDiT:
         sizes = engine.spec.sizes(inputs)
         outputs = _outputs(engine, sizes, inputs[0].device)
         engine.run(inputs, outputs)
-        self._weights.release(name, next_block)
+        self._weights.release(name, block, next_block)
         return outputs
 
 

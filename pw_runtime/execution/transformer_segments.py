@@ -30,10 +30,13 @@ from pw_runtime.models import WanDiT
 from pw_runtime.models.blocks import TextKeysValues
 from pw_runtime.models.embeddings import Positions
 from pw_runtime.models.precision import store_dit_weight
-from pw_runtime.types import PATCH, Blocks, DitConfig, Precision
+from pw_runtime.models.quantized_linear import prepare_block, quantized_blocks
+from pw_runtime.types import PATCH, Blocks, DitConfig, LinearFormat, Precision
 
 POSITIONS = 1024  # rows of the rotary tables that engines take: the longest side of a token grid
 TEXT_PADDING = 8  # keys beyond text_len, for those that represent the padding
+# Segments that every step runs once per block, as the block is divided.
+BLOCK_PARTS = ("block_in", "block_out", "block")
 FIRST_BLOCK = "blocks.0."  # prefix of the names of a block's weights, for any block
 # Segments with the self-attention, whose limit is all tokens of a clip.
 WITH_ATTENTION: Final = ("attention", "block", "block_first")
@@ -70,26 +73,49 @@ def segments_of(
     config: DitConfig,
     precision: Precision,
     limit: int,
+    linear: LinearFormat = "exact",
     *,
     blocks: Blocks = "segments",
     tokens: int = 0,
 ) -> dict[str, Segment]:
     """Return every segment of a network by name.
 
+    With quantized linear layers, `block_in` and `block_out` of the first and the last block are
+    joined by those of the other blocks.
+
     Args:
         config: of the network; the number of blocks does not matter.
         precision: of its weights.
         limit: most tokens per call.
+        linear: format of the large linear layers.
         blocks: how a block is divided.
         tokens: all tokens of a clip, which WITH_ATTENTION take in one call.
     """
     net = _network_without_weights(config, precision)
+    quantized = net
+    if linear != "exact":
+        quantized = _network_without_weights(config, precision)
+        prepare_block(quantized.blocks[0], linear)
     segments = {}
     for definition in _divided(_definitions(config, precision), config, blocks, tokens):
         most = tokens if definition.name in WITH_ATTENTION else limit
         limits = (("tokens", most), ("text", config.text_len + TEXT_PADDING))
         segments[definition.name] = _segment(definition, net, limits)
+        if linear != "exact" and definition.name in BLOCK_PARTS:
+            named = replace(definition, name=quantized_name(definition.name, linear))
+            segments[named.name] = _segment(named, quantized, limits)
     return segments
+
+
+def segment_of_block(net: WanDiT, part: str, block: int) -> str:
+    """Return the name of the segment that computes a part of a block; other names unchanged."""
+    quantized = block in quantized_blocks(net.config.num_layers, net.linear)
+    return quantized_name(part, net.linear) if quantized and part in BLOCK_PARTS else part
+
+
+def quantized_name(part: str, linear: LinearFormat) -> str:
+    """Return the name of a part of a block whose linear layers have a format."""
+    return part if linear == "exact" else f"{part}_{linear.replace('-', '_')}"
 
 
 def _divided(
@@ -341,8 +367,9 @@ _KERNELS = (
     "gate_residual_norm",
     "norm_modulate",
     "qk_norm_rope",
+    "quantized_linear",
 )
-_MODELS = ("adapter", "blocks", "dit", "embeddings", "precision")
+_MODELS = ("adapter", "blocks", "dit", "embeddings", "precision", "quantized_linear")
 
 
 @cache

@@ -17,17 +17,22 @@ import torch
 from torch import Tensor
 
 from pw_runtime.checkpoint.loader import is_streamed
-from pw_runtime.execution.transformer_segments import FIRST_BLOCK, Segment
+from pw_runtime.execution.transformer_segments import (
+    BLOCK_PARTS,
+    FIRST_BLOCK,
+    Segment,
+    segment_of_block,
+)
 from pw_runtime.models import WanDiT
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.types import Precision
 
-# Segments that every step runs once per block, as the block is divided.
-STREAMED = ("block_in", "block_out", "block")
-
 
 class Weights(Protocol):
-    """Provider of the weights that a `SegmentedDiT` runs with."""
+    """Provider of the weights that a `SegmentedDiT` runs with.
+
+    `block_in` and `block_out` stand for the segments that compute these parts of a block.
+    """
 
     def acquire(self, segment: str, block: int = 0) -> list[Tensor]:
         """Return a segment's weights for a block, in the order of its spec, on the device.
@@ -36,8 +41,10 @@ class Weights(Protocol):
         """
         ...
 
-    def release(self, segment: str, next_block: int) -> None:
-        """Allow the weights to be replaced by those of `next_block`.
+    def release(self, segment: str, block: int, next_block: int) -> None:
+        """Allow the weights of `block` to be replaced by those of a later one.
+
+        The segment will run for `next_block` next.
 
         Call it when all work that reads them has been queued on the device.
         """
@@ -52,18 +59,20 @@ class ResidentWeights:
     """All weights are on the device."""
 
     def __init__(self, net: WanDiT, segments: Mapping[str, Segment]) -> None:
-        stored: dict[str, Tensor] = dict(net.named_parameters())
-        layers = range(net.config.num_layers)
-        self._weights = {
-            name: [[stored[key] for key in names_in_block(segment, block)] for block in layers]
-            for name, segment in segments.items()
-        }
+        self._net, self._segments = net, segments
+        self._stored: dict[str, Tensor] = dict(net.named_parameters())
+        self._weights: dict[tuple[str, int], list[Tensor]] = {}
 
     def acquire(self, segment: str, block: int = 0) -> list[Tensor]:
         """Return the weights; see `Weights.acquire`."""
-        return self._weights[segment][block]
+        if (segment, block) not in self._weights:
+            names = names_in_block(
+                self._segments[segment_of_block(self._net, segment, block)], block
+            )
+            self._weights[segment, block] = [self._stored[name] for name in names]
+        return self._weights[segment, block]
 
-    def release(self, segment: str, next_block: int) -> None:
+    def release(self, segment: str, block: int, next_block: int) -> None:
         """Do nothing: no weight moves."""
 
     def close(self) -> None:
@@ -85,20 +94,23 @@ class StreamedWeights:
         device: torch.device,
     ) -> None:
         """Stream the blocks of a network whose weights are in host memory, in any float dtype."""
-        self._stored = dict(net.named_parameters())
+        self._net, self._stored = net, dict(net.named_parameters())
         self._segments, self._precision, self._device = dict(segments), precision, device
         self._thread = ThreadPoolExecutor(1, "weights")
-        self._slots = {
-            name: _Slot([self._converted(key) for key in names_in_block(segments[name], 0)], device)
-            for name in STREAMED
-            if name in segments
-        }
-        for name, slot in self._slots.items():
-            slot.filling = self._thread.submit(self._fill, name, 0)
+        self._slots: dict[str, _Slot] = {}
+        for part in BLOCK_PARTS:
+            for block in range(net.config.num_layers):
+                name = segment_of_block(net, part, block)
+                if name in self._slots or name not in segments:
+                    continue
+                names = names_in_block(segments[name], block)
+                slot = _Slot([self._converted(key) for key in names], device)
+                self._slots[name] = slot
+                slot.filling = self._thread.submit(self._fill, name, block)
 
     def acquire(self, segment: str, block: int = 0) -> list[Tensor]:
         """Wait for a block's weights and return them; see `Weights.acquire`."""
-        entry = self._slot(segment)
+        entry = self._slot(segment, block)
         if entry is None:
             names = names_in_block(self._segments[segment], block)
             return [self._on_device(name) for name in names]
@@ -109,13 +121,13 @@ class StreamedWeights:
         slot.wait()
         return slot.tensors
 
-    def release(self, segment: str, next_block: int) -> None:
-        """Begin to fill the slot with the next block; see `Weights.release`."""
-        entry = self._slot(segment)
-        if entry is None:
+    def release(self, segment: str, block: int, next_block: int) -> None:
+        """Begin to fill the slot of the next block; see `Weights.release`."""
+        entry, following = self._slot(segment, block), self._slot(segment, next_block)
+        if entry is None or following is None:
             return
-        name, slot = entry
-        slot.release()
+        entry[1].release()
+        name, slot = following
         slot.filling = self._thread.submit(self._fill, name, next_block)
 
     def close(self) -> None:
@@ -124,9 +136,9 @@ class StreamedWeights:
         for slot in self._slots.values():
             slot.finish()
 
-    def _slot(self, segment: str) -> tuple[str, _Slot] | None:
-        """Find the slot of a segment; segments with the same weights share one."""
-        weights = self._segments[segment].weights
+    def _slot(self, segment: str, block: int) -> tuple[str, _Slot] | None:
+        """Find the slot for a segment's block; segments with the same weights share one."""
+        weights = self._segments[segment_of_block(self._net, segment, block)].weights
         if not weights or not weights[0].startswith(FIRST_BLOCK):
             return None
         for name, slot in self._slots.items():

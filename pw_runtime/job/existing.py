@@ -30,7 +30,9 @@ _DECIDING = (
     "attention",
     "chunk",
     "draft_only",
+    "linear",
 )
+_SINCE = {"linear": "exact"}  # what options that came later were before
 _SHOWN = 8  # files named in an error
 
 
@@ -132,7 +134,7 @@ def _identity_of_receipt(receipt: dict[str, Any]) -> dict[str, Any]:
         "negative": receipt["negative"],
         "seeds": receipt["seeds"],
         "preset": receipt["preset"],
-        "options": {name: receipt["options"][name] for name in _DECIDING},
+        "options": {name: (_SINCE | receipt["options"])[name] for name in _DECIDING},
         "bundle": receipt["bundle"]["digest"],
         "noise file": receipt["noise"] if receipt["noise_file"] else {},
     }

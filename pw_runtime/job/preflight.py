@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -16,7 +16,7 @@ from pw_kernels.launcher import tally
 from pw_kernels.library import library, status
 from pw_kernels.op import using
 from pw_runtime.checkpoint.bundle import Bundle, verify
-from pw_runtime.checkpoint.loader import check_networks
+from pw_runtime.checkpoint.loader import check_networks, require_dit
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet, select_engines
@@ -27,6 +27,7 @@ from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.provenance import require_storable
 from pw_runtime.job.run import Run
+from pw_runtime.models.quantized_linear import require_quantizable
 from pw_runtime.planning.oom_fallback import plan_run
 from pw_runtime.prompts import check_prompts, check_text
 from pw_runtime.sampling.noise import load_noise
@@ -91,6 +92,8 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
         noise = load_noise(request.noise, request.stages, request.preset.video)
     with span("check networks"):
         check_networks(bundle, request.stages, options.attention_kernel)
+        for stage in request.stages:
+            require_quantizable(require_dit(bundle, stage), options.linear)
     tally.clear()
     engines: dict[Network, EngineSet] = {}
     with span("engines"):
@@ -137,6 +140,13 @@ def check_request(request: Request) -> None:
     check_text("the negative prompt", request.negative)
     check_codec(options.codec, fragmented=request.fragmented)
     _check_names(request)
+    quirks = [name for name, on in asdict(request.preset.compat).items() if on]
+    if options.linear != "exact" and quirks:
+        raise BadRequest(
+            f"--linear {options.linear} approximates, and the preset repeats the official rounding",
+            got=f"compat.{', compat.'.join(quirks)}",
+            do="leave --linear out, or choose a preset without them",
+        )
     if (options.kernels, options.attention_kernel) != ("reference", "reference"):
         _check_kernels(request)
     try:

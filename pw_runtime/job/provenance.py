@@ -55,7 +55,7 @@ class Provenance:
     versions: dict[str, str]
     fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
     machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
-    format: Literal[1, 2, 3, 4] = 4  # since 3 the file has digests
+    format: Literal[1, 2, 3, 4] = 4  # since 3 the file has digests, since 4 options.linear
 
     @property
     def stages(self) -> dict[StageName, StageConfig]:

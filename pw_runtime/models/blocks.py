@@ -144,7 +144,7 @@ class Block(nn.Module):
             Queries, keys and values, [S', N, K] each.
         """
         shift, scale = rows[:, 0], rows[:, 1]
-        h = norm_modulate(x, shift, scale, self.eps, self.self_attn.q.weight.dtype)
+        h = norm_modulate(x, shift, scale, self.eps, self.self_attn.q.bias.dtype)
         return self.self_attn.rotated(h, cos, sin, origin)
 
     def after_attention(
@@ -162,7 +162,7 @@ class Block(nn.Module):
             [S', D] fp32.
         """
         _, _, gate1, shift2, scale2, gate2 = rows.unbind(1)
-        norm3, dtype = self.norm3, self.self_attn.q.weight.dtype
+        norm3, dtype = self.norm3, self.self_attn.q.bias.dtype
         y = self.self_attn.output(y)
         h = gate_residual_norm(x, y, gate1, norm3.weight, norm3.bias, self.eps, dtype)
         h = self.cross_attn.queries(h)

@@ -28,7 +28,8 @@ from pw_runtime.models.embeddings import (
     sinusoid,
     unpatchify,
 )
-from pw_runtime.types import PATCH, DitConfig
+from pw_runtime.models.quantized_linear import prepare_block, quantized_blocks
+from pw_runtime.types import PATCH, DitConfig, LinearFormat, QuantizedFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,13 @@ class WanDiT(nn.Module):
             self.dt_embedding = mlp(config.freq_dim, dim, nn.SiLU())
         if config.adapter_dim:
             self.spatial_adapter = SpatialAdapter(config)
+        self.linear: LinearFormat = "exact"
+
+    def prepare_quantized(self, linear: QuantizedFormat) -> None:
+        """Replace the large linear layers by quantized ones, whose weights must then be loaded."""
+        for index in quantized_blocks(self.config.num_layers, linear):
+            prepare_block(self.blocks[index], linear)
+        self.linear = linear
 
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
         """Compute the keys and values of every block's cross-attention for one prompt.

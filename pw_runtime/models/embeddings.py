@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pw_kernels import axis_pairs
+from pw_runtime.models.quantized_linear import QuantizedLinear
 from pw_runtime.types import PATCH
 
 
-def project(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a linear layer in the dtype its weight is stored in."""
+def project(layer: nn.Linear | QuantizedLinear, x: Tensor) -> Tensor:
+    """Apply a linear layer in the dtype its weight is stored in, or quantized."""
+    if isinstance(layer, QuantizedLinear):
+        result: Tensor = layer(x)
+        return result
     return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
 
 
@@ -104,6 +108,6 @@ def mlp(d_in: int, d_out: int, activation: nn.Module) -> nn.Sequential:
 def run_mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
     """Apply linear, activation, linear, each linear in its own weight dtype."""
     first, activation, last = layers
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
+    assert isinstance(first, nn.Linear | QuantizedLinear)
+    assert isinstance(last, nn.Linear | QuantizedLinear)
     return project(last, activation(project(first, x)))

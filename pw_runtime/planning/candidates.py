@@ -77,7 +77,10 @@ def transformer_candidates(
     Resident weights, then streamed ones; of each with the shared first attention, then without.
     """
     off_device: tuple[Residency, ...] = ("mapped",)
-    if gpu and work.stored[name] != work.options.compute_precision:
+    if work.options.linear != "exact":
+        # The files do not have the quantized weights, and no block waits for them to be made.
+        off_device = ("streamed",) if gpu else ()
+    elif gpu and work.stored[name] != work.options.compute_precision:
         # Converted once into host memory; where the precision matches, the files are as good.
         off_device = ("streamed", "mapped")
     full, passes = work.options.chunk, work.stages[name].passes
@@ -96,6 +99,7 @@ def transformer_candidates(
                 work.preset.video,
                 work.options.compute_precision,
                 plan,
+                linear=work.options.linear,
                 padded=work.padded,
                 on_engines=bool(work.scratch.get(name)),
                 blocks=work.options.blocks,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from pw_runtime.models.quantized_linear import approximation
 from pw_runtime.planning.candidates import transformer_candidates
 from pw_runtime.planning.decode_choices import decode_traffic
 from pw_runtime.planning.planner import budget_text, fits, gib
@@ -59,7 +60,7 @@ def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, f
     times: dict[str, float] = {}
     for name, stage in work.stages.items():
         chosen, config = plan.transformers[name], work.transformers[name]
-        sizes = weight_bytes(config, work.options.compute_precision)
+        sizes = weight_bytes(config, work.options.compute_precision, work.options.linear)
         streamed = 0 if chosen.weights == "resident" else sizes.blocks
         times[name] = denoise_seconds(config, stage, video, chosen, rates, streamed)
     copied = 0 if plan.budget.device is None else decode_traffic(work, plan.decode)
@@ -70,6 +71,9 @@ def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) ->
     last, video = list(work.stages.values())[-1], work.preset.video
     gpu = plan.budget.device is not None
     yield f"{video.frames} frames of {last.width}x{last.height}, {work.options.compute_precision}"
+    if work.options.linear != "exact":
+        for name, config in work.transformers.items():
+            yield f"{name}: {approximation(config.num_layers, work.options.linear)}"
     yield f"budget: {budget_text(plan.budget)}"
     yield ""
     times = {} if rates is None else seconds_by_stage(work, plan, rates)

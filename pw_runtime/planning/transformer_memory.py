@@ -14,16 +14,24 @@ import torch
 
 from pw_engines import DTYPES
 from pw_runtime.checkpoint.loader import is_streamed
-from pw_runtime.execution.transformer_segments import POSITIONS, heads_at_once, segments_of
-from pw_runtime.execution.weight_streaming import STREAMED
+from pw_runtime.execution.transformer_segments import (
+    BLOCK_PARTS,
+    POSITIONS,
+    Segment,
+    heads_at_once,
+    quantized_name,
+    segments_of,
+)
 from pw_runtime.models import expected_shapes
 from pw_runtime.models.blocks import pad_biases
 from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.models.quantized_linear import quantized_blocks
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.types import (
     PATCH,
     Blocks,
     DitConfig,
+    LinearFormat,
     MemoryItem,
     MemoryKind,
     Place,
@@ -44,28 +52,40 @@ class WeightBytes:
 
     blocks: int  # all of all blocks
     rest: int
-    slots: int  # one block's, of the segments that have a slot when weights are streamed
+    slots: int  # one block's, of each kind of block that has slots when weights are streamed
     largest_text: int  # one block's keys and values of the text
 
 
 @cache
-def weight_bytes(config: DitConfig, precision: Precision) -> WeightBytes:
+def weight_bytes(
+    config: DitConfig, precision: Precision, linear: LinearFormat = "exact"
+) -> WeightBytes:
     """Count a transformer's weights by name, shape and the dtype each is kept in."""
     sizes = {}
     for name, shape in expected_shapes("draft", config).items():
         kept = store_dit_weight(name, torch.empty(shape, device="meta"), precision)
         sizes[name] = kept.numel() * kept.element_size()
     blocks = sum(size for name, size in sizes.items() if is_streamed(name))
-    segments = segments_of(config, precision, 1)
-    by_segment = {
-        name: sum(sizes[key] for key in segment.weights) for name, segment in segments.items()
-    }
+    rest = sum(sizes.values()) - blocks
+    segments = segments_of(config, precision, 1, linear)
+    by_segment = {name: _bytes_of_weights(segment) for name, segment in segments.items()}
+    exact, quantized = (
+        sum(by_segment.get(quantized_name(part, kind), 0) for part in BLOCK_PARTS)
+        for kind in ("exact", linear)
+    )
+    blocks -= len(quantized_blocks(config.num_layers, linear)) * (exact - quantized)
     return WeightBytes(
         blocks=blocks,
-        rest=sum(sizes.values()) - blocks,
-        slots=sum(by_segment[name] for name in STREAMED if name in segments),
+        rest=rest,
+        slots=exact + (quantized if linear != "exact" else 0),
         largest_text=by_segment["text_keys_values"],
     )
+
+
+def _bytes_of_weights(segment: Segment) -> int:
+    """Return the bytes of a segment's weights, its last inputs."""
+    tensors = segment.spec.inputs[-len(segment.weights) :]
+    return sum(DTYPES[x.dtype].itemsize * math.prod(x.sized({})) for x in tensors)
 
 
 def stage_memory(
@@ -76,6 +96,7 @@ def stage_memory(
     plan: TransformerPlan,
     *,
     text_tokens: int | None = None,
+    linear: LinearFormat = "exact",
     padded: bool = False,
     on_engines: bool = False,
     blocks: Blocks = "segments",
@@ -89,6 +110,7 @@ def stage_memory(
         precision: of the weights.
         plan: how it runs.
         text_tokens: of the prompt and of its negative each; None: as many as there can be.
+        linear: format of the large linear layers.
         padded: engines take whole chunks only.
         on_engines: what engines compute with is in scratch memory of their own, not counted here;
             otherwise PyTorch allocates it.
@@ -122,6 +144,7 @@ def stage_memory(
         every["result of the first pass"] = latent
     qkv = {"queries, keys, values": 3 * low * stream}
     feed_forward = low * (config.dim + 2 * config.ffn_dim)
+    feed_forward += _quantizing(config, low, linear)
     norms = config.dim * ((12 if low == 2 else 8) + 3 * low)  # in fp32
     before, after = config.dim * (3 * low + 4 + low), 8 * config.dim + max(feed_forward, norms)
     if on_engines:  # results are written where they belong, or take the place of their input
@@ -142,7 +165,7 @@ def stage_memory(
     if blocks == "whole":
         phases[:3] = [every | {"result of a block": 4 * stream}]
     largest = max(phases, key=lambda phase: sum(phase.values()))
-    items = _weights(config, precision, plan)
+    items = _weights(config, precision, plan, linear)
     items += [
         MemoryItem(name=name, kind="activations", bytes=size, place="device")
         for name, size in (held | largest).items()
@@ -150,9 +173,11 @@ def stage_memory(
     return tuple(sorted(items, key=lambda item: -item.bytes))
 
 
-def _weights(config: DitConfig, precision: Precision, plan: TransformerPlan) -> list[MemoryItem]:
+def _weights(
+    config: DitConfig, precision: Precision, plan: TransformerPlan, linear: LinearFormat
+) -> list[MemoryItem]:
     """List the weights in memory; the bundle's files are not counted."""
-    sizes = weight_bytes(config, precision)
+    sizes = weight_bytes(config, precision, linear)
     if plan.weights == "resident":
         return [_item("weights", "weights", sizes.blocks + sizes.rest, "device")]
     items = [
@@ -163,6 +188,19 @@ def _weights(config: DitConfig, precision: Precision, plan: TransformerPlan) -> 
     if plan.weights == "streamed":
         items.append(_item("weights of the blocks", "staging", sizes.blocks, "host"))
     return items
+
+
+def _quantizing(config: DitConfig, low: int, linear: LinearFormat) -> int:
+    """Return what quantized layers hold for a token beside exact ones, where PyTorch runs them.
+
+    In bf16 these are fp32 copies of the widest activation: before it is quantized, or after a
+    product with a quantized weight alone.
+    """
+    if linear == "exact":
+        return 0
+    if low == 4:
+        return 0 if linear == "int8-weight" else 6 * config.dim
+    return (3 if linear == "int8-weight" else 7) * config.ffn_dim
 
 
 def _item(name: str, kind: MemoryKind, size: int, place: Place) -> MemoryItem:

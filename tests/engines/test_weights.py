@@ -65,7 +65,7 @@ def test_only_one_block_is_held() -> None:
     weights = StreamedWeights(net, segments, "bf16", CPU)
     try:
         first = [weight.data_ptr() for weight in weights.acquire("block_out", 0)]
-        weights.release("block_out", 1)
+        weights.release("block_out", 0, 1)
         assert [weight.data_ptr() for weight in weights.acquire("block_out", 1)] == first
         both = {name: weights.acquire(name, 1) for name in ("block_in", "block_in_first")}
         assert both["block_in"][0].data_ptr() == both["block_in_first"][0].data_ptr()

@@ -59,6 +59,8 @@ def _named(model: bytes, inputs: Sequence[Tensor]) -> dict[str, Any]:
 def _array(x: Tensor) -> Any:
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if x.dtype == torch.float8_e4m3fn:
+        return x.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
     return x.numpy()
 
 

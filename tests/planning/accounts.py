@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pw_bench.measure.tensor_ledger import Ledger
 from pw_engines import Engine, EngineSpec
+from pw_kernels.quantized_linear import quantize_rows
 from pw_runtime.checkpoint.loader import is_streamed
 from pw_runtime.execution.engine_lookup import eager_engines
 from pw_runtime.execution.transformer import SegmentedDiT
@@ -20,6 +21,7 @@ from pw_runtime.execution.transformer_segments import segments_of
 from pw_runtime.execution.weight_streaming import StreamedWeights
 from pw_runtime.models import WanDiT
 from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.models.quantized_linear import is_quantized
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.stages.condition import resize_draft
 from pw_runtime.stages.draft import denoise_draft
@@ -29,6 +31,7 @@ from pw_runtime.types import (
     Compat,
     DitConfig,
     Latent,
+    LinearFormat,
     Precision,
     StageConfig,
     TextContext,
@@ -61,6 +64,7 @@ def stage_peak(
     precision: Precision,
     plan: TransformerPlan,
     *,
+    linear: LinearFormat = "exact",
     fake: bool = True,
     blocks: Blocks = "segments",
     engine: Callable[[EngineSpec], Engine] | None = None,
@@ -71,15 +75,20 @@ def stage_peak(
     """
     with counted(fake=fake) as ledger:
         net = WanDiT(config).requires_grad_(False)
-        stored = {
-            name: w if _stays(name, plan) else store_dit_weight(name, w, precision)
-            for name, w in net.state_dict().items()
-        }
+        stored: dict[str, torch.Tensor] = {}
+        for name, w in net.state_dict().items():
+            if linear != "exact" and is_quantized(name, config.num_layers, linear):
+                numbers, _, scale = quantize_rows(w, linear)
+                stored |= {name: numbers, f"{name.removesuffix('.weight')}.scale": scale}
+            else:
+                stored[name] = w if _stays(name, plan) else store_dit_weight(name, w, precision)
+        if linear != "exact":
+            net.prepare_quantized(linear)
         net.load_state_dict(stored, assign=True)
         del stored
         ledger.restart()
         tokens = stage.tokens(video)
-        segments = segments_of(config, precision, plan.chunk, blocks=blocks, tokens=tokens)
+        segments = segments_of(config, precision, plan.chunk, linear, blocks=blocks, tokens=tokens)
         weights = None
         if plan.weights != "resident":
             weights = StreamedWeights(net, segments, precision, CPU)

@@ -11,11 +11,12 @@ import torch
 
 from pw_export import wan22_configs
 from pw_runtime.models.text_encoder import TIED_KEY, build_text_encoder, encode_tokens
-from pw_runtime.planning.transformer_memory import stage_memory, text_memory
+from pw_runtime.planning.transformer_memory import stage_memory, text_memory, weight_bytes
 from pw_runtime.presets import CLIP, DRAFT, FOUR_K, TWO_K
 from pw_runtime.types import (
     Blocks,
     DitConfig,
+    LinearFormat,
     Precision,
     StageConfig,
     TextEncoderConfig,
@@ -41,8 +42,11 @@ def predicted(
     video: VideoConfig,
     precision: Precision,
     plan: TransformerPlan,
+    linear: LinearFormat = "exact",
 ) -> int:
-    items = stage_memory(config, stage, video, precision, plan, text_tokens=TEXT_TOKENS)
+    items = stage_memory(
+        config, stage, video, precision, plan, text_tokens=TEXT_TOKENS, linear=linear
+    )
     return sum(item.bytes for item in items)
 
 
@@ -91,6 +95,40 @@ def test_on_engines_with_scratch_memory_of_their_own(blocks: Blocks) -> None:
         blocks=blocks,
     )
     assert sum(item.bytes for item in items) == pytest.approx(peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("linear", ["int8", "int8-weight", "fp8"])
+@pytest.mark.parametrize("part", [8192, 1024])
+def test_a_quantized_draft_of_full_width(linear: LinearFormat, part: int) -> None:
+    config, plan = replace(DRAFT_5B, num_layers=3), TransformerPlan(chunk=part)
+    peak = stage_peak(config, DRAFT, CLIP, "bf16", plan, linear=linear)
+    got = predicted(config, DRAFT, CLIP, "bf16", plan, linear)
+    assert got == pytest.approx(peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("linear", ["int8", "int8-weight"])
+def test_a_small_quantized_network(linear: LinearFormat) -> None:
+    config, plan = replace(SMALL, num_layers=4), TransformerPlan()
+    peak = stage_peak(config, *SMALL_CLIP, "fp32", plan, linear=linear, fake=False)
+    got = predicted(config, *SMALL_CLIP, "fp32", plan, linear)
+    assert got == pytest.approx(peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize(
+    ("linear", "bits"), [("int8", 8), ("int8-weight", 8), ("fp8", 8), ("nvfp4", 4.5)]
+)
+def test_weights_of_quantized_layers_are_counted_by_their_bits(
+    linear: LinearFormat, bits: float
+) -> None:
+    config = wan22_configs.DRAFT
+    exact, quantized = (weight_bytes(config, "bf16", kind) for kind in ("exact", linear))
+    layers = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
+    channels = 7 * config.dim + config.ffn_dim  # each has a scale in fp32
+    blocks = config.num_layers - 2
+    assert exact.blocks - quantized.blocks == blocks * (layers * (16 - bits) / 8 - 4 * channels)
+    assert exact.rest == quantized.rest
+    # One slot for a quantized block, and one for the first and the last.
+    assert quantized.slots < 1.6 * exact.slots
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])

@@ -32,6 +32,7 @@ TITLES: Final[Mapping[Kind, str]] = {
     "generate-memory": "Memory of whole clips",
     "decoder-memory": "Memory of the decoder",
     "quality": "Quality of the built-in model",
+    "linear-error": "Errors of quantized linear layers",
 }
 
 

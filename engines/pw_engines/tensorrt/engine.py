@@ -145,7 +145,7 @@ class TensorrtEngine:
         context = self._context
         count = len(self.spec.inputs)
         for name, tensor_spec in zip(self._names[:count], self.spec.inputs, strict=True):
-            shape = tensor_spec.sized(sizes)
+            shape = tensor_spec.numbers(sizes)
             done = context.set_input_shape(name, shape)
             failure = f"{plan_name} does not take {tensor_spec.name} of {shape}"
             self._lane.messages.need(done, failure)

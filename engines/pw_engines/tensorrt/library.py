@@ -179,6 +179,9 @@ def dtype_names(trt: Any) -> dict[Any, DType]:
         trt.DataType.HALF: "fp16",
         trt.DataType.BF16: "bf16",
         trt.DataType.INT64: "int64",
+        trt.DataType.INT8: "int8",
+        trt.DataType.FP8: "fp8",
+        trt.DataType.FP4: "fp4",
     }
 
 
@@ -237,7 +240,7 @@ def _mismatch(
         return f"expected an {sides[is_input]}, got an {sides[info.is_input]}"
     if info.dtype != expected.dtype:
         return f"expected {expected.dtype}, got {info.dtype}"
-    sized = expected.sized(dict(spec.limits))
+    sized = expected.numbers(dict(spec.limits))
     fits = len(info.shape) == len(sized) and all(
         size == limit or (size == -1 and isinstance(dim, str))
         for size, limit, dim in zip(info.shape, sized, expected.shape, strict=True)

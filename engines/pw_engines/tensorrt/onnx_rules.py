@@ -20,6 +20,7 @@ NEWEST_IR: Final = 12  # of ONNX 1.19, the release of opset 24
 LARGEST_CONSTANT: Final = 64 << 10  # bytes; anything larger should have been an input
 
 _FLOATS: Final = frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
+_QUANTIZED: Final = frozenset({"INT8", "FLOAT8E4M3FN", "FLOAT4E2M1"})
 _NUMBERS: Final = _FLOATS | {"INT32", "INT64"}
 _ALL: Final = _NUMBERS | {"BOOL"}
 _OPERATORS: Final[Mapping[frozenset[str], str]] = MappingProxyType(
@@ -28,6 +29,7 @@ _OPERATORS: Final[Mapping[frozenset[str], str]] = MappingProxyType(
         "Resize RMSNormalization RotaryEmbedding Sigmoid Sin Softmax Sqrt Tanh",
         _NUMBERS: "Abs Add Div Max Min Mul Neg Pad Pow Range ReduceL2 ReduceMax ReduceMean "
         "ReduceSum Relu Sub",
+        _FLOATS | _QUANTIZED: "DequantizeLinear QuantizeLinear",
         _ALL: "Cast Concat Constant ConstantOfShape Expand Flatten Gather Identity Reshape Shape "
         "Slice Split Squeeze Tile Transpose Unsqueeze Where",
     }
@@ -35,6 +37,7 @@ _OPERATORS: Final[Mapping[frozenset[str], str]] = MappingProxyType(
 ALLOWED: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {name: types for types, names in _OPERATORS.items() for name in names.split()}
 )
+OWN: Final = frozenset({("trt", "TRT_FP4DynamicQuantize")})  # operators of TensorRT's parser
 # Position of the input that is a mask, positions or sizes, and has a type of its own.
 _NO_DATA: Final[Mapping[str, int]] = MappingProxyType(
     {"Attention": 3, "Resize": 3, "RotaryEmbedding": 3}
@@ -44,6 +47,8 @@ _CONSTANT: Final[Mapping[str, int]] = MappingProxyType(
     {
         **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum"), 1),
         **dict.fromkeys(("Squeeze", "Unsqueeze"), 1),
+        # A computed scale is taken too, but dequantizes the operands of the product: it has floats.
+        "QuantizeLinear": 1,
         "Slice": 3,
     }
 )
@@ -138,6 +143,8 @@ def _node_problems(onnx: Any, graph: Any) -> Iterator[str]:
 
 def _type_problems(node: Any, names: Mapping[str, str]) -> Iterator[str]:
     """Find operators and types that are not in the table."""
+    if (node.domain, node.op_type) in OWN:
+        return
     if node.domain not in ("", "ai.onnx"):
         yield f"domain {node.domain}, expected the standard one"
         return

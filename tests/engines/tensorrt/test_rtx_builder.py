@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pw_engines.engine import EngineError
-from pw_engines.spec import EngineSpec
+from pw_engines.spec import EngineSpec, TensorSpec
 from pw_engines.tensorrt import rtx
 from pw_engines.tensorrt.library import RTX, bindings
 from pw_engines.tensorrt.onnx_build import build_plan
@@ -23,8 +23,15 @@ from pw_engines.tensorrt.plan_file import PlanFacts, read_facts, split_plan
 from pw_engines.tensorrt.request import Request
 from pw_export import wan22_configs
 from pw_export.onnx_export import export_segment
+from pw_kernels.quantized_linear import NumberFormat
 from pw_runtime.execution.decoder_segments import segments_of_decode
-from pw_runtime.execution.transformer_segments import Segment, segments_of
+from pw_runtime.execution.transformer_segments import (
+    Computation,
+    Segment,
+    WithWeights,
+    segments_of,
+)
+from pw_runtime.models.quantized_linear import QuantizedLinear
 from pw_runtime.types import Blocks, Precision, TilingConfig
 from tests.engines.tensorrt.segments import onnx_of, spec
 from tests.networks import SMALLEST_VAE, TINY_HIGHRES
@@ -159,3 +166,62 @@ def test_a_plan_cannot_be_opened_without_a_gpu_and_says_so(tmp_path: Path) -> No
         pytest.skip("this machine has a GPU: tests/engines/tensorrt/test_rtx_on_gpu.py")
     assert (validity, bits) == (trt.EngineValidity.INVALID, 0)
     assert runtime.deserialize_cuda_engine(bytes(plan)) is None
+
+
+# One target without the format each, and those that have it.
+QUANTIZED: dict[NumberFormat, tuple[str, tuple[str, ...]]] = {
+    "int8": ("", RTX.targets),
+    "int8-weight": ("", RTX.targets),
+    "fp8": ("sm_86", ("sm_89", "sm_120", "sm_121")),
+    "nvfp4": ("sm_89", ("sm_120", "sm_121")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["block_in", "block_out"])
+@pytest.mark.parametrize("linear", list(QUANTIZED))
+def test_quantized_blocks_of_full_width_build_for_targets_that_have_the_format(
+    linear: NumberFormat, part: str, tmp_path: Path
+) -> None:
+    """They take little more scratch memory than exact ones: nothing is dequantized into it."""
+    segments = segments_of(FULL, "bf16", TOKENS, linear)
+    segment = segments[f"{part}_{linear.replace('-', '_')}"]
+    model = export_segment(segment, varying=True)
+    unable, able = QUANTIZED[linear]
+    facts = built(segment.spec, model, tmp_path, *able)
+    # MiB; measured: 386, 482 (int8, fp8), 392, 602 (int8-weight), 388, 604 (nvfp4); 386, 466 exact.
+    limit = 420 if part == "block_in" else 510 if linear in ("int8", "fp8") else 640
+    assert facts.scratch is not None
+    assert facts.scratch < limit * 2**20
+    if unable:
+        with pytest.raises(EngineError, match="HW-specific datatypes"):
+            built(segment.spec, model, tmp_path, unable)
+
+
+def test_an_int8_product_keeps_its_operands_in_int8(tmp_path: Path) -> None:
+    """Per token the builder's scratch memory grows by its int8 numbers and its bf16 products."""
+    width, channels = 1024, 512
+    like = torch.nn.Linear(width, channels, device="meta", dtype=torch.bfloat16)
+    layer = QuantizedLinear(like, "int8")
+    names = tuple(layer.state_dict())
+    assert names == ("weight", "scale", "bias")
+    compute = Computation(layer, lambda net, x: net(x))
+    scratch = []
+    for tokens in (2048, 4096):
+        layer_spec = EngineSpec(
+            segment="linear",
+            inputs=(
+                TensorSpec(name="x", dtype="fp32", shape=(tokens, width)),
+                TensorSpec(name="weight", dtype="int8", shape=(channels, width)),
+                TensorSpec(name="scale", dtype="fp32", shape=(channels,)),
+                TensorSpec(name="bias", dtype="bf16", shape=(channels,)),
+            ),
+            outputs=(TensorSpec(name="y", dtype="bf16", shape=(tokens, channels)),),
+            limits=(),
+            sources="",
+        )
+        segment = Segment(layer_spec, WithWeights(compute, names), names)
+        facts = built(layer_spec, export_segment(segment), tmp_path, "sm_89")
+        assert facts.scratch is not None
+        scratch.append(facts.scratch)
+    assert scratch[1] - scratch[0] == pytest.approx(2048 * (width + 2 * channels), rel=0.02)
