@@ -15,6 +15,7 @@ from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.job.clip import Clip, resume_clip
+from pw_runtime.job.conv_choice import settle_conv
 from pw_runtime.job.existing import require_one_container
 from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import NO_DIGESTS, check_latents
@@ -27,7 +28,7 @@ from pw_runtime.system.atomic_files import require_replaceable
 from pw_runtime.system.folder_lock import locked_folder
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import Stopwatch
-from pw_runtime.types import Codec, Kernels, Network, Outcome, Precision, Request
+from pw_runtime.types import Codec, Conv, Kernels, Network, Outcome, Precision, Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class Overrides:
         out: folder for the clips; None: that of each latents file.
         codec: of the video.
         kernels: implementation of the operations.
+        conv: convolutions of the decoder on a CPU.
         vae_precision: of the decoder.
         fragmented: also write an mp4 that can be played while it is encoded.
         gpu_memory: maximum bytes; None: what is free.
@@ -49,6 +51,7 @@ class Overrides:
     out: Path | None = None
     codec: Codec | None = None
     kernels: Kernels | None = None
+    conv: Conv | None = None
     vae_precision: Precision | None = None
     fragmented: bool = False
     gpu_memory: int | None = None
@@ -91,6 +94,7 @@ def finish(
         request = _request(file, provenance, overrides)
         _check_kernels(file, request)
         check_request(request)
+        request = replace(request, options=settle_conv(request.options, reporter.say))
         clips.append(resume_clip(file, provenance, request, bundle))
     with ExitStack() as locks:
         for folder in sorted({clip.request.out.resolve() for clip in clips}):
@@ -125,6 +129,7 @@ def _request(file: Path, provenance: Provenance, overrides: Overrides) -> Reques
             codec=overrides.codec or earlier.codec,
             kernels=overrides.kernels or earlier.kernels,
             attention=None if overrides.kernels else earlier.attention,
+            conv=overrides.conv or _conv_of(provenance, overrides.device),
             vae_precision=overrides.vae_precision or earlier.vae_precision,
             save_latents=True,
         ),
@@ -132,6 +137,13 @@ def _request(file: Path, provenance: Provenance, overrides: Overrides) -> Reques
         gpu_memory=overrides.gpu_memory,
         host_memory=overrides.host_memory,
     )
+
+
+def _conv_of(provenance: Provenance, device: str) -> Conv:
+    """Return the convolutions that the run would have decoded with on this device."""
+    if not device.startswith("cpu"):
+        return "auto"
+    return provenance.options.conv if provenance.format >= 4 else "onednn"  # there was no other
 
 
 def _run(group: Sequence[Clip], bundle: Bundle, reporter: Reporter) -> Run:

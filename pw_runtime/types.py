@@ -31,6 +31,7 @@ Place = Literal["device", "host"]
 Kernels = Literal["reference", "triton"]
 QuantizedFormat = Literal["int8", "int8-weight", "fp8", "nvfp4"]
 LinearFormat = Literal["exact", "int8", "int8-weight", "fp8", "nvfp4"]
+Conv = Literal["auto", "onednn", "winograd"]
 EnginePolicy = Literal["auto", "engines", "eager"]
 # Division of a transformer block among engines: parts around our attention, attention as an engine
 # of its own between them, or one engine for all of it.
@@ -300,6 +301,7 @@ class RunOptions:
     kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
     attention: AttentionKernel | None = None  # of attention alone; None: the same as `kernels`
     linear: LinearFormat = "exact"  # large linear layers of the transformers; others approximate
+    conv: Conv = "auto"  # of the decoder on a CPU; auto: winograd wherever it can run
     policy: EnginePolicy = "auto"  # which engines the transformers run on
     blocks: Blocks = "segments"  # of these engines; others need engines that fit the preset
     chunk: int = CHUNK

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import mkldnn as onednn
 
-from pw_kernels.op import Cost, Op, register, require
+from pw_kernels.cpu_library import convolvable, convolve
+from pw_kernels.op import Cost, Op, register, require, select
 
 _NAME = "causal_conv3d"
 LARGEST = 2**31 - 1
@@ -58,11 +59,13 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool =
 
 
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool) -> Tensor:
-    """Compute `reference`, on a CPU with oneDNN whatever the size.
+    """Compute `reference`, on a CPU with oneDNN whatever the size; by Winograd as "cpu".
 
     PyTorch uses oneDNN for a 3-D convolution only where channels x frames x rows exceed 20480;
     its own code is four times as slow and copies its input for every tap.
     """
+    if select(_NAME, x.device) == "cpu" and convolvable(x, weight, bias, rows_given):
+        return convolve(x, weight, bias, rows_given)
     plain = x.dtype != torch.float32 or x.device.type != "cpu" or not onednn.is_available()
     if plain or type(x) is not Tensor or torch.compiler.is_compiling():
         return reference(x, weight, bias, rows_given)
@@ -150,4 +153,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         require(tensor.device == x.device, _NAME, f"all on {x.device}", tensor.device)
 
 
-OP = register(Op(_NAME, reference, cost))
+OP = register(Op(_NAME, reference, cost, libraries=("cpu",)))

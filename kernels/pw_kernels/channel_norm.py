@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pw_kernels.cpu_library import normalisable, normalise
 from pw_kernels.launcher import cdiv, launch, next_power_of_2
 from pw_kernels.op import Cost, Op, register, require, select
 from pw_kernels.variant import Kernel
@@ -39,9 +40,13 @@ def channel_norm(x: Tensor, gamma: Tensor, *, silu: bool, out: Tensor | None = N
     """
     if out is None:
         out = torch.empty_like(x)
-    triton = select("channel_norm", x.device) == "triton"
-    run = torch.ops.pw.channel_norm if triton else reference
-    run(x, gamma, silu, out)
+    chosen = select("channel_norm", x.device)
+    if chosen == "triton":
+        torch.ops.pw.channel_norm(x, gamma, silu, out)
+    elif chosen == "cpu" and normalisable(x, gamma, out):
+        normalise(x, gamma, silu, out)
+    else:
+        reference(x, gamma, silu, out)
     return out
 
 
@@ -141,4 +146,4 @@ def tile_positions(block_c: int) -> int:
     return min(256, TILE // block_c)
 
 
-OP = register(Op("channel_norm", reference, cost, run_kernel))
+OP = register(Op("channel_norm", reference, cost, run_kernel, libraries=("cpu",)))

@@ -4,7 +4,8 @@
 Every operation has a plain PyTorch `reference`: what a CPU runs, what export traces, and the
 oracle of everything faster. Some also have a Triton kernel behind a torch operator
 (`torch.ops.pw.<name>`), whose default implementation is the reference; attention has others
-besides. A public function asks `select` and calls one of them.
+besides, and two have C++ for a CPU ("cpu": cpu_library.py). A public function asks `select` and
+calls one of them.
 
 Input is checked where a mistake would go unnoticed: by a kernel's launch function (`run_kernel`),
 because a kernel would read past the end of its tensors, and by a public function where PyTorch
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 Implementation = Literal[
-    "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
+    "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4", "cpu"
 ]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that most kernels take
 
@@ -108,7 +109,11 @@ def select(name: str, device: torch.device) -> Implementation:
     Raises ValueError where `device` cannot run what was requested.
     """
     requested = _requested.get(name, "reference")
-    if requested != "reference" and device.type != "cuda" and not _ignore_device:
+    if requested == "reference" or _ignore_device:
+        return requested
+    if requested == "cpu" and device.type not in ("cpu", "meta"):
+        raise ValueError(f"pw::{name} as cpu runs on the CPU, got {device}")
+    if requested != "cpu" and device.type != "cuda":
         raise ValueError(f"pw::{name} as {requested} needs a CUDA device, got {device}")
     return requested
 

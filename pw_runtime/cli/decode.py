@@ -15,6 +15,7 @@ from pw_runtime.cli.options import (
     FILE,
     FOLDER,
     PRECISIONS,
+    conv_option,
     device_option,
     exit_code,
     fragmented_option,
@@ -39,6 +40,7 @@ from pw_runtime.types import Kernels
     type=click.Choice(get_args(Kernels)),
     help="Implementation of the operations. [default: as in the earlier run]",
 )
+@conv_option
 @click.option(
     "--vae-precision",
     type=PRECISIONS,

@@ -7,7 +7,6 @@ Imports the standard library alone: anything else may be missing.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
-from pw_runtime.system.machine import Machine, cpu_features, describe
+from pw_runtime.system.machine import Machine, cpp_compiler, cpu_features, describe
 from pw_runtime.system.packages import (
     BASE,
     DEVELOPMENT,
@@ -55,6 +54,7 @@ def doctor_report(machine: Machine) -> str:
         *([] if machine.gpus else ["gpu        none that torch can use"]),
         f"driver     {machine.driver or 'unknown'}",
         f"compiler   {_compiler()}",
+        f"conv       {_conv()}",
         f"encoders   {_encoders()}",
         f"cache      {_cache()}",
         f"temporary  {_temporary()}",
@@ -133,11 +133,6 @@ def _verdict(machine: Machine, base: Mapping[str, str]) -> str:
     return f"ready on cuda ({machine.gpus[0].name})" if machine.gpus else "ready on cpu"
 
 
-def cpp_compiler() -> str:
-    """Return the name of the C++ compiler that PyTorch's compiler calls."""
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-
-
 def _compiler() -> str:
     name = cpp_compiler()
     path = shutil.which(name)
@@ -152,6 +147,15 @@ def _compiler() -> str:
     if run.returncode != 0 or not run.stdout:
         return f"{path}, which does not run (exit code {run.returncode}): reinstall it"
     return f"{run.stdout.splitlines()[0]}, {path}"
+
+
+def _conv() -> str:
+    """Say which convolution the decoder uses on this CPU."""
+    try:
+        from pw_runtime.system.cpu_kernels import status
+    except Exception:  # missing or broken, which the package list says
+        return "unknown: the package torch is missing or cannot be imported"
+    return status()
 
 
 def _encoders() -> str:

@@ -16,6 +16,7 @@ from pw_runtime.cli.options import (
     PresetName,
     blocks_option,
     chunk_option,
+    conv_option,
     device_option,
     exit_code,
     fragmented_option,
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     help="Implementation of attention alone; all but reference need CUDA and bf16. "
     "[default: as --kernels]",
 )
+@conv_option
 @click.option(
     "--policy",
     type=click.Choice(get_args(EnginePolicy)),

@@ -12,7 +12,7 @@ import click
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.errors import BadResult, WriteFailed
-from pw_runtime.types import CHUNK, CHUNKS, Blocks, Codec, LinearFormat, Precision
+from pw_runtime.types import CHUNK, CHUNKS, Blocks, Codec, Conv, LinearFormat, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,6 +110,12 @@ linear_option = click.option(
     show_default=True,
     help="Format of the transformers' large linear layers; all but exact are approximations "
     "(docs/numerics.md). Must match between `pw build` and `pw generate`.",
+)
+conv_option = click.option(
+    "--conv",
+    type=click.Choice(get_args(Conv)),
+    help="Convolutions of the decoder on a CPU in fp32: winograd, in our C++, or onednn, the "
+    "reference; they differ by rounding. auto: winograd wherever it can run.",
 )
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."

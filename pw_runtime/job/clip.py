@@ -227,6 +227,7 @@ def resume_command(clip: Clip) -> str:
     words += ["--out", str(request.out)] if request.out != clip.latents.parent else []
     words += ["--codec", options.codec] if options.codec != earlier.codec else []
     words += ["--kernels", options.kernels] if options.kernels != earlier.kernels else []
+    words += ["--conv", options.conv] if options.conv != earlier.conv else []
     words += ["--fragmented"] if request.fragmented else []
     words += ["--overwrite"] if clip.target.exists() else []
     return shlex.join(words)
@@ -254,6 +255,7 @@ def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fallback: O
             "codec": options.codec,
             "device": options.device,
             "kernels": options.kernels,
+            "conv": options.conv,
             "vae_precision": options.vae_precision,
             "load_seconds": round(loading, 4),
             "peak_memory_bytes": peaks,

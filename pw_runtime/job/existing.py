@@ -28,6 +28,7 @@ _DECIDING = (
     "vae_precision",
     "kernels",
     "attention",
+    "conv",
     "chunk",
     "draft_only",
     "linear",

@@ -22,6 +22,7 @@ from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet, select_engines
 from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.job.clip import start_clip
+from pw_runtime.job.conv_choice import implementations, settle_conv
 from pw_runtime.job.existing import settle_existing
 from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.latents import SUFFIX
@@ -79,6 +80,7 @@ def prepare(request: Request, bundle: Bundle, reporter: Reporter) -> Iterator[Ru
     pick_device(request.options.device)
     request = replace(request, options=request.options.resolved())
     check_request(request)
+    request = replace(request, options=settle_conv(request.options, reporter.say))
     with locked_folder(request.out):
         run = _planned(request, bundle, reporter)
         with computing(request.options), report_on_abort(run.clips, reporter):
@@ -129,7 +131,7 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
 @contextmanager
 def computing(options: RunOptions) -> Iterator[None]:
     """Compute without gradients, with the implementations of the operations that were chosen."""
-    with torch.inference_mode(), using(options.kernels, attention=options.attention_kernel):
+    with torch.inference_mode(), using(options.kernels, **implementations(options)):
         yield
 
 

@@ -55,7 +55,8 @@ class Provenance:
     versions: dict[str, str]
     fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
     machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
-    format: Literal[1, 2, 3, 4] = 4  # since 3 the file has digests, since 4 options.linear
+    # Since 3 the file has digests; since 4 options.linear and conv, and the decode has an order.
+    format: Literal[1, 2, 3, 4] = 4
 
     @property
     def stages(self) -> dict[StageName, StageConfig]:

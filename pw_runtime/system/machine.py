@@ -75,6 +75,11 @@ def cpu_features() -> frozenset[str]:
     return frozenset((_proc_field(Path("/proc/cpuinfo"), "flags") or "").split())
 
 
+def cpp_compiler() -> str:
+    """Return the name of the C++ compiler that PyTorch's compiler calls."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
 def available_memory_bytes() -> int | None:
     """Bytes of memory that this process could still take, by the system and by its control group;
     None where the system does not tell."""

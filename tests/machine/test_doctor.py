@@ -22,7 +22,7 @@ from pw_runtime.cli import doctor
 from pw_runtime.cli.doctor import doctor_report
 from pw_runtime.job.receipt import versions
 from pw_runtime.system import packages
-from pw_runtime.system.machine import Gpu, Machine, describe
+from pw_runtime.system.machine import Gpu, Machine, cpp_compiler, describe
 from pw_runtime.system.packages import KNOWN, Package, declared, inspect_package
 
 ROOT = Path(__file__).parents[2]
@@ -300,7 +300,7 @@ def test_the_compiler_that_is_reported_is_the_one_that_pytorch_calls() -> None:
     from torch._inductor import config
 
     if "CXX" not in os.environ:
-        assert doctor.cpp_compiler() in config.cpp.cxx
+        assert cpp_compiler() in config.cpp.cxx
 
 
 @pytest.mark.parametrize(

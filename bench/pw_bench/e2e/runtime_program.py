@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pw_bench.e2e.job import ClipFacts, Job
 from pw_bench.e2e.synthetic import synthetic_bundle
 from pw_kernels.op import OPS, select, using
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
+from pw_runtime.job.conv_choice import implementations
 from pw_runtime.pipeline import generate
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import span
@@ -61,10 +63,10 @@ class RuntimeProgram:
         if outcome.error is not None:
             raise RuntimeError(outcome.error)
         assert outcome.video == video
-        options = request.options
-        with using(options.kernels, attention=options.attention_kernel):
-            operations = {name: select(name, request.device) for name in OPS}
         receipt = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
+        options = replace(request.options, conv=receipt["options"]["conv"])
+        with using(options.kernels, **implementations(options)):
+            operations = {name: select(name, request.device) for name in OPS}
         return facts_of(receipt, operations)
 
     def _open(self, job: Job) -> Bundle:

@@ -83,7 +83,7 @@ class CaseTensors:
         """
         if self.device.type == "cuda":
             hopper = torch.cuda.get_device_capability(self.device) == (9, 0)
-            names = [name for name in OPS[op].alternatives if available(name)]
+            names = [name for name in OPS[op].alternatives if available(name) and name != "cpu"]
             names = [name for name in names if hopper or name != "gluon"]
         else:
             names = [name for name in OPS[op].alternatives if name == "triton" and self.interpreted]
