@@ -133,7 +133,8 @@ def convolvable(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool
 
     3x3 over rows and columns, fp32 with channels last, no gradients, LEAST_TILES or more.
     """
-    if weight.shape[3:] != (3, 3) or not _plain(x) or x.stride(1) != 1:
+    channels_last = x.stride(1) == 1 or x.shape[1] == 1
+    if weight.shape[3:] != (3, 3) or not _plain(x) or not channels_last:
         return False
     tensors = (weight,) if bias is None else (weight, bias)
     if not all(_plain(tensor) for tensor in tensors):

@@ -209,10 +209,11 @@ def test_latents_of_format_3_say_where_past_frames_were(
 def test_latents_of_earlier_formats_are_finished_and_named_unchecked(
     decode, latents, tmp_path, number
 ) -> None:
-    """Format 2 added `fallbacks`, format 3 digests."""
+    """Format 2 added `fallbacks`, format 3 digests, format 4 `conv`: there was only oneDNN."""
 
     def earlier(origin: dict) -> None:
         origin["format"] = number
+        del origin["options"]["conv"]
         if number == 1:
             del origin["fallbacks"]
 
@@ -222,6 +223,7 @@ def test_latents_of_earlier_formats_are_finished_and_named_unchecked(
     assert "without digests" in ended.err
     receipt = json.loads((tmp_path / "out" / "0.json").read_text())
     assert NO_DIGESTS in receipt["notices"]
+    assert receipt["finished_from_latents"]["conv"] == "onednn"
 
 
 def other_vae(origin: dict) -> None:

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ for CPUs: as accurate as its definition allows, the same bits however work is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pw_kernels import causal_conv3d, channel_norm, cpu_library
+from pw_kernels.op import using
+from pw_runtime.system.cpu_kernels import open_cpu_kernels
+from tests.closeness import max_abs, relative_l2
+from tests.kernels.test_vae_ops import last, values
+from tests.tolerance import assert_as_accurate, ulp
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    if reason := open_cpu_kernels(lambda line: None):
+        pytest.skip(reason)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, *, rows_given: bool = False) -> Tensor:
+    assert cpu_library.convolvable(x, weight, bias, rows_given)
+    with torch.inference_mode(), using("reference", causal_conv3d="cpu"):
+        return causal_conv3d(x, weight, bias, rows_given=rows_given)
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool = False) -> Tensor:
+    wide = None if bias is None else bias.double()
+    padding = (0, 0 if rows_given else 1, 1)
+    return F.conv3d(x.double(), weight.double(), wide, padding=padding)
+
+
+def assert_rounds_as_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, given: bool) -> None:
+    """At most four times the error of oneDNN, and one rounding (docs/numerics.md)."""
+    got, true = winograd(x, weight, bias, rows_given=given), exact(x, weight, bias, given)
+    twin = causal_conv3d(x, weight, bias, rows_given=given)
+    assert got.shape == twin.shape
+    assert got.is_contiguous(memory_format=torch.channels_last_3d)
+    assert max_abs(got, true) <= 4 * max_abs(twin, true) + ulp(true, torch.float32)
+    assert relative_l2(got, true) <= 4 * relative_l2(twin, true) + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "frames", "rows", "columns"),
+    [
+        (1, 1, 4, 19, 23),  # sizes that 4 does not divide, one channel
+        (3, 5, 2, 18, 50),
+        (16, 12, 4, 16, 24),  # the head
+        (48, 64, 1, 22, 40),  # the first convolution
+        (16, 40, 3, 21, 33),  # vectors of filters that make no pair
+        (130, 70, 1, 20, 20),
+        (1024, 64, 1, 24, 20),  # several blocks of filters at full size
+    ],
+)
+def test_winograd_is_the_convolution_to_rounding(c_in, c_out, frames, rows, columns, given) -> None:
+    x = last(values(1, c_in, frames + 2, rows, columns))
+    weight = last(values(c_out, c_in, 3, 3, 3, seed=1)) / (27 * c_in) ** 0.5
+    for bias in (values(c_out, seed=2), None):
+        assert_rounds_as_winograd(x, weight, bias, given)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3])
+def test_winograd_takes_any_taps_batches_and_strides(taps: int) -> None:
+    """x as a view into wider rows, weights in PyTorch's own order, a batch of two."""
+    buffer = last(values(2, 32, taps + 3, 30, 41))
+    x = buffer[:, :, 1:, 3:26, 2:39]
+    weight = values(24, 32, taps, 3, 3, seed=1) / (9 * taps * 32) ** 0.5
+    assert weight.is_contiguous()
+    assert_rounds_as_winograd(x, weight, values(24, seed=2), False)
+
+
+@pytest.fixture
+def case() -> tuple[Tensor, Tensor, Tensor]:
+    """x [1, 32, 7, 42, 37] (five frames and two before them), weight, bias."""
+    weight = last(values(48, 32, 3, 3, 3, seed=1)) / 29
+    return last(values(1, 32, 7, 42, 37)), weight, values(48, seed=2)
+
+
+def test_threads_do_not_change_a_bit(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    once = winograd(*case)
+    with on_threads(3):
+        assert torch.equal(winograd(*case), once)
+
+
+def test_blocks_do_not_change_a_bit(case, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = winograd(*case)
+    for tiles, filters in ((1, 16), (7, 32), (1000, 1000)):
+        monkeypatch.setattr(cpu_library, "_blocks", lambda *_, b=(tiles, filters): b)
+        assert torch.equal(winograd(*case), once)
+
+
+def test_chunks_of_frames_do_not_change_a_bit(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias = case
+    parts = [winograd(x[:, :, a : b + 2], weight, bias) for a, b in ((0, 1), (1, 5))]
+    assert torch.equal(torch.cat(parts, dim=2), winograd(x, weight, bias))
+
+
+def test_bands_of_whole_tiles_do_not_change_a_bit(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Rows from a multiple of four on, with one more above and below."""
+    x, weight, bias = case
+    got = winograd(x[:, :, :, 15:34], weight, bias, rows_given=True)
+    assert torch.equal(got[:, :, :, :16], winograd(x, weight, bias)[:, :, :, 16:32])
+
+
+def test_infinity_and_nan_reach_their_tiles_and_no_others(case) -> None:
+    x, weight, bias = case
+    clean = winograd(x, weight, bias)
+    for bad in (float("inf"), float("nan")):
+        spoilt = x.clone()
+        spoilt[0, 3, 2, 10, 9] = bad
+        got = winograd(spoilt, weight, bias)
+        touched = ~got.isfinite().all(dim=1)[0]  # [T, H, W]
+        assert touched[:3, 9:12, 8:11].all()  # what reads it, in all three frames
+        assert not touched[3:].any()
+        assert torch.equal(got[:, :, :, 16:], clean[:, :, :, 16:])
+        assert torch.equal(got[..., 16:], clean[..., 16:])
+
+
+def test_denormal_features_give_what_they_should(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Sums of denormals: no flush to zero, an error of the smallest numbers at most."""
+    x, weight, _ = case
+    tiny = x * 1e-39
+    error = max_abs(winograd(tiny, weight, None), exact(tiny, weight, None))
+    assert error <= 2.0**-149 * 32 * 27
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w: (x.double(), w.double()),
+        lambda x, w: (x.bfloat16(), w.bfloat16()),
+        lambda x, w: (x.contiguous(), w),
+        lambda x, w: (x, w[:, :, :, 1:2]),
+        lambda x, w: (x[..., :3, :8], w),
+        lambda x, w: (x.to("meta"), w.to("meta")),
+    ],
+    ids=["fp64", "bf16", "channels first", "1x3 kernel", "few tiles", "meta"],
+)
+def test_what_winograd_does_not_take_is_the_reference(case, change: Callable) -> None:
+    x, weight = change(*case[:2])
+    assert not cpu_library.convolvable(x, weight, None, False)
+    with torch.inference_mode(), using("reference", causal_conv3d="cpu"):
+        got = causal_conv3d(x, weight, None)
+    want = causal_conv3d(x, weight, None)
+    assert got.shape == want.shape
+    assert got.is_meta or torch.equal(got, want)
+
+
+def test_gradients_are_those_of_the_reference(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias = case
+    weight = weight.clone().requires_grad_()
+    with using("reference", causal_conv3d="cpu"):
+        causal_conv3d(x, weight, bias).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("channels", [16, 64, 240])
+def test_norm_is_as_accurate_as_the_reference(channels: int, silu: bool) -> None:
+    """Into a view of a buffer, as the decoder does, and for huge, tiny and zero positions."""
+    x = last(values(1, channels, 3, 17, 21))
+    x[:, :, 0, 0], x[:, :, 0, 1], x[:, :, 0, 2] = 0, x[:, :, 0, 1] * 1e15, x[:, :, 0, 2] * 1e-12
+    gamma = values(channels, 1, 1, 1, seed=1)
+    wide = torch.empty_like(x, dtype=torch.float64)
+    channel_norm(x.double(), gamma.double(), silu=silu, out=wide)
+    twin = channel_norm(x, gamma, silu=silu)
+    buffer = last(torch.full((1, channels, 5, 19, 21), 7.0))
+    out = buffer[:, :, 2:, 1:18]
+    with using("reference", channel_norm="cpu"):
+        assert cpu_library.normalisable(x, gamma, out)
+        channel_norm(x, gamma, silu=silu, out=out)
+        assert torch.equal(channel_norm(x, gamma, silu=silu), out)
+        with on_threads(3):
+            assert torch.equal(channel_norm(x, gamma, silu=silu), out)
+    assert_as_accurate(out, twin, wide)
+    assert (buffer[:, :, :2] == 7).all()  # nothing beside the view is written
+    assert (buffer[:, :, :, 0] == 7).all()
+
+
+def test_norm_of_nan_and_infinity_is_not_finite() -> None:
+    x = last(values(1, 32, 1, 5, 5))
+    x[0, 3, 0, 1, 1], x[0, 4, 0, 2, 2] = float("nan"), float("inf")
+    gamma = torch.ones(32, 1, 1, 1)
+    with using("reference", channel_norm="cpu"):
+        got = channel_norm(x, gamma, silu=True)
+    assert got[0, :, 0, 1, 1].isnan().all()
+    assert got[0, 4, 0, 2, 2].isnan()
+    assert got[..., 3:, 3:].isfinite().all()
+
+
+@pytest.mark.slow
+def test_instructions_are_compiled_that_this_cpu_lacks(tmp_path, monkeypatch) -> None:
+    """AVX-512 is the same source; here it is compiled at least."""
+    import subprocess
+
+    from pw_runtime.system.machine import cpp_compiler
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert "avx512" in cpu_library.file_name()
+    command = cpu_library.compile_command(cpp_compiler(), tmp_path / "library.so")
+    run = subprocess.run([*command, "-Wall", "-Wextra", "-Werror"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
