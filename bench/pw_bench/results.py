@@ -41,9 +41,10 @@ Kind = Literal[
     "decoder-memory",
     "quality",
     "linear-error",
+    "cpu-conv",
 ]
 
-FORMAT: Final = 3  # 2 lacks linear-error, 1 the last six kinds; both are read as they are
+FORMAT: Final = 3  # 2 lacks the last two kinds, 1 six more; both are read as they are
 MAX_BYTES: Final = 64 * 2**20  # of a file that is read
 # What a machine can take or do; beyond it, nothing that is computed with it would be a number.
 Measured = Annotated[float, Field(ge=1e-12, le=1e24, allow_inf_nan=False)]

@@ -11,6 +11,7 @@ import click
 
 from pw_bench.choices import CaseSize, ProgramName, SyntheticSize
 from pw_runtime.cli.bench_networks import (
+    cpu_conv,
     decoder_memory,
     dit_peers,
     generate_memory,
@@ -263,7 +264,15 @@ def gpu_suite(out: Path, minutes: float, full: bool) -> int:
     return SOME_FAILED if missing else DONE
 
 
-for command in (dit_peers, vae_peers, generate_memory, decoder_memory, quality, linear_error):
+for command in (
+    dit_peers,
+    vae_peers,
+    cpu_conv,
+    generate_memory,
+    decoder_memory,
+    quality,
+    linear_error,
+):
     bench.add_command(command)
 
 

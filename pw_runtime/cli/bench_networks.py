@@ -103,6 +103,18 @@ def vae_peers(out: Path, width: int, height: int, frames: int, strips: int, roun
     return save(measure_vae_peers(work, rounds), out)
 
 
+@click.command("cpu-conv")
+@out_option
+@rounds_option
+def cpu_conv(out: Path, rounds: int) -> int:
+    """Compare our C++ for CPUs with oneDNN on this CPU: convolutions, decodes, errors, memory."""
+    from pw_bench.peers.cpu_conv import measure_cpu_conv
+    from pw_bench.results import require_folder
+
+    require_folder(out)
+    return save(measure_cpu_conv(rounds, say=click.echo), out)
+
+
 @click.command("generate-memory")
 @click.option("--model", type=FOLDER, required=True, help="Bundle made by `pw convert`.")
 @out_option
