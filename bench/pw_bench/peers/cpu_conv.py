@@ -64,7 +64,7 @@ _CONFIGS: Final[Mapping[str, VaeConfig]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeWork:
-    """A decoder, and the sizes of its clip in pixels and frames; `strips` is the number of bands."""
+    """A decoder, the sizes of its clip in pixels and frames, and its number of bands."""
 
     decoder: str
     width: int
@@ -204,8 +204,8 @@ def prepare(contender: str, work: DecodeWork) -> tuple[Run, Iterable[Tensor]]:
         with using("reference", **chosen):
             return our_decode(net, latent, tiling)
 
-    run(work.latent[:, :1, :4, :4])
     latent = work.latent
+    run(latent[:, :2])
     return partial(run, latent), [latent, *net.state_dict().values()]
 
 
