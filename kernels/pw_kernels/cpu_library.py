@@ -151,9 +151,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool) -
     frames, rows = x.shape[2] - taps + 1, x_rows - 2 * rows_given
     shape = (batches, filters, frames, rows, columns)
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last_3d)
-    own, threads = library(), torch.get_num_threads()
+    own, tiles = library(), -(-rows // 4) * -(-columns // 4)
     bias = None if bias is None else bias.contiguous()
+    threads = torch.get_num_threads()
     block_tiles, block_filters = _blocks(channels, taps, frames)
+    if threads > 1:  # something to do for each of them, and the same bits
+        block_tiles = max(4, min(block_tiles, tiles // (2 * threads)))
+        threads = min(threads, -(-tiles // block_tiles))
     call = _Convolution(
         weight=weight.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),

@@ -80,10 +80,9 @@ def prepare(request: Request, bundle: Bundle, reporter: Reporter) -> Iterator[Ru
     pick_device(request.options.device)
     request = replace(request, options=request.options.resolved())
     check_request(request)
-    request = replace(request, options=settle_conv(request.options, reporter.say))
     with locked_folder(request.out):
         run = _planned(request, bundle, reporter)
-        with computing(request.options), report_on_abort(run.clips, reporter):
+        with computing(run.request.options), report_on_abort(run.clips, reporter):
             yield run
 
 
@@ -103,6 +102,8 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
             engines[stage] = select_engines(bundle, stage, options, request.preset)
         engines["vae"] = select_decoder_engines(bundle, request.preset, options)
     reporter.say(describe_engines(engines, bundle, request.preset, options))
+    with span("CPU kernels"):
+        request = replace(request, options=settle_conv(options, reporter.say))
     with span("plan"):
         fallback = plan_run(request, bundle, reporter.say, engines)
     tiling = fallback.plan.decode.tiling
