@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPU_OPERATIONS = ("causal_conv3d", "channel_norm")  # those that have "cpu"
 SOURCES = Path(__file__).parent / "_cpu"
 OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx512f", "-mavx2", "-mfma")}
@@ -133,40 +134,46 @@ def convolvable(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool
 
     3x3 over rows and columns, fp32 with channels last, no gradients, LEAST_TILES or more.
     """
-    channels_last = x.stride(1) == 1 or x.shape[1] == 1
-    if weight.shape[3:] != (3, 3) or not _plain(x) or not channels_last:
+    if weight.shape[3:] != (3, 3) or not _all_plain(x, weight, bias):
         return False
-    tensors = (weight,) if bias is None else (weight, bias)
-    if not all(_plain(tensor) for tensor in tensors):
-        return False
-    rows, columns = x.shape[3] - 2 * rows_given, x.shape[4]
-    frames = x.shape[2] - weight.shape[2] + 1
-    return frames * -(-rows // 4) * -(-columns // 4) >= LEAST_TILES
+    frames, rows = x.shape[2] - weight.shape[2] + 1, x.shape[3] - 2 * rows_given
+    return _channels_last(x) and frames * _tiles(rows, x.shape[4]) >= LEAST_TILES
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool) -> Tensor:
     """Compute `causal_conv3d`; the result has channels last."""
     assert convolvable(x, weight, bias, rows_given)
-    (batches, channels, _, x_rows, columns), (filters, _, taps) = x.shape, weight.shape[:3]
-    frames, rows = x.shape[2] - taps + 1, x_rows - 2 * rows_given
-    shape = (batches, filters, frames, rows, columns)
+    frames, rows = x.shape[2] - weight.shape[2] + 1, x.shape[3] - 2 * rows_given
+    shape = (x.shape[0], weight.shape[0], frames, rows, x.shape[4])
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last_3d)
-    own, tiles = library(), -(-rows // 4) * -(-columns // 4)
-    bias = None if bias is None else bias.contiguous()
-    threads = torch.get_num_threads()
-    block_tiles, block_filters = _blocks(channels, taps, frames)
+    for source, result in zip(x, out, strict=True):
+        _winograd(source, weight, bias, result, pad=0 if rows_given else 1)
+    return out
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, pad: int) -> None:
+    """Convolve x, [C, kt-1+T, H, W], with weight, [C', C, kt, 3, 3], into out, [C', T, H', W].
+
+    Row r of out reads the rows r - pad to r - pad + 2 of x, zeros where there are none.
+    """
+    (channels, _, x_rows, columns), (filters, frames, rows, _) = x.shape, out.shape
+    own, tiles, threads = library(), _tiles(rows, columns), torch.get_num_threads()
+    block_tiles, block_filters = _blocks(channels, weight.shape[2], frames)
     if threads > 1:  # something to do for each of them, and the same bits
         block_tiles = max(4, min(block_tiles, tiles // (2 * threads)))
         threads = min(threads, -(-tiles // block_tiles))
+    bias = None if bias is None else bias.contiguous()
     call = _Convolution(
+        x=x.data_ptr(),
         weight=weight.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
-        x_frame=x.stride(2),
-        x_row=x.stride(3),
-        x_column=x.stride(4),
-        out_frame=out.stride(2),
-        out_row=out.stride(3),
-        out_column=out.stride(4),
+        out=out.data_ptr(),
+        x_frame=x.stride(1),
+        x_row=x.stride(2),
+        x_column=x.stride(3),
+        out_frame=out.stride(1),
+        out_row=out.stride(2),
+        out_column=out.stride(3),
         weight_filter=weight.stride(0),
         weight_channel=weight.stride(1),
         weight_tap=weight.stride(2),
@@ -174,22 +181,23 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool) -
         weight_column=weight.stride(4),
         channels=channels,
         filters=filters,
-        taps=taps,
+        taps=weight.shape[2],
         frames=frames,
         rows=rows,
         columns=columns,
         x_rows=x_rows,
-        pad=0 if rows_given else 1,
+        pad=pad,
         block_tiles=block_tiles,
         block_filters=block_filters,
         threads=threads,
     )
     workspace = torch.empty(own.c.pw_winograd_workspace(ctypes.byref(call)))
     call.workspace = workspace.data_ptr()
-    for source, result in zip(x, out, strict=True):
-        call.x, call.out = source.data_ptr(), result.data_ptr()
-        own.c.pw_winograd(ctypes.byref(call), own.parallel)
-    return out
+    own.c.pw_winograd(ctypes.byref(call), own.parallel)
+
+
+def _tiles(rows: int, columns: int) -> int:
+    return -(-rows // 4) * -(-columns // 4)
 
 
 def _blocks(channels: int, taps: int, frames: int) -> tuple[int, int]:
@@ -209,7 +217,7 @@ def normalisable(x: Tensor, gamma: Tensor, out: Tensor) -> bool:
 
     fp32, at most one batch, channels last and a multiple of 16, no gradients.
     """
-    if not (_plain(x) and _plain(gamma) and _plain(out)) or x.dim() not in (4, 5):
+    if not _all_plain(x, gamma, out) or x.dim() not in (4, 5):
         return False
     last = x.stride(1) == out.stride(1) == 1 and gamma.is_contiguous()
     return last and x.shape[0] == 1 and x.shape[1] % 16 == 0 and gamma.numel() == x.shape[1]
@@ -239,6 +247,14 @@ def normalise(x: Tensor, gamma: Tensor, silu: bool, out: Tensor) -> None:
         threads=torch.get_num_threads(),
     )
     own.c.pw_channel_norm(ctypes.byref(call), own.parallel)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 or x.shape[1] == 1
+
+
+def _all_plain(*tensors: Tensor | None) -> bool:
+    return all(_plain(x) for x in tensors if x is not None)
 
 
 def _plain(x: Tensor) -> bool:

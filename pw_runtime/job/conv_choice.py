@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from pw_kernels.cpu_library import CPU_OPERATIONS
 from pw_kernels.op import Implementation
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.cpu_kernels import open_cpu_kernels
@@ -19,7 +20,7 @@ def implementations(options: RunOptions) -> dict[str, Implementation]:
     """Return the implementations of single operations that options name, by operation."""
     chosen: dict[str, Implementation] = {"attention": options.attention_kernel}
     if options.conv == "winograd":
-        chosen |= {"causal_conv3d": "cpu", "channel_norm": "cpu"}
+        chosen |= dict.fromkeys(CPU_OPERATIONS, "cpu")
     return chosen
 
 

@@ -129,8 +129,10 @@ def test_auto_names_what_will_run(monkeypatch) -> None:
     settled = settle_conv(CPU, print)
     assert settled.conv == "winograd"
     assert implementations(settled) == {
-        "attention": "reference", "causal_conv3d": "cpu", "channel_norm": "cpu"
-    }  # fmt: skip
+        "attention": "reference",
+        "causal_conv3d": "cpu",
+        "channel_norm": "cpu",
+    }
     reference = settle_conv(RunOptions(device="cpu", conv="onednn"), print)
     assert implementations(reference) == {"attention": "reference"}
 

@@ -30,6 +30,7 @@ from pw_export.nano import NANO_VAE
 from pw_export.nano.train_vae import VAE
 from pw_export.nano.weights import TRAINED, read_weights
 from pw_kernels import causal_conv3d
+from pw_kernels.cpu_library import CPU_OPERATIONS
 from pw_kernels.op import Implementation, using
 from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.errors import BadRequest
@@ -39,7 +40,7 @@ from pw_runtime.types import VAE_STRIDE, TilingConfig, VaeConfig
 
 ONEDNN: Final = "onednn"
 WINOGRAD: Final = "winograd"
-_AS_CPU: Final[Mapping[str, Implementation]] = {"causal_conv3d": "cpu", "channel_norm": "cpu"}
+_AS_CPU: Final[Mapping[str, Implementation]] = dict.fromkeys(CPU_OPERATIONS, "cpu")
 # Channels, filters, frames, rows, columns of the result: layers of the decoders below, and of the
 # published one on small pictures
 CONVOLUTIONS: Final = (
