@@ -7,7 +7,7 @@ PyTorch's own OpenMP: a second pool would compete with the one that spins while 
 
 The results depend on neither the instructions, the compiler, the number of threads, nor the length
 of a chunk: every rounding is written down in the C++. Nothing is kept between calls: the filters
-are transformed by each, for less than the transforms of a few dozen tiles take.
+are transformed by each, which a dozen tiles make up for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CPU_OPERATIONS = ("causal_conv3d", "channel_norm")  # those that have "cpu"
 SOURCES = Path(__file__).parent / "_cpu"
 OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx512f", "-mavx2", "-mfma")}
-LEAST_TILES = 24
+LEAST_TILES = 12
 """Tiles of all frames of a call, below which transforming the filters is not worth their while."""
 _FILTER_BYTES = 14 * 2**20  # of the transformed filters of one block: they stay in an L3 cache
 
@@ -254,15 +254,18 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def _all_plain(*tensors: Tensor | None) -> bool:
-    return all(_plain(x) for x in tensors if x is not None)
-
-
-def _plain(x: Tensor) -> bool:
-    """Tell whether x is an fp32 tensor with memory on the CPU that nobody differentiates."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+    """Tell whether all are fp32 tensors with memory on the CPU that nobody differentiates."""
+    if torch.compiler.is_compiling():
         return False
-    differentiated = x.requires_grad and torch.is_grad_enabled()
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not differentiated
+    gradients = torch.is_grad_enabled()
+    return all(
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not (gradients and x.requires_grad)
+        for x in tensors
+        if x is not None
+    )
 
 
 def _openmp() -> Any:
