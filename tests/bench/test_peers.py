@@ -12,9 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pw_bench.peers import dit, subprocess_ab, vae
+from pw_bench.peers import cpu_conv, dit, subprocess_ab, vae
 from pw_bench.peers.subprocess_ab import Sample, measure, ratios_of, run_child, serve
 from pw_bench.results import Result, read_result
+from pw_kernels import cpu_library
 from pw_runtime.cli.bench import bench
 from pw_runtime.errors import BadRequest
 from tests.bench.small_results import figure
@@ -77,6 +78,30 @@ def test_decoder_in_bands_equals_diffusers_to_one_level(run: Callable[[str], Res
     assert ours.max_abs <= 1
     assert ours.share <= 1e-3
     assert tensors[vae.DIFFUSERS] > tensors[vae.OURS] > 0
+
+
+def test_our_cpp_beside_onednn_has_errors_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := cpu_library.unavailable():
+        pytest.skip(reason)
+
+    def run_child(
+        name: str, contender: str, work: object, file: Path, *, count_tensors: bool
+    ) -> Sample:
+        assert isinstance(work, cpu_conv.DecodeWork)
+        return measure(*cpu_conv.prepare(contender, work), file, count_tensors=count_tensors)
+
+    monkeypatch.setattr(subprocess_ab, "run_child", run_child)
+    work = cpu_conv.DecodeWork(decoder="trained nano", width=96, height=64, frames=5, strips=2)
+    result = cpu_conv.measure_cpu_conv(
+        1, convolutions=[(16, 12, 1, 16, 16)], decodes=[work], say=lambda line: None
+    )
+    conv, decode = result.ratios
+    assert (conv.side, decode.side) == ("conv 16-12 1x16x16 winograd", f"{work.name} winograd")
+    assert conv.cpu_time is not None
+    onednn, winograd, levels = result.differences
+    assert (onednn.against, winograd.against) == ("fp64", "fp64")
+    assert winograd.relative_l2 <= 4 * onednn.relative_l2
+    assert levels.max_abs <= 1
 
 
 def test_child_serves_what_the_parent_asks_for(
