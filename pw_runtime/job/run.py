@@ -106,7 +106,9 @@ class Run:
             "latent": tensor_digest(latent.x),
             "decoder": clip.provenance.vae,
             "engines": self.engines["vae"].digest if plan.engines else "none",
-            "options": f"{options.device}, {options.kernels}, {options.vae_precision}",
+            "options": ", ".join(
+                (options.device, options.kernels, options.conv, options.vae_precision)
+            ),
             "tiling": str(plan.tiling),
             "compat": str(preset.compat),
             "pixels": pixels,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pw_kernels import cpu_library
 from pw_runtime.stages import decode_tiles
 from pw_runtime.system.tile_store import state_of
 from tests.e2e.pw import Ended, Pw
@@ -74,6 +75,7 @@ def test_both_orders_give_the_same_file(generate, tmp_path, codec) -> None:
 # Counts tiles of a frame, and ends as kill -9 does after so many.
 KILLED = """
 import os, signal, sys
+from pw_kernels import cpu_library
 from pw_runtime.stages import decode_tiles
 from pw_runtime.cli import main as cli
 tile, left = decode_tiles.Bands.tile, [int(os.environ["PW_TEST_TILES"])]
@@ -159,6 +161,28 @@ def test_a_decode_that_fails_keeps_finished_tiles_and_says_so(
     assert resumed.code == 0, resumed.err
     assert f"{tiles} holds 1 of 4 tiles: going on" in resumed.err
     assert not tiles.exists()
+
+
+def test_tiles_of_other_convolutions_are_not_taken_up(
+    generate, pw, bundle_dir, tmp_path, monkeypatch
+) -> None:
+    if reason := cpu_library.unavailable():
+        pytest.skip(reason)
+    tile, calls = decode_tiles.Bands.tile, []
+
+    def failing(self, index: int, t: int, x: torch.Tensor):
+        calls.append(index)
+        if len(calls) == 5:
+            raise RuntimeError("the device is gone")
+        return tile(self, index, t, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_tiles.Bands, "tile", failing)
+        assert generate("tiles", "--conv", "winograd").code == 3
+    latents = tmp_path / "tiles" / "0.latents.safetensors"
+    resumed = pw("decode", latents, "--model", bundle_dir, "--conv", "onednn")
+    assert resumed.code == 0, resumed.err
+    assert "going on" not in resumed.err
 
 
 def test_a_decode_that_fails_in_its_first_tile_leaves_none(generate, tmp_path, monkeypatch) -> None:
