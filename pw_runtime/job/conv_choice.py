@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which convolutions the decoder runs on a CPU: decided by what the machine has, never by a clock.
+"""Choose the decoder's convolutions on a CPU: decided by what the machine has, never by a clock.
 
 A choice that was measured would make the bits of a clip depend on what else the machine did then.
 """
