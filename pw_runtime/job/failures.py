@@ -76,8 +76,8 @@ def report_resumable(clip: Clip, reporter: Reporter) -> None:
     """Report where an unfinished clip's latents are and which command finishes it."""
     if clip.latents is not None and clip.latents.exists():
         reporter.warn(f"the latents of {clip.prompt.id} are kept in {clip.latents}")
-        if state_of(clip.path(TILES)).exists():
-            reporter.warn(f"that goes on with the finished tiles in {clip.path(TILES)}:")
+        if state_of(clip.path(TILES)).is_file():
+            reporter.warn(f"its finished tiles are kept in {clip.path(TILES)}")
         reporter.warn(f"to finish this clip, run: {resume_command(clip)}")
     if clip.partial_video is not None and clip.partial_video.exists():
         reporter.warn(f"partial video: {clip.partial_video}")

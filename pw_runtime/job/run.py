@@ -248,12 +248,12 @@ class Run:
         """Report a finished video, and remove latents that nobody asked to keep."""
         clip.video = clip.target
         self.reporter.finished(clip.video)
-        remove_tiles(clip.path(TILES))
-        if clip.latents is not None and not clip.request.options.save_latents:
-            try:
+        try:
+            remove_tiles(clip.path(TILES))
+            if clip.latents is not None and not clip.request.options.save_latents:
                 clip.latents.unlink(missing_ok=True)
-            except OSError as error:
-                self.reporter.warn(f"could not remove {clip.latents}: {error}")
+        except OSError as error:
+            self.reporter.warn(f"could not remove {error.filename}: {error.strerror}")
         clip.release_tensors()
 
     def write_contact_sheet(self) -> None:

@@ -63,7 +63,12 @@ class Seam:
             return
         if owner not in self.rows:
             self.rows[owner] = self.allocate(x)
-        self.rows[owner].copy_(x, non_blocking=True)
+        kept = self.rows[owner]
+        if x.device != kept.device and x.stride() != kept.stride():
+            x = (
+                x.clone()
+            )  # dense: with gaps, PyTorch would copy by way of memory that is not pinned
+        kept.copy_(x, non_blocking=True)
 
     def join(self, owner: nn.Module, x: Tensor) -> tuple[Tensor, int, int]:
         """Put the rows kept from the band above on top of x, for a 3-row convolution.

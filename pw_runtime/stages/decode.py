@@ -51,7 +51,7 @@ class TileStore(Protocol):
         ...
 
     def read(self, tile: int, start: int, count: int) -> Tensor:
-        """Return the packed pixels of some frames of a complete tile."""
+        """Return the packed pixels of some frames of a complete tile. Raises WriteFailed."""
         ...
 
 
@@ -155,10 +155,10 @@ class _Clip:
             for t, x in enumerate(shared):
                 with torch.inference_mode(), span("tile"):
                     colours = self._tiles.tile(index, t, x)
-                    if index < finished:  # only what it hands on is missing
+                    pixels = self._pixels(*colours) if index >= finished else None
+                    del colours  # while the next ones are made, these must be free
+                    if pixels is None:  # only what the tile hands on was missing
                         continue
-                    pixels = self._pixels(*colours)
-                    del colours
                     store.write(pixels)
                     self._count(len(pixels), self._tiles.rects[index])
                 if index == last:
@@ -168,9 +168,12 @@ class _Clip:
                 store.finish()
 
     def _keep(self, frame: Tensor, kept: Allocate) -> Tensor:
-        """Compute what the tiles of a latent frame share, into memory that is kept."""
+        """Compute what the tiles of a latent frame share, into memory that is kept.
+
+        It is there when this returns: the CPU cuts strips from it.
+        """
         x = self._tiles.shared(frame)
-        return x if x.device.type == "cpu" else kept(x).copy_(x, non_blocking=True)
+        return x if x is frame or x.device.type == "cpu" else kept(x).copy_(x)
 
     def _from_store(self, store: TileStore, t: int, newest: Tensor | None) -> FrameChunk:
         """Put together the frames made of latent frame t; the last tile may be at hand."""

@@ -173,7 +173,8 @@ class HaloStrips:
         """Run the fine part on a strip; see `Tiles.tile`."""
         strip, cache = self._strips[index], self._caches.setdefault(index, CausalCache())
         columns = x[..., strip.first * COARSE_STRIDE : strip.last * COARSE_STRIDE]
-        part = self._vae.fine(columns.to(self._device), cache)
+        dense = columns.contiguous(memory_format=torch.channels_last_3d)  # crosses as it is
+        part = self._vae.fine(dense.to(self._device), cache)
         if t == self._last_frame:
             del self._caches[index]
         skip = (strip.start - strip.first) * BLOCK_STRIDE

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from pw_runtime.errors import WriteFailed
 from pw_runtime.system.atomic_files import require_room, write_failed, write_text
-from pw_runtime.system.input_files import UnreadableInput, parse_json
+from pw_runtime.system.input_files import UnreadableInput, kind_of, parse_json
 
 FORMAT: Final = 1
 MAX_STATE: Final = 2**20  # bytes of a state file
@@ -66,6 +67,8 @@ class TileStore:
             WriteFailed: there is no room, or the disk refuses.
         """
         self._shapes, self._frames = tuple(shapes), frames
+        for file in (self._path, self._state):
+            _require_own(file)
         try:
             self._digests = self._complete_tiles()
             self.finished = len(self._digests)
@@ -77,7 +80,7 @@ class TileStore:
                 require_room(self._path.parent, self._start(len(shapes)))
                 self._allocate()
         except (OSError, WriteFailed) as error:
-            self.close()  # what stands there instead of the file is not ours
+            self.close()
             if isinstance(error, WriteFailed):
                 raise
             raise write_failed(self._path, error) from error
@@ -115,13 +118,19 @@ class TileStore:
         try:
             self._read_into(pixels.view(-1).numpy().data, position)
         except OSError as error:
-            raise write_failed(self._path, error) from error
+            raise WriteFailed(
+                f"cannot read the finished tiles in {self._path}",
+                got=error.strerror or error,
+                do="check the disk, and finish the clip from its latents",
+            ) from error
         return pixels
 
     def close(self) -> None:
         """Close the file; it stays where tiles are complete."""
         if self._file is not None and self.finished == 0:
-            remove_tiles(self._path)
+            # why: after a failure, which is told; the next decode of the clip makes them anew
+            with suppress(OSError):
+                remove_tiles(self._path)
         self._close()
 
     def _close(self) -> None:
@@ -172,7 +181,7 @@ class TileStore:
         except (OSError, ValueError, AttributeError, KeyError, TypeError, UnreadableInput) as error:
             self._say(f"{self._state} cannot be read ({error}): the clip is decoded from the start")
             return []
-        if other or not isinstance(digests, list):
+        if other or not isinstance(digests, list) or len(digests) > len(self._shapes):
             what = ", ".join(other) or "the list of tiles"
             self._say(f"{self._path} is of another decode ({what}): decoding from the start")
             return []
@@ -184,7 +193,7 @@ class TileStore:
         try:
             self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             if os.fstat(self._file).st_size == self._start(len(self._shapes)):
-                for tile, digest in enumerate(digests[: len(self._shapes)]):
+                for tile, digest in enumerate(digests):
                     if self._digest(tile) != digest:
                         break
                     sound.append(digest)
@@ -224,7 +233,23 @@ def state_of(path: Path) -> Path:
 
 
 def remove_tiles(path: Path) -> None:
-    """Remove a file of tiles and its state, where they exist."""
+    """Remove a file of tiles and its state, where they exist. Raises OSError."""
     for file in (state_of(path), path):  # without a state, pixels mean nothing
-        with suppress(OSError):
-            file.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+
+
+def _require_own(file: Path) -> None:
+    """Raise WriteFailed where something stands that no store makes, a link included."""
+    try:
+        mode = os.lstat(file).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise write_failed(file, error) from error
+    if not stat.S_ISREG(mode):
+        raise WriteFailed(
+            f"cannot write {file}",
+            got="a link" if stat.S_ISLNK(mode) else kind_of(mode),
+            wanted="a file of finished tiles, or a name that is free",
+            do="move it away, and run the same command again",
+        )

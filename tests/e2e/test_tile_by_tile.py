@@ -156,7 +156,7 @@ def test_a_decode_that_fails_keeps_finished_tiles_and_says_so(
         ended = generate("tiles")
     assert ended.code == 3
     tiles = tmp_path / "tiles" / "0.tiles"
-    assert f"that goes on with the finished tiles in {tiles}" in ended.err
+    assert f"its finished tiles are kept in {tiles}" in ended.err
     resumed = pw("decode", tmp_path / "tiles" / "0.latents.safetensors", "--model", bundle_dir)
     assert resumed.code == 0, resumed.err
     assert f"{tiles} holds 1 of 4 tiles: going on" in resumed.err

@@ -286,17 +286,6 @@ def test_a_disk_that_fails_later_leaves_what_is_complete(decoder, tmp_path, monk
     assert said == [f"{path} holds 2 of 3 tiles: going on"]
 
 
-def test_a_link_in_the_place_of_the_store_is_not_followed(decoder, tmp_path) -> None:
-    target = tmp_path / "precious"
-    target.write_text("kept")
-    (tmp_path / "clip.tiles").symlink_to(target)
-    store = TileStore(tmp_path / "clip.tiles", MADE_OF, told_nothing)
-    with pytest.raises(WriteFailed):
-        store.open([(3, 4)], 2)
-    assert target.read_text() == "kept"
-    assert (tmp_path / "clip.tiles").is_symlink()
-
-
 def test_nan_in_any_tile_is_refused(decoder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(decode, "is_finite", lambda blocks: False)
     monkeypatch.setattr(VaeDecoder, "check_weights", lambda self: None)
