@@ -49,6 +49,10 @@ MAX_POSITIONS = 1024  # of the official rotary tables, along each axis
 SHIFTS = (0.01, 1000.0)
 MAX_GUIDANCE = 1000.0  # a thousand times as far as the networks were trained; bf16 still holds it
 MOST_PROBLEMS = 8  # in a message
+_REPLACED = {  # keys of earlier versions
+    "decode.caches": '; in place of caches = "host" write order = "tiles", '
+    'in place of caches = "device" order = "frames"'
+}
 
 
 def find_preset(name: str) -> Preset:
@@ -89,16 +93,16 @@ def read_preset(path: Path) -> Preset:
         # By way of JSON: strict validation of Python objects would not take tables.
         preset = TypeAdapter(Preset).validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-            for item in error.errors(include_url=False, include_input=False)[:MOST_PROBLEMS]
-        ]
+        found = error.errors(include_url=False, include_input=False)[:MOST_PROBLEMS]
+        named = [".".join(str(part) for part in item["loc"]) for item in found]
+        problems = [f"{key}: {item['msg']}" for key, item in zip(named, found, strict=True)]
         unnamed = error.error_count() - len(problems)
         raise BadRequest(
             f"{path} is not a preset",
             got="; ".join(problems + [f"and {unnamed} more"] * (unnamed > 0)),
             wanted="the tables and keys of docs/presets.md, and no others",
-            do="mend the keys that are named",
+            do="mend the keys that are named"
+            + "".join(advice for key, advice in _REPLACED.items() if key in named),
         ) from error
     check_preset(preset, str(path))
     return preset

@@ -30,7 +30,7 @@ from pw_runtime.sampling.noise import tensor_digest
 from pw_runtime.system.atomic_files import require_room
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.step import Step
-from pw_runtime.system.tile_store import TileStore, remove_tiles
+from pw_runtime.system.tile_store import TileStore, allocated_bytes, remove_tiles
 from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import (
     Latent,
@@ -211,10 +211,15 @@ class Run:
     def require_room(self) -> None:
         """Raise WriteFailed where what the unfinished clips need does not fit on the disk.
 
-        That is their latents, and the finished tiles of one clip, if it is decoded tile by tile.
+        That is their latents, and the finished tiles of one clip, if it is decoded tile by tile. An
+        earlier decode of the next clip may have left a file for those.
         """
+        following = next(self.unfinished(), None)
+        if following is None:
+            return
         latents = sum(latents_bytes(clip) for clip in self.unfinished() if clip.latents is None)
         spill, tiles = self.request.spill, self.fallback.plan.decode.store_bytes
+        tiles = max(0, tiles - allocated_bytes(following.path(TILES)))
         if spill is None:
             latents, tiles = latents + tiles, 0
         self._retrying(partial(require_room, spill or self.request.out, latents))

@@ -232,6 +232,15 @@ def state_of(path: Path) -> Path:
     return path.with_name(path.name + ".state")
 
 
+def allocated_bytes(path: Path) -> int:
+    """Return the bytes that a file of tiles has on the disk; 0 where there is none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return 0  # why: whoever opens it tells what is wrong
+    return min(status.st_size, 512 * status.st_blocks)  # blocks are of 512 bytes by POSIX
+
+
 def remove_tiles(path: Path) -> None:
     """Remove a file of tiles and its state, where they exist. Raises OSError."""
     for file in (state_of(path), path):  # without a state, pixels mean nothing

@@ -140,10 +140,8 @@ def test_room_for_the_tiles_is_asked_for_before_anything_is_computed(
     assert not list((tmp_path / "tiles").glob("0*"))
 
 
-def test_a_decode_that_fails_keeps_finished_tiles_and_says_so(
-    generate, pw, bundle_dir, tmp_path, monkeypatch
-) -> None:
-    tile, calls = decode_tiles.Bands.tile, []
+def fail_in_the_second_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile, calls = decode_tiles.Bands.tile, list[int]()
 
     def failing(self, index: int, t: int, x: torch.Tensor):
         calls.append(index)
@@ -151,8 +149,34 @@ def test_a_decode_that_fails_keeps_finished_tiles_and_says_so(
             raise RuntimeError("the device is gone")
         return tile(self, index, t, x)
 
+    monkeypatch.setattr(decode_tiles.Bands, "tile", failing)
+
+
+def test_tiles_that_are_there_take_no_more_room(
+    generate, pw, bundle_dir, tmp_path, monkeypatch
+) -> None:
+    """A decode goes on also where the disk has no room for its tiles a second time."""
+    from pw_runtime.system import atomic_files
+
     with monkeypatch.context() as patch:
-        patch.setattr(decode_tiles.Bands, "tile", failing)
+        fail_in_the_second_band(patch)
+        assert generate("tiles").code == 3
+    usage = type("Usage", (), {"free": 16 * 2**20 + 1000})
+    monkeypatch.setattr(atomic_files.shutil, "disk_usage", lambda folder: usage)
+    latents = tmp_path / "tiles" / "0.latents.safetensors"
+    other = pw("decode", latents, "--model", bundle_dir, "--out", tmp_path / "other")
+    assert other.code == 3
+    assert "not enough room in" in other.err
+    resumed = pw("decode", latents, "--model", bundle_dir)
+    assert resumed.code == 0, resumed.err
+    assert "holds 1 of 4 tiles: going on" in resumed.err
+
+
+def test_a_decode_that_fails_keeps_finished_tiles_and_says_so(
+    generate, pw, bundle_dir, tmp_path, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_in_the_second_band(patch)
         ended = generate("tiles")
     assert ended.code == 3
     tiles = tmp_path / "tiles" / "0.tiles"

@@ -143,3 +143,13 @@ def test_preset_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     file = write_preset(tmp_path / "p.toml")
     file.write_text("\ufeff" + file.read_text())
     assert find_preset(str(file)).draft.width == 96
+
+
+def test_a_preset_with_the_earlier_key_is_told_the_new_one(tmp_path: Path) -> None:
+    file = write_preset(tmp_path / "p.toml")
+    text = file.read_text()
+    assert "[decode]\n" in text
+    file.write_text(text.replace("[decode]\n", '[decode]\ncaches = "host"\n'))
+    with pytest.raises(BadRequest, match=r"decode\.caches") as refused:
+        find_preset(str(file))
+    assert 'in place of caches = "host" write order = "tiles"' in str(refused.value)
