@@ -8,27 +8,46 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from pydantic import TypeAdapter, ValidationError
+
 from pw_kernels.launcher import tally
 from pw_runtime.checkpoint.bundle import Bundle, load_tensors, verify
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.engine_report import describe_engines
-from pw_runtime.job.clip import Clip, resume_clip
+from pw_runtime.job.clip import TILES, Clip, resume_clip
 from pw_runtime.job.conv_choice import settle_conv
 from pw_runtime.job.existing import require_one_container
 from pw_runtime.job.failures import report_on_abort
-from pw_runtime.job.latents import NO_DIGESTS, check_latents
+from pw_runtime.job.latents import NO_DIGESTS, check_latents, read_latent
 from pw_runtime.job.preflight import check_request, computing
 from pw_runtime.job.provenance import Provenance
 from pw_runtime.job.run import Run
 from pw_runtime.pipeline import decode_clips
 from pw_runtime.planning.oom_fallback import plan_run
+from pw_runtime.presets import check_preset
+from pw_runtime.sampling.noise import tensor_digest
 from pw_runtime.system.atomic_files import require_replaceable
 from pw_runtime.system.folder_lock import locked_folder
+from pw_runtime.system.input_files import UnreadableInput
 from pw_runtime.system.progress import Reporter
+from pw_runtime.system.tile_store import read_state
 from pw_runtime.system.trace import Stopwatch
-from pw_runtime.types import Codec, Conv, Kernels, Network, Outcome, Precision, Request
+from pw_runtime.types import (
+    Codec,
+    Conv,
+    Kernels,
+    Network,
+    Outcome,
+    Precision,
+    Preset,
+    Request,
+    TilingConfig,
+)
+
+_TILING = TypeAdapter(TilingConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,13 +133,11 @@ def finish(
 def _request(file: Path, provenance: Provenance, overrides: Overrides) -> Request:
     """Return the request of the run that made the latents, with what is overridden."""
     earlier = provenance.options
-    # Tile by tile, some may be finished; otherwise the memory that is free now decides again.
-    in_turn = provenance.decode.order == "tiles"
-    order = "tiles" if in_turn else provenance.preset.decode.order
+    out = file.parent if overrides.out is None else overrides.out
     return Request(
         prompts=(provenance.prompt,),
-        preset=replace(provenance.preset, decode=replace(provenance.decode, order=order)),
-        out=file.parent if overrides.out is None else overrides.out,
+        preset=_preset(file, provenance, out),
+        out=out,
         negative=provenance.negative,
         seed=provenance.seeds["base"],
         options=replace(
@@ -144,6 +161,28 @@ def _conv_of(provenance: Provenance, device: str) -> Conv:
     if not device.startswith("cpu"):
         return "auto"
     return provenance.options.conv if provenance.format >= 4 else "onednn"  # there was no other
+
+
+def _preset(file: Path, provenance: Provenance, out: Path) -> Preset:
+    """Return the preset with the tiling of the run: as planned, or of its finished tiles.
+
+    They differ where that run ran out of memory and went on with more tiles.
+    """
+    # Tile by tile, some may be finished; otherwise the memory that is free now decides again.
+    in_turn = provenance.decode.order == "tiles"
+    order = "tiles" if in_turn else provenance.preset.decode.order
+    planned = replace(provenance.preset, decode=replace(provenance.decode, order=order))
+    try:
+        made_of = read_state(out / f"{provenance.prompt.id}{TILES}")
+        tiling = _TILING.validate_json(made_of["tiling"])
+        finished = replace(provenance.preset, decode=tiling)
+        check_preset(finished, str(file))
+    except (UnreadableInput, ValidationError, KeyError, BadRequest):
+        return planned  # why silent: none are there, or the decode tells that it cannot take them
+    stage = list(provenance.stages)[-1]
+    latent = read_latent(file, provenance, stage, torch.device("cpu"))
+    same_kind = (tiling.tiling, tiling.order) == (provenance.decode.tiling, "tiles")
+    return finished if same_kind and made_of.get("latent") == tensor_digest(latent.x) else planned
 
 
 def _run(group: Sequence[Clip], bundle: Bundle, reporter: Reporter) -> Run:

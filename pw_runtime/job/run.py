@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -109,7 +110,7 @@ class Run:
             "options": ", ".join(
                 (options.device, options.kernels, options.conv, options.vae_precision)
             ),
-            "tiling": str(plan.tiling),
+            "tiling": json.dumps(asdict(plan.tiling)),
             "compat": str(preset.compat),
             "pixels": pixels,
             **versions(),

@@ -67,13 +67,14 @@ def decode_choices(
 def _plans(work: Workload, *, gpu: bool) -> list[DecodePlan]:
     """List the plans of a decode, the fastest first."""
     first, (_, _, rows, columns) = work.tiling, _shape(work)
+    most = min(rows, columns)  # also what a preset, and a latents file, may say
     if not gpu and first.tiling == "exact" and not work.decoder_engines:
-        least = min(CPU_BANDS, rows // BAND_ROWS)
+        least = min(CPU_BANDS, rows // BAND_ROWS, most)
         first = replace(first, strips=max(first.strips, least))
     counts = [first.strips]
     if first.tiling == "exact":
         doubled = [first.strips * 2**n for n in range(1, 8)]
-        counts += [count for count in doubled if count <= rows]
+        counts += [count for count in doubled if count <= most]
     stored = {"frames": 0, "tiles": _store_bytes(work)}
     orders: tuple[DecodeOrder, ...] = ("frames", "tiles")
     if first.order != "auto":

@@ -172,13 +172,11 @@ class TileStore:
         if not self._state.exists():
             return []
         try:
-            if self._state.stat().st_size > MAX_STATE:
-                raise UnreadableInput(f"more than {MAX_STATE} bytes")
-            state = parse_json(self._state.read_text(encoding="utf-8"))
-            digests = state.pop("finished")
+            state = read_state(self._path)
+            digests = state.pop("finished", None)
             known = {*state, *self._description}
             other = sorted(name for name in known if state.get(name) != self._description.get(name))
-        except (OSError, ValueError, AttributeError, KeyError, TypeError, UnreadableInput) as error:
+        except UnreadableInput as error:
             self._say(f"{self._state} cannot be read ({error}): the clip is decoded from the start")
             return []
         if other or not isinstance(digests, list) or len(digests) > len(self._shapes):
@@ -230,6 +228,19 @@ class TileStore:
 def state_of(path: Path) -> Path:
     """Return the path of the file that says which tiles of `path` are complete."""
     return path.with_name(path.name + ".state")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what the tiles of `path` are made of, as their state says. Raises UnreadableInput."""
+    try:
+        if state_of(path).stat().st_size > MAX_STATE:
+            raise UnreadableInput(f"more than {MAX_STATE} bytes")
+        state = parse_json(state_of(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnreadableInput(str(error)) from error
+    if not isinstance(state, dict):
+        raise UnreadableInput("not a JSON object")
+    return state
 
 
 def allocated_bytes(path: Path) -> int:

@@ -45,9 +45,9 @@ order = "ORDER"
 
 @pytest.fixture
 def generate(pw: Pw, bundle_dir: Path, tmp_path: Path) -> Callable[..., Ended]:
-    def run(order: str, *arguments: object) -> Ended:
+    def run(order: str, *arguments: object, width: int = 64) -> Ended:
         preset = tmp_path / f"{order}.toml"
-        preset.write_text(TALL.replace("ORDER", order))
+        preset.write_text(TALL.replace("ORDER", order).replace("64", str(width)))
         return pw("generate", "--model", bundle_dir, "--preset", preset, "--prompt", "a cat",
                   "--save-latents", "--out", tmp_path / order, *arguments)  # fmt: skip
 
@@ -192,21 +192,45 @@ def test_tiles_of_other_convolutions_are_not_taken_up(
 ) -> None:
     if reason := cpu_library.unavailable():
         pytest.skip(reason)
-    tile, calls = decode_tiles.Bands.tile, []
-
-    def failing(self, index: int, t: int, x: torch.Tensor):
-        calls.append(index)
-        if len(calls) == 5:
-            raise RuntimeError("the device is gone")
-        return tile(self, index, t, x)
-
     with monkeypatch.context() as patch:
-        patch.setattr(decode_tiles.Bands, "tile", failing)
+        fail_in_the_second_band(patch)
         assert generate("tiles", "--conv", "winograd").code == 3
     latents = tmp_path / "tiles" / "0.latents.safetensors"
     resumed = pw("decode", latents, "--model", bundle_dir, "--conv", "onednn")
     assert resumed.code == 0, resumed.err
     assert "going on" not in resumed.err
+
+
+@pytest.mark.parametrize("edit", [None, "latent"])
+def test_tiles_made_after_a_fallback_are_gone_on_with(
+    generate, pw, bundle_dir, tmp_path, monkeypatch, edit
+) -> None:
+    """Not those of another latent: then the clip is decoded in the bands of the plan."""
+    tile, calls = decode_tiles.Bands.tile, list[int]()
+
+    def failing(self, index: int, t: int, x: torch.Tensor):
+        if len(self.rects) == 4:
+            raise torch.OutOfMemoryError("not enough")
+        calls.append(index)
+        if len(calls) == 8:
+            raise RuntimeError("the device is gone")
+        return tile(self, index, t, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_tiles.Bands, "tile", failing)
+        assert generate("tiles", width=128).code == 3
+    tiles = tmp_path / "tiles" / "0.tiles"
+    if edit:
+        state = json.loads(state_of(tiles).read_text())
+        state_of(tiles).write_text(json.dumps(state | {edit: "another"}))
+    resumed = pw("decode", tmp_path / "tiles" / "0.latents.safetensors", "--model", bundle_dir)
+    assert resumed.code == 0, resumed.err
+    if edit:
+        assert "is of another decode (latent, tiles, tiling)" in resumed.err
+        assert "decode: 4 bands" in resumed.err
+    else:
+        assert f"{tiles} holds 2 of" in resumed.err
+        assert "decode: 8 bands" in resumed.err
 
 
 def test_a_decode_that_fails_in_its_first_tile_leaves_none(generate, tmp_path, monkeypatch) -> None:
