@@ -11,12 +11,12 @@ import pytest
 from pw_export.wan22_configs import NETWORKS
 from pw_runtime.errors import BadRequest
 from pw_runtime.planning.candidates import candidates, decode_candidates
-from pw_runtime.planning.decode_choices import decode_traffic
+from pw_runtime.planning.decode_choices import decode_choices, decode_traffic
 from pw_runtime.planning.planner import GIB, fits, make_plan
 from pw_runtime.planning.report import division_report, plan_report, seconds_by_stage
 from pw_runtime.planning.time_estimate import KNOWN
 from pw_runtime.planning.workload import Workload, workload
-from pw_runtime.presets import PRESETS
+from pw_runtime.presets import PRESETS, check_preset
 from pw_runtime.stages.codecs import RECIPES, pixel_format_for
 from pw_runtime.types import (
     Blocks,
@@ -55,6 +55,21 @@ def test_the_promised_budgets_are_met(preset: str, gpu: int, weights: str) -> No
     plan = plan_for(preset, gpu)
     assert plan.transformers["highres"].weights == weights
     assert all(fits(memory, plan.budget) for memory in plan.stages)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("width", [32, 96, 1440])
+def test_every_tiling_of_a_portrait_can_be_stored_with_its_latents(width, gpu) -> None:
+    """Seen: bands up to the number of rows, where a latents file may name as many as columns."""
+    preset = PRESETS["2k"]
+    assert preset.highres is not None
+    tall = replace(preset.highres, width=width, height=2560)
+    preset = replace(preset, highres=tall, decode=TilingConfig(overlap=0))
+    work = workload(NETWORKS, preset, RunOptions(precision="bf16"))
+    plans = [plan for plan, _ in decode_choices(work, gpu=gpu)]
+    assert {plan.tiling.order for plan in plans} == {"frames", "tiles"}
+    for plan in plans:
+        check_preset(replace(preset, decode=plan.tiling), "latents")
 
 
 def test_a_large_gpu_takes_the_fastest_way_of_every_stage() -> None:
