@@ -65,9 +65,8 @@ class Seam:
             self.rows[owner] = self.allocate(x)
         kept = self.rows[owner]
         if x.device != kept.device and x.stride() != kept.stride():
-            x = (
-                x.clone()
-            )  # dense: with gaps, PyTorch would copy by way of memory that is not pinned
+            # Dense: with gaps, PyTorch would copy by way of memory that is not pinned.
+            x = x.clone()
         kept.copy_(x, non_blocking=True)
 
     def join(self, owner: nn.Module, x: Tensor) -> tuple[Tensor, int, int]:

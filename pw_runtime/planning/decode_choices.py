@@ -22,6 +22,7 @@ from pw_runtime.planning.decode_memory import (
 from pw_runtime.planning.engine_decode import COARSE_RESULTS, engine_decode_memory
 from pw_runtime.planning.workload import Workload
 from pw_runtime.sampling.noise import latent_shape
+from pw_runtime.system.pinned_memory import pinned_bytes
 from pw_runtime.types import (
     VAE_STRIDE,
     Codec,
@@ -198,10 +199,18 @@ def _items(work: Workload, tiling: TilingConfig, *, gpu: bool) -> tuple[MemoryIt
     begun = MemoryItem(
         name="columns between strips",
         kind="activations",
-        bytes=sum(_begun(work, tiling)) if tiling.order == "tiles" else 0,
+        bytes=_waiting(work, tiling, gpu=gpu) if tiling.order == "tiles" else 0,
         place="host",
     )
     return (*items.values(), blended, *([begun] if begun.bytes else []))
+
+
+def _waiting(work: Workload, tiling: TilingConfig, *, gpu: bool) -> int:
+    """Return the bytes of memory for what blended strips leave to each other, pinned for a GPU."""
+    begun, frames = _begun(work, tiling), _shape(work)[1]
+    return (
+        pinned_bytes(size // frames for size in begun for _ in range(frames)) if gpu else sum(begun)
+    )
 
 
 def _begun(work: Workload, tiling: TilingConfig) -> list[int]:

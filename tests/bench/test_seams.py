@@ -12,8 +12,8 @@ from pw_bench.clips.seams import seam_index
 from pw_export.nano import NANO_VAE, random_weights
 from pw_kernels.pack_frames import pixels_of
 from pw_runtime.models import VaeDecoder
-from pw_runtime.models.tiling import make_bands, make_strips
-from pw_runtime.stages import decode as stage
+from pw_runtime.stages.decode_tiles import Colours, make_tiles
+from pw_runtime.types import TilingConfig
 from tests.closeness import max_abs
 
 
@@ -40,13 +40,21 @@ def latent_frame(rows: int, columns: int) -> Tensor:
     return F.interpolate(coarse[:, 0][None], size=size, mode="bilinear").transpose(0, 1)
 
 
+def tiles_of(net: VaeDecoder, z: Tensor, tiling: TilingConfig) -> list[Colours]:
+    """Decode one latent frame, [C, 1, H, W]."""
+    tiles = make_tiles(net, tiling, z.shape, z.device, torch.empty_like)
+    shared = tiles.shared(z)
+    return [tiles.tile(index, 0, shared) for index in range(len(tiles.rects))]
+
+
 def undivided(net: VaeDecoder, z: Tensor) -> Tensor:
-    return pixels_of(*next(stage._exact(net, (slice(0, z.shape[2]),), "device")(z)))
+    return pixels_of(*tiles_of(net, z, TilingConfig())[0])
 
 
 def test_exact_bands_have_the_index_of_the_undivided_frame(smooth) -> None:
-    z = latent_frame(28, 6)
-    parts = [blocks for blocks, _ in stage._exact(smooth, make_bands(28, 3, NANO_VAE), "device")(z)]
+    z = latent_frame(60, 6)
+    parts = [blocks for blocks, _ in tiles_of(smooth, z, TilingConfig(strips=3))]
+    assert len(parts) == 3
     borders = [2 * parts[0].shape[2], 2 * (parts[0].shape[2] + parts[1].shape[2])]
     banded = pixels_of(torch.cat(parts, dim=2), None)
     index = seam_index(undivided(smooth, z), borders, -2)
@@ -59,8 +67,10 @@ def test_official_strips_have_a_seam_that_their_blend_spreads(smooth) -> None:
     whole = undivided(smooth, z)
     index = seam_index(whole, borders, -1)
     stripes, blended = (
-        pixels_of(*next(stage._official(smooth, make_strips(24, 3, overlap), 24, overlap)(z)))
-        for overlap in (0, 3)
+        torch.cat([pixels_of(*part) for part in tiles_of(smooth, z, official)], dim=-1)
+        for official in (
+            TilingConfig(tiling="official", strips=3, overlap=overlap) for overlap in (0, 3)
+        )
     )
     assert seam_index(stripes, borders, -1) > 10 * index
     assert seam_index(blended, borders, -1) < 2 * index

@@ -209,6 +209,8 @@ def test_a_lock_is_exclusive_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 TERMINATED = """
+for name in ("SIGTERM", "SIGHUP"):  # ignored where the tests run in the background
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
 decode_frames = pipeline.decode_frames
 def ended(*arguments, **options):
     yield next(decode_frames(*arguments, **options))
