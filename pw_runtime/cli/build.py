@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from pw_engines import EngineStore, Platform
-    from pw_export.build import Built, Event, Job, Source
+    from pw_export.build import Built, Event
+    from pw_export.build_jobs import Job, Source
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.execution.engine_lookup import CompilerName
     from pw_runtime.system.progress import Reporter
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
 @click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 def build(**options: Any) -> int:
     """Compile a model's transformers, once for all presets; with --preset also the decoder."""
-    from pw_export.build import pick_compiler, platform_for, require_attention_compiler
+    from pw_export.build_jobs import pick_compiler, platform_for, require_attention_compiler
     from pw_runtime.checkpoint.bundle import open_bundle
     from pw_runtime.execution.block_division import (
         require_attention_precision,
@@ -172,7 +173,7 @@ def _sources(
 
     Raises BadWeights where the bundle lacks one of these.
     """
-    from pw_export.build import DecoderSource, TransformerSource
+    from pw_export.build_jobs import DecoderSource, TransformerSource
     from pw_runtime.checkpoint.bundle import verify
     from pw_runtime.checkpoint.loader import require_dit
     from pw_runtime.execution.engine_lookup import COMPILERS
@@ -204,7 +205,7 @@ def _pending(
     reporter: Reporter,
 ) -> list[Job]:
     """Return the jobs whose engines are not built yet, and report how many are."""
-    from pw_export.build import jobs_for
+    from pw_export.build_jobs import jobs_for
 
     store = _open_store()
     jobs, built = jobs_for(sources, compiler, device, store, platform)

@@ -17,16 +17,14 @@ from pw_engines import EngineError, EngineSpec, EngineStore, FrontEnd
 from pw_engines.eager import EagerEngine
 from pw_engines.engine import random_inputs
 from pw_export import build as builder
-from pw_export.build import (
-    Built,
+from pw_export.build import Built, build, unusable
+from pw_export.build_jobs import (
     DecoderSource,
     Job,
     TransformerSource,
-    build,
     jobs_for,
     pick_compiler,
     platform_for,
-    unusable,
 )
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import COMPILERS, Compiler

@@ -10,14 +10,8 @@ import torch
 
 from pw_engines import EngineStore
 from pw_engines.tensorrt import rtx
-from pw_export.build import (
-    TransformerSource,
-    build,
-    jobs_for,
-    pick_compiler,
-    platform_for,
-    unusable,
-)
+from pw_export.build import build, unusable
+from pw_export.build_jobs import TransformerSource, jobs_for, pick_compiler, platform_for
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import Unavailable, keys_of, scratch_for
 from pw_runtime.execution.transformer_segments import segments_of

@@ -10,7 +10,7 @@ import torch
 
 from pw_engines import EngineStore
 from pw_engines.tensorrt import rtx
-from pw_export.build import TransformerSource, jobs_for, platform_for
+from pw_export.build_jobs import TransformerSource, jobs_for, platform_for
 from pw_export.linear_formats import able, require_buildable
 from pw_runtime.errors import BadRequest
 from pw_runtime.types import LinearFormat

@@ -86,7 +86,8 @@ WORKERS = """
 from dataclasses import replace
 from pathlib import Path
 from pw_engines import EngineStore
-from pw_export.build import TransformerSource, jobs_for, platform_for, run_jobs
+from pw_export.build import run_jobs
+from pw_export.build_jobs import TransformerSource, jobs_for, platform_for
 from tests.engines.test_segments import DRAFT
 from tests.processes.blocking import BlockingSource
 import torch
