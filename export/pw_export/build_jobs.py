@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `pw build` builds: the segments of networks that are not in the store, for one compiler."""
+"""Jobs of a build: the segments of networks that are not in the store, for one compiler."""
 
 from __future__ import annotations
 
