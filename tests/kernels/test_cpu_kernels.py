@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from pw_kernels import causal_conv3d, channel_norm, cpu_library
 from pw_kernels.op import using
 from pw_runtime.system.cpu_kernels import open_cpu_kernels
+from pw_runtime.system.machine import cpp_compiler
 from tests.closeness import max_abs, relative_l2
 from tests.kernels.test_vae_ops import last, values
 from tests.tolerance import assert_as_accurate, ulp
@@ -209,12 +212,34 @@ def test_norm_of_nan_and_infinity_is_not_finite() -> None:
 @pytest.mark.slow
 def test_instructions_are_compiled_that_this_cpu_lacks(tmp_path, monkeypatch) -> None:
     """AVX-512 is the same source; here it is compiled at least."""
-    import subprocess
-
-    from pw_runtime.system.machine import cpp_compiler
-
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert "avx512" in cpu_library.file_name()
     command = cpu_library.compile_command(cpp_compiler(), tmp_path / "library.so")
     run = subprocess.run([*command, "-Wall", "-Wextra", "-Werror"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_vectors_of_16_give_the_bits_of_vectors_of_8(tmp_path) -> None:
+    """What runs on a CPU with AVX-512, with that instruction set emulated: also widths between."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("it emulates AVX-512 by AVX2")
+    emulated = tmp_path / "emulated.so"
+    command = cpu_library.compile_command(cpp_compiler(), emulated)
+    header = Path(__file__).parent / "avx512_emulated.h"
+    wider = [*command, "-Wno-psabi", "-include", str(header)]
+    subprocess.run(wider, check=True, capture_output=True)
+    own, cases = cpu_library.library(), []
+    for channels, filters in ((3, 5), (8, 16), (16, 12), (24, 40), (48, 17), (64, 200), (100, 64)):
+        for frames, rows, columns in ((1, 19, 23), (3, 8, 20), (4, 17, 9)):
+            x = last(values(1, channels, 2 + frames, rows, columns))
+            cases.append((x, values(filters, channels, 3, 3, 3), values(filters)))
+    results = []
+    for path in (own.path, emulated):
+        cpu_library.open_library(path)
+        results.append(
+            [winograd(*case, rows_given=given) for case in cases for given in (False, True)]
+        )
+    cpu_library.open_library(own.path)
+    for narrow, wide in zip(*results, strict=True):
+        assert torch.equal(narrow, wide)
