@@ -68,7 +68,7 @@ def predicted(
     return peak_bytes(items, "device") + peak_bytes(items, "host")  # a CPU is both
 
 
-@pytest.mark.parametrize("strips", [1, 3, 8])
+@pytest.mark.parametrize("strips", [1, 8])
 @pytest.mark.parametrize(("rows", "columns"), [(90, 160), (134, 240)], ids=["2k", "4k"])
 def test_the_closed_form_is_the_ledger_of_the_full_size_decoder(rows, columns, strips) -> None:
     with FakeTensorMode():
