@@ -41,7 +41,7 @@ AttentionKernel = Literal[
     "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
 ]
 
-Residency = Literal["resident", "streamed", "mapped"]
+Residency = Literal["resident", "gathered", "streamed", "mapped"]
 # "staging" are weights on their way to where the stage computes, "scratch" is memory of engines.
 MemoryKind = Literal["weights", "staging", "caches", "activations", "scratch", "process"]
 NoticeKind = Literal["fallback", "text", "noise", "disk"]
@@ -390,17 +390,32 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Division of a stage among ranks: its passes, then the tokens and heads of each pass."""
+
+    guidance: int = 1  # groups of ranks, each with a pass of every step
+    sequence: int = 1  # ranks of a group
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that compute; further ones wait."""
+        return self.guidance * self.sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerPlan:
     """Execution of a transformer within a memory budget.
 
-    Weights are on the device (`resident`), or come block by block from host memory (`streamed`) or
-    from the bundle's files (`mapped`). Neither this nor `share_attention` changes a bit of the
+    Weights are on the device (`resident`), or come block by block from the other ranks
+    (`gathered`: each keeps its share of every block), from host memory (`streamed`) or from the
+    bundle's files (`mapped`). Neither this nor the split nor `share_attention` changes a bit of the
     result (a step of one pass has nothing to share); another `chunk` changes its rounding.
     """
 
     weights: Residency = "resident"
     share_attention: bool = True  # the first block's self-attention, among the passes of a step
     chunk: int = CHUNK  # most tokens in one call of an engine
+    split: Split = field(default_factory=Split)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -410,6 +425,7 @@ class DecodePlan:
     tiling: TilingConfig
     engines: bool = False  # on engines that were built
     store_bytes: int = 0  # of a clip's finished tiles on the disk, in the order `tiles`
+    ranks: int = 1  # that divide the tiles among them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
