@@ -37,6 +37,10 @@ class BadResult(PixelWizardError):
     """A computation whose result cannot be used."""
 
 
+class RankFailed(PixelWizardError):
+    """A rank of a run on several devices died, hangs or went another way: the run is over."""
+
+
 class MissingPackage(PixelWizardError):
     """A Python package is not installed, or cannot be imported."""
 

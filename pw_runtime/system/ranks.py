@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes that make one clip together, one per device, and how they exchange tensors.
+
+They move data and never add any up: a sum over ranks depends on their number. Rank 0 runs the
+program; the others wait for its commands. Every wait has a deadline and ends as soon as a rank is
+known to have died (rank_watch.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Final, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from pw_runtime.errors import BadRequest, RankFailed
+from pw_runtime.system.rank_watch import RankWatch, connect, failure_text, tells
+
+DEADLINE: Final = 600.0  # seconds that one rank waits for the data of another
+ARRIVAL: Final = 120.0  # seconds until all ranks must have started
+_LIBRARY: Final = timedelta(days=30)  # the libraries' own deadline: ours comes first
+_CANNOT: Final = "cannot take part"
+_GO_ON: Final = "see what that rank printed and whether its device works; nothing kept is lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank stands in a run, as launchers say it in the environment.
+
+    Attributes:
+        rank: of this process.
+        size: number of ranks.
+        local: number of this process on its machine.
+        host, port: of the store through which they meet.
+        hosting: this process holds the store; else a launcher does.
+    """
+
+    rank: int
+    size: int
+    local: int
+    host: str
+    port: int
+    hosting: bool
+
+
+def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Return what torchrun, or `pw` itself, says of this process; None where it runs alone.
+
+    Raises BadRequest for variables that are incomplete.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if name in environment]
+    if "WORLD_SIZE" not in given or environment["WORLD_SIZE"] == "1":
+        return None
+    try:
+        rank, size, local, port = (
+            int(environment[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        )
+    except (KeyError, ValueError) as error:
+        raise BadRequest(
+            "the environment describes several ranks, but not this one",
+            got=f"{', '.join(given)}; {error} is missing or no number",
+            do="start the ranks with torchrun or --processes, or unset WORLD_SIZE",
+        ) from error
+    hosting = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host = environment.get("MASTER_ADDR", "127.0.0.1")
+    return Place(rank, size, local, host, port, hosting)
+
+
+@dataclass(slots=True)
+class Pending:
+    """An exchange in progress; `wait` before its tensors are read or written."""
+
+    ranks: Ranks | None = None
+    work: dist.Work | None = None
+    what: str = ""
+    group: Group | None = None
+    tensors: tuple[Tensor, ...] = ()  # kept alive until then
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self) -> None:
+        """Wait; work queued on a GPU from now on then sees the result. Raises RankFailed."""
+        if self.work is None or self.ranks is None or self.group is None:
+            return
+        if self.tensors[0].device.type == "cpu":
+            self.ranks.wait_for(self._done, self.what, self.group)
+        try:
+            self.work.wait()
+        except RuntimeError as error:  # the connection to a rank broke
+            self.ranks.lost(self.what, self.group, error)
+        self.work, self.tensors = None, ()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Some ranks, in order, that exchange tensors.
+
+    Attributes:
+        name: tells groups with the same members apart.
+        members: their numbers among all ranks.
+        rank: number of this process in the group.
+        handle: of the library; None for a group of one.
+    """
+
+    name: str
+    members: tuple[int, ...]
+    rank: int
+    handle: dist.ProcessGroup | None
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.members)
+
+
+class Ranks:
+    """This process among the others.
+
+    Attributes:
+        rank: its number.
+        size: how many there are.
+        device: it computes on.
+        sent: bytes that this rank sent to others, by kind of operation.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        watch: RankWatch,
+        rank: int,
+        size: int,
+        device: torch.device,
+        deadline: float = DEADLINE,
+    ) -> None:
+        """Form the group of all ranks; all of them must do so at the same time."""
+        self.rank, self.size, self.device = rank, size, device
+        self.sent: dict[str, int] = {}
+        self._watch, self._deadline = watch, deadline
+        self._waiting = threading.Event()
+        watch.woken = self._waiting.set
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=_LIBRARY,
+        )
+        self._groups: dict[tuple[str, tuple[int, ...]], Group] = {}
+        self.all = Group("all", tuple(range(size)), rank, dist.group.WORLD)
+        for one in range(size):
+            for other in range(size):
+                if one != other and (other in (0, one + 1) or one == 0):
+                    self.group(f"{one} to {other}", tuple(sorted((one, other))))
+
+    # ---- groups ------------------------------------------------------------------------------
+
+    def group(self, name: str, members: tuple[int, ...]) -> Group | None:
+        """Return a group, which is formed at its first use; None where this rank is no member.
+
+        All ranks must ask for the same groups in the same order.
+        """
+        key = (name, members)
+        if key not in self._groups:
+            handle = None
+            if len(members) > 1:
+                # Of the same backends as the group of all.
+                handle = dist.new_group(list(members), timeout=_LIBRARY)
+            rank = members.index(self.rank) if self.rank in members else -1
+            self._groups[key] = Group(name, members, rank, handle)
+        group = self._groups[key]
+        return group if group.rank >= 0 else None
+
+    # ---- exchanges ---------------------------------------------------------------------------
+
+    def exchange(
+        self,
+        group: Group,
+        result: Tensor,
+        x: Tensor,
+        received: Sequence[int],
+        sent: Sequence[int],
+        what: str,
+    ) -> Pending:
+        """Send a part of x to every member of a group, and receive one of each.
+
+        Args:
+            group: of this rank.
+            result: [sum(received)], filled in the order of the members.
+            x: [sum(sent)], the parts in the order of the members.
+            received: numbers that come from each.
+            sent: numbers that go to each.
+            what: names the operation.
+        """
+        _check(what, result, x)
+        if (len(result), len(x)) != (sum(received), sum(sent)) or x.dtype != result.dtype:
+            raise ValueError(f"{what}: {len(x)} and {len(result)} numbers for {sent}, {received}")
+        if group.handle is None:
+            result.copy_(x)
+            return Pending()
+        self._count(what, (sum(sent) - sent[group.rank]) * x.element_size())
+        return self._begun(
+            group,
+            what,
+            (result, x),
+            lambda: dist.all_to_all_single(
+                result, x, list(received), list(sent), group=group.handle, async_op=True
+            ),
+        )
+
+    def gather(self, group: Group, result: Tensor, x: Tensor, what: str) -> Pending:
+        """Collect x, [n], of every member of a group: result is [members * n]."""
+        _check(what, result, x)
+        if len(result) != group.size * len(x) or x.dtype != result.dtype:
+            raise ValueError(f"{what}: {len(x)} numbers of {group.size} ranks for {len(result)}")
+        if group.handle is None:
+            result.copy_(x)
+            return Pending()
+        self._count(what, x.numel() * x.element_size() * (group.size - 1))
+        return self._begun(
+            group,
+            what,
+            (result, x),
+            lambda: dist.all_gather_into_tensor(result, x, group=group.handle, async_op=True),
+        )
+
+    def broadcast(self, x: Tensor, what: str, *, source: int = 0) -> Pending:
+        """Send x from one rank to all others, which receive it in place."""
+        if self.rank == source:
+            self._count(what, x.numel() * x.element_size() * (self.size - 1))
+        return self._cast(self.all, x, source, what)
+
+    def send(self, x: Tensor, to: int, what: str) -> Pending:
+        """Send x to a rank, which must `receive` it: in order, from this rank to that one."""
+        self._count(what, x.numel() * x.element_size())
+        return self._cast(self._lane(self.rank, to), x, self.rank, what)
+
+    def receive(self, x: Tensor, of: int, what: str) -> Pending:
+        """Receive into x what a rank sends, of the same size and dtype."""
+        return self._cast(self._lane(of, self.rank), x, of, what)
+
+    # ---- commands ----------------------------------------------------------------------------
+
+    def command(self, name: str, **details: Any) -> None:
+        """Tell all other ranks, from rank 0, what to do next."""
+        data = json.dumps({"name": name, **details}).encode()
+        size = torch.tensor([len(data)])
+        self.broadcast(size, "command").wait()
+        self.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), "command").wait()
+
+    def next_command(self) -> dict[str, Any]:
+        """Wait, as long as rank 0 lives, for what to do next. Raises RankFailed."""
+        size = torch.zeros(1, dtype=torch.int64)
+        before, self._deadline = self._deadline, float("inf")
+        try:
+            self.broadcast(size, "command").wait()
+        finally:
+            self._deadline = before
+        data = torch.empty(int(size), dtype=torch.uint8)
+        self.broadcast(data, "command").wait()
+        return dict(json.loads(data.numpy().tobytes()))
+
+    # ---- waiting -----------------------------------------------------------------------------
+
+    def at(self, place: str) -> None:
+        """Say in which stage and step this rank is, for the messages of the others."""
+        self._watch.at(place)
+
+    def wait_for(self, done: threading.Event, what: str, group: Group) -> None:
+        """Wait for an exchange on CPUs. Raises RankFailed."""
+        left = self._deadline
+        while not done.wait(min(left, 0.2)):
+            if self._watch.failure is not None:
+                raise self._failed()
+            left -= 0.2
+            if left <= 0:
+                rank, doing = self._watch.behind(group.name, group.members)
+                waited = f"let rank {self.rank} wait for {self._deadline:.0f} s ({what})"
+                self._watch.report(rank, waited, doing)
+                raise self._failed()
+
+    def lost(self, what: str, group: Group, error: Exception) -> NoReturn:
+        """Find out which rank an exchange broke off with. Raises RankFailed."""
+        self._waiting.wait(20.0)  # the watch learns it within its silence
+        if self._watch.failure is None:
+            rank, doing = self._watch.behind(group.name, group.members)
+            reason = str(error).splitlines()[0]
+            self._watch.report(rank, f"broke off ({reason})", doing)
+        raise self._failed()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks that this one cannot go on; rank 0 tells its user itself."""
+        text = f"failed: {str(error) or type(error).__name__}"
+        self._watch.report(self.rank, text, self._watch.doing, told=self.rank == 0)
+
+    @property
+    def tells(self) -> bool:
+        """Whether this rank is the one to tell the user what ended the run."""
+        failure = self._watch.failure
+        return self.rank == 0 if failure is None else tells(self.rank, failure)
+
+    def close(self) -> None:
+        """Leave the others. After a failure, `broken` says that libraries still wait for them."""
+        self._watch.close()
+        if self._watch.failure is None:
+            dist.destroy_process_group()
+        else:
+            _BROKEN.set()
+
+    def _failed(self) -> RankFailed:
+        failure = self._watch.failure
+        assert failure is not None
+        return RankFailed(failure_text(failure), do=_GO_ON)
+
+    def _lane(self, one: int, other: int) -> Group:
+        """Return the group through which one rank sends to another."""
+        return self._groups[f"{one} to {other}", tuple(sorted((one, other)))]
+
+    def _cast(self, group: Group, x: Tensor, source: int, what: str) -> Pending:
+        if not x.is_contiguous():
+            raise ValueError(f"{what}: a tensor with gaps")
+        if group.handle is None:
+            return Pending()
+        return self._begun(
+            group,
+            what,
+            (x,),
+            lambda: dist.broadcast(x, source, group=group.handle, async_op=True),
+        )
+
+    def _begun(
+        self, group: Group, what: str, tensors: tuple[Tensor, ...], begin: Callable[[], Any]
+    ) -> Pending:
+        if self._watch.failure is not None:
+            raise self._failed()
+        self._watch.begin(group.name, what)
+        try:
+            work = begin()
+        except RuntimeError as error:
+            self.lost(what, group, error)
+        pending = Pending(self, work, what, group, tensors)
+        if tensors[0].device.type == "cpu":
+            work.get_future().add_done_callback(lambda _: pending._done.set())
+        return pending
+
+    def _count(self, what: str, size: int) -> None:
+        kind = what.split(" of ")[0]
+        self.sent[kind] = self.sent.get(kind, 0) + size
+
+
+def _check(what: str, *tensors: Tensor) -> None:
+    for x in tensors:
+        if x.dim() != 1 or not x.is_contiguous():
+            raise ValueError(f"{what}: a flat tensor without gaps, got {tuple(x.shape)}")
+
+
+_BROKEN = threading.Event()
+
+
+def broken() -> bool:
+    """Tell whether this process must end by `os._exit`: a library waits for a rank that is gone."""
+    return _BROKEN.is_set()
+
+
+@contextmanager
+def joined(
+    place: Place,
+    prepared: Callable[[], tuple[torch.device, Mapping[str, str]]],
+    *,
+    deadline: float = DEADLINE,
+) -> Iterator[Ranks]:
+    """Meet the other ranks, make sure that all of them do the same work, and leave at the end.
+
+    Args:
+        place: of this process.
+        prepared: returns the device that it computes on, and everything that must be equal on all
+            ranks, by name. What it raises is told to the others.
+        deadline: seconds that one rank waits for the data of another.
+
+    Raises:
+        BadRequest: a rank does not come, cannot take part, or is different.
+        RankFailed: a rank died.
+    """
+    store = _store(place)
+    device = _meet(store, place, prepared)
+    watch = RankWatch(connect(place.host, store.port, ARRIVAL), place.rank, place.size)
+    store.set(f"here {place.rank}", "")
+    store.wait([f"here {rank}" for rank in range(place.size)], timedelta(seconds=ARRIVAL))
+    watch.start()
+    try:
+        ranks = Ranks(store, watch, place.rank, place.size, device, deadline)
+    except BaseException:
+        watch.close()
+        raise
+    try:
+        yield ranks
+    except BaseException as error:
+        if not isinstance(error, RankFailed):
+            ranks.fail(error)
+        raise
+    finally:
+        ranks.close()
+
+
+def _store(place: Place) -> TCPStore:
+    """Open the store. Raises BadRequest."""
+    try:
+        return TCPStore(
+            place.host,
+            place.port,
+            is_master=place.hosting,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=ARRIVAL),
+        )
+    except RuntimeError as error:
+        raise BadRequest(
+            f"rank {place.rank} cannot meet the others at {place.host}, port {place.port}",
+            got=str(error).splitlines()[0],
+            do="choose another port (torchrun --master-port), or see whether rank 0 still runs",
+        ) from error
+
+
+def _meet(
+    store: TCPStore,
+    place: Place,
+    prepared: Callable[[], tuple[torch.device, Mapping[str, str]]],
+) -> torch.device:
+    """Compare what must be equal; return the device. Raises BadRequest."""
+    keys = [f"identity {rank}" for rank in range(place.size)]
+    try:
+        device, identity = prepared()
+    except BaseException as error:
+        store.set(keys[place.rank], json.dumps({_CANNOT: str(error) or type(error).__name__}))
+        raise
+    store.set(keys[place.rank], json.dumps(dict(identity)))
+    try:
+        store.wait(keys, timedelta(seconds=ARRIVAL))
+    except RuntimeError as error:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise BadRequest(
+            f"only {place.size - len(missing)} of {place.size} ranks came within {ARRIVAL:.0f} s",
+            got=f"nothing from rank {', '.join(missing)}",
+            do="see what those ranks printed; all must run the same command",
+        ) from error
+    first, *others = (json.loads(data) for data in store.multi_get(keys))
+    for rank, other in enumerate((first, *others)):
+        if _CANNOT in other:
+            raise BadRequest(f"rank {rank} cannot take part", got=other[_CANNOT])
+    for rank, other in enumerate(others, start=1):
+        for name in sorted({*first, *other}):
+            if first.get(name) != other.get(name):
+                raise BadRequest(
+                    f"rank {rank} would compute something else than rank 0",
+                    got=f"{name} {other.get(name)}",
+                    wanted=f"{name} {first.get(name)}, as on rank 0",
+                    do="give every rank the same command, files and versions",
+                )
+    return device
