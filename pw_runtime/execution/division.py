@@ -75,6 +75,7 @@ def step_traffic(
     *,
     passes: int,
     itemsize: int,
+    share_attention: bool = True,
     block_bytes: int = 0,
 ) -> StepTraffic:
     """Count the bytes that one step moves between ranks.
@@ -85,6 +86,7 @@ def step_traffic(
         sizes: tokens of every slice.
         passes: of a step.
         itemsize: bytes of a number in queries, keys and values.
+        share_attention: the passes of a rank share the first block's self-attention.
         block_bytes: of all weights of all blocks where each rank keeps its share of them, padded
             to equal shares; 0 where every rank has all of them.
     """
@@ -105,6 +107,8 @@ def step_traffic(
     velocities = patch * (passes * sum(sizes) - at_first)
     latent = 4 * 4 * config.in_dim * sum(sizes) * (split.ranks - 1)
     gathered = passes // split.guidance * block_bytes * (split.ranks - 1)
+    shared = share_attention and split.guidance == 1 and passes > 1
+    self_attentions = passes * config.num_layers - shared
     return StepTraffic(
-        exchange=passes * config.num_layers * moved, weights=gathered, latents=velocities + latent
+        exchange=self_attentions * moved, weights=gathered, latents=velocities + latent
     )

@@ -26,12 +26,13 @@ class TokenSlice:
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
-    """All tokens of a clip, divided into slices for the engines."""
+    """All tokens of a clip, or those of a rank, divided into slices for the engines."""
 
     positions: Positions
     tokens: int
     padded: int  # rows of every token buffer: the engines' limit, a whole number of times
     slices: tuple[TokenSlice, ...]
+    first: int = 0  # of the clip's tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ the adapter's backbone, a few rows of numbers) is the network's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ class SegmentedDiT:
         """Divide the tokens of a latent; see `protocols.Transformer`."""
         positions = self.net.positions(latent)
         tables = rope_tables(POSITIONS, self.net.config.head_dim, latent.device)
-        tokens = positions.grid[0] * positions.grid[1] * positions.grid[2]
+        tokens = math.prod(positions.grid)
         slices, first = [], 0
         for size in self._slice_sizes("embed", tokens):
             origin = positions.place + positions.place.new_tensor([first, 0, 0])
@@ -165,12 +166,30 @@ class SegmentedDiT:
         """
         if (control is not None) != bool(self.net.config.adapter_dim):
             raise ValueError("the high-res network needs control, the draft network takes none")
+        results = []
+        for rows in self._passes(latent, texts, modulation, layout, control, on_block):
+            results.append(unpatchify(rows, layout.positions.grid))
+            del rows  # free the memory for the next pass
+        return results
+
+    def _passes(
+        self,
+        latent: Tensor,
+        texts: Sequence[tuple[TextKeysValues, ...]],
+        modulation: Modulation,
+        layout: TokenLayout,
+        control: ControlInputs | None,
+        on_block: Callable[[], None],
+    ) -> Iterator[Tensor]:
+        """Yield the velocities of the layout's tokens for each text, [layout.tokens, 4 C] fp32."""
         shared_attention: Tensor | None = None  # [layout.padded, N, K] of the first block
-        results: list[Tensor] = []
-        for text in texts:
-            share = self._share_attention and len(results) + 1 < len(texts)
+        tokens = slice(layout.first, layout.first + layout.tokens)
+        for index, text in enumerate(texts):
+            share = self._share_attention and index + 1 < len(texts)
             next_pass_block = int(share)  # where the next pass, or the next step, begins
-            x = self._run_sliced(layout, "embed", [_padded(patchify(latent), layout.padded)])[0]
+            patches = padded_rows(patchify(latent)[tokens], layout.padded)
+            x = self._run_sliced(layout, "embed", [patches])[0]
+            del patches
             for block, keys_values in enumerate(text):
                 x = self._add_control(block, x, control, layout)
                 if self._whole_blocks:
@@ -188,9 +207,8 @@ class SegmentedDiT:
                 on_block()
             out = self._run_sliced(layout, "head", [x], [modulation.head])[0]
             del x
-            results.append(unpatchify(out[: layout.tokens], layout.positions.grid))
+            yield out[: layout.tokens]
             del out
-        return results
 
     def _add_control(
         self, block: int, x: Tensor, control: ControlInputs | None, layout: TokenLayout
@@ -199,14 +217,14 @@ class SegmentedDiT:
         controlled = self.net.config.control_blocks
         if control is None or block not in controlled:
             return x
-        x, first = x.float(), 0
-        for size in self._slice_sizes("control", layout.tokens):
-            features = control.features[first : first + size]
-            rows = size if self._engines["control"].padded else len(features)
-            controls = self._run("control", [_padded(features, rows), *control.steps])
+        x = x.float()
+        for token_slice in layout.slices:
+            rows = token_slice.rows
+            features = control.features[rows]
+            padded = padded_rows(features, rows.stop - rows.start)
+            controls = self._run("control", [padded, *control.steps])
             added = controls[controlled.index(block)]
-            x[first : first + len(features)] += added[: len(features)]
-            first += size
+            x[rows.start : rows.start + len(features)] += added[: len(features)]
         return x
 
     def _self_attention(
@@ -276,7 +294,7 @@ class SegmentedDiT:
         shared_inputs = [modulation.blocks[block], text.keys, text.values, text.bias]
         for token_slice in layout.slices:
             rows = token_slice.rows
-            (out,) = _outputs(engine, {"tokens": rows.stop - rows.start}, x.device)
+            (out,) = outputs_of(engine, {"tokens": rows.stop - rows.start}, x.device)
             engine.run([x[rows], y[rows], *shared_inputs, *weights], [out])
             x[rows] = out
         self._weights.release("block_out", block, (block + 1) % self.net.config.num_layers)
@@ -310,7 +328,7 @@ class SegmentedDiT:
         `origins` adds each slice's origin to the inputs.
         """
         engine = self._engines[segment_of_block(self.net, name, blocks[0])]
-        outputs = _outputs(engine, {"tokens": layout.padded}, tokens[0].device)
+        outputs = outputs_of(engine, {"tokens": layout.padded}, tokens[0].device)
         weights = self._weights.acquire(name, blocks[0])
         for token_slice in layout.slices:
             rows = token_slice.rows
@@ -327,13 +345,13 @@ class SegmentedDiT:
         engine = self._engines[name]
         inputs = inputs + self._weights.acquire(name, block)
         sizes = engine.spec.sizes(inputs)
-        outputs = _outputs(engine, sizes, inputs[0].device)
+        outputs = outputs_of(engine, sizes, inputs[0].device)
         engine.run(inputs, outputs)
         self._weights.release(name, block, next_block)
         return outputs
 
 
-def _outputs(engine: Engine, sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:
+def outputs_of(engine: Engine, sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:
     """Allocate the tensors that an engine fills."""
     specs = engine.spec.outputs
     return [torch.empty(s.sized(sizes), dtype=DTYPES[s.dtype], device=device) for s in specs]
@@ -351,6 +369,6 @@ def _aligned_sizes(tokens: int, limit: int, granularity: int) -> list[int]:
     return [*sizes, rest] if rest else sizes
 
 
-def _padded(x: Tensor, rows: int) -> Tensor:
+def padded_rows(x: Tensor, rows: int) -> Tensor:
     """Append zero rows to x, up to `rows`."""
     return x if len(x) == rows else torch.cat((x, x.new_zeros(rows - len(x), *x.shape[1:])))

@@ -28,6 +28,7 @@ BEAT: Final = 1.0  # seconds between beats
 SILENCE: Final = 15.0  # seconds without one, after which a rank is given up
 GRACE: Final = 5.0  # seconds that a rank has for ending by itself
 ENDED: Final = 3  # exit code of a rank that is ended by force, as `pw` has it for failures
+IDLE: Final = "next command"  # what a rank waits for that has nothing to do
 _FAILURE: Final = "failure"
 
 
@@ -56,6 +57,7 @@ class RankWatch:
         self._store, self._rank, self._size = store, rank, size
         self._place = "starting"
         self._operations: dict[str, tuple[int, str]] = {}  # by group: how many, and the last one
+        self._waiting: tuple[tuple[int, ...], str, float] = ((), "", 0.0)  # for whom, what, since
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._beats = 0
         self._heard: dict[int, tuple[int, float]] = {}  # number and time of the last beat
@@ -78,6 +80,10 @@ class RankWatch:
         """Count an operation among a group of ranks."""
         count, _ = self._operations.get(group, (0, ""))
         self._operations[group] = (count + 1, what)
+
+    def waits(self, members: tuple[int, ...], what: str) -> None:
+        """Say for which ranks this one waits; for none: it goes on."""
+        self._waiting = (members, what, time.monotonic())
 
     @property
     def doing(self) -> str:
@@ -154,6 +160,7 @@ class RankWatch:
             "space": _process_space(),
             "doing": self.doing,
             "operations": dict(self._operations),
+            "idle": self._waited() if self._waiting[1] == IDLE else 0.0,
         }
         self._store.set(f"beat {self._rank}", json.dumps(beat))
 
@@ -177,11 +184,21 @@ class RankWatch:
                 self._report(Failure(rank, f"sent no sign for {SILENCE:.0f} s", beat["doing"]))
                 _kill(beat)
                 return
+            members, what, _ = self._waiting
+            waits = rank in members and what != IDLE and self._waited() > SILENCE
+            if waits and beat["idle"] > SILENCE:  # it was to take part, and knows nothing of it
+                self._report(self._diverged(rank, beat["doing"]))
+                return
             for group, (count, what) in beat["operations"].items():
                 mine = self._operations.get(group, (count, what))
                 if mine[0] == count and mine[1] != what:
                     self._report(self._diverged(rank, beat["doing"]))
                     return
+
+    def _waited(self) -> float:
+        """Return the seconds that this rank has waited for others."""
+        members, _, since = self._waiting
+        return time.monotonic() - since if members else 0.0
 
     def _diverged(self, other: int, doing: str) -> Failure:
         """Blame the later of two ranks for being at another operation than the earlier one."""

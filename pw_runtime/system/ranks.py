@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,11 +24,12 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from pw_runtime.errors import BadRequest, RankFailed
-from pw_runtime.system.rank_watch import RankWatch, connect, failure_text, tells
+from pw_runtime.system.rank_watch import IDLE, RankWatch, connect, failure_text, tells
 
 DEADLINE: Final = 600.0  # seconds that one rank waits for the data of another
+_LOOK: Final = 0.2  # seconds between two looks at the watch while waiting
 ARRIVAL: Final = 120.0  # seconds until all ranks must have started
-_LIBRARY: Final = timedelta(days=30)  # the libraries' own deadline: ours comes first
+_LIBRARY: Final = timedelta(days=20)  # the libraries' own deadline: ours comes first
 _CANNOT: Final = "cannot take part"
 _GO_ON: Final = "see what that rank printed and whether its device works; nothing kept is lost"
 
@@ -230,14 +232,24 @@ class Ranks:
             group,
             what,
             (result, x),
-            lambda: dist.all_gather_into_tensor(result, x, group=group.handle, async_op=True),
+            lambda: _all_gather(result, x, group=group.handle, async_op=True),
         )
 
-    def broadcast(self, x: Tensor, what: str, *, source: int = 0) -> Pending:
-        """Send x from one rank to all others, which receive it in place."""
+    def broadcast(
+        self, x: Tensor, what: str, *, source: int = 0, group: Group | None = None
+    ) -> Pending:
+        """Send x from one rank to the others of a group, which receive it in place.
+
+        Args:
+            x: without gaps.
+            what: names the operation.
+            source: the sending rank's number among all.
+            group: of this rank; None: all.
+        """
+        group = group or self.all
         if self.rank == source:
-            self._count(what, x.numel() * x.element_size() * (self.size - 1))
-        return self._cast(self.all, x, source, what)
+            self._count(what, x.numel() * x.element_size() * (group.size - 1))
+        return self._cast(group, x, source, what)
 
     def send(self, x: Tensor, to: int, what: str) -> Pending:
         """Send x to a rank, which must `receive` it: in order, from this rank to that one."""
@@ -254,7 +266,7 @@ class Ranks:
         """Tell all other ranks, from rank 0, what to do next."""
         data = json.dumps({"name": name, **details}).encode()
         size = torch.tensor([len(data)])
-        self.broadcast(size, "command").wait()
+        self.broadcast(size, IDLE).wait()
         self.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), "command").wait()
 
     def next_command(self) -> dict[str, Any]:
@@ -262,7 +274,7 @@ class Ranks:
         size = torch.zeros(1, dtype=torch.int64)
         before, self._deadline = self._deadline, float("inf")
         try:
-            self.broadcast(size, "command").wait()
+            self.broadcast(size, IDLE).wait()
         finally:
             self._deadline = before
         data = torch.empty(int(size), dtype=torch.uint8)
@@ -277,16 +289,17 @@ class Ranks:
 
     def wait_for(self, done: threading.Event, what: str, group: Group) -> None:
         """Wait for an exchange on CPUs. Raises RankFailed."""
-        left = self._deadline
-        while not done.wait(min(left, 0.2)):
+        end = time.monotonic() + self._deadline
+        self._watch.waits(group.members, what)
+        while not done.wait(_LOOK):
             if self._watch.failure is not None:
                 raise self._failed()
-            left -= 0.2
-            if left <= 0:
+            if time.monotonic() > end:
                 rank, doing = self._watch.behind(group.name, group.members)
                 waited = f"let rank {self.rank} wait for {self._deadline:.0f} s ({what})"
                 self._watch.report(rank, waited, doing)
                 raise self._failed()
+        self._watch.waits((), "")
 
     def lost(self, what: str, group: Group, error: Exception) -> NoReturn:
         """Find out which rank an exchange broke off with. Raises RankFailed."""
@@ -301,6 +314,11 @@ class Ranks:
         """Tell the other ranks that this one cannot go on; rank 0 tells its user itself."""
         text = f"failed: {str(error) or type(error).__name__}"
         self._watch.report(self.rank, text, self._watch.doing, told=self.rank == 0)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run is over, because of any rank."""
+        return self._watch.failure is not None
 
     @property
     def tells(self) -> bool:
@@ -363,6 +381,8 @@ def _check(what: str, *tensors: Tensor) -> None:
             raise ValueError(f"{what}: a flat tensor without gaps, got {tuple(x.shape)}")
 
 
+# Its name since torch 2.13, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _BROKEN = threading.Event()
 
 

@@ -1,0 +1,536 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformer on several ranks: each has a run of whole slices of the tokens, and some heads.
+
+Rank 0 is what the stages use; every call is repeated on the other ranks (`follow`). Around
+attention, queries, keys and values go to the ranks of their heads, and results come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pw_engines import DTYPES, Engine, dtype_name
+from pw_kernels import attention
+from pw_runtime.checkpoint.bundle import Bundle
+from pw_runtime.checkpoint.loader import load_dit
+from pw_runtime.errors import RankFailed
+from pw_runtime.execution.division import AttentionShare, attention_shares, owned_slices
+from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.execution.gathered_weights import GatheredWeights
+from pw_runtime.execution.protocols import ControlInputs, TokenLayout, TokenSlice
+from pw_runtime.execution.transformer import SegmentedDiT, outputs_of, padded_rows
+from pw_runtime.execution.transformer_segments import Segment, heads_at_once, segment_of_block
+from pw_runtime.execution.weight_streaming import (
+    ResidentWeights,
+    StreamedWeights,
+    Weights,
+)
+from pw_runtime.models import WanDiT
+from pw_runtime.models.blocks import TextKeysValues
+from pw_runtime.models.dit import Modulation
+from pw_runtime.models.embeddings import unpatchify
+from pw_runtime.system.ranks import Group, Pending, Ranks
+from pw_runtime.types import RunOptions, Split, StageName, TransformerPlan
+
+ROUNDS = 2  # slices whose queries, keys and values are under way at a time
+
+
+def load_divided(
+    bundle: Bundle,
+    stage: StageName,
+    engines: EngineSet,
+    plan: TransformerPlan,
+    options: RunOptions,
+    ranks: Ranks,
+) -> DividedDiT | None:
+    """Load this rank's part of a transformer; None where the plan lets the rank wait.
+
+    All ranks must call it. See `transformer.load_transformer`.
+    """
+    groups = form_groups(ranks, plan.split)
+    if groups is None:
+        return None
+    device, precision = options.torch_device, options.compute_precision
+    kept = "mapped" if plan.weights == "gathered" else plan.weights
+    net = load_dit(bundle, stage, precision, device, kept, options.linear)
+    weights: Weights
+    if plan.weights == "gathered":
+        weights = GatheredWeights(net, engines.segments, precision, ranks, groups[0])
+    elif plan.weights == "resident":
+        weights = ResidentWeights(net, engines.segments)
+    else:
+        weights = StreamedWeights(net, engines.segments, precision, device)
+    return DividedDiT(
+        net,
+        engines.segments,
+        engines.engines,
+        weights,
+        ranks,
+        plan.split,
+        share_attention=plan.share_attention,
+        chunk=plan.chunk,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Division:
+    """All tokens of a clip and the heads of a pass, divided among the ranks of a group."""
+
+    whole: TokenLayout
+    mine: TokenLayout
+    owned: tuple[range, ...]  # slices, by rank
+    shares: tuple[AttentionShare, ...]  # by rank
+
+    def tokens(self, slices: range) -> slice:
+        """Return the tokens of consecutive slices, without the padding of the last one."""
+        if not slices:
+            return slice(0, 0)
+        start = self.whole.slices[slices.start].rows.start
+        stop = self.whole.slices[slices.stop - 1].rows.stop
+        return slice(start, min(stop, self.whole.tokens))
+
+
+class DividedDiT(SegmentedDiT):
+    """A WanDiT on engines of several ranks; implements `protocols.Transformer`."""
+
+    def __init__(
+        self,
+        net: WanDiT,
+        segments: Mapping[str, Segment],
+        engines: Mapping[str, Engine],
+        weights: Weights | None,
+        ranks: Ranks,
+        split: Split,
+        *,
+        share_attention: bool = True,
+        chunk: int | None = None,
+    ) -> None:
+        """Run `net` on engines of the ranks of a split.
+
+        Args:
+            net: the network.
+            segments: its segments, by name.
+            engines: one for each segment; no whole blocks, no attention.
+            weights: provides them; None: they are on the device.
+            ranks: this process among all.
+            split: how passes, tokens and heads are divided; this rank is among its ranks.
+            share_attention: see `SegmentedDiT`.
+            chunk: see `SegmentedDiT`.
+        """
+        share = share_attention and split.guidance == 1
+        super().__init__(net, segments, engines, weights, share_attention=share, chunk=chunk)
+        self._ranks, self._split = ranks, split
+        groups = form_groups(ranks, split)
+        if groups is None:
+            raise ValueError(f"rank {ranks.rank} is not among the {split.ranks} of the split")
+        self._active, self._group = groups
+        self._pass = ranks.rank // split.sequence  # where each group has a pass of its own
+        self._texts: list[tuple[TextKeysValues, ...]] = []
+        self._controlled: tuple[Tensor, Tensor] | None = None  # [1] t and dt of the control
+        self._stepped: tuple[Tensor, Tensor | None] = (torch.empty(0), None)  # of the modulation
+        self._features: Tensor | None = None
+        self._division: _Division | None = None
+        self._steps = 0
+
+    # ---- what the stages call, on rank 0 ---------------------------------------------------
+
+    def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
+        """Compute the keys and values of a text, where a pass of this rank takes it, else none."""
+        self._tell("text", context=context)
+        return self._text(context)
+
+    def modulation(self, t: Tensor, dt: Tensor | None = None) -> Modulation:
+        """Compute one modulation row; see `protocols.Transformer`."""
+        self._stepped = (t, dt)
+        return super().modulation(t, dt)
+
+    def layout(self, latent: Tensor) -> TokenLayout:
+        """Divide the tokens of a latent; return those of this rank."""
+        self._tell("layout", shape=list(latent.shape))
+        return self._divide(latent)
+
+    def control_features(self, draft: Tensor) -> Tensor:
+        """Compute the adapter's features, [C, T, H/2, W/2] -> [this rank's tokens, D].
+
+        The group norm in it sees the whole clip: every rank computes all, and keeps its own rows.
+        """
+        self._tell("features", draft=draft)
+        return self._own_features(draft)
+
+    def control_inputs(self, features: Tensor, t: Tensor, dt: Tensor) -> ControlInputs:
+        """Collect the control of one step; see `protocols.Transformer`."""
+        self._controlled = (t, dt)
+        return super().control_inputs(features, t, dt)
+
+    def velocities(
+        self,
+        latent: Tensor,
+        texts: Sequence[tuple[TextKeysValues, ...]],
+        modulation: Modulation,
+        layout: TokenLayout,
+        control: ControlInputs | None = None,
+        on_block: Callable[[], None] = lambda: None,
+    ) -> list[Tensor]:
+        """Compute one velocity per text on all ranks; see `protocols.Transformer`.
+
+        Raises RankFailed, also where this rank runs out of memory: the others wait for it.
+        """
+        t, dt = self._stepped
+        self._tell(
+            "velocities",
+            latent=latent,
+            t=t.tolist(),
+            dt=None if dt is None else dt.tolist(),
+            control=None if control is None else [x.tolist() for x in self._controlled or ()],
+        )
+        try:
+            return self._collected(latent, texts, modulation, layout, control, on_block)
+        except RankFailed:
+            raise
+        except Exception as error:
+            self._ranks.fail(error)
+            text = f"rank 0 failed in the middle of a step: {error}"
+            raise RankFailed(text, do="see docs/parallel.md; for memory: a smaller plan") from None
+
+    def close(self) -> None:
+        """Release the weights on all ranks."""
+        if not self._ranks.failed and self._ranks.rank == 0:
+            self._ranks.command("release")
+        super().close()
+
+    # ---- the other ranks ---------------------------------------------------------------------
+
+    def follow(self, command: Mapping[str, Any]) -> None:
+        """Repeat a call of rank 0 on this one."""
+        match command["name"]:
+            case "text":
+                self._text(self._told(command, "context"))
+            case "layout":
+                self._divide(torch.empty(command["shape"], device=self._ranks.device))
+            case "features":
+                self._features = self._own_features(self._told(command, "draft"))
+            case "velocities":
+                self._velocities_of(command)
+            case name:
+                raise ValueError(f"unknown command {name}")
+
+    def _velocities_of(self, command: Mapping[str, Any]) -> None:
+        latent = self._told(command, "latent")
+        device = latent.device
+
+        def numbers(values: list[float] | None) -> Tensor | None:
+            return None if values is None else torch.tensor(values, device=device)
+
+        t = numbers(command["t"])
+        assert t is not None
+        assert self._division is not None
+        modulation = super().modulation(t, numbers(command["dt"]))
+        control = None
+        if command["control"] is not None:
+            assert self._features is not None
+            steps = [torch.tensor(values, device=device) for values in command["control"]]
+            control = super().control_inputs(self._features, steps[0], steps[1])
+        self._share(latent, self._texts, modulation, self._division.mine, control)
+
+    def _share(
+        self,
+        latent: Tensor,
+        texts: Sequence[tuple[TextKeysValues, ...]],
+        modulation: Modulation,
+        layout: TokenLayout,
+        control: ControlInputs | None,
+    ) -> None:
+        """Compute this rank's part of the velocities and send it to rank 0."""
+        for rows in self._own_passes(latent, texts, modulation, layout, control, lambda: None):
+            self._ranks.send(rows.reshape(-1), 0, "velocities").wait()
+
+    # ---- on every rank -----------------------------------------------------------------------
+
+    def _tell(self, name: str, **details: Any) -> None:
+        """Send a command to the others, and the tensors in it to those that compute."""
+        tensors = {key: x for key, x in details.items() if isinstance(x, Tensor)}
+        shapes = {key: [dtype_name(x.dtype), *x.shape] for key, x in tensors.items()}
+        self._ranks.command(name, **{**details, **shapes})
+        for key, x in tensors.items():
+            flat = x.contiguous().view(-1)
+            self._ranks.broadcast(flat, f"{key} of a {name}", group=self._active).wait()
+
+    def _told(self, command: Mapping[str, Any], key: str) -> Tensor:
+        """Receive a tensor of a command."""
+        dtype, *shape = command[key]
+        x = torch.empty(shape, dtype=DTYPES[dtype], device=self._ranks.device)
+        what = f"{key} of a {command['name']}"
+        self._ranks.broadcast(x.view(-1), what, group=self._active).wait()
+        return x
+
+    def _text(self, context: Tensor) -> tuple[TextKeysValues, ...]:
+        if self._division is not None:  # the texts of the next clip follow
+            self._texts, self._division, self._features = [], None, None
+        self._ranks.at("text of a clip")
+        mine = self._split.guidance == 1 or self._pass == len(self._texts)
+        # Computed in any case: where weights are divided, all ranks must ask for them.
+        text = super().text_keys_values(context)
+        self._texts.append(text if mine else ())
+        return self._texts[-1]
+
+    def _divide(self, latent: Tensor) -> TokenLayout:
+        whole = super().layout(latent)
+        count, own = len(whole.slices), self._group.rank
+        owned = owned_slices(count, self._split.sequence)
+        shares = attention_shares(self.net.config.num_heads, count, self._split.sequence)
+        slices = whole.slices[owned[own].start : owned[own].stop]
+        if not slices:
+            raise ValueError(f"{count} slices of tokens for {self._split.sequence} ranks")
+        first = slices[0].rows.start
+        mine = replace(
+            whole,
+            tokens=min(slices[-1].rows.stop, whole.tokens) - first,
+            padded=slices[-1].rows.stop - first,
+            slices=tuple(
+                TokenSlice(slice(part.rows.start - first, part.rows.stop - first), part.origin)
+                for part in slices
+            ),
+            first=first,
+        )
+        self._division, self._steps = _Division(whole, mine, owned, shares), 0
+        return mine
+
+    def _own_features(self, draft: Tensor) -> Tensor:
+        assert self._division is not None
+        mine = self._division.mine
+        features = super().control_features(draft)
+        return features[mine.first : mine.first + mine.tokens].clone()
+
+    def _own_passes(
+        self,
+        latent: Tensor,
+        texts: Sequence[tuple[TextKeysValues, ...]],
+        modulation: Modulation,
+        layout: TokenLayout,
+        control: ControlInputs | None,
+        on_block: Callable[[], None],
+    ) -> Iterator[Tensor]:
+        """Yield this rank's rows of the velocities of its passes."""
+        self._steps += 1
+        self._ranks.at(f"step {self._steps} of a clip")
+        own = texts if self._split.guidance == 1 else [texts[self._pass]]
+        return self._passes(latent, own, modulation, layout, control, on_block)
+
+    def _collected(
+        self,
+        latent: Tensor,
+        texts: Sequence[tuple[TextKeysValues, ...]],
+        modulation: Modulation,
+        layout: TokenLayout,
+        control: ControlInputs | None,
+        on_block: Callable[[], None],
+    ) -> list[Tensor]:
+        """Compute rank 0's part of the velocities, and collect those of the others."""
+        division, split = self._division, self._split
+        assert division is not None
+        results, width = [], 0
+        computed = iter(self._own_passes(latent, texts, modulation, layout, control, on_block))
+        for index in range(len(texts)):
+            group = index if split.guidance > 1 else 0
+            rows = next(computed) if group == 0 else None
+            width = width if rows is None else rows.shape[1]
+            whole = latent.new_empty(division.whole.tokens, width)
+            if rows is not None:
+                whole[: len(rows)] = rows
+                del rows
+            waiting: list[Pending] = []
+            for member in range(split.sequence):
+                rank = group * split.sequence + member
+                if rank:
+                    part = whole[division.tokens(division.owned[member])]
+                    waiting.append(self._ranks.receive(part.view(-1), rank, "velocities"))
+            for pending in waiting:
+                pending.wait()
+            results.append(unpatchify(whole, division.whole.positions.grid))
+        return results
+
+    def _self_attention(
+        self,
+        block: int,
+        x: Tensor,
+        modulation: Modulation,
+        layout: TokenLayout,
+        next_pass_block: int,
+    ) -> Tensor:
+        """Run self-attention of this rank's tokens over all tokens: [layout.padded, N, K]."""
+        assert self._division is not None
+        exchange = _Exchange(self._ranks, self._group, self._division, self.net.config.num_heads)
+        name = "block_in" if x.dtype == torch.float32 else "block_in_first"
+        engine = self._engines[segment_of_block(self.net, name, block)]
+        positions = layout.positions
+        shared_inputs = [modulation.blocks[block], positions.cos, positions.sin]
+        weights = self._weights.acquire(name, block)
+        for index in range(exchange.rounds):
+            if index < len(layout.slices):
+                part = layout.slices[index]
+                size = part.rows.stop - part.rows.start
+                q, k, v = outputs_of(engine, {"tokens": size}, x.device)
+                engine.run([x[part.rows], *shared_inputs, part.origin, *weights], [q, k, v])
+                exchange.send(index, q, k, v)
+                del q, k, v
+            else:
+                exchange.send(index)
+        last = block + 1 == self.net.config.num_layers
+        self._weights.release(name, block, next_pass_block if last else block + 1)
+        exchange.attend()
+        return padded_rows(exchange.results(), layout.padded)
+
+
+class _Exchange:
+    """Queries, keys and values of one self-attention on their way, and its results back."""
+
+    def __init__(self, ranks: Ranks, group: Group, division: _Division, heads: int) -> None:
+        self._ranks, self._group, self._division = ranks, group, division
+        self._heads, self._share = heads, division.shares[group.rank]
+        self._queries = division.tokens(self._share.slices)
+        self._full: tuple[Tensor, Tensor, Tensor] | None = None  # q, k, v of this rank's heads
+        self._rounds: list[tuple[int, Tensor, Pending]] = []
+        self._like: Tensor | None = None
+
+    @property
+    def rounds(self) -> int:
+        """How many slices the rank with the most has."""
+        return max(map(len, self._division.owned))
+
+    def send(self, index: int, *qkv: Tensor) -> None:
+        """Send this rank's slice of a round, if it has one, and receive those of the others.
+
+        Args:
+            index: of the round.
+            qkv: queries, keys and values of the slice, [rows, N, K] each.
+        """
+        own = self._division.owned[self._group.rank]
+        if qkv:
+            self._like = qkv[0]
+        assert self._like is not None, "every rank has a slice in the first round"
+        parts, sent = [], []
+        for share in self._division.shares:
+            taken = []
+            if qkv:
+                number = own[index]
+                rows = self._rows(number)
+                heads = slice(share.heads.start, share.heads.stop)
+                chosen = qkv if number in share.slices else qkv[1:]
+                taken = [x[: rows.stop - rows.start, heads].reshape(-1) for x in chosen]
+            parts += taken
+            sent.append(sum(map(len, taken)))
+        x = torch.cat(parts) if parts else self._like.new_empty(0)
+        received = [self._numbers(slices, index) for slices in self._division.owned]
+        result = self._like.new_empty(sum(received))
+        pending = self._ranks.exchange(
+            self._group, result, x, received, sent, "queries, keys, values"
+        )
+        self._rounds.append((index, result, pending))
+        if len(self._rounds) >= ROUNDS:
+            self._take()
+
+    def attend(self) -> None:
+        """Run attention of this rank's heads and queries, in the memory of the queries."""
+        while self._rounds:
+            self._take()
+        assert self._full is not None
+        q, k, v = self._full
+        size = heads_at_once(len(k), q.shape[1], q.shape[2], q.element_size())
+        for group in zip(*(x.split(size, dim=1) for x in (q, k, v)), strict=True):
+            group[0].copy_(attention(*group))
+        self._full = (q, q[:0], q[:0])  # keys and values are not needed any more
+
+    def results(self) -> Tensor:
+        """Return the results of this rank's tokens: [tokens, N, K]."""
+        assert self._full is not None
+        q, division, own = self._full[0], self._division, self._group.rank
+        row = q[:1].numel()
+        sent = [self._common(slices, self._share) * row for slices in division.owned]
+        mine = division.owned[own]
+        received = [
+            self._common(mine, share) * len(share.heads) * q.shape[2] for share in division.shares
+        ]
+        result = q.new_empty(sum(received))
+        self._ranks.exchange(
+            self._group, result, q.view(-1), received, sent, "results of attention"
+        ).wait()
+        del q
+        self._full = None
+        tokens = division.tokens(mine)
+        y = result.new_empty(tokens.stop - tokens.start, self._heads, row // len(self._share.heads))
+        for part, share in zip(result.split(received), division.shares, strict=True):
+            rows = division.tokens(_overlap(mine, share.slices))
+            target = y[rows.start - tokens.start : rows.stop - tokens.start]
+            if part.numel():
+                heads = slice(share.heads.start, share.heads.stop)
+                target[:, heads] = part.view(-1, len(share.heads), y.shape[2])
+        return y
+
+    def _take(self) -> None:
+        """Wait for a round, and put what came where it belongs."""
+        index, result, pending = self._rounds.pop(0)
+        pending.wait()
+        if self._full is None:
+            assert self._like is not None
+            shape = (len(self._share.heads), self._like.shape[2])
+            keys = [result.new_empty(self._division.whole.tokens, *shape) for _ in range(2)]
+            queries = result.new_empty(self._queries.stop - self._queries.start, *shape)
+            self._full = (queries, keys[0], keys[1])
+        position = 0
+        for slices in self._division.owned:
+            if index >= len(slices):
+                continue
+            number = slices[index]
+            rows = self._rows(number)
+            q, k, v = self._full
+            places = [k[rows], v[rows]]
+            if number in self._share.slices:
+                start = rows.start - self._queries.start
+                places.insert(0, q[start : start + rows.stop - rows.start])
+            for place in places:
+                place.copy_(result[position : position + place.numel()].view(place.shape))
+                position += place.numel()
+
+    def _numbers(self, slices: range, index: int) -> int:
+        """Count the numbers that come in a round from a rank with these slices."""
+        if index >= len(slices):
+            return 0
+        assert self._like is not None
+        rows, number = self._rows(slices[index]), slices[index]
+        kinds = 3 if number in self._share.slices else 2
+        row = len(self._share.heads) * self._like.shape[2]
+        return kinds * (rows.stop - rows.start) * row
+
+    def _rows(self, number: int) -> slice:
+        """Return the tokens of a slice, without padding."""
+        return self._division.tokens(range(number, number + 1))
+
+    def _common(self, slices: range, share: AttentionShare) -> int:
+        """Count the tokens of slices whose queries a share takes."""
+        rows = self._division.tokens(_overlap(slices, share.slices))
+        return rows.stop - rows.start
+
+
+def form_groups(ranks: Ranks, split: Split) -> tuple[Group, Group] | None:
+    """Form the groups of a split: all that compute, and those that share a pass with this rank.
+
+    All ranks must call it; None for those that wait.
+    """
+    active = ranks.group("computing", tuple(range(split.ranks)))
+    own = None
+    for group in range(split.guidance):
+        first = group * split.sequence
+        formed = ranks.group("one pass", tuple(range(first, first + split.sequence)))
+        own = own or formed
+    return None if active is None or own is None else (active, own)
+
+
+def _overlap(one: range, other: range) -> range:
+    """Return what two runs have in common."""
+    start, stop = max(one.start, other.start), min(one.stop, other.stop)
+    return range(start, max(start, stop))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformer divided among ranks gives the bits of one rank, and moves what is planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pw_runtime.execution.division import attention_shares, owned_slices, step_traffic
+from pw_runtime.execution.transformer_segments import segments_of
+from pw_runtime.types import Split
+from tests.parallel.ranks import run
+from tests.parallel.transformers import CONFIG, HIGHRES, LIMIT, STAGE, make_clip, whole
+
+SIZES = (8, 8, 8, 7, 7, 7)  # tokens of the slices
+CASES: dict[int, list[dict[str, Any]]] = {
+    1: [{"split": {"guidance": 1, "sequence": 1}}],
+    2: [
+        {"split": {"guidance": 1, "sequence": 2}},
+        {"split": {"guidance": 2, "sequence": 1}, "highres": True},
+        {"split": {"guidance": 1, "sequence": 2}, "highres": True, "precision": "bf16"},
+        {"split": {"guidance": 1, "sequence": 2}, "gathered": True, "precision": "bf16"},
+    ],
+    3: [
+        {"split": {"guidance": 1, "sequence": 3}, "highres": True, "gathered": True},
+        {"split": {"guidance": 2, "sequence": 1}},  # one rank waits
+        {"split": {"guidance": 1, "sequence": 3}, "padded": True},
+    ],
+    4: [
+        {"split": {"guidance": 1, "sequence": 4}, "highres": True},  # more ranks than heads
+        {"split": {"guidance": 2, "sequence": 2}, "highres": True, "gathered": True},
+    ],
+    5: [{"split": {"guidance": 1, "sequence": 5}, "highres": True, "precision": "bf16"}],
+}
+
+
+def test_every_slice_and_every_query_of_every_head_belongs_to_one_rank() -> None:
+    for heads in (1, 2, 3, 5, 24):
+        for ranks in range(1, 13):
+            owned = owned_slices(12, ranks)
+            assert [i for slices in owned for i in slices] == list(range(12))
+            taken = [
+                (head, i)
+                for share in attention_shares(heads, 12, ranks)
+                for head in share.heads
+                for i in share.slices
+            ]
+            assert sorted(taken) == [(head, i) for head in range(heads) for i in range(12)]
+
+
+def test_latents_are_equal_bit_for_bit_on_one_to_five_ranks(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    for count, cases in CASES.items():
+        (tmp_path / str(count)).mkdir()
+        function = "tests.parallel.transformers:clips"
+        results = run(function, tmp_path / str(count), [count], json.dumps(cases))[count]
+        for rank, result in enumerate(results):
+            assert not isinstance(result, str), f"{count} ranks, rank {rank}: {result}"
+        for index, case in enumerate(cases):
+            config = HIGHRES if case.get("highres") else CONFIG
+            net = whole(config, case.get("precision", "fp32"), padded=bool(case.get("padded")))
+            with torch.inference_mode():
+                expected = [make_clip(net, config, seed) for seed in range(2)]
+            made, _ = results[0][index]
+            for x, y in zip(made, expected, strict=True):
+                assert torch.equal(x, y), f"{count} ranks, {case}"
+            _require_planned_traffic(case, [result[index][1] for result in results])
+
+
+def _require_planned_traffic(case: dict[str, Any], sent: list[dict[str, int]]) -> None:
+    """Compare the bytes that all ranks sent for two clips with the closed form."""
+    config = HIGHRES if case.get("highres") else CONFIG
+    split, precision = Split(**case["split"]), case.get("precision", "fp32")
+    low = 2 if precision == "bf16" else 4
+    planned = step_traffic(config, split, SIZES, passes=2, itemsize=low)
+    steps = 2 * STAGE.steps
+
+    def total(*kinds: str) -> int:
+        return sum(counts.get(kind, 0) for counts in sent for kind in kinds)
+
+    assert total("queries, keys, values", "results") == steps * planned.exchange
+    assert total("latent", "velocities") == steps * planned.latents
+    weights = total("weights")
+    assert (weights > 0) == bool(case.get("gathered") and split.ranks > 1)
+    assert segments_of(config, precision, LIMIT)  # the weights themselves: test_gathered_weights

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks do in tests/parallel/test_divided_transformer.py: denoise a clip together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from pw_engines.eager import EagerEngine
+from pw_runtime.execution.divided_transformer import DividedDiT, form_groups
+from pw_runtime.execution.gathered_weights import GatheredWeights
+from pw_runtime.execution.transformer import SegmentedDiT
+from pw_runtime.execution.transformer_segments import segments_of
+from pw_runtime.execution.weight_streaming import ResidentWeights, Weights
+from pw_runtime.models import WanDiT
+from pw_runtime.models.precision import store_dit_weight
+from pw_runtime.sampling.denoise import denoise
+from pw_runtime.system.ranks import Ranks
+from pw_runtime.types import (
+    Compat,
+    Conditioning,
+    DitConfig,
+    Precision,
+    Split,
+    StageConfig,
+    TextContext,
+)
+from tests.engines.test_segments import WholeChunks
+
+CONFIG = DitConfig(dim=48, ffn_dim=96, num_heads=3, num_layers=3, text_dim=32, text_len=16)
+HIGHRES = replace(CONFIG, has_dt=True, adapter_dim=16, control_blocks=(1,))
+LATENT = (48, 3, 6, 10)  # 3 x 3 x 5 tokens, in slices of 8, 8, 8, 7, 7, 7
+LIMIT = 8
+STAGE = StageConfig(width=160, height=96, steps=3, shift=5.0, guidance=4.0)
+_SPLIT = TypeAdapter(Split)
+
+
+def network(config: DitConfig, precision: Precision) -> WanDiT:
+    torch.manual_seed(0)
+    net = WanDiT(config)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    stored = {name: store_dit_weight(name, w, precision) for name, w in net.state_dict().items()}
+    net.load_state_dict(stored, assign=True)
+    return net.requires_grad_(False)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def whole(config: DitConfig, precision: Precision, *, padded: bool = False) -> SegmentedDiT:
+    net, kind = network(config, precision), WholeChunks if padded else EagerEngine
+    segments = segments_of(net.config, precision, LIMIT)
+    engines = {name: kind(segment.spec, segment.module) for name, segment in segments.items()}
+    return SegmentedDiT(net, segments, engines)
+
+
+def divided(
+    ranks: Ranks, config: DitConfig, precision: Precision, split: Split, case: dict[str, Any]
+) -> DividedDiT | None:
+    groups = form_groups(ranks, split)
+    if groups is None:
+        return None
+    net, kind = network(config, precision), WholeChunks if case.get("padded") else EagerEngine
+    segments = segments_of(net.config, precision, LIMIT)
+    engines = {name: kind(segment.spec, segment.module) for name, segment in segments.items()}
+    weights: Weights = ResidentWeights(net, segments)
+    if case.get("gathered"):
+        weights = GatheredWeights(net, segments, precision, ranks, groups[0])
+    return DividedDiT(net, segments, engines, weights, ranks, split)
+
+
+def make_clip(net: Any, config: DitConfig, seed: int = 0) -> Tensor:
+    text = TextContext(cond=normal(7 + seed, 32), uncond=normal(4, 32))
+    noise, conditioning = normal(*LATENT) + seed, None
+    if config.adapter_dim:
+        conditioning = Conditioning(x=normal(48, 3, 3, 5) - seed)
+    return denoise(net, text, noise, STAGE, Compat(), lambda done: None, conditioning).x
+
+
+def clips(ranks: Ranks, cases: str) -> object:
+    """Make two clips in each case; rank 0 returns them, what all sent, and the weights' shares."""
+    results = []
+    for case in json.loads(cases):
+        split = _SPLIT.validate_python(case["split"])
+        config = HIGHRES if case.get("highres") else CONFIG
+        net = divided(ranks, config, case.get("precision", "fp32"), split, case)
+        ranks.sent.clear()
+        if ranks.rank == 0:
+            assert net is not None
+            made = [make_clip(net, config, seed) for seed in range(2)]
+            net.close()
+            ranks.command("end of a case")
+        else:
+            made = []
+            while (command := ranks.next_command())["name"] != "end of a case":
+                if command["name"] == "release":
+                    continue
+                if net is not None:
+                    net.follow(command)
+        results.append((made, dict(ranks.sent)))
+    return results
+
+
+def asdict_of(split: Split) -> dict[str, int]:
+    return asdict(split)
