@@ -38,7 +38,13 @@ class BadResult(PixelWizardError):
 
 
 class RankFailed(PixelWizardError):
-    """A rank of a run on several devices died, hangs or went another way: the run is over."""
+    """A rank of a run on several devices died, hangs or went another way: the run is over.
+
+    Attributes:
+        teller: the rank that tells the user.
+    """
+
+    teller = 0
 
 
 class MissingPackage(PixelWizardError):

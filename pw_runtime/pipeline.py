@@ -26,17 +26,21 @@ from pw_runtime.stages.highres import denoise_highres
 from pw_runtime.stages.text import encode_text
 from pw_runtime.stages.write import encoded_video
 from pw_runtime.system.progress import Reporter
+from pw_runtime.system.ranks import Ranks
 from pw_runtime.system.step import Step
 from pw_runtime.types import Outcome, Request, TextContext
 
 
-def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outcome, ...]:
+def generate(
+    request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks | None = None
+) -> tuple[Outcome, ...]:
     """Make a clip of every prompt.
 
     Args:
         request: what to make.
         bundle: the converted checkpoint.
         reporter: shows progress.
+        ranks: that make each clip together, of which this process is the first; None: it alone.
 
     Returns:
         One outcome per prompt, in order.
@@ -45,9 +49,10 @@ def generate(request: Request, bundle: Bundle, reporter: Reporter) -> tuple[Outc
         BadRequest: the request cannot work; nothing was computed.
         BadWeights: the bundle cannot work; what was computed before is on disk, and was reported.
         WriteFailed: the contact sheet could not be written; all clips are finished.
+        RankFailed: a rank died; finished clips and latents are on disk, and were reported.
         KeyboardInterrupt: finished clips and latents are on disk, and were reported.
     """
-    with prepare(request, bundle, reporter) as run:
+    with prepare(request, bundle, reporter, ranks) as run:
         for name, stage in STAGES.items():
             run.require_room()
             with run.fallback.track_peak(name):

@@ -9,6 +9,19 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from pw_runtime.cli.launch import (
+    devices_of,
+    devices_option,
+    dit_fsdp_option,
+    place_of_this_process,
+    processes_option,
+    rank_timeout_option,
+    require_alone,
+    run_as_rank,
+    start_ranks,
+    t5_fsdp_option,
+    ulysses_option,
+)
 from pw_runtime.cli.options import (
     CODECS,
     FILE,
@@ -47,6 +60,7 @@ if TYPE_CHECKING:
 
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.system.progress import Reporter
+    from pw_runtime.system.ranks import Ranks
 
 
 @click.command()
@@ -98,6 +112,9 @@ if TYPE_CHECKING:
 @gpu_memory_option
 @host_memory_option
 @device_option
+@processes_option
+@devices_option
+@rank_timeout_option
 @click.option(
     "--kernels",
     type=click.Choice(get_args(Kernels)),
@@ -129,21 +146,51 @@ if TYPE_CHECKING:
 )
 @click.option("--lr_ckpt", type=FILE, help="Official flag: draft checkpoint, with --ckpt_dir.")
 @click.option("--hr_ckpt", type=FILE, help="Official flag: high-res checkpoint, with --ckpt_dir.")
+@ulysses_option
+@dit_fsdp_option
+@t5_fsdp_option
 def generate(**options: Any) -> int:
     """Make one clip per prompt: <id>.mp4 and its receipt <id>.json."""
-    from pw_runtime.pipeline import generate
+    require_packages("`pw generate`", "transformers", "tokenizers")  # used after minutes
+    place = place_of_this_process()
+    if place is not None:
+        return run_as_rank(place, options, partial(_prepared, quiet=place.rank > 0), _run(options))
+    devices = devices_of(options)
+    if devices is not None and len(devices) > 1:
+        return start_ranks(devices)
+    require_alone(options)
+    request, bundle = _prepared(options | ({"device": devices[0]} if devices else {}))
+    return _run(options)(request, bundle, None)
+
+
+def _prepared(options: dict[str, Any], *, quiet: bool = False) -> tuple[Request, Bundle]:
+    """Read the request and open the bundle; a quiet one says nothing about either."""
     from pw_runtime.system.progress import Reporter
 
-    require_packages("`pw generate`", "transformers", "tokenizers")  # used after minutes
-    reporter = Reporter(quiet=options["quiet"])
-    request = read_request(options, reporter.warn)
-    bundle = open_model(options, reporter)
-    if options["seed"] < 0:
-        reporter.say(f"seed {request.seed} was drawn: --seed {request.seed} makes this clip again")
-    if warning := beyond_training(request, bundle):
-        reporter.warn(warning)
-    run = partial(generate, request, bundle, reporter)
-    return traced(partial(exit_code, run, reporter), options["trace"], request.device)
+    reporter = Reporter(quiet=options["quiet"] or quiet)
+    request = read_request(options, reporter.say if quiet else reporter.warn)
+    return request, open_model(options, reporter)
+
+
+def _run(options: dict[str, Any]) -> Callable[[Request, Bundle, Ranks | None], int]:
+    """Return the program of a process that runs alone, or that is the first of several."""
+
+    def run(request: Request, bundle: Bundle, ranks: Ranks | None) -> int:
+        from pw_runtime.pipeline import generate
+        from pw_runtime.system.progress import Reporter
+
+        reporter = Reporter(quiet=options["quiet"])
+        if options["seed"] < 0:
+            seed = request.seed
+            reporter.say(f"seed {seed} was drawn: --seed {seed} makes this clip again")
+        if warning := beyond_training(request, bundle):
+            reporter.warn(warning)
+        if ranks is not None and options["t5_fsdp"]:
+            reporter.say("--t5_fsdp: the text encoder is on rank 0 alone, and gone before the rest")
+        made = partial(generate, request, bundle, reporter, ranks)
+        return traced(partial(exit_code, made, reporter), options["trace"], request.device)
+
+    return run
 
 
 def read_request(options: dict[str, Any], warn: Callable[[str], None]) -> Request:

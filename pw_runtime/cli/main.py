@@ -45,6 +45,11 @@ def main() -> None:
             code = code or SOME_FAILED
     finally:
         sys.stdout, sys.stderr = before
+    ranks = sys.modules.get("pw_runtime.system.ranks")
+    if ranks is not None and ranks.broken():
+        for stream in before:
+            stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -72,6 +72,7 @@ def load_divided(
         weights,
         ranks,
         plan.split,
+        stage,
         share_attention=plan.share_attention,
         chunk=plan.chunk,
     )
@@ -106,6 +107,7 @@ class DividedDiT(SegmentedDiT):
         weights: Weights | None,
         ranks: Ranks,
         split: Split,
+        stage: StageName,
         *,
         share_attention: bool = True,
         chunk: int | None = None,
@@ -119,12 +121,13 @@ class DividedDiT(SegmentedDiT):
             weights: provides them; None: they are on the device.
             ranks: this process among all.
             split: how passes, tokens and heads are divided; this rank is among its ranks.
+            stage: of the network, for messages.
             share_attention: see `SegmentedDiT`.
             chunk: see `SegmentedDiT`.
         """
         share = share_attention and split.guidance == 1
         super().__init__(net, segments, engines, weights, share_attention=share, chunk=chunk)
-        self._ranks, self._split = ranks, split
+        self._ranks, self._split, self._stage = ranks, split, stage
         groups = form_groups(ranks, split)
         if groups is None:
             raise ValueError(f"rank {ranks.rank} is not among the {split.ranks} of the split")
@@ -271,7 +274,7 @@ class DividedDiT(SegmentedDiT):
     def _text(self, context: Tensor) -> tuple[TextKeysValues, ...]:
         if self._division is not None:  # the texts of the next clip follow
             self._texts, self._division, self._features = [], None, None
-        self._ranks.at("text of a clip")
+        self._ranks.at(f"{self._stage}, text")
         mine = self._split.guidance == 1 or self._pass == len(self._texts)
         # Computed in any case: where weights are divided, all ranks must ask for them.
         text = super().text_keys_values(context)
@@ -317,7 +320,7 @@ class DividedDiT(SegmentedDiT):
     ) -> Iterator[Tensor]:
         """Yield this rank's rows of the velocities of its passes."""
         self._steps += 1
-        self._ranks.at(f"step {self._steps} of a clip")
+        self._ranks.at(f"{self._stage}, step {self._steps}")
         own = texts if self._split.guidance == 1 else [texts[self._pass]]
         return self._passes(latent, own, modulation, layout, control, on_block)
 

@@ -65,7 +65,7 @@ class GatheredWeights:
         ranks: Ranks,
         group: Group,
     ) -> None:
-        """Keep this rank's share of the blocks; all ranks of the group must do so.
+        """Keep this rank's share of the blocks; nothing is gathered yet.
 
         Args:
             net: its blocks' weights are in the bundle's files, all others on the device.
@@ -91,7 +91,6 @@ class GatheredWeights:
                 self._shares[key, block] = self._share_of(names_in_block(segment, block), layout)
             if segment.name in BLOCK_PARTS:
                 self._slots[key] = self._slot(key)
-                self._begin(key, 0)
 
     def acquire(self, segment: str, block: int = 0) -> list[Tensor]:
         """Wait for a block's weights and return them; see `Weights.acquire`."""

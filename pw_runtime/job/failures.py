@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pw_runtime.errors import BadWeights, PixelWizardError
+from pw_runtime.errors import BadWeights, PixelWizardError, RankFailed
 from pw_runtime.job.clip import TILES, Clip, resume_command, save_latents
 from pw_runtime.planning.oom_fallback import out_of_memory
 from pw_runtime.system.progress import Reporter
@@ -20,11 +20,11 @@ from pw_runtime.system.tile_store import state_of
 def isolate_failure(clip: Clip, reporter: Reporter) -> Iterator[None]:
     """Keep a failure inside its prompt, and what was computed for it on disk.
 
-    Raises BadWeights: no other prompt could work with that model.
+    Raises BadWeights: no other prompt could work with that model; RankFailed: none could be made.
     """
     try:
         yield
-    except BadWeights:
+    except (BadWeights, RankFailed):
         raise
     except Exception as error:
         cause = out_of_memory(error) or error

@@ -25,6 +25,7 @@ from pw_runtime.job.clip import start_clip
 from pw_runtime.job.conv_choice import implementations, settle_conv
 from pw_runtime.job.existing import settle_existing
 from pw_runtime.job.failures import report_on_abort
+from pw_runtime.job.follow import common_budget
 from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.provenance import require_storable
 from pw_runtime.job.run import Run
@@ -35,6 +36,7 @@ from pw_runtime.sampling.noise import load_noise
 from pw_runtime.stages.codecs import check_codec
 from pw_runtime.system.folder_lock import locked_folder
 from pw_runtime.system.progress import Reporter
+from pw_runtime.system.ranks import Ranks
 from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import Network, Precision, Request, RunOptions
 
@@ -71,8 +73,12 @@ def default_precision(requested: Precision | None, device: torch.device) -> Prec
 
 
 @contextmanager
-def prepare(request: Request, bundle: Bundle, reporter: Reporter) -> Iterator[Run]:
+def prepare(
+    request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks | None = None
+) -> Iterator[Run]:
     """Check a request, select its engines and plan it; yield the run to compute inside the block.
+
+    With `ranks`, this process is the first of several that make each clip together.
 
     Raises:
         BadRequest, BadWeights: the request or the bundle cannot work.
@@ -81,12 +87,12 @@ def prepare(request: Request, bundle: Bundle, reporter: Reporter) -> Iterator[Ru
     request = replace(request, options=request.options.resolved())
     check_request(request)
     with locked_folder(request.out):
-        run = _planned(request, bundle, reporter)
+        run = _planned(request, bundle, reporter, ranks)
         with computing(run.request.options), report_on_abort(run.clips, reporter):
             yield run
 
 
-def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
+def _planned(request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks | None) -> Run:
     """Select the engines, plan the run and verify the bundle. Raises BadRequest, BadWeights."""
     options, noise = request.options, {}
     if request.noise is not None:
@@ -105,7 +111,11 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
     with span("CPU kernels"):
         request = replace(request, options=settle_conv(options, reporter.say))
     with span("plan"):
-        fallback = plan_run(request, bundle, reporter.say, engines)
+        count, budget = 1, None
+        if ranks is not None:
+            _require_divisible(options)
+            count, budget = ranks.size, common_budget(ranks, request)
+        fallback = plan_run(request, bundle, reporter.say, engines, ranks=count, budget=budget)
     tiling = fallback.plan.decode.tiling
     with span("noise"):
         clips = tuple(
@@ -120,13 +130,25 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter) -> Run:
             reporter.say(f"prompt {clip.prompt.id}: skipped, {clip.video} is finished")
             reporter.finished(clip.video)
     reporter.say(f"checking the files of {bundle.root}")
+    if ranks is not None:
+        ranks.command("verify")
     with span("check files"):
         verify(bundle)
-    run = Run(request, bundle, clips, reporter, engines, fallback, Stopwatch(request.device))
+    loading = Stopwatch(request.device)
+    run = Run(request, bundle, clips, reporter, engines, fallback, loading, ranks)
     if noise and len(clips) > 1:
         text = f"every prompt of this run starts from the noise in {request.noise}"
         run.add_notice(clips, "noise", text)
     return run
+
+
+def _require_divisible(options: RunOptions) -> None:
+    """Raise BadRequest for options that several ranks cannot share."""
+    if options.blocks != "segments":
+        raise BadRequest(
+            f"--blocks {options.blocks} has attention inside its engines, where it is not divided",
+            do="leave --blocks out, or make the clip on one device",
+        )
 
 
 @contextmanager

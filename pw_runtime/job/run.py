@@ -17,12 +17,14 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import load_decoder, load_text_network
 from pw_runtime.errors import WriteFailed
 from pw_runtime.execution.decoder_lookup import on_engines
+from pw_runtime.execution.divided_transformer import load_divided
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.protocols import Decoder
 from pw_runtime.execution.transformer import SegmentedDiT, load_transformer
 from pw_runtime.job.clip import TILES, Clip, latents_bytes, save_latents, write_clip_receipt
 from pw_runtime.job.contact_sheet import write_contact_sheet
 from pw_runtime.job.failures import isolate_failure
+from pw_runtime.job.follow import on_all_ranks
 from pw_runtime.job.receipt import versions
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.text_encoder import TextNetwork
@@ -30,6 +32,7 @@ from pw_runtime.planning.oom_fallback import LazyNetwork, OomFallback
 from pw_runtime.sampling.noise import tensor_digest
 from pw_runtime.system.atomic_files import require_room
 from pw_runtime.system.progress import Reporter
+from pw_runtime.system.ranks import Ranks
 from pw_runtime.system.step import Step
 from pw_runtime.system.tile_store import TileStore, allocated_bytes, remove_tiles
 from pw_runtime.system.trace import Stopwatch, span
@@ -61,6 +64,7 @@ class Run:
     engines: Mapping[Network, EngineSet]
     fallback: OomFallback
     loading: Stopwatch
+    ranks: Ranks | None = None  # that make a clip together; this one is the first
 
     def text_network(self) -> LazyNetwork[TextNetwork]:
         """Return the tokenizer and the text encoder, on the planned device."""
@@ -76,7 +80,15 @@ class Run:
 
         def load(plan: RunPlan) -> SegmentedDiT:
             engines, options = self.engines[stage], self.request.options
-            return load_transformer(self.bundle, stage, engines, plan.transformers[stage], options)
+            chosen = plan.transformers[stage]
+            if self.ranks is None or chosen.split.ranks == 1:
+                return load_transformer(self.bundle, stage, engines, chosen, options)
+            with on_all_ranks(
+                self.ranks, "load", stage=stage, plan=asdict(chosen), engines=engines.digest
+            ):
+                net = load_divided(self.bundle, stage, engines, chosen, options, self.ranks)
+            assert net is not None, "rank 0 is among the ranks of every split"
+            return net
 
         return LazyNetwork(
             stage, load, self.fallback, self.loading, label=stage, close=SegmentedDiT.close

@@ -243,8 +243,19 @@ def plan_run(
     engines: Mapping[Network, EngineSet],
     *,
     decode_only: bool = False,
+    ranks: int = 1,
+    budget: Budget | None = None,
 ) -> OomFallback:
     """Plan a run, or its decode alone, and report every decision.
+
+    Args:
+        request: what to make.
+        bundle: the converted checkpoint.
+        say: takes the decisions.
+        engines: that were selected.
+        decode_only: of latents that are there.
+        ranks: that make a clip together.
+        budget: of each of them; None: of this process.
 
     Raises BadRequest where nothing fits.
     """
@@ -258,7 +269,7 @@ def plan_run(
         scratch={network: engine_set.scratch for network, engine_set in engines.items()},
         decode_only=decode_only,
     )
-    budget = budget_of(request.device, request.gpu_memory, request.host_memory)
+    budget = budget or budget_of(request.device, request.gpu_memory, request.host_memory)
     stages = candidates(work, gpu=budget.device is not None, decode_only=decode_only)
     fallback = OomFallback(stages, budget, request.device)
     for decision in fallback.plan.decisions:

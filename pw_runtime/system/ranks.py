@@ -320,12 +320,6 @@ class Ranks:
         """Whether the run is over, because of any rank."""
         return self._watch.failure is not None
 
-    @property
-    def tells(self) -> bool:
-        """Whether this rank is the one to tell the user what ended the run."""
-        failure = self._watch.failure
-        return self.rank == 0 if failure is None else tells(self.rank, failure)
-
     def close(self) -> None:
         """Leave the others. After a failure, `broken` says that libraries still wait for them."""
         self._watch.close()
@@ -337,7 +331,9 @@ class Ranks:
     def _failed(self) -> RankFailed:
         failure = self._watch.failure
         assert failure is not None
-        return RankFailed(failure_text(failure), do=_GO_ON)
+        error = RankFailed(failure_text(failure), do=_GO_ON)
+        error.teller = 0 if tells(0, failure) else 1
+        return error
 
     def _lane(self, one: int, other: int) -> Group:
         """Return the group through which one rank sends to another."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def divided(
     weights: Weights = ResidentWeights(net, segments)
     if case.get("gathered"):
         weights = GatheredWeights(net, segments, precision, ranks, groups[0])
-    return DividedDiT(net, segments, engines, weights, ranks, split)
+    return DividedDiT(net, segments, engines, weights, ranks, split, "draft")
 
 
 def make_clip(net: Any, config: DitConfig, seed: int = 0) -> Tensor:
@@ -106,7 +106,3 @@ def clips(ranks: Ranks, cases: str) -> object:
                     net.follow(command)
         results.append((made, dict(ranks.sent)))
     return results
-
-
-def asdict_of(split: Split) -> dict[str, int]:
-    return asdict(split)

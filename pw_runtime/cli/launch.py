@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes that run one `pw generate` together: started here, or by torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
+from pw_runtime.errors import BadRequest, PixelWizardError, RankFailed
+
+if TYPE_CHECKING:
+    from pw_runtime.checkpoint.bundle import Bundle
+    from pw_runtime.system.ranks import Place, Ranks
+    from pw_runtime.types import Request
+
+ENDING: Final = 10.0  # seconds that the other ranks have for ending after rank 0
+MOST: Final = 64  # ranks on one machine
+
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(1, MOST),
+    help="Make each clip on this many devices of this machine, with a process each: GPUs 0 to N-1, "
+    "or on a CPU its cores (docs/parallel.md).",
+)
+devices_option = click.option("--devices", help="The same on these GPUs, for instance 0,1,2,3.")
+ulysses_option = click.option(
+    "--ulysses_size",
+    type=click.IntRange(1),
+    help="Official flag: the number of processes that torchrun started.",
+)
+dit_fsdp_option = click.option(
+    "--dit_fsdp",
+    is_flag=True,
+    help="Official flag: divide the transformers' weights among the devices. [default: where they "
+    "do not fit otherwise]",
+)
+t5_fsdp_option = click.option(
+    "--t5_fsdp",
+    is_flag=True,
+    help="Official flag, accepted: the text encoder is on the first device alone, and gone before "
+    "the transformers come.",
+)
+rank_timeout_option = click.option(
+    "--rank-timeout",
+    type=click.FloatRange(1),
+    default=600.0,
+    show_default=True,
+    help="Seconds that one device waits for the data of another, before the run ends.",
+)
+
+
+def devices_of(options: dict[str, Any]) -> list[str] | None:
+    """Return the devices of --devices or --processes, one per rank; None for neither.
+
+    Raises BadRequest.
+    """
+    processes, text = options["processes"], options["devices"]
+    if text is None:
+        return None if processes is None else _first_devices(processes, options["device"])
+    if processes is not None or options["device"] != "auto":
+        raise BadRequest("--devices says already which devices", do="leave the other option out")
+    numbers = [part.strip() for part in text.split(",")]
+    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise BadRequest(
+            "--devices cannot be read",
+            got=text,
+            wanted="numbers of different GPUs",
+            do="write for instance --devices 0,1,2,3; on a CPU use --processes",
+        )
+    import torch
+
+    count = torch.cuda.device_count()
+    if missing := [number for number in numbers if int(number) >= count]:
+        raise BadRequest(
+            f"there is no GPU {', '.join(missing)}", got=f"{count} GPUs", do="see `pw doctor`"
+        )
+    return [f"cuda:{number}" for number in numbers]
+
+
+def _first_devices(count: int, device: str) -> list[str]:
+    import torch
+
+    found = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and found == 0):
+        return ["cpu"] * count
+    if device not in ("auto", "cuda"):
+        raise BadRequest(
+            f"--processes {count} takes a device for each",
+            got=f"--device {device}",
+            do="name them: --devices 0,1 for instance",
+        )
+    if count > found:
+        raise BadRequest(
+            f"--processes {count} takes as many GPUs",
+            got=f"{found}",
+            do=f"take at most {found}, or --device cpu",
+        )
+    return [f"cuda:{number}" for number in range(count)]
+
+
+def place_of_this_process() -> Place | None:
+    """Return the place of this process among the ranks that a launcher started, if one did."""
+    if "WORLD_SIZE" not in os.environ:
+        return None  # without importing torch
+    from pw_runtime.system.ranks import place_from_environment
+
+    return place_from_environment()
+
+
+def require_alone(options: dict[str, Any]) -> None:
+    """Raise BadRequest for flags of several processes in a run of one."""
+    given = [name for name in ("dit_fsdp", "t5_fsdp") if options[name]]
+    given += ["ulysses_size"] if options["ulysses_size"] not in (None, 1) else []
+    if given:
+        raise BadRequest(
+            f"--{given[0]} is for several devices, and this is one process",
+            do="add --processes N, or start with torchrun --nproc-per-node N -m pw_runtime",
+        )
+
+
+def start_ranks(devices: Sequence[str]) -> int:
+    """Run this program's command line once per device; return the exit code of rank 0.
+
+    This process holds the store through which the ranks meet, so that it outlives each of them. A
+    signal goes to rank 0 alone, which ends the others.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {
+        "WORLD_SIZE": str(len(devices)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PW_PARENT_PID": str(os.getpid()),
+    }
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if devices[0] == "cpu":
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // len(devices))))
+    program = [sys.executable, "-m", "pw_runtime", *sys.argv[1:]]
+    ranks = []
+    try:
+        for rank in range(len(devices)):
+            mine = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # Sessions of their own: a Ctrl-C on the terminal comes to this process alone.
+            ranks.append(subprocess.Popen(program, env=mine, start_new_session=True))
+        code = _ended(ranks[0])
+    finally:
+        _end(ranks)
+    return 128 - code if code < 0 else code
+
+
+def _ended(rank: subprocess.Popen[bytes]) -> int:
+    """Wait for rank 0, and pass on signals to it."""
+    from pw_runtime.cli.main import Terminated
+
+    while True:
+        try:
+            return rank.wait()
+        except KeyboardInterrupt:
+            rank.send_signal(signal.SIGINT)
+        except Terminated as ended:
+            rank.send_signal(ended.number)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End the processes that are left: those that were stopped cannot do so themselves."""
+    for rank in ranks:
+        with suppress(subprocess.TimeoutExpired):
+            rank.wait(ENDING if ranks[0].poll() is not None else 0)
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+            rank.wait()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_as_rank(
+    place: Place,
+    options: dict[str, Any],
+    prepare: Callable[[dict[str, Any]], tuple[Request, Bundle]],
+    run: Callable[[Request, Bundle, Ranks], int],
+) -> int:
+    """Take part in a run: rank 0 runs the program, the others follow it.
+
+    Args:
+        place: of this process among the ranks.
+        options: of `pw generate`.
+        prepare: reads the request and opens the bundle.
+        run: the program of rank 0.
+    """
+    import torch
+
+    from pw_runtime.job.follow import follow, identity_of
+    from pw_runtime.job.preflight import computing
+    from pw_runtime.system.ranks import joined
+
+    devices = devices_of(options)
+    if options["ulysses_size"] not in (None, place.size):
+        raise BadRequest(
+            "--ulysses_size is the number of processes",
+            got=f"{options['ulysses_size']}, and torchrun started {place.size}",
+            do="leave it out, or start as many with --nproc-per-node",
+        )
+    if place.rank:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too, and ends this one
+    known: list[tuple[Request, Bundle]] = []
+
+    def prepared() -> tuple[torch.device, dict[str, str]]:
+        mine = devices[place.local] if devices else _device_of(place, options["device"])
+        known.append(prepare({**options, "device": mine}))
+        request, bundle = known[0]
+        if request.device.type == "cuda":
+            torch.cuda.set_device(request.device)
+        return request.device, identity_of(request, bundle)
+
+    try:
+        with joined(place, prepared, deadline=options["rank_timeout"]) as ranks:
+            request, bundle = known[0]
+            if place.rank:
+                with computing(request.options):
+                    follow(ranks, request, bundle)
+                return DONE
+            code = run(request, bundle, ranks)
+            ranks.command("end")
+            return code
+    except PixelWizardError as error:
+        teller = error.teller if isinstance(error, RankFailed) else 0
+        if place.rank in (0, teller):
+            raise
+        return SOME_FAILED  # it is told by another rank
+
+
+def _device_of(place: Place, device: str) -> str:
+    """Return the device of a rank that torchrun started. Raises BadRequest."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if device not in ("auto", "cuda") or (device == "auto" and count == 0):
+        return device
+    if place.local >= count:
+        raise BadRequest(
+            f"rank {place.rank} has no GPU of its own",
+            got=f"{count} GPUs, and it is process {place.local} of its machine",
+            do="start at most as many processes per machine, or see CUDA_VISIBLE_DEVICES",
+        )
+    return f"cuda:{place.local}"
