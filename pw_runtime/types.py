@@ -443,19 +443,31 @@ class StageMemory:
     """Memory at the peak of one stage."""
 
     stage: str
-    items: tuple[MemoryItem, ...]  # the largest first
+    items: tuple[MemoryItem, ...]  # of the first rank, the largest first
+    others: tuple[tuple[MemoryItem, ...], ...] = ()  # of each further rank
 
     def peak(self, place: Place) -> int:
-        """Return the bytes in one place."""
-        return sum(item.bytes for item in self.items if item.place == place)
+        """Return the bytes that the first rank has in one place."""
+        return self.of_ranks(place)[0]
+
+    def of_ranks(self, place: Place) -> tuple[int, ...]:
+        """Return the bytes that each rank has in one place."""
+        return tuple(
+            sum(item.bytes for item in items if item.place == place)
+            for items in (self.items, *self.others)
+        )
+
+    def required(self, place: Place) -> int:
+        """Return the bytes that a budget must have: the ranks share a host, but no device."""
+        return (sum if place == "host" else max)(self.of_ranks(place))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """Bytes that a run may take; no device means a run on the CPU."""
 
-    host: int
-    device: int | None = None
+    host: int  # of all ranks
+    device: int | None = None  # of each rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

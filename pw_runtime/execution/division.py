@@ -54,6 +54,70 @@ def attention_shares(heads: int, slices: int, ranks: int) -> tuple[AttentionShar
     return tuple(shares)
 
 
+def slice_sizes(tokens: int, chunk: int, *, padded: bool = False) -> tuple[int, ...]:
+    """Return the tokens of each engine call: nearly equal, or whole chunks where they are padded."""
+    count = -(-tokens // chunk)
+    return tuple(chunk if padded else len(run_of(tokens, count, i)) for i in range(count))
+
+
+@dataclass(frozen=True, slots=True)
+class RankShare:
+    """The part of a stage that one rank computes and holds."""
+
+    own: int  # tokens of its slices
+    heads: int  # of self-attention
+    queries: int  # tokens whose queries it takes
+    passes: int  # of every step
+
+
+def rank_share(
+    config: DitConfig, split: Split, sizes: Sequence[int], *, passes: int, rank: int = 0
+) -> RankShare:
+    """Return the share of a rank that computes; see `step_traffic` for the arguments."""
+    place = rank % split.sequence
+    own = owned_slices(len(sizes), split.sequence)[place]
+    share = attention_shares(config.num_heads, len(sizes), split.sequence)[place]
+    return RankShare(
+        own=sum(sizes[i] for i in own),
+        heads=len(share.heads),
+        queries=sum(sizes[i] for i in share.slices),
+        passes=len(run_of(passes, split.guidance, rank // split.sequence)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RankTraffic:
+    """Bytes that one rank exchanges in one block of one pass."""
+
+    sent: int
+    received: int
+
+
+def block_traffic(
+    config: DitConfig, ranks: int, sizes: Sequence[int], itemsize: int
+) -> tuple[RankTraffic, ...]:
+    """Count what each of the ranks of a pass sends and receives around one self-attention.
+
+    Queries, keys and values go to the ranks of their heads, and results come back.
+    """
+    owned = owned_slices(len(sizes), ranks)
+    shares = attention_shares(config.num_heads, len(sizes), ranks)
+    row = config.head_dim * itemsize  # bytes of one head of one token
+    sent, received = [0] * ranks, [0] * ranks
+    for rank, slices in enumerate(owned):
+        for other, share in enumerate(shares):
+            if other == rank:
+                continue
+            queries = sum(sizes[i] for i in slices if i in share.slices)
+            there = len(share.heads) * row * (queries + 2 * sum(sizes[i] for i in slices))
+            back = len(share.heads) * row * queries
+            sent[rank] += there
+            received[other] += there
+            sent[other] += back
+            received[rank] += back
+    return tuple(map(RankTraffic, sent, received))
+
+
 @dataclass(frozen=True, slots=True)
 class StepTraffic:
     """Bytes that all ranks together send in one step of a stage."""
@@ -90,18 +154,8 @@ def step_traffic(
         block_bytes: of all weights of all blocks where each rank keeps its share of them, padded
             to equal shares; 0 where every rank has all of them.
     """
-    ranks = split.sequence
-    owned = owned_slices(len(sizes), ranks)
-    shares = attention_shares(config.num_heads, len(sizes), ranks)
-    row = config.head_dim * itemsize  # bytes of one head of one token
-    moved = 0  # in one block of one pass
-    for rank, slices in enumerate(owned):
-        for other, share in enumerate(shares):
-            if other == rank:
-                continue
-            queries = sum(sizes[i] for i in slices if i in share.slices)
-            # Queries go there and results come back; keys and values go there.
-            moved += 2 * len(share.heads) * row * (queries + sum(sizes[i] for i in slices))
+    moved = sum(rank.sent for rank in block_traffic(config, split.sequence, sizes, itemsize))
+    owned = owned_slices(len(sizes), split.sequence)
     patch = 4 * 4 * config.out_dim  # bytes of a token's velocity, 2x2 fp32 patches
     at_first = sum(sizes[i] for i in owned[0]) * (-(-passes // split.guidance))
     velocities = patch * (passes * sum(sizes) - at_first)

@@ -14,6 +14,7 @@ import torch
 
 from pw_engines import DTYPES
 from pw_runtime.checkpoint.loader import is_streamed
+from pw_runtime.execution.division import RankShare, rank_share, slice_sizes
 from pw_runtime.execution.transformer_segments import (
     BLOCK_PARTS,
     POSITIONS,
@@ -44,6 +45,8 @@ from pw_runtime.types import (
 
 LATENTS = {"unipc": 5, "dpm++": 4}  # with the noise, while the first pass of a step runs
 SOLVER_STEP = 9  # latents that a step makes beside those
+EXCHANGES = 2  # slices on their way between ranks at a time, of queries, keys and values
+FEATURES = "features of the draft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ def stage_memory(
     padded: bool = False,
     on_engines: bool = False,
     blocks: Blocks = "segments",
+    rank: int = 0,
 ) -> tuple[MemoryItem, ...]:
     """List what is in memory at a stage's peak: on the device, and weights also on the host.
 
@@ -115,62 +119,129 @@ def stage_memory(
         on_engines: what engines compute with is in scratch memory of their own, not counted here;
             otherwise PyTorch allocates it.
         blocks: how a block is divided among engines.
+        rank: of the plan's split, whose memory it is.
 
     Returns:
         Items, the largest first.
     """
-    shape, tokens = latent_shape(stage, video), stage.tokens(video)
-    if padded:
-        tokens = -(-tokens // plan.chunk) * plan.chunk
-    low = 4 if precision == "fp32" else 2
-    stream = tokens * config.dim  # elements of the residual stream
-    latent = 4 * math.prod(shape)
-    chunk = min(plan.chunk, tokens)
-    held = {
-        "latents of the solver": LATENTS[stage.solver] * latent,
-        "text keys and values": _text(config, low, text_tokens, len(stage.passes)),
-        "modulation": 4 * (config.num_layers + 1) * 6 * config.dim,
-        "rotary tables": 8 * POSITIONS * (config.head_dim // 2),
-    }
-    if config.adapter_dim:
-        held["features of the draft"] = low * stream
-        held["resized draft"] = latent // PATCH**2
-    heads = heads_at_once(tokens, config.num_heads, config.head_dim, low)
-    some = tokens * heads * config.head_dim
-    every = {"residual stream": 4 * stream}
-    if plan.share_attention:
-        every["first self-attention, shared"] = low * stream
-    elif len(stage.passes) > 1:  # the second pass is the peak
-        every["result of the first pass"] = latent
-    qkv = {"queries, keys, values": 3 * low * stream}
-    feed_forward = low * (config.dim + 2 * config.ffn_dim)
-    feed_forward += _quantizing(config, low, linear)
-    norms = config.dim * ((12 if low == 2 else 8) + 3 * low)  # in fp32
-    before, after = config.dim * (3 * low + 4 + low), 8 * config.dim + max(feed_forward, norms)
-    if on_engines:  # results are written where they belong, or take the place of their input
-        before, after = 0, 4 * config.dim
-    attention = low * some + 4 * tokens * heads
-    if blocks == "attention":  # its inputs and its result, heads first
-        attention = 4 * low * some
-    phases = [
-        every | qkv | {f"attention of {heads} heads": attention},
-        every | qkv | {f"{chunk} tokens before attention": chunk * before},
-        every
-        | {
-            "result of attention": low * stream,
-            f"{chunk} tokens after attention": chunk * after,
-        },
-        {"step of the solver": SOLVER_STEP * latent},
-    ]
+    sizes = stage_slices(stage, video, plan.chunk, padded=padded)
+    part = _Part(
+        config=config,
+        plan=plan,
+        share=rank_share(config, plan.split, sizes, passes=len(stage.passes), rank=rank),
+        first=rank == 0,
+        tokens=sum(sizes),
+        latent=4 * math.prod(latent_shape(stage, video)),
+        low=4 if precision == "fp32" else 2,
+    )
+    held = part.held(LATENTS[stage.solver], text_tokens)
     if blocks == "whole":
-        phases[:3] = [every | {"result of a block": 4 * stream}]
-    largest = max(phases, key=lambda phase: sum(phase.values()))
+        phases = [part.residual() | {"result of a block": 4 * part.stream}]
+    else:
+        phases = part.block_phases(linear, blocks, on_engines=on_engines)
+    if part.first:
+        phases.append({"step of the solver": SOLVER_STEP * part.latent})
+    if config.adapter_dim and plan.split.sequence > 1:
+        phases.append(part.all_features())
+    largest = max(phases, key=lambda phase: sum((held | phase).values()))
     items = _weights(config, precision, plan, linear)
     items += [
         MemoryItem(name=name, kind="activations", bytes=size, place="device")
         for name, size in (held | largest).items()
     ]
     return tuple(sorted(items, key=lambda item: -item.bytes))
+
+
+def stage_slices(
+    stage: StageConfig, video: VideoConfig, chunk: int, *, padded: bool = False
+) -> tuple[int, ...]:
+    """Return the tokens of each engine call in a stage."""
+    return slice_sizes(stage.tokens(video), chunk, padded=padded)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What one rank does of a stage; every method lists bytes on the device by name."""
+
+    config: DitConfig
+    plan: TransformerPlan
+    share: RankShare
+    first: bool  # the rank that runs the solver
+    tokens: int  # of all ranks
+    latent: int  # bytes
+    low: int  # bytes of an activation
+
+    @property
+    def stream(self) -> int:
+        """Elements of the residual stream."""
+        return self.share.own * self.config.dim
+
+    def held(self, latents: int, text_tokens: int | None) -> dict[str, int]:
+        """List what is there during the whole stage."""
+        config = self.config
+        # Further ranks get the latent of each step.
+        solver = {"latents of the solver": latents * self.latent}
+        held = solver if self.first else {"latent": self.latent}
+        held |= {
+            "text keys and values": _text(config, self.low, text_tokens, self.share.passes),
+            "modulation": 4 * (config.num_layers + 1) * 6 * config.dim,
+            "rotary tables": 8 * POSITIONS * (config.head_dim // 2),
+        }
+        if config.adapter_dim:
+            held[FEATURES] = self.low * self.stream
+            held["resized draft"] = self.latent // PATCH**2
+        return held
+
+    def residual(self) -> dict[str, int]:
+        """List what is there during a pass."""
+        every = {"residual stream": 4 * self.stream}
+        if self.plan.share_attention:
+            every["first self-attention, shared"] = self.low * self.stream
+        elif self.share.passes > 1:  # the second pass is the peak
+            result = self.latent if self.first else self.latent * self.share.own // self.tokens
+            every["result of the first pass"] = result
+        return every
+
+    def block_phases(
+        self, linear: LinearFormat, blocks: Blocks, *, on_engines: bool
+    ) -> list[dict[str, int]]:
+        """List the phases of a block: before attention, attention, and after it.
+
+        Where ranks divide the tokens, slices are exchanged before attention, and after it the
+        result for all tokens and a rank's heads becomes that of its tokens and all heads.
+        """
+        config, low, share = self.config, self.low, self.share
+        chunk = min(self.plan.chunk, self.tokens)
+        feed_forward = low * (config.dim + 2 * config.ffn_dim)
+        feed_forward += _quantizing(config, low, linear)
+        norms = config.dim * ((12 if low == 2 else 8) + 3 * low)  # in fp32
+        before, after = config.dim * (3 * low + 4 + low), 8 * config.dim + max(feed_forward, norms)
+        if on_engines:  # results are written where they belong, or take the place of their input
+            before, after = 0, 4 * config.dim
+        heads = heads_at_once(self.tokens, share.heads, config.head_dim, low)
+        some = share.queries * heads * config.head_dim
+        attention = low * some + 4 * share.queries * heads
+        if blocks == "attention":  # its inputs and its result, heads first
+            attention = 4 * low * some
+        every = self.residual()
+        qkv = {"queries, keys, values": 3 * low * self.tokens * share.heads * config.head_dim}
+        result = {"result of attention": low * self.stream}
+        phases = [
+            every | qkv | {f"attention of {heads} heads": attention},
+            every | qkv | {f"{chunk} tokens before attention": chunk * before},
+            every | result | {f"{chunk} tokens after attention": chunk * after},
+        ]
+        if self.plan.split.sequence > 1:
+            exchanged = EXCHANGES * 3 * low * chunk * config.dim
+            phases[1] |= {"slices that are exchanged": exchanged}
+            phases.append(every | qkv | result)
+        return phases
+
+    def all_features(self) -> dict[str, int]:
+        """List what there is while the features of the draft are computed for all tokens."""
+        config = self.config
+        hidden = 4 * self.tokens * config.adapter_dim
+        return {FEATURES: 2 * self.low * self.tokens * config.dim, "adapter": hidden}
 
 
 def _weights(
@@ -183,8 +254,11 @@ def _weights(
     items = [
         _item("weights outside the blocks", "weights", sizes.rest, "device"),
         _item("slots for one block", "weights", sizes.slots, "device"),
-        _item("one block's weights in transit", "staging", sizes.slots, "host"),
     ]
+    if plan.weights == "gathered":
+        share = -(-sizes.blocks // plan.split.ranks)
+        return [*items, _item("share of the blocks' weights", "weights", share, "device")]
+    items.append(_item("one block's weights in transit", "staging", sizes.slots, "host"))
     if plan.weights == "streamed":
         items.append(_item("weights of the blocks", "staging", sizes.blocks, "host"))
     return items
