@@ -46,7 +46,7 @@ def _duration(request: Request, bundle: Bundle) -> str:
     """Estimate the time of one clip on this machine."""
     from pw_runtime.planning.candidates import candidates
     from pw_runtime.planning.planner import make_plan
-    from pw_runtime.planning.report import seconds_by_stage
+    from pw_runtime.planning.stage_times import seconds_by_stage
     from pw_runtime.planning.time_estimate import measure_rates
     from pw_runtime.planning.workload import budget_of, workload
 

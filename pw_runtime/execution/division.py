@@ -55,7 +55,7 @@ def attention_shares(heads: int, slices: int, ranks: int) -> tuple[AttentionShar
 
 
 def slice_sizes(tokens: int, chunk: int, *, padded: bool = False) -> tuple[int, ...]:
-    """Return the tokens of each engine call: nearly equal, or whole chunks where they are padded."""
+    """Return the tokens of each engine call: nearly equal, or whole chunks with padding."""
     count = -(-tokens // chunk)
     return tuple(chunk if padded else len(run_of(tokens, count, i)) for i in range(count))
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from pw_runtime.errors import BadRequest
 from pw_runtime.planning.decode_choices import decode_choices, decode_text, process_item
-from pw_runtime.planning.transformer_memory import stage_memory, text_memory
+from pw_runtime.planning.stage_times import transformer_seconds
+from pw_runtime.planning.transformer_memory import stage_memory, stage_slices, text_memory
 from pw_runtime.planning.workload import Workload
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.types import (
@@ -19,6 +21,7 @@ from pw_runtime.types import (
     Pass,
     Place,
     Residency,
+    Split,
     StageMemory,
     StageName,
     TransformerPlan,
@@ -27,6 +30,7 @@ from pw_runtime.types import (
 # Beyond what PyTorch allocates, a process on a GPU needs memory for its code, for cuBLAS and cuDNN
 # and for gaps between allocations. An estimate: not measured by this project.
 DEVICE_RESERVE = 2**30
+LINK_RESERVE = 2**29  # buffers of a process that exchanges with others; an estimate too
 SMALLER_CHUNK = 2048  # tokens per engine call, where the usual chunk does not fit
 Choice = TypeVar("Choice")
 
@@ -50,21 +54,51 @@ Candidates = Mapping[str, tuple[Candidate[Any], ...]]
 
 
 def candidates(work: Workload, *, gpu: bool, decode_only: bool = False) -> Candidates:
-    """List the candidates of every stage of a run, or of the decode alone."""
+    """List the candidates of every stage of a run, or of the decode alone.
+
+    Raises BadRequest for more ranks than any stage can use.
+    """
     stages: dict[str, tuple[Candidate[Any], ...]] = {}
     if not decode_only:
         stages["text"] = text_candidates(work, gpu=gpu)
         stages |= {name: transformer_candidates(work, name, gpu=gpu) for name in work.stages}
-    return stages | {"decode": decode_candidates(work, gpu=gpu)}
+    stages["decode"] = decode_candidates(work, gpu=gpu)
+    _require_useful_ranks(work, stages)
+    return stages
+
+
+def _require_useful_ranks(work: Workload, stages: Candidates) -> None:
+    """Raise BadRequest where some ranks would wait from the first stage to the last."""
+    used = {
+        name: max(computing_ranks(option.choice) for option in options)
+        for name, options in stages.items()
+    }
+    if work.ranks <= max(used.values()):
+        return
+    listed = ", ".join(f"{name} {count}" for name, count in used.items())
+    raise BadRequest(
+        "there are more ranks than any stage of this clip can use",
+        got=f"{work.ranks} ranks; of these each stage can use: {listed}",
+        wanted=f"at most {max(used.values())}",
+        do="name fewer devices, or a smaller --chunk, which divides the tokens into more slices "
+        "and changes the result by rounding",
+    )
+
+
+def computing_ranks(choice: Place | TransformerPlan | DecodePlan) -> int:
+    """Return how many ranks compute in a stage; the text is encoded by the first one."""
+    if isinstance(choice, TransformerPlan):
+        return choice.split.ranks
+    return choice.ranks if isinstance(choice, DecodePlan) else 1
 
 
 def text_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[Place], ...]:
     """List the candidates of the text stage: on the GPU, on the CPU."""
     items = text_memory(work.text_encoder, work.options.compute_precision)
-    moved = _stage("text", _moved(items, "host"), work)
+    moved = _stage("text", [_moved(items, "host")], work)
     options: list[Candidate[Place]] = [Candidate("host", "on the CPU", moved)]
     if gpu:
-        on_gpu = _stage("text", items, work, gpu=True)
+        on_gpu = _stage("text", [items], work, gpu=True)
         options.insert(0, Candidate("device", "on the GPU", on_gpu))
     return tuple(options)
 
@@ -74,51 +108,108 @@ def transformer_candidates(
 ) -> tuple[Candidate[TransformerPlan], ...]:
     """List a transformer's candidates.
 
-    Resident weights, then streamed ones; of each with the shared first attention, then without.
+    Resident weights, then those divided among ranks, then streamed ones; of each with the shared
+    first attention, then without. Of several divisions among ranks the fastest is first.
     """
+    return tuple(
+        Candidate(
+            plan,
+            transformer_text(plan, work.stages[name].passes, work.options.blocks, work.ranks),
+            _stage(
+                name,
+                [_of_rank(work, name, plan, rank, gpu=gpu) for rank in range(plan.split.ranks)],
+                work,
+                gpu=gpu,
+            ),
+        )
+        for weights in _residencies(work, name, gpu=gpu)
+        for plan in _variants(work, name, weights)
+    )
+
+
+def _residencies(work: Workload, name: StageName, *, gpu: bool) -> tuple[Residency, ...]:
+    """List where the weights can be."""
     off_device: tuple[Residency, ...] = ("mapped",)
     if work.options.linear != "exact":
         # The files do not have the quantized weights, and no block waits for them to be made.
-        off_device = ("streamed",) if gpu else ()
-    elif gpu and work.stored[name] != work.options.compute_precision:
+        return ("resident", "streamed") if gpu else ("resident",)
+    if gpu and work.stored[name] != work.options.compute_precision:
         # Converted once into host memory; where the precision matches, the files are as good.
         off_device = ("streamed", "mapped")
-    full, passes = work.options.chunk, work.stages[name].passes
+    return ("resident", *(("gathered",) if work.ranks > 1 else ()), *off_device)
+
+
+def _variants(work: Workload, name: StageName, weights: Residency) -> list[TransformerPlan]:
+    """List the plans with weights in one place: divisions, shared attention, size of the chunk."""
+    full, passes = work.options.chunk, len(work.stages[name].passes)
     whole = work.options.blocks == "whole"  # has no chunks and no attention to share
     chunks = [full] if work.padded or whole else [full, min(full, SMALLER_CHUNK)]
-    options = []
-    for weights in ("resident", *off_device):
+    plans = []
+    for split in splits(work, name):
         variants = [(False, chunk) for chunk in dict.fromkeys(chunks)]
-        if len(passes) > 1 and not whole:
+        if passes > split.guidance and not whole:
             variants.insert(0, (True, full))
-        for share, chunk in variants:
-            plan = TransformerPlan(weights=weights, share_attention=share, chunk=chunk)
-            items = stage_memory(
-                work.transformers[name],
-                work.stages[name],
-                work.preset.video,
-                work.options.compute_precision,
-                plan,
-                linear=work.options.linear,
-                padded=work.padded,
-                on_engines=bool(work.scratch.get(name)),
-                blocks=work.options.blocks,
-            )
-            if not gpu:
-                items = _moved(items, "host")
-            memory = _stage(name, items, work, gpu=gpu)
-            text = transformer_text(plan, passes, work.options.blocks)
-            options.append(Candidate(plan, text, memory))
-    return tuple(options)
+        plans += [
+            TransformerPlan(weights=weights, share_attention=share, chunk=chunk, split=split)
+            for share, chunk in variants
+            if weights != "gathered" or split.ranks > 1
+        ]
+    if work.ranks == 1:
+        return plans
+    times = {plan: transformer_seconds(work, name, plan, work.rates) for plan in plans}
+    # The usual chunk first: another one rounds differently.
+    return sorted(plans, key=lambda plan: (plan.chunk != full, times[plan]))
 
 
-def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...], blocks: Blocks) -> str:
-    """Describe how a transformer runs."""
+def splits(work: Workload, name: StageName) -> list[Split]:
+    """List the divisions of a stage among the ranks: as many of them as can take part, and one.
+
+    A rank has whole slices of tokens. Engines that hold attention take all tokens, or fixed groups
+    of heads, so only the passes are divided among those.
+    """
+    slices = len(
+        stage_slices(work.stages[name], work.preset.video, work.options.chunk, padded=work.padded)
+    )
+    if work.options.blocks != "segments":
+        slices = 1
+    return [
+        Split(guidance=guidance, sequence=sequence)
+        for guidance in range(1, min(len(work.stages[name].passes), work.ranks) + 1)
+        for sequence in sorted({1, min(work.ranks // guidance, slices)}, reverse=True)
+    ]
+
+
+def _of_rank(
+    work: Workload, name: StageName, plan: TransformerPlan, rank: int, *, gpu: bool
+) -> tuple[MemoryItem, ...]:
+    """List what a rank has at the peak of a denoising stage."""
+    items = stage_memory(
+        work.transformers[name],
+        work.stages[name],
+        work.preset.video,
+        work.options.compute_precision,
+        plan,
+        linear=work.options.linear,
+        padded=work.padded,
+        on_engines=bool(work.scratch.get(name)),
+        blocks=work.options.blocks,
+        rank=rank,
+    )
+    return items if gpu else _moved(items, "host")
+
+
+def transformer_text(
+    plan: TransformerPlan, passes: tuple[Pass, ...], blocks: Blocks, ranks: int = 1
+) -> str:
+    """Describe how a transformer runs, on one of several ranks too."""
     weights = {
         "resident": "weights resident",
+        "gathered": "weights divided among the ranks",
         "streamed": "weights streamed from host memory",
         "mapped": "weights streamed from the bundle's files",
     }[plan.weights]
+    if ranks > 1:
+        weights = f"{split_text(plan.split)}, {weights}"
     share = "first attention shared" if plan.share_attention else "first attention not shared"
     if len(passes) == 1:
         text = "the prompt" if passes == ("cond",) else "the negative prompt"
@@ -129,11 +220,20 @@ def transformer_text(plan: TransformerPlan, passes: tuple[Pass, ...], blocks: Bl
     return f"{weights}, {share}, up to {plan.chunk} tokens per call{on_engine}"
 
 
+def split_text(split: Split) -> str:
+    """Describe a division among ranks."""
+    if split.ranks == 1:
+        return "1 rank"
+    if split.guidance == 1:
+        return f"{split.sequence} ranks for each pass"
+    return f"{split.guidance} passes x {split.sequence} rank{'s' * (split.sequence > 1)}"
+
+
 def decode_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[DecodePlan], ...]:
     """List the decode's candidates."""
     return tuple(
-        Candidate(plan, decode_text(plan), _stage("decode", items, work, gpu=gpu))
-        for plan, items in decode_choices(work, gpu=gpu)
+        Candidate(plan, decode_text(plan), _stage("decode", ranks, work, gpu=gpu))
+        for plan, ranks in decode_choices(work, gpu=gpu)
     )
 
 
@@ -157,20 +257,27 @@ def _moved(items: Iterable[MemoryItem], place: Place) -> tuple[MemoryItem, ...]:
 
 
 def _stage(
-    name: str, items: Iterable[MemoryItem], work: Workload, *, gpu: bool = False
+    name: str, computing: Sequence[Iterable[MemoryItem]], work: Workload, *, gpu: bool = False
 ) -> StageMemory:
-    """Return a stage's items and what is always in memory beside them, the largest first."""
-    more = [process_item("Python and its libraries", work.process)]
-    if name != "decode" and (waiting := waiting_bytes(work)):
-        more.append(
+    """Return what the computing ranks have and what is always in memory beside, the largest first.
+
+    Further ranks wait with the latter alone.
+    """
+    always = [process_item("Python and its libraries", work.process)]
+    waiting = []
+    if name != "decode" and (size := waiting_bytes(work)):
+        waiting.append(
             process_item(
-                f"text and drafts of {work.prompts} prompt{'s' * (work.prompts > 1)}", waiting
+                f"text and drafts of {work.prompts} prompt{'s' * (work.prompts > 1)}", size
             )
         )
+    on_device = []
     if gpu:
-        more.append(process_item("CUDA (estimate)", DEVICE_RESERVE, "device"))
+        on_device.append(process_item("CUDA (estimate)", DEVICE_RESERVE, "device"))
+    if gpu and work.ranks > 1:
+        on_device.append(process_item("NCCL (estimate)", LINK_RESERVE, "device"))
     if gpu and work.held_scratch:
-        more.append(
+        on_device.append(
             MemoryItem(
                 name="scratch memory of the engines",
                 kind="scratch",
@@ -178,6 +285,14 @@ def _stage(
                 place="device",
             )
         )
-    return StageMemory(
-        stage=name, items=tuple(sorted((*items, *more), key=lambda item: -item.bytes))
+    ranks = [*computing, *([()] * (work.ranks - len(computing)))]
+    first, *others = (
+        tuple(
+            sorted(
+                (*items, *always, *(waiting if rank == 0 else ()), *on_device),
+                key=lambda item: -item.bytes,
+            )
+        )
+        for rank, items in enumerate(ranks)
     )
+    return StageMemory(stage=name, items=first, others=tuple(others))

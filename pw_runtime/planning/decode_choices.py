@@ -10,6 +10,7 @@ from itertools import pairwise
 from types import MappingProxyType
 
 from pw_runtime.execution.decoder_segments import engine_tiling
+from pw_runtime.execution.division import run_of
 from pw_runtime.models import expected_shapes
 from pw_runtime.models.tiling import make_bands, make_strips
 from pw_runtime.models.vae import PIXEL_CHANNELS
@@ -48,21 +49,29 @@ ENCODER_FRAMES: Mapping[Codec, int] = MappingProxyType(
 
 def decode_choices(
     work: Workload, *, gpu: bool
-) -> Iterator[tuple[DecodePlan, tuple[MemoryItem, ...]]]:
-    """Yield the plans of a decode, the fastest first, with what each has in memory at its peak.
+) -> Iterator[tuple[DecodePlan, tuple[tuple[MemoryItem, ...], ...]]]:
+    """Yield the plans of a decode, the fastest first, with what each rank has at its peak.
 
     More and more tiles frame by frame, then tile by tile: both change the frames by rounding only.
+    Ranks divide the tiles of each frame; tile by tile the first one decodes alone.
     """
+    held = ENCODER_FRAMES[work.options.codec] * _pixels(work) * 3 // 2
+    encoder = process_item(f"{work.options.codec} encoder (estimate)", held)
     for plan in _plans(work, gpu=gpu):
-        items = _items(work, plan.tiling, gpu=gpu)
-        if plan.engines and work.scratch.get("vae"):
-            kept = (item for item in items if item.kind == "weights" or item.name == PACKED)
-            items = (*kept, *_on_engines(work, plan))
-        if not gpu:
-            on_host = (replace(item, place="host") for item in items)
-            items = (*on_host, *_on_a_cpu(work.vae, items))
-        held = ENCODER_FRAMES[work.options.codec] * _pixels(work) * 3 // 2
-        yield plan, (*items, process_item(f"{work.options.codec} encoder (estimate)", held))
+        first, *others = (_of_rank(work, plan, rank, gpu=gpu) for rank in range(plan.ranks))
+        yield plan, ((*first, encoder), *others)
+
+
+def _of_rank(work: Workload, plan: DecodePlan, rank: int, *, gpu: bool) -> tuple[MemoryItem, ...]:
+    """List what a rank has at its peak."""
+    items = _items(work, plan, rank, gpu=gpu)
+    if plan.engines and work.scratch.get("vae"):
+        kept = (item for item in items if item.kind == "weights" or item.name == PACKED)
+        items = (*kept, *_on_engines(work, plan, rank))
+    if gpu:
+        return items
+    on_host = (replace(item, place="host") for item in items)
+    return (*on_host, *_on_a_cpu(work.vae, items))
 
 
 def _plans(work: Workload, *, gpu: bool) -> list[DecodePlan]:
@@ -74,8 +83,7 @@ def _plans(work: Workload, *, gpu: bool) -> list[DecodePlan]:
         first = replace(first, strips=max(first.strips, least))
     counts = [first.strips]
     if first.tiling == "exact":
-        doubled = [first.strips * 2**n for n in range(1, 8)]
-        counts += [count for count in doubled if count <= most]
+        counts = _doubled(first.strips, most)
     stored = {"frames": 0, "tiles": _store_bytes(work)}
     orders: tuple[DecodeOrder, ...] = ("frames", "tiles")
     if first.order != "auto":
@@ -94,7 +102,29 @@ def _plans(work: Workload, *, gpu: bool) -> list[DecodePlan]:
             if plan.tiling.strips == first.strips
         ]
         plans = [*on_engines, *plans]
-    return plans
+    if work.ranks == 1 or first.tiling == "official":
+        return plans
+    return [*_divided(work, plans), *(plan for plan in plans if plan.tiling.order == "tiles")]
+
+
+def _divided(work: Workload, plans: list[DecodePlan]) -> list[DecodePlan]:
+    """Divide the tiles of the plans that go frame by frame among ranks: one for each, or more."""
+    _, _, rows, columns = _shape(work)
+    divided = [
+        replace(plan, ranks=min(work.ranks, plan.tiling.strips)) for plan in plans if plan.engines
+    ]
+    exact = [plan for plan in plans if not plan.engines]
+    least = max(exact[0].tiling.strips, min(work.ranks, rows))
+    for count in _doubled(least, min(rows, columns)):
+        bands = len(make_bands(rows, count, work.vae))
+        tiling = replace(exact[0].tiling, strips=count, order="frames")
+        divided.append(DecodePlan(tiling=tiling, ranks=min(work.ranks, bands)))
+    return [plan for plan in divided if plan.tiling.order == "frames"]
+
+
+def _doubled(count: int, most: int) -> list[int]:
+    """List a count of tiles, and twice, four times ... as many where there can be."""
+    return [count, *(n for n in (count * 2**power for power in range(1, 8)) if n <= most)]
 
 
 def decode_traffic(work: Workload, plan: DecodePlan) -> int:
@@ -119,7 +149,8 @@ def decode_text(plan: DecodePlan) -> str:
     pieces = f"{tiling.strips} {kind}s" if tiling.strips > 1 else "the picture as a whole"
     if tiling.order == "tiles":
         pieces += ", each through the whole clip, with the past of one in memory"
-    return "on engines, " * plan.engines + pieces
+    ranks = f", divided among {plan.ranks} ranks" if plan.ranks > 1 else ""
+    return "on engines, " * plan.engines + pieces + ranks
 
 
 def process_item(name: str, size: int, place: Place = "host") -> MemoryItem:
@@ -159,14 +190,15 @@ def _on_a_cpu(config: VaeConfig, items: Iterable[MemoryItem]) -> tuple[MemoryIte
     )
 
 
-def _on_engines(work: Workload, plan: DecodePlan) -> tuple[MemoryItem, ...]:
+def _on_engines(work: Workload, plan: DecodePlan, rank: int = 0) -> tuple[MemoryItem, ...]:
     _, frames, rows, columns = _shape(work)
-    return engine_decode_memory(work.vae, plan.tiling, frames, rows, columns)
+    owned = run_of(plan.tiling.strips, plan.ranks, rank)
+    return engine_decode_memory(work.vae, plan.tiling, frames, rows, columns, owned=owned)
 
 
-def _items(work: Workload, tiling: TilingConfig, *, gpu: bool) -> tuple[MemoryItem, ...]:
-    """List what a decode takes, also with strips that are blended."""
-    config, (_, frames, rows, columns) = work.vae, _shape(work)
+def _items(work: Workload, plan: DecodePlan, rank: int, *, gpu: bool) -> tuple[MemoryItem, ...]:
+    """List what a rank's decode takes, also with strips that are blended."""
+    config, tiling, (_, frames, rows, columns) = work.vae, plan.tiling, _shape(work)
     itemsize = _itemsize(work)
     if tiling.tiling == "exact":
         return decode_memory(
@@ -178,6 +210,8 @@ def _items(work: Workload, tiling: TilingConfig, *, gpu: bool) -> tuple[MemoryIt
             itemsize=itemsize,
             order=tiling.order,
             on_gpu=gpu,
+            ranks=plan.ranks,
+            rank=rank,
         )
     # Each strip is a picture of its own, with caches of its own; they run one after the other.
     items: dict[tuple[str, Place], MemoryItem] = {}

@@ -35,6 +35,7 @@ def engine_decode_memory(
     columns: int,
     *,
     pinned: bool = True,
+    owned: range | None = None,
 ) -> tuple[MemoryItem, ...]:
     """List what is in memory at the peak of a decode on engines, beside weights and frames.
 
@@ -47,13 +48,17 @@ def engine_decode_memory(
         rows: of the latent.
         columns: of the latent.
         pinned: what waits for a strip, in the order `tiles`, is in pinned memory.
+        owned: the strips that a rank computes; None: all.
     """
     segments = segments_of_decode(config, tiling, rows, columns)
 
     def spec(part: Part, width: int, *, first: bool = False) -> EngineSpec:
         return segments[f"{segment_name(part, first=first)}_{rows}x{width}"].spec
 
-    widths = [strip.last - strip.first for strip in decode_strips(config, tiling, columns)]
+    strips = decode_strips(config, tiling, columns)
+    if owned is not None:
+        strips = strips[owned.start : owned.stop]
+    widths = [strip.last - strip.first for strip in strips]
     shared = [columns] if tiling.tiling == "exact" else []  # official strips share nothing
     past = {width: _past(spec("fine", width)) + _past(spec("frame", width)) for width in widths}
     steps = {width: _largest_step(spec("fine", width), spec("frame", width)) for width in widths}

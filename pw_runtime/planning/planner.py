@@ -47,7 +47,8 @@ def plan_of(
 
 def fits(memory: StageMemory, budget: Budget) -> bool:
     """Tell whether a stage stays within a budget."""
-    return memory.peak("host") <= budget.host and memory.peak("device") <= (budget.device or 0)
+    device = memory.required("device") <= (budget.device or 0)
+    return memory.required("host") <= budget.host and device
 
 
 def _first(options: Sequence[Candidate[Choice]], budget: Budget) -> Candidate[Choice]:
@@ -58,13 +59,13 @@ def _decision(options: Sequence[Candidate[Any]], budget: Budget) -> str:
     """Describe a stage's chosen candidate, and why the fastest one was not chosen."""
     chosen = _first(options, budget)
     place: Place = "host" if budget.device is None else "device"
-    text = f"{chosen.memory.stage}: {chosen.name}, {gib(chosen.memory.peak(place))}"
+    text = f"{chosen.memory.stage}: {chosen.name}, {gib(chosen.memory.required(place))}"
     if chosen is options[0]:
         return text
     fastest = options[0].memory
-    over: Place = "host" if fastest.peak("host") > budget.host else "device"
+    over: Place = "host" if fastest.required("host") > budget.host else "device"
     where = "host memory" if over == "host" else "GPU memory"
-    return f"{text}; {options[0].name} would take {gib(fastest.peak(over))} of {where}"
+    return f"{text}; {options[0].name} would take {gib(fastest.required(over))} of {where}"
 
 
 def _require_fit(stages: Sequence[Sequence[Candidate[Any]]], budget: Budget) -> None:
@@ -78,9 +79,9 @@ def _require_fit(stages: Sequence[Sequence[Candidate[Any]]], budget: Budget) -> 
         min(options, key=lambda option: _utilisation(option.memory, budget)).memory
         for options in stages
     ]
-    device = max(memory.peak("device") for memory in least)
+    device = max(memory.required("device") for memory in least)
     need = Budget(
-        host=max(budget.host, *(memory.peak("host") for memory in least)),
+        host=max(budget.host, *(memory.required("host") for memory in least)),
         device=None if budget.device is None else max(budget.device, device),
     )
     names = ", ".join(options[0].memory.stage for options in failing)
@@ -101,10 +102,10 @@ def _require_fit(stages: Sequence[Sequence[Candidate[Any]]], budget: Budget) -> 
 
 def _utilisation(memory: StageMemory, budget: Budget) -> float:
     """Return how many times the budget a stage takes."""
-    host = memory.peak("host") / max(1, budget.host)
+    host = memory.required("host") / max(1, budget.host)
     if budget.device is None:
         return host
-    return max(host, memory.peak("device") / max(1, budget.device))
+    return max(host, memory.required("device") / max(1, budget.device))
 
 
 def budget_text(budget: Budget) -> str:

@@ -10,8 +10,8 @@ from pw_runtime.models.quantized_linear import approximation
 from pw_runtime.planning.candidates import transformer_candidates
 from pw_runtime.planning.decode_choices import decode_traffic
 from pw_runtime.planning.planner import budget_text, fits, gib
-from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
-from pw_runtime.planning.transformer_memory import weight_bytes
+from pw_runtime.planning.stage_times import seconds_by_stage
+from pw_runtime.planning.time_estimate import Rates
 from pw_runtime.planning.workload import Workload
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.types import Blocks, Budget, Place, RunPlan, StageMemory
@@ -52,19 +52,6 @@ def division_report(
             fit = "fits" if all(fits(memory, budget) for memory in peaks) else "does not fit"
             text = f"{gib(peak)} of GPU memory, {gib(work.held_scratch)} of it scratch: {fit}"
         yield f"blocks as {blocks}: {text}" + f"; chosen, {default}" * (blocks == chosen)
-
-
-def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, float]:
-    """Estimate the seconds of one clip, by stage."""
-    video, last = work.preset.video, list(work.stages.values())[-1]
-    times: dict[str, float] = {}
-    for name, stage in work.stages.items():
-        chosen, config = plan.transformers[name], work.transformers[name]
-        sizes = weight_bytes(config, work.options.compute_precision, work.options.linear)
-        streamed = 0 if chosen.weights == "resident" else sizes.blocks
-        times[name] = denoise_seconds(config, stage, video, chosen, rates, streamed)
-    copied = 0 if plan.budget.device is None else decode_traffic(work, plan.decode)
-    return times | {"decode": decode_seconds(work.vae, last, video, rates, copied)}
 
 
 def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) -> Iterator[str]:

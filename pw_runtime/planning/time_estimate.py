@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimate how long a run takes: its arithmetic divided by the rates of a machine.
 
-Loading, conversion of pixels and encoding are not included.
+Loading, conversion of pixels and encoding are not included. Of several ranks the busiest one
+counts, and what it exchanges with the others is not overlapped with its computation.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -17,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pw_kernels import attention, causal_conv3d
 from pw_runtime.checkpoint.loader import is_streamed
+from pw_runtime.execution.division import block_traffic, rank_share, slice_sizes, step_traffic
 from pw_runtime.models import VaeDecoder, expected_shapes
 from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.sampling.noise import latent_shape
@@ -42,10 +45,14 @@ class Rates:
     conv: float
     copy: float  # between host memory and the device
     source: str
+    link: float | None = None  # to the other devices, in each direction; None: not known
 
 
-# Published by others, none measured by this project: matrix products of 8192^3 in bf16, cuDNN
-# attention of 111600 tokens with heads of 128, convolutions in TF32, PCIe 5.
+# Published by others, none measured by this project. H200: matrix products of 8192^3 in bf16, cuDNN
+# attention of 111600 tokens with heads of 128, convolutions in TF32, PCIe 5, NVLink's 900 GB/s in
+# both directions. RTX 4090: NVIDIA's peaks of dense bf16 (fp32 sums) and TF32; PCIe 4.0 x16 at the
+# 24 GB/s that NCCL's search of paths rates it. Without peer-to-peer copies, which the drivers of
+# GeForce cards lack, all pass through host memory, and several cards may reach less together.
 KNOWN: Mapping[str, Rates] = MappingProxyType(
     {
         "H200": Rates(
@@ -53,8 +60,17 @@ KNOWN: Mapping[str, Rates] = MappingProxyType(
             attention=565e12,
             conv=275e12,
             copy=50e9,
+            link=450e9,
             source="modelled from published rates of an H200",
-        )
+        ),
+        "RTX 4090": Rates(
+            matmul=165.2e12,
+            attention=165.2e12,
+            conv=82.6e12,
+            copy=24e9,
+            link=24e9,
+            source="modelled from the peak rates of an RTX 4090, which programs do not reach",
+        ),
     }
 )
 
@@ -66,50 +82,120 @@ def denoise_seconds(
     plan: TransformerPlan,
     rates: Rates,
     streamed: int = 0,
+    itemsize: int = 2,
 ) -> float:
-    """Estimate one clip's denoising stage; every pass copies `streamed` bytes of weights."""
+    """Estimate one clip's denoising stage.
+
+    Args:
+        config: of its transformer.
+        stage: size of the picture, sampler.
+        video: length of the clip.
+        plan: how it runs.
+        rates: of the device.
+        streamed: bytes of weights that every pass copies, or gathers from the other ranks.
+        itemsize: bytes of a number in queries, keys and values.
+
+    Raises:
+        ValueError: several ranks, and no rate of the link between them.
+    """
     tokens = math.prod(latent_shape(stage, video)[1:]) // PATCH**2
-    shapes = expected_shapes("draft", config)
-    weights = sum(
+    sizes, split = slice_sizes(tokens, plan.chunk), plan.split
+    shares = [
+        rank_share(config, split, sizes, passes=len(stage.passes), rank=rank)
+        for rank in range(split.ranks)
+    ]
+    passes = max(share.passes for share in shares)
+    own = max(share.own for share in shares)
+    shared = plan.share_attention and passes > 1
+    self_attentions = config.num_layers * passes - shared  # per step
+    scores = max(share.queries * share.heads for share in shares) * config.head_dim
+    products = 2 * passes * own * _linear_weights(config)
+    attended = 4 * tokens * scores * self_attentions
+    attended += 4 * own * config.dim * passes * config.text_len * config.num_layers
+    computed = products / rates.matmul + attended / rates.attention
+    if split.ranks == 1:  # weights are streamed while the passes compute
+        return stage.steps * max(computed, passes * streamed / rates.copy)
+    if rates.link is None:
+        raise ValueError("the time of several ranks depends on the rate of their link")
+    copied = passes * streamed / rates.copy
+    if plan.weights == "gathered":
+        copied = passes * streamed * (split.ranks - 1) / split.ranks / rates.link
+    exchanged = self_attentions * max(
+        max(rank.sent, rank.received)
+        for rank in block_traffic(config, split.sequence, sizes, itemsize)
+    )
+    traffic = step_traffic(config, split, sizes, passes=len(stage.passes), itemsize=itemsize)
+    moved = (exchanged + traffic.latents) / rates.link
+    return stage.steps * (max(computed, copied) + moved)
+
+
+@cache
+def _linear_weights(config: DitConfig) -> int:
+    """Count the weights that every token is multiplied by, of all blocks."""
+    return sum(
         math.prod(shape)
-        for name, shape in shapes.items()
+        for name, shape in expected_shapes("draft", config).items()
         if is_streamed(name)
         and len(shape) == 2
         and ".cross_attn.k." not in name
         and ".cross_attn.v." not in name
     )
-    per_key = 4 * tokens * config.dim  # FLOP of one key, for all tokens of one block
-    passes = len(stage.passes)
-    shared = plan.share_attention and passes > 1
-    self_attentions = config.num_layers * passes - shared  # per step
-    products = 2 * passes * tokens * weights
-    attended = per_key * (tokens * self_attentions + passes * config.text_len * config.num_layers)
-    computed = products / rates.matmul + attended / rates.attention
-    # Weights are streamed while the passes compute.
-    return stage.steps * max(computed, passes * streamed / rates.copy)
 
 
 def decode_seconds(
-    config: VaeConfig, stage: StageConfig, video: VideoConfig, rates: Rates, copied: int = 0
+    config: VaeConfig,
+    stage: StageConfig,
+    video: VideoConfig,
+    rates: Rates,
+    copied: int = 0,
+    *,
+    share: float = 1,
+    waited: int = 0,
+    sent: int = 0,
 ) -> float:
-    """Estimate one clip's decode; `copied` bytes cross between host and device."""
+    """Estimate one clip's decode.
+
+    Args:
+        config: of the decoder.
+        stage: size of the picture.
+        video: length of the clip.
+        rates: of the device.
+        copied: bytes that cross between host and device.
+        share: of the work after the attention that the busiest rank has. All have the rest.
+        waited: latent frames that the last rank waits for the first rows from above.
+        sent: bytes that the busiest rank sends to another, or receives.
+
+    Raises:
+        ValueError: bytes to send, and no rate of the link.
+    """
     _, frames, rows, columns = latent_shape(stage, video)
-    first, later = _frame_flops(config)
     cells = rows * columns
-    attended = 4 * cells * cells * config.decoder_dims[0] * frames
-    convolved = (first + later * (frames - 1)) * cells / CELLS**2
-    return convolved / rates.conv + attended / rates.matmul + copied / rates.copy
+    attended = 4 * cells * cells * config.decoder_dims[0] * (frames + waited)
+    first, later = (whole + share * part for whole, part in _frame_flops(config))
+    convolved = (first + later * (frames - 1 + waited)) * cells / CELLS**2
+    seconds = convolved / rates.conv + attended / rates.matmul + copied / rates.copy
+    if not sent:
+        return seconds
+    if rates.link is None:
+        raise ValueError("the time of several ranks depends on the rate of their link")
+    return seconds + sent / rates.link
 
 
-def _frame_flops(config: VaeConfig) -> tuple[int, int]:
-    """Count the FLOP of the first latent frame and of a later one, on CELLS x CELLS."""
+@cache
+def _frame_flops(config: VaeConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Count the FLOP of the first latent frame and of a later one, on CELLS x CELLS.
+
+    Of each the part that sees the whole frame, up to the attention, and the rest.
+    """
     counts = []
     with torch.device("meta"), torch.inference_mode():
-        net, coarse, fine = VaeDecoder(config), CausalCache(), CausalCache()
+        net, shared, rest = VaeDecoder(config), CausalCache(), CausalCache()
         for _ in range(3):  # only the third sees a full past
-            with FlopCounterMode(display=False) as counter:
-                net.fine(net.coarse(torch.empty(config.z_dim, 1, CELLS, CELLS), coarse), fine)
-            counts.append(counter.get_total_flops())
+            with FlopCounterMode(display=False) as whole:
+                x = net.global_part(torch.empty(config.z_dim, 1, CELLS, CELLS), shared)
+            with FlopCounterMode(display=False) as part:
+                net.local_part(x, rest)
+            counts.append((whole.get_total_flops(), part.get_total_flops()))
     return counts[0], counts[2]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from pw_runtime.checkpoint.bundle import Networks
 from pw_runtime.errors import BadRequest
+from pw_runtime.planning.time_estimate import KNOWN, Rates
 from pw_runtime.system.machine import available_memory_bytes, rss_bytes
 from pw_runtime.types import (
     Budget,
@@ -41,10 +42,12 @@ class Workload:
     text_encoder: TextEncoderConfig
     options: RunOptions
     prompts: int = 1  # whose text and drafts wait between the stages
+    ranks: int = 1  # processes with a device each
+    rates: Rates = KNOWN["H200"]  # by which divisions among ranks are put in order
     padded: bool = False  # engines take whole chunks only
     decoder_engines: bool = False  # the decoder runs on engines
     scratch: Mapping[Network, int] = field(default_factory=dict)  # bytes that engines need
-    process: int  # bytes of host memory that the program itself takes
+    process: int  # bytes of host memory that the program itself takes, in every rank
 
     @property
     def held_scratch(self) -> int:
@@ -67,6 +70,7 @@ def workload(
     options: RunOptions,
     *,
     prompts: int = 1,
+    ranks: int = 1,
     padded: bool = False,
     decoder_engines: bool = False,
     scratch: Mapping[Network, int] | None = None,
@@ -90,6 +94,7 @@ def workload(
         text_encoder=networks.text_encoder.config,
         options=options,
         prompts=prompts,
+        ranks=ranks,
         padded=padded,
         decoder_engines=decoder_engines,
         scratch=scratch or {},
@@ -97,8 +102,10 @@ def workload(
     )
 
 
-def budget_of(device: torch.device, gpu: int | None, host: int | None) -> Budget:
+def budget_of(device: torch.device, gpu: int | None, host: int | None, *, ranks: int = 1) -> Budget:
     """Return the budget: the named sizes, or else what is free now.
+
+    The host memory is that of all ranks, which run on one machine.
 
     Raises BadRequest for GPU memory in a run on the CPU, and where free memory is unknown.
     """
@@ -114,7 +121,7 @@ def budget_of(device: torch.device, gpu: int | None, host: int | None) -> Budget
                 "cannot determine free memory on this system",
                 do="add --host-memory, e.g. 32GiB",
             )
-        host += rss_bytes()  # what the program holds is part of what it may take
+        host += ranks * rss_bytes()  # what the program holds is part of what it may take
     if device.type == "cuda" and gpu is None:
         torch.cuda.empty_cache()  # memory that PyTorch caches is free
         gpu = torch.cuda.mem_get_info(device)[0]

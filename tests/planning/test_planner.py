@@ -13,7 +13,8 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.planning.candidates import candidates, decode_candidates
 from pw_runtime.planning.decode_choices import decode_choices, decode_traffic
 from pw_runtime.planning.planner import GIB, fits, make_plan
-from pw_runtime.planning.report import division_report, plan_report, seconds_by_stage
+from pw_runtime.planning.report import division_report, plan_report
+from pw_runtime.planning.stage_times import seconds_by_stage
 from pw_runtime.planning.time_estimate import KNOWN
 from pw_runtime.planning.workload import Workload, workload
 from pw_runtime.presets import PRESETS, check_preset

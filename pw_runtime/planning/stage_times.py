@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of each stage of a workload, and the bytes that its ranks send to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pw_runtime.execution.decoder_segments import decode_strips
+from pw_runtime.execution.division import StepTraffic, run_of, step_traffic
+from pw_runtime.models.tiling import make_bands
+from pw_runtime.planning.decode_choices import decode_traffic
+from pw_runtime.planning.decode_memory import SEAMS, busiest_share, waiting_sizes
+from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
+from pw_runtime.planning.transformer_memory import stage_slices, weight_bytes
+from pw_runtime.planning.workload import Workload
+from pw_runtime.sampling.noise import latent_shape
+from pw_runtime.types import DecodePlan, RunPlan, StageConfig, StageName, TransformerPlan
+
+
+def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, float]:
+    """Estimate the seconds of one clip, by stage."""
+    times: dict[str, float] = {
+        name: transformer_seconds(work, name, plan.transformers[name], rates)
+        for name in work.stages
+    }
+    copied = 0 if plan.budget.device is None else decode_traffic(work, plan.decode)
+    return times | {"decode": _decode_seconds(work, plan.decode, rates, copied)}
+
+
+def transformer_seconds(
+    work: Workload, name: StageName, plan: TransformerPlan, rates: Rates
+) -> float:
+    """Estimate the seconds of a denoising stage of one clip."""
+    config, precision = work.transformers[name], work.options.compute_precision
+    streamed = weight_bytes(config, precision, work.options.linear).blocks
+    return denoise_seconds(
+        *(config, work.stages[name], work.preset.video, plan, rates),
+        streamed=0 if plan.weights == "resident" else streamed,
+        itemsize=4 if precision == "fp32" else 2,
+    )
+
+
+def transformer_traffic(work: Workload, name: StageName, plan: TransformerPlan) -> StepTraffic:
+    """Count the bytes that the ranks of a denoising stage send in one step."""
+    config, precision = work.transformers[name], work.options.compute_precision
+    stage, blocks = work.stages[name], weight_bytes(config, precision, work.options.linear).blocks
+    return step_traffic(
+        config,
+        plan.split,
+        stage_slices(stage, work.preset.video, plan.chunk, padded=work.padded),
+        passes=len(stage.passes),
+        itemsize=4 if precision == "fp32" else 2,
+        block_bytes=blocks if plan.weights == "gathered" else 0,
+        share_attention=plan.share_attention,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTraffic:
+    """Bytes that the ranks of a decode send in a clip."""
+
+    border: int  # rows that one rank hands to the next
+    borders: int
+    pixels: int  # packed frames, to the first rank
+    latents: int  # to each further rank
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.border * self.borders + self.pixels + self.latents
+
+
+def traffic_of_decode(work: Workload, plan: DecodePlan) -> DecodeTraffic:
+    """Count the bytes that the ranks of a decode send in one clip."""
+    further = plan.ranks - 1
+    if not further:
+        return DecodeTraffic(0, 0, 0, 0)
+    last = _last(work)
+    _, frames, rows, columns = shape = latent_shape(last, work.preset.video)
+    border = 0
+    if not plan.engines:
+        bands = [band.stop - band.start for band in make_bands(rows, plan.tiling.strips, work.vae)]
+        itemsize = 4 if work.options.vae_precision == "fp32" else 2
+        border = sum(waiting_sizes(work.vae, frames, rows, columns, bands, itemsize)[SEAMS])
+    pixels = work.preset.video.frames * last.width * last.height * 3 // 2
+    latent = 4 * shape[0] * frames * rows * columns
+    return DecodeTraffic(border, further, pixels * further // plan.ranks, latent * further)
+
+
+def _decode_seconds(work: Workload, plan: DecodePlan, rates: Rates, copied: int) -> float:
+    """Estimate the seconds of a decode, which `copied` bytes cross to the host and back."""
+    last, traffic = _last(work), traffic_of_decode(work, plan)
+    share: float = 1
+    if plan.ranks > 1:
+        _, _, rows, columns = latent_shape(last, work.preset.video)
+        if plan.engines:
+            widths = [s.last - s.first for s in decode_strips(work.vae, plan.tiling, columns)]
+            runs = (run_of(len(widths), plan.ranks, rank) for rank in range(plan.ranks))
+            share = max(sum(widths[run.start : run.stop]) for run in runs) / columns
+        else:
+            share = busiest_share(work.vae, rows, columns, plan.tiling.strips, plan.ranks)
+    return decode_seconds(
+        *(work.vae, last, work.preset.video, rates, copied),
+        share=share,
+        waited=0 if plan.engines else plan.ranks - 1,
+        sent=traffic.border + traffic.pixels + traffic.latents,
+    )
+
+
+def _last(work: Workload) -> StageConfig:
+    """Return the stage whose latent is decoded."""
+    return list(work.stages.values())[-1]
