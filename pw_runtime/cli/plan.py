@@ -12,6 +12,7 @@ from pw_runtime.cli.exit_codes import DONE
 from pw_runtime.cli.options import (
     CODECS,
     FOLDER,
+    Bytes,
     PresetName,
     blocks_option,
     chunk_option,
@@ -25,7 +26,28 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.types import Blocks, Network, RunOptions
 
 if TYPE_CHECKING:
+    from pw_runtime.planning.time_estimate import Rates
     from pw_runtime.planning.workload import Workload
+
+MOST_DIGITS = 5  # of a number of devices
+
+
+class Devices(click.ParamType):  # type: ignore[type-arg]
+    """A number of devices, and the memory of each: 8, 8x24GiB."""
+
+    name = "devices"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int | None]:
+        """Turn the text of an option into a number of devices and bytes."""
+        if isinstance(value, tuple):
+            return value
+        number, times, size = str(value).strip().lower().partition("x")
+        count = int(number) if number.isdecimal() and len(number) <= MOST_DIGITS else 0
+        if count < 1:
+            self.fail(f"invalid devices {value!r}: expected e.g. 8 or 8x24GiB", param, ctx)
+        return count, Bytes().convert(size, param, ctx) if times else None
 
 
 @click.command()
@@ -36,7 +58,21 @@ if TYPE_CHECKING:
 @gpu_memory_option
 @host_memory_option
 @click.option(
-    "--gpu", type=click.Choice(["H200"]), help="Estimate times for this GPU. [default: this one]"
+    "--gpu",
+    type=click.Choice(["H200", "RTX 4090"]),
+    help="Estimate times for this GPU. [default: this one]",
+)
+@click.option(
+    "--devices",
+    type=Devices(),
+    help="Divide the work among several devices, one rank on each: their number, and the memory of "
+    "each GPU, 8x24GiB for instance. Without a GPU that many processes share --host-memory.",
+)
+@click.option(
+    "--link",
+    type=Bytes(),
+    help="Bytes per second from each device to the others, 12GiB for instance. [default: NVLink of "
+    "an H200, PCIe 4.0 x16 of an RTX 4090]",
 )
 @click.option(
     "--target",
@@ -65,12 +101,14 @@ def plan(**options: Any) -> int:
     from pw_runtime.models.quantized_linear import require_quantizable
     from pw_runtime.planning.candidates import candidates
     from pw_runtime.planning.planner import make_plan
+    from pw_runtime.planning.rank_report import ranks_report
     from pw_runtime.planning.report import division_report, plan_report
-    from pw_runtime.planning.time_estimate import KNOWN, measure_rates
+    from pw_runtime.planning.time_estimate import measure_rates
     from pw_runtime.planning.workload import budget_of, workload
     from pw_runtime.presets import find_preset, preset_name
 
-    budgeted = options["gpu_memory"] is not None
+    ranks, gpu_memory = _ranks_and_memory(options)
+    budgeted = gpu_memory is not None
     device = torch.device("cuda" if budgeted or torch.cuda.is_available() else "cpu")
     if options["gpu"] is not None and device.type == "cpu":
         raise BadRequest(
@@ -92,8 +130,10 @@ def plan(**options: Any) -> int:
     )
     require_attention_precision(run_options.blocks, precision)
     preset = find_preset(options["preset"])
-    work = workload(networks, preset, run_options)
-    budget = budget_of(device, options["gpu_memory"], options["host_memory"])
+    work = workload(networks, preset, run_options, ranks=ranks)
+    if options["gpu"] is not None:
+        work = replace(work, rates=_rates(options))
+    budget = budget_of(device, gpu_memory, options["host_memory"], ranks=ranks)
     for config in work.transformers.values():
         require_quantizable(config, run_options.linear)
     require_exact_attention(run_options.blocks, run_options.linear)
@@ -119,11 +159,53 @@ def plan(**options: Any) -> int:
         )
     rates = None
     if options["gpu"] is not None:
-        rates = KNOWN[options["gpu"]]
-    elif device.type == "cpu" or not budgeted:
+        rates = work.rates
+    elif ranks == 1 and (device.type == "cpu" or not budgeted):
         rates = measure_rates(device, precision)
-    click.echo(plan_report(work, run_plan, rates, verbose=options["verbose"]))
+    report = plan_report if ranks == 1 else ranks_report
+    click.echo(report(work, run_plan, rates, verbose=options["verbose"]))
     return DONE
+
+
+def _ranks_and_memory(options: dict[str, Any]) -> tuple[int, int | None]:
+    """Return the number of ranks and the memory of each GPU, where it is named.
+
+    Raises BadRequest where it is named twice, where this machine has fewer GPUs, and for a link
+    between devices that are not there or have no times.
+    """
+    import torch
+
+    ranks, memory = options["devices"] or (1, None)
+    if options["link"] is not None and (ranks == 1 or options["gpu"] is None):
+        raise BadRequest(
+            "--link is the speed between several GPUs whose times are known",
+            got="one device" if ranks == 1 else "no --gpu",
+            do="add --devices and --gpu, 8x141GiB and H200 for instance, or leave --link out",
+        )
+    if memory is not None and options["gpu_memory"] is not None:
+        raise BadRequest(
+            "the memory of the GPUs is named twice: by --devices and by --gpu-memory",
+            do="leave one of them out",
+        )
+    memory = memory or options["gpu_memory"]
+    here = torch.cuda.device_count()
+    if memory is None and torch.cuda.is_available() and here < ranks:
+        raise BadRequest(
+            "this machine has fewer GPUs than --devices",
+            got=f"{here}",
+            wanted=f"{ranks}",
+            do=f"name the memory of each to plan for another machine, --devices {ranks}x24GiB "
+            "for instance",
+        )
+    return ranks, memory
+
+
+def _rates(options: dict[str, Any]) -> Rates:
+    """Return the rates of the named GPU, with the named link."""
+    from pw_runtime.planning.time_estimate import KNOWN
+
+    rates = KNOWN[options["gpu"]]
+    return rates if options["link"] is None else replace(rates, link=float(options["link"]))
 
 
 def _divisions(work: Workload, target: str) -> dict[Blocks, Workload | str]:

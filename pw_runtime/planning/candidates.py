@@ -123,7 +123,7 @@ def transformer_candidates(
             ),
         )
         for weights in _residencies(work, name, gpu=gpu)
-        for plan in _variants(work, name, weights)
+        for plan in variants(work, name, weights)
     )
 
 
@@ -139,7 +139,7 @@ def _residencies(work: Workload, name: StageName, *, gpu: bool) -> tuple[Residen
     return ("resident", *(("gathered",) if work.ranks > 1 else ()), *off_device)
 
 
-def _variants(work: Workload, name: StageName, weights: Residency) -> list[TransformerPlan]:
+def variants(work: Workload, name: StageName, weights: Residency) -> list[TransformerPlan]:
     """List the plans with weights in one place: divisions, shared attention, size of the chunk."""
     full, passes = work.options.chunk, len(work.stages[name].passes)
     whole = work.options.blocks == "whole"  # has no chunks and no attention to share

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pw_runtime.models.quantized_linear import approximation
 from pw_runtime.planning.candidates import transformer_candidates
@@ -14,7 +14,7 @@ from pw_runtime.planning.stage_times import seconds_by_stage
 from pw_runtime.planning.time_estimate import Rates
 from pw_runtime.planning.workload import Workload
 from pw_runtime.sampling.noise import latent_shape
-from pw_runtime.types import Blocks, Budget, Place, RunPlan, StageMemory
+from pw_runtime.types import Blocks, Budget, MemoryItem, Place, RunPlan
 
 
 def plan_report(work: Workload, plan: RunPlan, rates: Rates | None, *, verbose: bool) -> str:
@@ -48,41 +48,52 @@ def division_report(
             for stage in work.stages:
                 options = [way.memory for way in transformer_candidates(work, stage, gpu=True)]
                 peaks.append(next((way for way in options if fits(way, budget)), options[-1]))
-            peak = max(memory.peak("device") for memory in peaks)
+            peak = max(memory.required("device") for memory in peaks)
             fit = "fits" if all(fits(memory, budget) for memory in peaks) else "does not fit"
             text = f"{gib(peak)} of GPU memory, {gib(work.held_scratch)} of it scratch: {fit}"
         yield f"blocks as {blocks}: {text}" + f"; chosen, {default}" * (blocks == chosen)
 
 
 def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) -> Iterator[str]:
-    last, video = list(work.stages.values())[-1], work.preset.video
     gpu = plan.budget.device is not None
-    yield f"{video.frames} frames of {last.width}x{last.height}, {work.options.compute_precision}"
-    if work.options.linear != "exact":
-        for name, config in work.transformers.items():
-            yield f"{name}: {approximation(config.num_layers, work.options.linear)}"
+    yield from head_lines(work)
     yield f"budget: {budget_text(plan.budget)}"
     yield ""
     times = {} if rates is None else seconds_by_stage(work, plan, rates)
     columns = ["stage", *(["GPU"] if gpu else []), "host", *(["per clip"] if times else [])]
-    yield _row(columns)
+    yield row(columns)
     for memory in plan.stages:
-        peaks = [gib(memory.peak(place)) for place in _places(gpu=gpu)]
-        time = [_time(times.get(memory.stage))] if times else []
-        yield _row([memory.stage, *peaks, *time])
-    most = [gib(max(memory.peak(place) for memory in plan.stages)) for place in _places(gpu=gpu)]
-    yield _row(["peak", *most, *([_time(sum(times.values()))] if times else [])])
+        peaks = [gib(memory.peak(place)) for place in places(gpu=gpu)]
+        time = [time_text(times.get(memory.stage))] if times else []
+        yield row([memory.stage, *peaks, *time])
+    most = [gib(max(memory.peak(place) for memory in plan.stages)) for place in places(gpu=gpu)]
+    yield row(["peak", *most, *([time_text(sum(times.values()))] if times else [])])
     yield ""
     yield from plan.decisions
-    if gpu and (copied := decode_traffic(work, plan.decode)):
+    yield from tail_lines(work, plan)
+    if rates is not None:
+        yield f"times: {rates.source}; without loading and encoding"
+    for memory in plan.stages if verbose else ():
+        yield f"\n{memory.stage}: at its peak"
+        yield from item_lines(memory.items, gpu=gpu)
+
+
+def head_lines(work: Workload) -> Iterator[str]:
+    """Describe the clip and how it is approximated."""
+    last, video = list(work.stages.values())[-1], work.preset.video
+    yield f"{video.frames} frames of {last.width}x{last.height}, {work.options.compute_precision}"
+    if work.options.linear != "exact":
+        for name, config in work.transformers.items():
+            yield f"{name}: {approximation(config.num_layers, work.options.linear)}"
+
+
+def tail_lines(work: Workload, plan: RunPlan) -> Iterator[str]:
+    """Describe what crosses to the host, and what is on the disk."""
+    if plan.budget.device is not None and (copied := decode_traffic(work, plan.decode)):
         yield f"decode: {gib(copied)} cross between host and GPU in each clip"
     yield f"disk: {_mib(latent_bytes(work))} for a clip's latents until its video is complete"
     if stored := plan.decode.store_bytes:
         yield f"disk: {_mib(stored)} for the finished tiles of the clip that is decoded"
-    if rates is not None:
-        yield f"times: {rates.source}; without loading and encoding"
-    for memory in plan.stages if verbose else ():
-        yield from _items(memory, gpu=gpu)
 
 
 def latent_bytes(work: Workload) -> int:
@@ -91,22 +102,26 @@ def latent_bytes(work: Workload) -> int:
     return sum(2 * 4 * math.prod(shape) for shape in shapes)
 
 
-def _items(memory: StageMemory, *, gpu: bool) -> Iterator[str]:
-    yield f"\n{memory.stage}: at its peak"
-    for item in memory.items:
+def item_lines(items: Iterable[MemoryItem], *, gpu: bool) -> Iterator[str]:
+    """List what is in memory."""
+    for item in items:
         where = f"{'GPU' if item.place == 'device' else 'host':<5}" if gpu else ""
         yield f"  {_mib(item.bytes):>12}  {where}{item.name}"
 
 
-def _places(*, gpu: bool) -> tuple[Place, ...]:
+def places(*, gpu: bool) -> tuple[Place, ...]:
+    """Return the places where a run has memory."""
     return ("device", "host") if gpu else ("host",)
 
 
-def _row(cells: list[str]) -> str:
-    return f"{cells[0]:<10}" + "".join(f"{cell:>12}" for cell in cells[1:])
+def row(cells: Iterable[str]) -> str:
+    """Format a row of a table."""
+    first, *others = cells
+    return f"{first:<10}" + "".join(f"{cell:>12}" for cell in others)
 
 
-def _time(seconds: float | None) -> str:
+def time_text(seconds: float | None) -> str:
+    """Format seconds, long ones in minutes."""
     if seconds is None:
         return "-"
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.1f} s"

@@ -9,7 +9,8 @@ from pw_runtime.execution.decoder_segments import decode_strips
 from pw_runtime.execution.division import StepTraffic, run_of, step_traffic
 from pw_runtime.models.tiling import make_bands
 from pw_runtime.planning.decode_choices import decode_traffic
-from pw_runtime.planning.decode_memory import SEAMS, busiest_share, waiting_sizes
+from pw_runtime.planning.decode_layers import SEAMS
+from pw_runtime.planning.decode_memory import busiest_share, waiting_sizes
 from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
 from pw_runtime.planning.transformer_memory import stage_slices, weight_bytes
 from pw_runtime.planning.workload import Workload

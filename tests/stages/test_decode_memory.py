@@ -15,9 +15,8 @@ from pw_export.wan22_configs import VAE
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.tiling import make_bands
 from pw_runtime.models.vae_blocks import Upsample
+from pw_runtime.planning.decode_layers import SEAMS, SHARED
 from pw_runtime.planning.decode_memory import (
-    SEAMS,
-    SHARED,
     decode_memory,
     waiting_sizes,
     waiting_traffic,
