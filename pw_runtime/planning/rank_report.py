@@ -60,8 +60,8 @@ def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) ->
     yield from tail_lines(work, plan)
     if rates is not None and rates.link is not None:
         yield (
-            f"times: {rates.source}, {rates.link / 1e9:g} GB/s from each device to the others and "
-            "as much back, not overlapped with computation; without loading and encoding"
+            f"times: {rates.source}, {rates.link / 1e9:.3g} GB/s from each device to the others "
+            "and as much back, not overlapped with computation; without loading and encoding"
         )
     elif gpu:
         yield "times: only with --gpu, as the link between the devices is not measured"
