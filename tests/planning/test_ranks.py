@@ -223,11 +223,11 @@ def decoded_by(rank: int, ranks: int, strips: int, rows: int, columns: int) -> i
     return ledger.peak["cpu"]
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_decode_of_a_rank_takes_what_its_closed_form_says(rank: int) -> None:
     with FakeTensorMode(), torch.inference_mode():
-        wanted = decoded_by(rank, 3, 3, 64, 40)
-    sizes = {"frames": 3, "rows": 64, "columns": 40, "strips": 3}
+        wanted = decoded_by(rank, 3, 3, 48, 40)
+    sizes = {"frames": 3, "rows": 48, "columns": 40, "strips": 3}
     items = decode_memory(NANO_VAE, **sizes, ranks=3, rank=rank)
     got = sum(item.bytes for item in items if item.place == "device")
     assert got == pytest.approx(wanted, rel=0.05)
@@ -242,7 +242,7 @@ def test_work_on_bands_adds_up_and_the_top_band_has_the_most() -> None:
 
 def test_features_of_all_tokens_are_counted_where_they_are_cut() -> None:
     """They are computed whole on every rank; with many ranks that is the peak of the stage."""
-    config = replace(HIGHRES, dim=512, num_heads=4, adapter_dim=128)
+    config = replace(HIGHRES, dim=512, num_heads=8, adapter_dim=128)
     with FakeTensorMode(), torch.inference_mode():
         adapter = SpatialAdapter(config)
         low = {name: weight.bfloat16() for name, weight in adapter.state_dict().items()}
@@ -255,7 +255,7 @@ def test_features_of_all_tokens_are_counted_where_they_are_cut() -> None:
             adapter.control_features(draft)
         peak = ledger.peak["cpu"] - held
     stage, video = PRESETS["2k"].stages()["highres"], PRESETS["2k"].video
-    plan = TransformerPlan(split=Split(sequence=8))
+    plan = TransformerPlan(split=Split(sequence=8), chunk=512)
     items = stage_memory(config, stage, video, "bf16", plan, rank=7)
     counted = sum(x.bytes for x in items if x.name in ("features of the draft", "adapter"))
     assert counted == pytest.approx(peak, rel=0.05)
