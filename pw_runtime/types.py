@@ -353,6 +353,7 @@ class Request:
     wait_for_disk: bool = False  # where the disk refuses them, instead of ending
     fragmented: bool = False  # also write an mp4 that can be played while it is encoded
     contact_sheet: bool = False
+    divide_weights: bool = False  # among ranks, also where they would fit whole
     gpu_memory: int | None = None  # maximum bytes; None: what is free
     host_memory: int | None = None
 

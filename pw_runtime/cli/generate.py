@@ -238,6 +238,7 @@ def read_request(options: dict[str, Any], warn: Callable[[str], None]) -> Reques
         wait_for_disk=options["wait_for_disk"],
         fragmented=options["fragmented"],
         contact_sheet=options["contact_sheet"],
+        divide_weights=options["dit_fsdp"],
         gpu_memory=options["gpu_memory"],
         host_memory=options["host_memory"],
     )

@@ -80,21 +80,23 @@ def on_all_ranks(ranks: Ranks, command: str, **details: Any) -> Iterator[None]:
 
 
 def common_budget(ranks: Ranks, request: Request) -> Budget:
-    """Return the budget that every rank has; rank 0 calls it.
+    """Return the budget of all ranks together; rank 0 calls it.
 
-    The host memory of a machine is divided among its ranks.
+    The device is the one with the least memory. Plans count the host memory of all ranks: it is
+    that of the scarcest machine, as if all of them were there.
     """
     ranks.command("budget")
     rows = _budgets(ranks, request).tolist()
     here = [sum(other[2] == row[2] for other in rows) for row in rows]
-    shares = [row[0] // count for row, count in zip(rows, here, strict=True)]
+    host = min(row[0] * ranks.size // count for row, count in zip(rows, here, strict=True))
     device = min(row[1] for row in rows)
-    return Budget(host=min(shares), device=None if device < 0 else device)
+    return Budget(host=host, device=None if device < 0 else device)
 
 
 def _budgets(ranks: Ranks, request: Request) -> torch.Tensor:
     """Collect from every rank: [ranks, 3] bytes of the host, of the device, and its machine."""
-    mine = budget_of(request.device, request.gpu_memory, request.host_memory)
+    limits = request.gpu_memory, request.host_memory
+    mine = budget_of(request.device, *limits, ranks=ranks.size)
     host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
     entry = torch.tensor([mine.host, -1 if mine.device is None else mine.device, host])
     table = torch.empty(3 * ranks.size, dtype=torch.int64)

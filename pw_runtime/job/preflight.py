@@ -113,7 +113,7 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks 
     with span("plan"):
         count, budget = 1, None
         if ranks is not None:
-            _require_divisible(options)
+            _require_divisible(options, divide_weights=request.divide_weights)
             count, budget = ranks.size, common_budget(ranks, request)
         fallback = plan_run(request, bundle, reporter.say, engines, ranks=count, budget=budget)
     tiling = fallback.plan.decode.tiling
@@ -142,12 +142,18 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks 
     return run
 
 
-def _require_divisible(options: RunOptions) -> None:
+def _require_divisible(options: RunOptions, *, divide_weights: bool) -> None:
     """Raise BadRequest for options that several ranks cannot share."""
     if options.blocks != "segments":
         raise BadRequest(
             f"--blocks {options.blocks} has attention inside its engines, where it is not divided",
             do="leave --blocks out, or make the clip on one device",
+        )
+    if divide_weights and options.linear != "exact":
+        raise BadRequest(
+            "--dit_fsdp divides weights as the bundle has them",
+            got=f"--linear {options.linear}",
+            do="leave one of them out",
         )
 
 

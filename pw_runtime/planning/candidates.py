@@ -130,6 +130,8 @@ def transformer_candidates(
 def _residencies(work: Workload, name: StageName, *, gpu: bool) -> tuple[Residency, ...]:
     """List where the weights can be."""
     off_device: tuple[Residency, ...] = ("mapped",)
+    if work.divide_weights:
+        return ("gathered",)
     if work.options.linear != "exact":
         # The files do not have the quantized weights, and no block waits for them to be made.
         return ("resident", "streamed") if gpu else ("resident",)

@@ -268,6 +268,8 @@ def plan_run(
         decoder_engines=engines["vae"].backend != "eager",
         scratch={network: engine_set.scratch for network, engine_set in engines.items()},
         decode_only=decode_only,
+        ranks=ranks,
+        divide_weights=request.divide_weights,
     )
     budget = budget or budget_of(request.device, request.gpu_memory, request.host_memory)
     stages = candidates(work, gpu=budget.device is not None, decode_only=decode_only)

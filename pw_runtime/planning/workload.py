@@ -43,6 +43,7 @@ class Workload:
     options: RunOptions
     prompts: int = 1  # whose text and drafts wait between the stages
     ranks: int = 1  # processes with a device each
+    divide_weights: bool = False  # among the ranks, also where they would fit whole
     rates: Rates = KNOWN["H200"]  # by which divisions among ranks are put in order
     padded: bool = False  # engines take whole chunks only
     decoder_engines: bool = False  # the decoder runs on engines
@@ -71,6 +72,7 @@ def workload(
     *,
     prompts: int = 1,
     ranks: int = 1,
+    divide_weights: bool = False,
     padded: bool = False,
     decoder_engines: bool = False,
     scratch: Mapping[Network, int] | None = None,
@@ -95,6 +97,7 @@ def workload(
         options=options,
         prompts=prompts,
         ranks=ranks,
+        divide_weights=divide_weights,
         padded=padded,
         decoder_engines=decoder_engines,
         scratch=scratch or {},
