@@ -354,6 +354,7 @@ class Request:
     fragmented: bool = False  # also write an mp4 that can be played while it is encoded
     contact_sheet: bool = False
     divide_weights: bool = False  # among ranks, also where they would fit whole
+    sequence: int | None = None  # ranks that share the tokens of a pass; None: as planned
     gpu_memory: int | None = None  # maximum bytes; None: what is free
     host_memory: int | None = None
 

@@ -239,6 +239,7 @@ def read_request(options: dict[str, Any], warn: Callable[[str], None]) -> Reques
         fragmented=options["fragmented"],
         contact_sheet=options["contact_sheet"],
         divide_weights=options["dit_fsdp"],
+        sequence=options["ulysses_size"],
         gpu_memory=options["gpu_memory"],
         host_memory=options["host_memory"],
     )

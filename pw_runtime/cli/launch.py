@@ -34,7 +34,8 @@ devices_option = click.option("--devices", help="The same on these GPUs, for ins
 ulysses_option = click.option(
     "--ulysses_size",
     type=click.IntRange(1),
-    help="Official flag: the number of processes that torchrun started.",
+    help="Official flag: how many devices share the tokens of a pass, at most one per slice of "
+    "--chunk tokens; officially all of them. [default: as is fastest]",
 )
 dit_fsdp_option = click.option(
     "--dit_fsdp",
@@ -207,11 +208,11 @@ def run_as_rank(
     from pw_runtime.system.ranks import joined
 
     devices = devices_of(options)
-    if options["ulysses_size"] not in (None, place.size):
+    if (options["ulysses_size"] or 1) > place.size:
         raise BadRequest(
-            "--ulysses_size is the number of processes",
-            got=f"{options['ulysses_size']}, and torchrun started {place.size}",
-            do="leave it out, or start as many with --nproc-per-node",
+            "--ulysses_size is more than there are processes",
+            got=f"{options['ulysses_size']}, of {place.size}",
+            do="leave it out, or start as many with torchrun --nproc-per-node or --processes",
         )
     if place.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too, and ends this one

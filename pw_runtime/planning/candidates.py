@@ -174,11 +174,14 @@ def splits(work: Workload, name: StageName) -> list[Split]:
     )
     if work.options.blocks != "segments":
         slices = 1
-    return [
+    most = work.sequence or work.ranks  # ranks of one pass
+    found = {
         Split(guidance=guidance, sequence=sequence)
         for guidance in range(1, min(len(work.stages[name].passes), work.ranks) + 1)
-        for sequence in sorted({1, min(work.ranks // guidance, slices)}, reverse=True)
-    ]
+        for sequence in (1, min(most, work.ranks // guidance, slices))
+        if work.sequence is None or sequence == min(most, slices)
+    }
+    return sorted(found, key=lambda split: (split.guidance, -split.sequence))
 
 
 def _of_rank(

@@ -7,6 +7,7 @@ import gc
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -18,6 +19,7 @@ from pw_runtime.errors import BadResult
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.planning.candidates import Candidate, Candidates, candidates
 from pw_runtime.planning.planner import fits, make_plan, plan_of
+from pw_runtime.planning.time_estimate import A_CPU
 from pw_runtime.planning.workload import budget_of, workload
 from pw_runtime.system.machine import peak_memory, reset_peak_memory, return_freed_memory
 from pw_runtime.system.step import Step
@@ -270,7 +272,10 @@ def plan_run(
         decode_only=decode_only,
         ranks=ranks,
         divide_weights=request.divide_weights,
+        sequence=request.sequence,
     )
+    if request.device.type == "cpu":
+        work = replace(work, rates=A_CPU)
     budget = budget or budget_of(request.device, request.gpu_memory, request.host_memory)
     stages = candidates(work, gpu=budget.device is not None, decode_only=decode_only)
     fallback = OomFallback(stages, budget, request.device)

@@ -48,6 +48,9 @@ class Rates:
     link: float | None = None  # to the other devices, in each direction; None: not known
 
 
+# Orders of magnitude of processes on one CPU, by which divisions are put in order; never shown.
+A_CPU = Rates(matmul=5e10, attention=5e10, conv=5e10, copy=math.inf, source="guessed", link=1e9)
+
 # Published by others, none measured by this project. H200: matrix products of 8192^3 in bf16, cuDNN
 # attention of 111600 tokens with heads of 128, convolutions in TF32, PCIe 5, NVLink's 900 GB/s in
 # both directions. RTX 4090: NVIDIA's peaks of dense bf16 (fp32 sums) and TF32; PCIe 4.0 x16 at the

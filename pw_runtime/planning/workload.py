@@ -44,6 +44,7 @@ class Workload:
     prompts: int = 1  # whose text and drafts wait between the stages
     ranks: int = 1  # processes with a device each
     divide_weights: bool = False  # among the ranks, also where they would fit whole
+    sequence: int | None = None  # ranks of one pass; None: as is fastest
     rates: Rates = KNOWN["H200"]  # by which divisions among ranks are put in order
     padded: bool = False  # engines take whole chunks only
     decoder_engines: bool = False  # the decoder runs on engines
@@ -73,6 +74,7 @@ def workload(
     prompts: int = 1,
     ranks: int = 1,
     divide_weights: bool = False,
+    sequence: int | None = None,
     padded: bool = False,
     decoder_engines: bool = False,
     scratch: Mapping[Network, int] | None = None,
@@ -98,6 +100,7 @@ def workload(
         prompts=prompts,
         ranks=ranks,
         divide_weights=divide_weights,
+        sequence=sequence,
         padded=padded,
         decoder_engines=decoder_engines,
         scratch=scratch or {},

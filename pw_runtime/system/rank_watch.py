@@ -55,7 +55,7 @@ class RankWatch:
         self.failure: Failure | None = None
         self.woken: Callable[[], None] = lambda: None
         self._store, self._rank, self._size = store, rank, size
-        self._place = "starting"
+        self._place, self._latest = "starting", ""
         self._operations: dict[str, tuple[int, str]] = {}  # by group: how many, and the last one
         self._waiting: tuple[tuple[int, ...], str, float] = ((), "", 0.0)  # for whom, what, since
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -71,7 +71,7 @@ class RankWatch:
 
     def at(self, place: str) -> None:
         """Say in which stage and step this rank is."""
-        self._place = place
+        self._place, self._latest = place, ""
         # why: whatever the store refuses here, the thread meets and reports
         with self._lock, suppress(Exception):
             self._beat()
@@ -80,6 +80,7 @@ class RankWatch:
         """Count an operation among a group of ranks."""
         count, _ = self._operations.get(group, (0, ""))
         self._operations[group] = (count + 1, what)
+        self._latest = what
 
     def waits(self, members: tuple[int, ...], what: str) -> None:
         """Say for which ranks this one waits; for none: it goes on."""
@@ -88,8 +89,7 @@ class RankWatch:
     @property
     def doing(self) -> str:
         """What this rank does, in words."""
-        latest = max(self._operations.values(), default=(0, ""), key=lambda entry: entry[0])
-        return f"{self._place}: {latest[1]}" if latest[1] else self._place
+        return f"{self._place}: {self._latest}" if self._latest else self._place
 
     def report(self, rank: int, what: str, doing: str, *, told: bool = False) -> None:
         """End the run for all ranks; where one has been reported already, that one stands."""
@@ -125,9 +125,12 @@ class RankWatch:
         """Keep the store, which may be this process's, until the others know what happened."""
         with suppress(Exception):  # why: it is gone already
             self._store.set(f"seen {self._rank}", "")
-            if self._rank == 0:
-                others = [f"seen {rank}" for rank in range(self._size)]
-                self._store.wait(others, timedelta(seconds=3 * BEAT))
+            assert self.failure is not None
+            others = set(range(self._size)) - {0, self.failure.rank}
+            end = time.monotonic() + 3 * BEAT
+            while self._rank == 0 and others and time.monotonic() < end:
+                others = {rank for rank in others if not self._store.check([f"seen {rank}"])}
+                time.sleep(BEAT / 20)
 
     # ---- the thread --------------------------------------------------------------------------
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw generate` on several ranks: the same clip, and one clear ending whatever happens to a rank."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.pw import Pw, write_preset
+from tests.parallel.command import run_ranks
+
+# 96x64 in the draft, 192x96 after it, 13 frames: 4 x 6 and 4 x 18 tokens, 2 and 5 slices.
+ARGUMENTS = ("generate", "--prompt", "a red ball", "--prompt", "a blue ball", "--chunk", 16)
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    return write_preset(tmp_path / "small.toml", strips=3, frames=13, highres_guidance=1.0)
+
+
+@pytest.mark.slow
+def test_three_ranks_make_the_clips_of_one_bit_for_bit(
+    pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path
+) -> None:
+    common = (*ARGUMENTS, "--model", bundle_dir, "--preset", preset)
+    common += ("--codec", "ffv1", "--save-latents")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert pw(*common, "--out", alone).code == 0
+    ended = run_ranks(3, *common, "--out", together, "--dit_fsdp", "--ulysses_size", 3)
+    assert ended.codes == (0, 0, 0), ended.stderr
+    assert ended.stdout[1:] == ("", "")
+    for name in ("0", "1"):
+        latents, same = (
+            load_file(folder / f"{name}.latents.safetensors") for folder in (alone, together)
+        )
+        assert latents.keys() == same.keys() >= {"draft_latent", "highres_latent"}
+        for kind, x in latents.items():
+            assert torch.equal(x, same[kind]), kind
+        assert _frames(alone / f"{name}.mkv") == _frames(together / f"{name}.mkv")
+        receipt = json.loads((together / f"{name}.json").read_text())
+        assert "highres: 3 ranks" in str(receipt["plan"]["decisions"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "place", "what"),
+    [
+        ("killed", "draft, step 1", "was killed, or ended without a word"),
+        ("stopped", "highres, step 2", "sent no sign for 15 s"),
+        ("raises", "highres, step 1", "failed: something that nobody expected"),
+        ("killed", "decode", "was killed, or ended without a word"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_with_one_error(
+    fault: str, place: str, what: str, bundle_dir: Path, preset: Path, tmp_path: Path
+) -> None:
+    out, start = tmp_path / "out", time.monotonic()
+    common = (*ARGUMENTS, "--model", bundle_dir, "--preset", preset, "--out", out, "--quiet")
+    disturbed = 1 if place.startswith("draft") else 2  # the third one waits in the draft
+    ended = run_ranks(3, *common, fault=fault, rank=disturbed, place=place)
+    assert time.monotonic() - start < 100
+    assert ended.codes[0] == ended.codes[3 - disturbed] == 3
+    assert f"error: rank {disturbed} {what}; it was at {place}" in ended.stderr[0]
+    assert "error:" not in ended.stderr[3 - disturbed]
+    assert not list(out.glob("*.mp4"))
+    if place == "decode":  # both clips can be finished from their latents
+        assert ended.stderr[0].count("to finish this clip, run: pw decode") == 2
+    elif place.startswith("highres"):
+        assert (out / "0.latents.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_do_not_begin(bundle_dir: Path, preset: Path, tmp_path: Path) -> None:
+    common = ("--model", bundle_dir, "--preset", preset, "--prompt", "x", "--out", tmp_path / "o")
+    ended = run_ranks(2, "generate", *common, "--ulysses_size", 3)
+    assert ended.codes == (2, 3)
+    assert "--ulysses_size is more than there are processes" in ended.stderr[0]
+    assert not (tmp_path / "o").exists()
+
+
+def _frames(path: Path) -> list[bytes]:
+    with av.open(str(path)) as video:
+        return [frame.to_ndarray(format="rgb24").tobytes() for frame in video.decode(video=0)]
