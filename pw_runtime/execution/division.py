@@ -64,6 +64,7 @@ def slice_sizes(tokens: int, chunk: int, *, padded: bool = False) -> tuple[int, 
 class RankShare:
     """The part of a stage that one rank computes and holds."""
 
+    slices: int
     own: int  # tokens of its slices
     heads: int  # of self-attention
     queries: int  # tokens whose queries it takes
@@ -78,6 +79,7 @@ def rank_share(
     own = owned_slices(len(sizes), split.sequence)[place]
     share = attention_shares(config.num_heads, len(sizes), split.sequence)[place]
     return RankShare(
+        slices=len(own),
         own=sum(sizes[i] for i in own),
         heads=len(share.heads),
         queries=sum(sizes[i] for i in share.slices),

@@ -167,13 +167,13 @@ def splits(work: Workload, name: StageName) -> list[Split]:
     """List the divisions of a stage among the ranks: as many of them as can take part, and one.
 
     A rank has whole slices of tokens. Engines that hold attention take all tokens, or fixed groups
-    of heads, so only the passes are divided among those.
+    of heads: one rank runs those.
     """
+    if work.options.blocks != "segments":
+        return [Split()]
     slices = len(
         stage_slices(work.stages[name], work.preset.video, work.options.chunk, padded=work.padded)
     )
-    if work.options.blocks != "segments":
-        slices = 1
     most = work.sequence or work.ranks  # ranks of one pass
     found = {
         Split(guidance=guidance, sequence=sequence)

@@ -144,7 +144,7 @@ def _reasons(work: Workload, plan: RunPlan, name: StageName, rates: Rates | None
         return
     text = f"{name}: {waiting} of {work.ranks} ranks wait"
     if work.options.blocks != "segments":
-        yield f"{text}: --blocks {work.options.blocks} divides the passes alone"
+        yield f"{text}: engines of --blocks {work.options.blocks} run on one rank"
         return
     slices = len(stage_slices(stage, work.preset.video, chosen.chunk, padded=work.padded))
     yield (

@@ -33,10 +33,11 @@ def transformer_seconds(
 ) -> float:
     """Estimate the seconds of a denoising stage of one clip."""
     config, precision = work.transformers[name], work.options.compute_precision
-    streamed = weight_bytes(config, precision, work.options.linear).blocks
+    sizes = weight_bytes(config, precision, work.options.linear)
+    streamed = {"resident": 0, "gathered": config.num_layers * sizes.slots}
     return denoise_seconds(
         *(config, work.stages[name], work.preset.video, plan, rates),
-        streamed=0 if plan.weights == "resident" else streamed,
+        streamed=streamed.get(plan.weights, sizes.blocks),
         itemsize=4 if precision == "fp32" else 2,
     )
 
@@ -44,14 +45,16 @@ def transformer_seconds(
 def transformer_traffic(work: Workload, name: StageName, plan: TransformerPlan) -> StepTraffic:
     """Count the bytes that the ranks of a denoising stage send in one step."""
     config, precision = work.transformers[name], work.options.compute_precision
-    stage, blocks = work.stages[name], weight_bytes(config, precision, work.options.linear).blocks
+    stage, slot = work.stages[name], weight_bytes(config, precision, work.options.linear).slots
+    sizes = stage_slices(stage, work.preset.video, plan.chunk, padded=work.padded)
+    padding = sum(sizes) - stage.tokens(work.preset.video)  # is not sent
     return step_traffic(
         config,
         plan.split,
-        stage_slices(stage, work.preset.video, plan.chunk, padded=work.padded),
+        (*sizes[:-1], sizes[-1] - padding),
         passes=len(stage.passes),
         itemsize=4 if precision == "fp32" else 2,
-        block_bytes=blocks if plan.weights == "gathered" else 0,
+        block_bytes=config.num_layers * slot if plan.weights == "gathered" else 0,
         share_attention=plan.share_attention,
     )
 

@@ -45,7 +45,9 @@ from pw_runtime.types import (
 
 LATENTS = {"unipc": 5, "dpm++": 4}  # with the noise, while the first pass of a step runs
 SOLVER_STEP = 9  # latents that a step makes beside those
-EXCHANGES = 2  # slices on their way between ranks at a time, of queries, keys and values
+# Tensors as large as the queries of a slice, while it is exchanged. Of the slice before: sent and
+# received ones, and its queries. Of itself: those computed, put in order, sent and received.
+UNDER_WAY, SENDING = 7, 12
 FEATURES = "features of the draft"
 
 
@@ -131,6 +133,7 @@ def stage_memory(
         share=rank_share(config, plan.split, sizes, passes=len(stage.passes), rank=rank),
         first=rank == 0,
         tokens=sum(sizes),
+        slice=max(sizes),
         latent=4 * math.prod(latent_shape(stage, video)),
         low=4 if precision == "fp32" else 2,
     )
@@ -168,6 +171,7 @@ class _Part:
     share: RankShare
     first: bool  # the rank that runs the solver
     tokens: int  # of all ranks
+    slice: int  # tokens of the largest one
     latent: int  # bytes
     low: int  # bytes of an activation
 
@@ -208,7 +212,7 @@ class _Part:
         """List the phases of a block: before attention, attention, and after it.
 
         Where ranks divide the tokens, slices are exchanged before attention, and after it the
-        result for all tokens and a rank's heads becomes that of its tokens and all heads.
+        result for all queries and a rank's heads becomes that of its tokens and all heads.
         """
         config, low, share = self.config, self.low, self.share
         chunk = min(self.plan.chunk, self.tokens)
@@ -224,7 +228,8 @@ class _Part:
         if blocks == "attention":  # its inputs and its result, heads first
             attention = 4 * low * some
         every = self.residual()
-        qkv = {"queries, keys, values": 3 * low * self.tokens * share.heads * config.head_dim}
+        row = low * share.heads * config.head_dim  # bytes of a token in the heads of this rank
+        qkv = {"queries, keys, values": row * (2 * self.tokens + share.queries)}
         result = {"result of attention": low * self.stream}
         phases = [
             every | qkv | {f"attention of {heads} heads": attention},
@@ -232,9 +237,14 @@ class _Part:
             every | result | {f"{chunk} tokens after attention": chunk * after},
         ]
         if self.plan.split.sequence > 1:
-            exchanged = EXCHANGES * 3 * low * chunk * config.dim
-            phases[1] |= {"slices that are exchanged": exchanged}
-            phases.append(every | qkv | result)
+            of_slice, moving = low * self.slice * config.dim, "slices that are exchanged"
+            under_way = UNDER_WAY if share.slices > 1 else 0
+            phases[1] |= {moving: (under_way + 3) * of_slice}
+            received = max(row * share.queries, low * self.stream)
+            phases += [
+                every | qkv | {moving: (under_way + SENDING) * of_slice},
+                every | result | {"results that are exchanged": received},
+            ]
         return phases
 
     def all_features(self) -> dict[str, int]:

@@ -98,7 +98,7 @@ def stage_peak(
         on_engines = SegmentedDiT(
             net, segments, engines, weights, share_attention=plan.share_attention
         )
-        _run(on_engines, config, replace(stage, steps=3), video)
+        run_stage(on_engines, config, replace(stage, steps=3), video)
         if weights is not None:
             weights.close()
     return ledger.peak["cpu"]
@@ -108,7 +108,7 @@ def _stays(name: str, plan: TransformerPlan) -> bool:
     return plan.weights == "mapped" and is_streamed(name)
 
 
-def _run(net: SegmentedDiT, config: DitConfig, stage: StageConfig, video: VideoConfig) -> None:
+def run_stage(net: SegmentedDiT, config: DitConfig, stage: StageConfig, video: VideoConfig) -> None:
     context = torch.zeros(TEXT_TOKENS, config.text_dim)
     text = TextContext(cond=context, uncond=context)
     noise = torch.zeros(latent_shape(stage, video))

@@ -153,10 +153,11 @@ def test_traffic_is_what_leaves_the_slices_and_comes_back(ranks: int) -> None:
         assert each[0].sent == 2 * 64 * 2 * (3 * 58 + 45)
 
 
-def test_only_passes_are_divided_where_an_engine_holds_attention() -> None:
+def test_one_rank_runs_engines_that_hold_attention() -> None:
     for blocks in ("attention", "whole"):
         ways = candidates(work_for(2, blocks=blocks), gpu=True)["highres"]
-        assert {way.choice.split for way in ways} == {Split(), Split(guidance=2)}
+        assert {way.choice.split for way in ways} == {Split()}
+        assert "gathered" not in {way.choice.weights for way in ways}
 
 
 @pytest.mark.parametrize(("ranks", "bands"), [(2, 3), (8, 8)])
