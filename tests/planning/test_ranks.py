@@ -143,11 +143,13 @@ def test_traffic_is_what_leaves_the_slices_and_comes_back(ranks: int) -> None:
     sizes = (10,) * 4 + (9,) * 7
     each = block_traffic(config, ranks, sizes, 2)
     assert sum(rank.sent for rank in each) == sum(rank.received for rank in each)
-    step = step_traffic(config, Split(sequence=ranks), sizes, passes=2, itemsize=2)
-    assert step.exchange == 2 * config.num_layers * sum(rank.sent for rank in each)
-    shared = step_traffic(
-        config, Split(sequence=ranks), sizes, passes=2, itemsize=2, share_attention=True
+    shared, step = (
+        step_traffic(
+            *(config, Split(sequence=ranks), sizes), passes=2, itemsize=2, share_attention=share
+        )
+        for share in (True, False)
     )
+    assert step.exchange == 2 * config.num_layers * sum(rank.sent for rank in each)
     assert step.exchange - shared.exchange == sum(rank.sent for rank in each)
     if ranks == 2:  # each sends half of its queries, keys, values and of its results
         assert each[0].sent == 2 * 64 * 2 * (3 * 58 + 45)
@@ -224,7 +226,8 @@ def decoded_by(rank: int, ranks: int, strips: int, rows: int, columns: int) -> i
     return ledger.peak["cpu"]
 
 
-@pytest.mark.parametrize("rank", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1, 2])
 def test_the_decode_of_a_rank_takes_what_its_closed_form_says(rank: int) -> None:
     with FakeTensorMode(), torch.inference_mode():
         wanted = decoded_by(rank, 3, 3, 48, 40)
