@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pw generate` on several ranks, started as torchrun does, one of which may be disturbed.
+"""`pw generate` on several ranks, placed as torchrun does, one of which may be disturbed.
 
-As a program: `command.py FAULT RANK PLACE generate ...`, where FAULT happens to one rank as soon
-as it comes to a place in the run ("draft, step 2").
+One program imports what they need and forks them, so that this is paid once:
+`command.py FOLDER COUNT FAULT RANK PLACE generate ...`. The fault happens to one rank as soon as it
+comes to a place in the run ("draft, step 2").
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (".", "kernels", "export", "engines", "bench")
 LIMIT = 110  # seconds
+SILENCE = 4.0  # seconds: in tests a rank is given up sooner
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Ended:
 
 
 def run_ranks(
-    count: int, *arguments: object, fault: str = "none", rank: int = -1, place: str = ""
+    count: int, *arguments: object, fault: str = "none", rank: int = 0, place: str = ""
 ) -> Ended:
-    """Run a command line on several ranks, the last of which may have a fault."""
+    """Run a command line on several ranks, of which one may have a fault."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     environment = os.environ | {
@@ -43,38 +46,62 @@ def run_ranks(
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in FOLDERS),
     }
-    program = [sys.executable, "-m", "tests.parallel.command", fault, str(rank % count), place]
-    children = [
-        subprocess.Popen(
-            [*program, *map(str, arguments)],
-            env=environment | {"RANK": str(number), "LOCAL_RANK": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    with tempfile.TemporaryDirectory() as folder:
+        program = [
+            sys.executable,
+            "-m",
+            "tests.parallel.command",
+            folder,
+            count,
+            fault,
+            rank,
+            place,
+        ]
+        log = Path(folder) / "log"
+        with log.open("w") as output:
+            subprocess.run(
+                [str(part) for part in (*program, *arguments)],
+                env=environment,
+                stdout=output,
+                stderr=output,
+                timeout=LIMIT,
+                check=False,
+            )
+        files = [Path(folder) / f"{number}" for number in range(count)]
+        assert all(file.with_suffix(".code").exists() for file in files), log.read_text()
+        return Ended(
+            tuple(int(file.with_suffix(".code").read_text()) for file in files),
+            tuple(file.with_suffix(".out").read_text() for file in files),
+            tuple(file.with_suffix(".err").read_text() for file in files),
         )
-        for number in range(count)
-    ]
-    try:
-        outputs = [child.communicate(timeout=LIMIT) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    return Ended(
-        tuple(child.returncode for child in children),
-        tuple(out for out, _ in outputs),
-        tuple(err for _, err in outputs),
-    )
 
 
 def _main() -> None:
-    fault, rank, place = sys.argv[1:4]
-    sys.argv = ["pw", *sys.argv[4:]]
-    if fault != "none" and os.environ["RANK"] == rank:
-        _disturb(fault, place)
+    folder, count, fault, disturbed, place = sys.argv[1:6]
+    sys.argv = ["pw", *sys.argv[6:]]
+    from pw_runtime import pipeline
     from pw_runtime.cli.main import main
+    from pw_runtime.system import rank_watch
 
-    main()
+    assert pipeline.STAGES, "imported before the fork"
+
+    rank_watch.SILENCE = SILENCE  # type: ignore[misc]
+    children = []
+    for rank in range(int(count)):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(LIMIT)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for number, ending in ((1, "out"), (2, "err")):
+                file = os.open(f"{folder}/{rank}.{ending}", os.O_CREAT | os.O_WRONLY, 0o600)
+                os.dup2(file, number)
+            if fault != "none" and str(rank) == disturbed:
+                _disturb(fault, place)
+            main()
+        children.append(child)
+    for rank, child in enumerate(children):
+        _, status = os.waitpid(child, 0)
+        Path(folder, f"{rank}.code").write_text(str(os.waitstatus_to_exitcode(status)))
 
 
 def _disturb(fault: str, place: str) -> None:

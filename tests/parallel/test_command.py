@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pw generate` on several ranks: the same clip, and one clear ending whatever happens to a rank."""
+"""`pw generate` on several ranks: the same clip, and one ending whatever becomes of a rank."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_three_ranks_make_the_clips_of_one_bit_for_bit(
             assert torch.equal(x, same[kind]), kind
         assert _frames(alone / f"{name}.mkv") == _frames(together / f"{name}.mkv")
         receipt = json.loads((together / f"{name}.json").read_text())
-        assert "highres: 3 ranks" in str(receipt["plan"]["decisions"])
+        assert "highres: 3 ranks for each pass" in str(receipt["plan"]["decisions"])
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_three_ranks_make_the_clips_of_one_bit_for_bit(
     ("fault", "place", "what"),
     [
         ("killed", "draft, step 1", "was killed, or ended without a word"),
-        ("stopped", "highres, step 2", "sent no sign for 15 s"),
+        ("stopped", "highres, step 2", "sent no sign for 4 s"),
         ("raises", "highres, step 1", "failed: something that nobody expected"),
         ("killed", "decode", "was killed, or ended without a word"),
     ],
