@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pw_runtime.models.blocks import TextKeysValues
 from pw_runtime.models.causal_cache import CausalCache
@@ -142,6 +142,10 @@ class BandDecoder(_Decoder, Protocol):
     """A decoder whose exact decode is divided into bands of rows; see `VaeDecoder`."""
 
     exact_tiling: Literal["bands"]
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield its layers, always in the same order: rows between bands are kept by layer."""
+        ...
 
     def global_part(self, frame: Tensor, cache: CausalCache) -> Tensor:
         """Run what must see the whole of a latent frame, [C, 1, H, W] -> [1, C', 1, H, W]."""

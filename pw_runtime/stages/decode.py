@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pw_kernels import pack_frames, pack_yuv
+from pw_runtime.errors import BadResult
 from pw_runtime.execution.protocols import Decoder
 from pw_runtime.models.causal_cache import Allocate
 from pw_runtime.models.finite import is_finite, overflow
 from pw_runtime.models.tiling import Rect
-from pw_runtime.stages.decode_tiles import Tiles, make_tiles
+from pw_runtime.stages.decode_ranks import follow, lead
+from pw_runtime.stages.decode_tiles import Bands, BlendedStrips, HaloStrips, Tiles, make_tiles
 from pw_runtime.system.pinned_memory import PinnedMemory
+from pw_runtime.system.ranks import Ranks
 from pw_runtime.system.trace import span
 from pw_runtime.types import (
     VAE_STRIDE,
@@ -64,6 +69,7 @@ def decode_frames(
     *,
     store: TileStore | None = None,
     advance: Advance = lambda frames: None,
+    ranks: Ranks | None = None,
 ) -> Iterator[FrameChunk]:
     """Decode a clip, yielding its frames in order: one first, then four at a time.
 
@@ -76,28 +82,82 @@ def decode_frames(
         store: of finished tiles, for the order `tiles`. Those that are complete in it are not
             computed again.
         advance: called with the number of frames that were made, or the share of them in a tile.
+        ranks: this one is rank 0 and decodes with the others, which call `decode_share`: the same
+            frames, bit for bit. Close this generator where it is not used up, so that they return.
 
     Yields:
         Chunks in order, of 1 or 4 frames of 16 H x 16 W pixels.
 
     Raises:
         BadWeights, BadResult: the decoder gives NaN or infinity.
-        ValueError: truncated bytes in a format other than RGB; the order `tiles` without a store.
+        RuntimeError, RankFailed: another rank failed, or died.
+        ValueError: truncated bytes in a format other than RGB; the order `tiles` without a store;
+            several ranks for it or for official strips.
     """
-    if compat.truncating_uint8 and pixel_format != "rgb24":
-        raise ValueError(f"truncating_uint8 is for frames as rgb24, got {pixel_format}")
     device, in_turn = latent.x.device, tiling.order == "tiles"
     kept: Allocate = torch.empty_like
     if in_turn and device.type == "cuda":
         kept = PinnedMemory().like
     tiles = make_tiles(vae, tiling, latent.x.shape, device, kept)
-    clip = _Clip(vae, latent, tiles, pixel_format, compat.truncating_uint8, advance)
-    if not in_turn:
+    clip = _Clip(vae, latent, tiles, pixel_format, _truncating(compat, pixel_format), advance)
+    if ranks is not None and ranks.size > 1:
+        with closing(lead(clip, _divisible(tiles, tiling), ranks)) as frames:
+            yield from clip.collected(frames)
+    elif not in_turn:
         yield from clip.frame_by_frame()
     elif store is None:
         raise ValueError("decoding tile by tile takes a store for the finished tiles")
     else:
         yield from clip.tile_by_tile(store, kept)
+
+
+def decode_share(
+    vae: Decoder,
+    latent: Latent,
+    tiling: TilingConfig,
+    compat: Compat,
+    pixel_format: PixelFormat = "rgb24",
+    *,
+    ranks: Ranks,
+) -> None:
+    """Decode this rank's tiles of a clip for rank 0, which calls `decode_frames`.
+
+    Returns when they are done, or rank 0 has stopped; it has told why.
+
+    Args:
+        vae: the decoder.
+        latent: the whole latent, [C, T, H, W] on the decoder's device.
+        tiling: tiles, as on rank 0.
+        compat: official quirks, as on rank 0.
+        pixel_format: of the frames, as on rank 0.
+        ranks: this one is not rank 0.
+
+    Raises:
+        RankFailed: another rank died.
+        ValueError: as from `decode_frames`; rank 0 decodes something else.
+    """
+    tiles = make_tiles(vae, tiling, latent.x.shape, latent.x.device, torch.empty_like)
+    truncating = _truncating(compat, pixel_format)
+    clip = _Clip(vae, latent, tiles, pixel_format, truncating, lambda frames: None)
+    follow(clip, _divisible(tiles, tiling), ranks)
+
+
+def _truncating(compat: Compat, pixel_format: PixelFormat) -> bool:
+    """Tell whether bytes are truncated. Raises ValueError where that is not defined."""
+    if compat.truncating_uint8 and pixel_format != "rgb24":
+        raise ValueError(f"truncating_uint8 is for frames as rgb24, got {pixel_format}")
+    return compat.truncating_uint8
+
+
+def _divisible(
+    tiles: Bands | HaloStrips | BlendedStrips, tiling: TilingConfig
+) -> Bands | HaloStrips:
+    """Return tiles that ranks can divide. Raises ValueError."""
+    if isinstance(tiles, BlendedStrips):
+        raise ValueError("official strips are decoded by one rank, got several")
+    if tiling.order == "tiles":
+        raise ValueError("decoding tile by tile takes one rank, got several")
+    return tiles
 
 
 class _Clip:
@@ -115,6 +175,7 @@ class _Clip:
         self._vae, self._latent, self._tiles = vae, latent, tiles
         self._format, self._truncate, self._advance = pixel_format, truncate, advance
         self._height, self._width = (VAE_STRIDE[1] * n for n in latent.x.shape[2:])
+        self.frames = latent.x.shape[1]  # latent ones
 
     def frame_by_frame(self) -> Iterator[FrameChunk]:
         """Compute all tiles of a latent frame, then those of the next. One chunk is held."""
@@ -134,6 +195,29 @@ class _Clip:
             yield FrameChunk(start=start, pixel_format=self._format, frames=picture)
             del picture  # while the next chunk is made, this one must be free
             start += frames
+
+    def collected(self, frames: Iterator[list[Tensor]]) -> Iterator[FrameChunk]:
+        """Put together frames of which other ranks have computed some tiles."""
+        for t in range(self.frames):
+            chunk = self._put_together(t, next(frames))
+            self._advance(len(chunk.frames))
+            yield chunk
+            del chunk
+
+    def compute(self, t: int, own: range) -> list[Tensor]:
+        """Compute some tiles of latent frame t; see `DividedClip.compute`."""
+        shared = self._tiles.shared(self._latent.x[:, t : t + 1])
+        return [self._pixels(*self._tiles.tile(index, t, shared)) for index in own]
+
+    def shapes(self, t: int) -> list[tuple[int, ...]]:
+        """Return the shape of each tile's packed pixels in latent frame t."""
+        count = _frames_of(t)[1]
+        return [(count, *self._shape(rect.height, rect.width)) for rect in self._tiles.rects]
+
+    def not_finite(self) -> BadResult:
+        """Return the error for NaN in frames. Raises BadWeights where it is in the weights."""
+        self._vae.check_weights()
+        return overflow("a decoded frame")
 
     def tile_by_tile(self, store: TileStore, kept: Allocate) -> Iterator[FrameChunk]:
         """Compute a tile of all latent frames, then the next; with the last one, frames appear.
@@ -176,21 +260,23 @@ class _Clip:
         return x if x is frame or x.device.type == "cpu" else kept(x).copy_(x)
 
     def _from_store(self, store: TileStore, t: int, newest: Tensor | None) -> FrameChunk:
-        """Put together the frames made of latent frame t; the last tile may be at hand."""
-        start, count = (0, 1) if t == 0 else (4 * t - 3, 4)
-        rects, picture = self._tiles.rects, self._picture(count)
-        for index, rect in enumerate(rects):
-            if newest is None or index < len(rects) - 1:
-                self._place(store.read(index, start, count), picture, rect)
-            else:
-                self._place(newest, picture, rect)
+        """Read the tiles of latent frame t; the last one may be at hand."""
+        stored = len(self._tiles.rects) - (newest is not None)
+        parts = (store.read(index, *_frames_of(t)) for index in range(stored))
+        return self._put_together(t, parts if newest is None else chain(parts, (newest,)))
+
+    def _put_together(self, t: int, parts: Iterable[Tensor]) -> FrameChunk:
+        """Put together the frames made of latent frame t from the pixels of its tiles."""
+        start, count = _frames_of(t)
+        picture = self._picture(count)
+        for pixels, rect in zip(parts, self._tiles.rects, strict=True):
+            self._place(pixels, picture, rect)
         return FrameChunk(start=start, pixel_format=self._format, frames=picture)
 
     def _pixels(self, blocks: Tensor, weight: Tensor | None) -> Tensor:
         """Pack the colours of a tile, on the CPU. Raises BadWeights, BadResult for NaN."""
         if not is_finite(blocks):
-            self._vae.check_weights()
-            raise overflow("a decoded frame")
+            raise self.not_finite()
         if blocks.shape[-1] == 0:  # a strip that finishes no column
             shape = self._shape(2 * blocks.shape[2], 0)
             return torch.empty((blocks.shape[1], *shape), dtype=torch.uint8)
@@ -220,6 +306,11 @@ class _Clip:
     def _count(self, frames: int, rect: Rect) -> None:
         """Report that a tile of some frames is made."""
         self._advance(frames * rect.height * rect.width / (self._height * self._width))
+
+
+def _frames_of(t: int) -> tuple[int, int]:
+    """Return the first of the frames made of latent frame t, and how many they are."""
+    return (0, 1) if t == 0 else (VAE_STRIDE[0] * t - 3, VAE_STRIDE[0])
 
 
 def _planes(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ tile over the whole clip. The results are the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -66,9 +66,30 @@ class Tiles(Protocol):
         ...
 
 
+class DividedTiles(Tiles, Protocol):
+    """A division into tiles of which several ranks compute a run each.
+
+    Attributes:
+        handed: maximum number of tensors that a tile hands on to the next one of its frame.
+    """
+
+    handed: int
+
+    def hand_on(self, t: int) -> dict[int, Tensor]:
+        """Return what the tile computed last hands on in latent frame t, by a number for each.
+
+        Nothing of it is kept.
+        """
+        ...
+
+    def take_over(self, t: int, tensors: Mapping[int, Tensor]) -> None:
+        """Go on with latent frame t after a tile of another rank, which handed these on."""
+        ...
+
+
 def make_tiles(
     vae: Decoder, tiling: TilingConfig, shape: Sequence[int], device: torch.device, kept: Allocate
-) -> Tiles:
+) -> Bands | HaloStrips | BlendedStrips:
     """Divide the frames of a latent, [C, T, H, W].
 
     Args:
@@ -107,6 +128,8 @@ class Bands:
         self._global, self._to_share = CausalCache(), frames
         self._caches: dict[int, CausalCache] = {}  # by band
         self._seams: dict[int, Seam] = {}  # by latent frame
+        self._owners = tuple(vae.modules())  # of rows in a seam, numbered alike on every rank
+        self.handed = len(self._owners) if len(bands) > 1 else 0
 
     def shared(self, frame: Tensor) -> Tensor:
         """Run the global part; see `Tiles.shared`."""
@@ -143,9 +166,21 @@ class Bands:
             first -= 1
         return first
 
+    def hand_on(self, t: int) -> dict[int, Tensor]:
+        """Return the rows of the seam; see `DividedTiles.hand_on`."""
+        rows = self._seams.pop(t).rows
+        return {number: rows[m] for number, m in enumerate(self._owners) if m in rows}
+
+    def take_over(self, t: int, tensors: Mapping[int, Tensor]) -> None:
+        """Begin with a seam of these rows; see `DividedTiles.take_over`."""
+        rows = {self._owners[number]: x for number, x in tensors.items()}
+        self._seams[t] = Seam(rows, allocate=self._kept)
+
 
 class HaloStrips:
     """Strips of columns, computed with the halo that the convolutions reach into: for engines."""
+
+    handed = 0
 
     def __init__(
         self,
@@ -183,6 +218,13 @@ class HaloStrips:
     def replayed_from(self, index: int) -> int:
         """Return `index`: strips do not depend on each other."""
         return index
+
+    def hand_on(self, t: int) -> dict[int, Tensor]:
+        """Return nothing: strips do not depend on each other."""
+        return {}
+
+    def take_over(self, t: int, tensors: Mapping[int, Tensor]) -> None:
+        """Do nothing: see `hand_on`."""
 
 
 class BlendedStrips:
