@@ -134,7 +134,8 @@ def _compute(clip: DividedClip, t: int, own: range, message: Tensor) -> int:
     except (BadWeights, BadResult):
         return NOT_FINITE
     except Exception as error:
-        text = f"{str(error) or type(error).__name__}\n{traceback.format_exc()}".encode()
+        reason = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+        text = f"{str(error) or reason}\n{traceback.format_exc()}".encode()
         text = text[: len(message) - 1].ljust(len(message) - 1, b"\0")
         message[1:] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return FAILED

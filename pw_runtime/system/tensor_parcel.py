@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that go from one rank to another with their strides, on which a convolution's bits depend.
+"""Tensors that go from rank to rank with their strides, on which a convolution's bits depend.
 
 A parcel is two messages: a table of sizes, strides and dtypes on the CPU, then one run of bytes.
 """
@@ -122,8 +122,8 @@ def _layouts(table: Tensor) -> Iterator[tuple[int, _Layout]]:
 def _dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Tell whether a tensor's numbers fill its memory, each place once."""
     place = 1
-    for step, count in sorted((step, count) for count, step in zip(size, stride) if count > 1):
-        if step != place:
+    for step, count in sorted(zip(stride, size, strict=True)):
+        if count > 1 and step != place:
             return False
         place *= count
     return True
