@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import Protocol
@@ -70,7 +70,7 @@ def decode_frames(
     store: TileStore | None = None,
     advance: Advance = lambda frames: None,
     ranks: Ranks | None = None,
-) -> Iterator[FrameChunk]:
+) -> Generator[FrameChunk, None, None]:
     """Decode a clip, yielding its frames in order: one first, then four at a time.
 
     Args:

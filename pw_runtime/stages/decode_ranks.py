@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -56,7 +56,9 @@ class DividedClip(Protocol):
         ...
 
 
-def lead(clip: DividedClip, tiles: DividedTiles, ranks: Ranks) -> Iterator[list[Tensor]]:
+def lead(
+    clip: DividedClip, tiles: DividedTiles, ranks: Ranks
+) -> Generator[list[Tensor], None, None]:
     """Compute the first tiles of every latent frame, on rank 0, and collect the others.
 
     The other ranks call `follow`. Where this ends early, also because it is closed, they return.
