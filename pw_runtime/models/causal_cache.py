@@ -29,12 +29,17 @@ class Seam:
         top: the current band is the first one: nothing is above it.
         bottom: the current band is the last one, and keeps nothing.
         allocate: returns memory for rows of this shape and dtype, beside them or on the host.
+        take: waits for the next rows of a band above that is computed elsewhere, in the order in
+            which it keeps them; returns the module that needs them, and the rows.
+        give: passes on rows at once that a band below needs which is computed elsewhere.
     """
 
     rows: dict[nn.Module, Tensor] = field(default_factory=dict)
     top: bool = True
     bottom: bool = False
     allocate: Allocate = torch.empty_like
+    take: Callable[[], tuple[nn.Module, Tensor]] | None = None
+    give: Callable[[nn.Module, Tensor], object] | None = None
 
     def above(self, owner: nn.Module, x: Tensor, rows: int) -> Tensor | None:
         """Return the `rows` rows above x that the band above kept; None at the top.
@@ -49,6 +54,9 @@ class Seam:
         """
         if self.top:
             return None
+        while self.take is not None and owner not in self.rows:
+            needed_by, taken = self.take()
+            self.rows[needed_by] = taken
         kept = self.rows.get(owner)
         if kept is not None:
             return kept.to(x.device, non_blocking=True)
@@ -68,6 +76,8 @@ class Seam:
             # Dense: with gaps, PyTorch would copy by way of memory that is not pinned.
             x = x.clone()
         kept.copy_(x, non_blocking=True)
+        if self.give is not None:
+            self.give(owner, self.rows.pop(owner))
 
     def join(self, owner: nn.Module, x: Tensor) -> tuple[Tensor, int, int]:
         """Put the rows kept from the band above on top of x, for a 3-row convolution.

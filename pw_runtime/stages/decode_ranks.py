@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decode divided among ranks: each computes some tiles of every latent frame, rank 0 collects.
+"""A decode divided among ranks: each computes a run of tiles of every frame, rank 0 collects them.
 
-The ranks pass a frame on like a wave. Rank r computes its tiles of frame t after rank r - 1, whose
-last tile hands on what the next one needs; meanwhile rank r - 1 computes frame t + 1. So rank 0 is
-ahead of the last one by as many frames as there are other ranks, and never by more. Before a frame
-rank 0 tells the others to compute it, or to stop: all of them then have computed the same frames,
-and no message is left, whatever ended the clip.
+All ranks are at the same frame. A band needs rows of the band above it, layer by layer: a rank takes
+them from the rank before it as soon as they are there, and so begins a frame later than that one by
+no more than its largest block, an eighth of a frame. Before a frame rank 0 tells the others to
+compute it, or to stop: whatever ends a clip, all ranks have then computed the same frames, and no
+message is left.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import math
 import traceback
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from pw_runtime.errors import BadResult, BadWeights
+from pw_runtime.errors import BadResult, BadWeights, RankFailed
 from pw_runtime.execution.division import run_of
 from pw_runtime.stages.decode_tiles import DividedTiles
 from pw_runtime.system.ranks import Pending, Ranks
-from pw_runtime.system.tensor_parcel import Parcel, receive_parcel
+from pw_runtime.system.tensor_messages import receive_tensor, send_tensor
 from pw_runtime.system.trace import span
 
 STOP: Final = -1  # instead of the number of the frame to compute
 # First byte of a message with pixels. Other than FINE, they are no pixels, and there are no more.
 FINE, NOT_FINITE, FAILED = 0, 1, 2
+# Instead of the number of a tensor: no more of this frame; or no more at all.
+END, BROKEN = -1, -2
 
 
 class DividedClip(Protocol):
@@ -74,8 +76,8 @@ def lead(
     leader = _Leader(clip, tiles, ranks)
     try:
         for t in range(clip.frames):
-            leader.begin(t)
-            if leader.ahead:
+            leader.compute(t)
+            if leader.far_ahead:
                 yield leader.finish()
         while leader.begun:
             yield leader.finish()
@@ -92,34 +94,30 @@ def follow(clip: DividedClip, tiles: DividedTiles, ranks: Ranks) -> None:
 
     Raises:
         RankFailed: another rank died.
-        ValueError: another rank is at another frame.
+        ValueError: another rank decodes something else.
     """
     division = _Division(clip, tiles, ranks)
     if ranks.rank >= division.ranks:
         return
     own, status, unsent = division.own(ranks.rank), FINE, list[Pending]()
+    seams = division.seams()
     for t in range(clip.frames):
         if not _told_to_go_on(ranks, t):
             break
-        given = division.take(t)
         message = division.message(t, ranks.rank)
+        seams.begin(t)
         if status == FINE:
-            tiles.take_over(t, given)
-            del given
             status = _compute(clip, t, own, message)
         message[0] = status
-        parcel = division.parcel(t, failed=status != FINE)
-        for pending in unsent:  # of the frame before
-            pending.wait()
-        unsent = division.hand(t, parcel)
-        unsent.append(ranks.send(message, 0, f"pixels of frame {t}"))
-        del parcel, message
-    for pending in unsent:
-        pending.wait()
+        seams.end(END if status == FINE else BROKEN)
+        _wait(unsent)  # of the frame before
+        unsent = [ranks.send(message, 0, f"pixels of frame {t}")]
+    seams.close()
+    _wait(unsent)
 
 
 def _told_to_go_on(ranks: Ranks, t: int) -> bool:
-    """Wait until rank 0 has computed its tiles of latent frame t, or stops."""
+    """Wait until rank 0 begins latent frame t, or stops."""
     word = torch.zeros(1, dtype=torch.int64)
     ranks.receive(word, 0, f"word of frame {t}").wait()
     if int(word) not in (t, STOP):
@@ -135,6 +133,8 @@ def _compute(clip: DividedClip, t: int, own: range, message: Tensor) -> int:
         torch.cat([part.flatten() for part in pixels], out=message[1:])
     except (BadWeights, BadResult):
         return NOT_FINITE
+    except (RankFailed, ValueError):
+        raise
     except Exception as error:
         reason = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
         text = f"{str(error) or reason}\n{traceback.format_exc()}".encode()
@@ -144,9 +144,23 @@ def _compute(clip: DividedClip, t: int, own: range, message: Tensor) -> int:
     return FINE
 
 
+def _failed(rank: int, message: Tensor) -> RuntimeError:
+    """Return the error of another rank; its traceback is a note."""
+    text = message[1:].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
+    reason, _, trace = text.partition("\n")
+    error = RuntimeError(f"rank {rank}: {reason}")
+    error.add_note(trace)
+    return error
+
+
+def _wait(pending: list[Pending]) -> None:
+    for one in pending:
+        one.wait()
+
+
 @dataclass(frozen=True, slots=True)
 class _Division:
-    """Who computes which tiles of a clip, and what goes from rank to rank."""
+    """Who computes which tiles of a clip."""
 
     clip: DividedClip
     tiles: DividedTiles
@@ -166,27 +180,84 @@ class _Division:
         shapes = self.clip.shapes(t)
         return torch.empty(1 + sum(math.prod(shapes[i]) for i in self.own(rank)), dtype=torch.uint8)
 
-    def parcel(self, t: int, *, failed: bool = False) -> Parcel | None:
-        """Pack what the next rank needs for latent frame t; nothing if this one has failed."""
-        tiles, world = self.tiles, self.world
-        if not tiles.handed or world.rank + 1 == self.ranks:
-            return None
-        tensors = {} if failed else tiles.hand_on(t)
-        mark = (t, self.own(world.rank).stop)
-        return Parcel.of(tensors, tiles.handed, mark, world.device)
+    def seams(self) -> _Seams:
+        """Let the tiles of this rank take and give what they need of others."""
+        rank, own, linked = self.world.rank, self.own(self.world.rank), self.tiles.linked
+        before = rank - 1 if linked and rank > 0 else None
+        after = rank + 1 if linked and rank + 1 < self.ranks else None
+        seams = _Seams(self.world, own, before, after)
+        self.tiles.divide(own, seams)
+        return seams
 
-    def hand(self, t: int, parcel: Parcel | None) -> list[Pending]:
-        """Send it."""
-        if parcel is None:
-            return []
-        return parcel.send(self.world, self.world.rank + 1, f"seam of frame {t}")
 
-    def take(self, t: int) -> dict[int, Tensor]:
-        """Receive it from the rank before this one."""
-        if not self.tiles.handed:
-            return {}
-        before, mark = self.world.rank - 1, (t, self.own(self.world.rank).start)
-        return receive_parcel(self.world, before, self.tiles.handed, mark, f"seam of frame {t}")
+class _BrokenSeam(RuntimeError):
+    """The rank before this one has failed."""
+
+
+@dataclass(slots=True)
+class _Seams:
+    """What the tiles of one rank take from the rank before it, and give to the one after it.
+
+    For each latent frame any number of tensors, then END or BROKEN.
+    """
+
+    ranks: Ranks
+    own: range
+    before: int | None
+    after: int | None
+    _t: int = 0
+    _open: bool = False  # the rank before this one has more
+    _unsent: list[Pending] = field(default_factory=list)  # of the frame before
+    _sent: list[Pending] = field(default_factory=list)  # of this one
+
+    def begin(self, t: int) -> None:
+        """Begin with a latent frame."""
+        self._t, self._open = t, self.before is not None
+
+    def take(self) -> tuple[int, Tensor]:
+        """Wait for the next tensor, and its number; see `Neighbours.take`.
+
+        Raises RankFailed, ValueError for one of another frame or tile, _BrokenSeam where the rank
+        before this one has failed.
+        """
+        assert self.before is not None
+        what, number = f"seam of frame {self._t}", BROKEN
+        if self._open:
+            (t, tile, number), x = receive_tensor(self.ranks, self.before, what)
+            if (t, tile) != (self._t, self.own.start):
+                got, wanted = f"tile {tile} of frame {t}", f"{self.own.start} of frame {self._t}"
+                raise ValueError(f"rank {self.before} decodes for {got}, expected {wanted}")
+            if x is not None:
+                return number, x
+            self._open = False
+        raise _BrokenSeam(f"rank {self.before} failed" if number == BROKEN else "no more rows")
+
+    def give(self, number: int, x: Tensor) -> None:
+        """Send a tensor; see `Neighbours.give`."""
+        self._send(number, x)
+
+    def end(self, word: int) -> None:
+        """Finish a latent frame: take what is left, and tell the next rank that there is no more.
+
+        The next rank has then taken all of the frame before.
+        """
+        while self._open:
+            try:
+                self.take()
+            except _BrokenSeam:
+                break
+        self._send(word, None)
+        _wait(self._unsent)
+        self._unsent, self._sent = self._sent, []
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        _wait(self._unsent)
+
+    def _send(self, number: int, x: Tensor | None) -> None:
+        if self.after is not None:
+            mark, what = (self._t, self.own.stop, number), f"seam of frame {self._t}"
+            self._sent += send_tensor(self.ranks, x, mark, self.after, what)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,30 +281,32 @@ class _Leader:
         self._clip, self._world = clip, ranks
         self._division = _Division(clip, tiles, ranks)
         self._followers = range(1, self._division.ranks)
+        self._seams = self._division.seams()
         self._told = 0  # latent frames that the others were told to compute
-        self._handed: list[Pending] = []  # what the next rank needs for the last one of them
+        self._computing = False
 
     @property
-    def ahead(self) -> bool:
-        """Whether the oldest frame is to be finished before another one is begun."""
-        return len(self.begun) == self._division.ranks
+    def far_ahead(self) -> bool:
+        """Whether the oldest frame is to be finished before another one is begun.
+
+        The last rank is behind this one by an eighth of a frame for every rank between.
+        """
+        return len(self.begun) > math.ceil(len(self._followers) / 4)
 
     @torch.inference_mode()
-    def begin(self, t: int) -> None:
-        """Compute the first tiles of latent frame t and let the others go on with it."""
-        division = self._division
-        with span("chunk" if t else "first chunk"):
-            own = self._clip.compute(t, division.own(0))
-        parcel = division.parcel(t)
-        messages = [division.message(t, rank) for rank in self._followers]
-        for pending in self._handed:
-            pending.wait()
-        self._told = t + 1
-        frame = _Frame(own, messages, self._tell(t, t))
-        self._handed = division.hand(t, parcel)
+    def compute(self, t: int) -> None:
+        """Let the others begin latent frame t, and compute its first tiles."""
+        messages = [self._division.message(t, rank) for rank in self._followers]
+        frame = _Frame([], messages, self._tell(t, t))
+        self._told, self._computing = t + 1, True
         for rank, message in zip(self._followers, messages, strict=True):
             frame.pending.append(self._world.receive(message, rank, f"pixels of frame {t}"))
         self.begun.append(frame)
+        self._seams.begin(t)
+        with span("chunk" if t else "first chunk"):
+            frame.own.extend(self._clip.compute(t, self._division.own(0)))
+        self._computing = False
+        self._seams.end(END)
 
     @torch.inference_mode()
     def finish(self) -> list[Tensor]:
@@ -243,8 +316,7 @@ class _Leader:
         """
         frame, t = self.begun[0], self._told - len(self.begun)
         with span("collect"):
-            for pending in frame.pending:
-                pending.wait()
+            _wait(frame.pending)
         self.begun.popleft()
         shapes, pixels = self._clip.shapes(t), frame.own
         for rank, message in zip(self._followers, frame.messages, strict=True):
@@ -252,8 +324,7 @@ class _Leader:
             if status == NOT_FINITE:
                 raise self._clip.not_finite()
             if status != FINE:
-                text = message[1:].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
-                raise RuntimeError(f"rank {rank}: {text}")
+                raise _failed(rank, message)
             own = [shapes[index] for index in self._division.own(rank)]
             parts = message[1:].split([math.prod(shape) for shape in own])
             pixels += [part.view(shape) for part, shape in zip(parts, own, strict=True)]
@@ -261,13 +332,13 @@ class _Leader:
 
     def stop(self) -> None:
         """Let the others finish the frames that they were told to compute, and no more."""
-        pending = [*self._handed]
-        if self._told < self._clip.frames:
-            pending += self._tell(self._told, STOP)
+        if self._computing:
+            self._seams.end(BROKEN)
+        words = self._tell(self._told, STOP) if self._told < self._clip.frames else []
+        self._seams.close()
         for frame in self.begun:
-            pending += frame.pending
-        for one in pending:
-            one.wait()
+            _wait(frame.pending)
+        _wait(words)
 
     def _tell(self, t: int, word: int) -> list[Pending]:
         """Send a word to all other ranks before they compute latent frame t."""

@@ -7,11 +7,11 @@ tile over the whole clip. The results are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pw_runtime.execution.protocols import BandDecoder, Decoder, StripDecoder
 from pw_runtime.models.causal_cache import Allocate, CausalCache, Seam
@@ -66,24 +66,29 @@ class Tiles(Protocol):
         ...
 
 
+class Neighbours(Protocol):
+    """The ranks that compute the tiles before and after a run of tiles of each frame."""
+
+    def take(self) -> tuple[int, Tensor]:
+        """Wait for the next tensor that the tile before the run hands on, and its number."""
+        ...
+
+    def give(self, number: int, x: Tensor) -> None:
+        """Hand on a tensor to the tile after the run; it is not changed any more."""
+        ...
+
+
 class DividedTiles(Tiles, Protocol):
     """A division into tiles of which several ranks compute a run each.
 
     Attributes:
-        handed: maximum number of tensors that a tile hands on to the next one of its frame.
+        linked: a tile hands on tensors to the next one of its frame.
     """
 
-    handed: int
+    linked: bool
 
-    def hand_on(self, t: int) -> dict[int, Tensor]:
-        """Return what the tile computed last hands on in latent frame t, by a number for each.
-
-        Nothing of it is kept.
-        """
-        ...
-
-    def take_over(self, t: int, tensors: Mapping[int, Tensor]) -> None:
-        """Go on with latent frame t after a tile of another rank, which handed these on."""
+    def divide(self, own: range, neighbours: Neighbours) -> None:
+        """Compute only a run of the tiles from now on; the neighbours compute the others."""
         ...
 
 
@@ -128,8 +133,14 @@ class Bands:
         self._global, self._to_share = CausalCache(), frames
         self._caches: dict[int, CausalCache] = {}  # by band
         self._seams: dict[int, Seam] = {}  # by latent frame
+        self._own = range(len(bands))
+        self._neighbours: Neighbours | None = None
         self._owners = tuple(vae.modules())  # of rows in a seam, numbered alike on every rank
-        self.handed = len(self._owners) if len(bands) > 1 else 0
+        self.linked = len(bands) > 1
+
+    def divide(self, own: range, neighbours: Neighbours) -> None:
+        """Compute a run of the bands; see `DividedTiles.divide`."""
+        self._own, self._neighbours = own, neighbours
 
     def shared(self, frame: Tensor) -> Tensor:
         """Run the global part; see `Tiles.shared`."""
@@ -145,14 +156,26 @@ class Bands:
         if len(bands) > 1:
             seam = self._seams.setdefault(t, Seam(allocate=self._kept))
             seam.top, seam.bottom = index == 0, index == len(bands) - 1
+            seam.take = self._take if index == self._own.start and not seam.top else None
+            seam.give = self._give if index == self._own.stop - 1 and not seam.bottom else None
             cache.seam = seam
         rows = x[..., bands[index], :].to(self._device, non_blocking=True)
         colours = self._vae.local_part(rows, cache)
+        cache.seam = None
         if t == self._last_frame:
             del self._caches[index]
-        if index == len(bands) - 1:
+        if index == self._own.stop - 1:
             self._seams.pop(t, None)
         return colours, None
+
+    def _take(self) -> tuple[nn.Module, Tensor]:
+        assert self._neighbours is not None, "the run begins below the top"
+        number, rows = self._neighbours.take()
+        return self._owners[number], rows
+
+    def _give(self, owner: nn.Module, rows: Tensor) -> None:
+        assert self._neighbours is not None, "the run ends above the bottom"
+        self._neighbours.give(self._owners.index(owner), rows)
 
     def replayed_from(self, index: int) -> int:
         """Return the first band to compute again; see `Tiles.replayed_from`.
@@ -166,21 +189,11 @@ class Bands:
             first -= 1
         return first
 
-    def hand_on(self, t: int) -> dict[int, Tensor]:
-        """Return the rows of the seam; see `DividedTiles.hand_on`."""
-        rows = self._seams.pop(t).rows
-        return {number: rows[m] for number, m in enumerate(self._owners) if m in rows}
-
-    def take_over(self, t: int, tensors: Mapping[int, Tensor]) -> None:
-        """Begin with a seam of these rows; see `DividedTiles.take_over`."""
-        rows = {self._owners[number]: x for number, x in tensors.items()}
-        self._seams[t] = Seam(rows, allocate=self._kept)
-
 
 class HaloStrips:
     """Strips of columns, computed with the halo that the convolutions reach into: for engines."""
 
-    handed = 0
+    linked = False
 
     def __init__(
         self,
@@ -219,12 +232,8 @@ class HaloStrips:
         """Return `index`: strips do not depend on each other."""
         return index
 
-    def hand_on(self, t: int) -> dict[int, Tensor]:
-        """Return nothing: strips do not depend on each other."""
-        return {}
-
-    def take_over(self, t: int, tensors: Mapping[int, Tensor]) -> None:
-        """Do nothing: see `hand_on`."""
+    def divide(self, own: range, neighbours: Neighbours) -> None:
+        """Do nothing: strips do not depend on each other."""
 
 
 class BlendedStrips:

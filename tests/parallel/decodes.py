@@ -21,7 +21,7 @@ from pw_runtime.models.finite import require_finite_weights
 from pw_runtime.planning.oom_fallback import out_of_memory
 from pw_runtime.stages.decode import decode_frames, decode_share
 from pw_runtime.system.ranks import Ranks
-from pw_runtime.system.tensor_parcel import Parcel, receive_parcel
+from pw_runtime.system.tensor_messages import receive_tensor, send_tensor
 from pw_runtime.types import Compat, FrameChunk, Latent, PixelFormat, TilingConfig
 from tests.networks import TINY_VAE
 from tests.oracle import golden
@@ -231,38 +231,37 @@ def refused(ranks: Ranks) -> object:
     return said
 
 
-def parcels(ranks: Ranks) -> object:
-    """Send tensors of every dtype and layout; then a parcel that is not the expected one."""
+def tensors(ranks: Ranks) -> object:
+    """Send tensors of every dtype and layout; then what is no tensor."""
     x = torch.arange(120.0).view(1, 2, 3, 4, 5)
-    sent = {
-        0: x.to(memory_format=torch.channels_last_3d),
-        2: x[0].bfloat16().transpose(0, 3).contiguous().transpose(0, 3),
-        3: torch.tensor(3.0, dtype=torch.float64)[None],
-        5: x.half().permute(4, 0, 1, 2, 3),
-    }
-    cpu, told = torch.device("cpu"), []
-    for tensors in (sent, {}):
-        if ranks.rank == 0:
-            for one in Parcel.of(tensors, 6, (3, 1), cpu).send(ranks, 1, "rows"):
-                one.wait()
-            continue
-        for number, y in receive_parcel(ranks, 0, 6, (3, 1), "rows").items():
-            ours = tensors[number]
-            equal = torch.equal(y, ours) and y.stride() == ours.stride()
-            told.append((number, equal and y.dtype == ours.dtype))
+    sent = [
+        x.to(memory_format=torch.channels_last_3d),
+        x[0].bfloat16().transpose(0, 3).contiguous().transpose(0, 3),
+        torch.tensor([3.0], dtype=torch.float64),
+        x.half().permute(4, 0, 1, 2, 3),
+        None,
+    ]
     if ranks.rank == 0:
-        Parcel.of({}, 6, (4, 1), cpu).send(ranks, 1, "rows")[0].wait()
-        table = torch.zeros(7, 12, dtype=torch.int64)
-        table[0, :2], table[2, :4] = torch.tensor((4, 1)), torch.tensor((1, 0, 3, 0))
-        table[2, 7] = 2  # its stride
-        ranks.send(table, 1, "sizes of rows").wait()
+        for number, one in enumerate(sent):
+            for pending in send_tensor(ranks, one, (3, 1, number), 1, "rows"):
+                pending.wait()
+        header = torch.tensor([3, 1, 9, 1, 0, 3, 0, 0, 0, 0, 2, 0, 0, 0, 0])  # three, two apart
+        ranks.send(header, 1, "size of rows").wait()
         try:
-            Parcel.of({1: x[..., ::2]}, 6, (4, 1), cpu)
+            return send_tensor(ranks, x[..., ::2], (3, 1, 9), 1, "rows")
         except ValueError as error:
             return str(error)
-    for mark in ((3, 1), (4, 1)):
-        try:
-            receive_parcel(ranks, 0, 6, mark, "rows")
-        except ValueError as error:
-            told.append(str(error))
+    told: list[object] = []
+    for number, ours in enumerate(sent):
+        mark, y = receive_tensor(ranks, 0, "rows")
+        assert mark == (3, 1, number)
+        if ours is None or y is None:
+            told.append(ours is y)
+            continue
+        equal = torch.equal(y, ours) and y.dtype == ours.dtype
+        told.append(equal and y.stride() == ours.stride())
+    try:
+        receive_tensor(ranks, 0, "rows")
+    except ValueError as error:
+        told.append(str(error))
     return told
