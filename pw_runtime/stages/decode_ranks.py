@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decode divided among ranks: each computes a run of tiles of every frame, rank 0 collects them.
 
-All ranks are at the same frame. A band needs rows of the band above it, layer by layer: a rank takes
-them from the rank before it as soon as they are there, and so begins a frame later than that one by
-no more than its largest block, an eighth of a frame. Before a frame rank 0 tells the others to
-compute it, or to stop: whatever ends a clip, all ranks have then computed the same frames, and no
-message is left.
+All ranks are at the same frame. A band needs rows of the band above it, layer by layer: a rank
+takes them from the rank before it as soon as they are there, and so begins a frame later than that
+one by no more than its largest block, an eighth of a frame. Before a frame rank 0 tells the others
+to compute it, or to stop: whatever ends a clip, all ranks have then computed the same frames, and
+no message is left.
 """
 
 from __future__ import annotations

@@ -194,6 +194,23 @@ def closed_early(ranks: Ranks) -> object:
     return computed
 
 
+def side_by_side(ranks: Ranks) -> object:
+    """Let each rank wait at its second stage, in every frame, until all have come that far."""
+    net = network()
+    good = decoded(None, net, FAULTY)
+    group = ranks.group("stage", tuple(range(ranks.size)))
+    assert group is not None
+
+    def meet(*arguments: object) -> None:
+        everyone = torch.zeros(ranks.size)
+        ranks.gather(group, everyone, torch.ones(1), "stage of a test").wait()
+
+    hook = net.decoder.upsamples[1].register_forward_pre_hook(meet)
+    together = decoded(ranks, net, FAULTY)
+    hook.remove()
+    return ranks.rank or same(together, good)
+
+
 def lost(ranks: Ranks) -> object:
     """Lose the last rank in the middle of a clip."""
 

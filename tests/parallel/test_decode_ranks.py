@@ -88,6 +88,11 @@ def test_ranks_return_when_a_decode_is_closed_early(tmp_path: Path) -> None:
         assert computed == [bands * min(n + 1, FAULTY.frames) for n in TAKEN]
 
 
+def test_ranks_are_at_the_same_frame(tmp_path: Path) -> None:
+    """A band goes on with rows that the one above it, which is not finished, has kept."""
+    assert run("tests.parallel.decodes:side_by_side", tmp_path, [4])[4] == [True, 1, 2, 3]
+
+
 def test_a_rank_that_dies_in_the_middle_ends_the_others(tmp_path: Path) -> None:
     results = run("tests.parallel.decodes:lost", tmp_path, [3])[3]
     for text in results[:2]:
