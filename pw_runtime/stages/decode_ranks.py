@@ -14,7 +14,7 @@ import math
 import traceback
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
@@ -22,16 +22,14 @@ from torch import Tensor
 
 from pw_runtime.errors import BadResult, BadWeights, RankFailed
 from pw_runtime.execution.division import run_of
+from pw_runtime.stages.decode_seams import BROKEN, END, SeamLinks
 from pw_runtime.stages.decode_tiles import DividedTiles
 from pw_runtime.system.ranks import Pending, Ranks
-from pw_runtime.system.tensor_messages import receive_tensor, send_tensor
 from pw_runtime.system.trace import span
 
 STOP: Final = -1  # instead of the number of the frame to compute
 # First byte of a message with pixels. Other than FINE, they are no pixels, and there are no more.
 FINE, NOT_FINITE, FAILED = 0, 1, 2
-# Instead of the number of a tensor: no more of this frame; or no more at all.
-END, BROKEN = -1, -2
 
 
 class DividedClip(Protocol):
@@ -180,84 +178,14 @@ class _Division:
         shapes = self.clip.shapes(t)
         return torch.empty(1 + sum(math.prod(shapes[i]) for i in self.own(rank)), dtype=torch.uint8)
 
-    def seams(self) -> _Seams:
+    def seams(self) -> SeamLinks:
         """Let the tiles of this rank take and give what they need of others."""
         rank, own, linked = self.world.rank, self.own(self.world.rank), self.tiles.linked
         before = rank - 1 if linked and rank > 0 else None
         after = rank + 1 if linked and rank + 1 < self.ranks else None
-        seams = _Seams(self.world, own, before, after)
+        seams = SeamLinks(self.world, own, before, after)
         self.tiles.divide(own, seams)
         return seams
-
-
-class _BrokenSeam(RuntimeError):
-    """The rank before this one has failed."""
-
-
-@dataclass(slots=True)
-class _Seams:
-    """What the tiles of one rank take from the rank before it, and give to the one after it.
-
-    For each latent frame any number of tensors, then END or BROKEN.
-    """
-
-    ranks: Ranks
-    own: range
-    before: int | None
-    after: int | None
-    _t: int = 0
-    _open: bool = False  # the rank before this one has more
-    _unsent: list[Pending] = field(default_factory=list)  # of the frame before
-    _sent: list[Pending] = field(default_factory=list)  # of this one
-
-    def begin(self, t: int) -> None:
-        """Begin with a latent frame."""
-        self._t, self._open = t, self.before is not None
-
-    def take(self) -> tuple[int, Tensor]:
-        """Wait for the next tensor, and its number; see `Neighbours.take`.
-
-        Raises RankFailed, ValueError for one of another frame or tile, _BrokenSeam where the rank
-        before this one has failed.
-        """
-        assert self.before is not None
-        what, number = f"seam of frame {self._t}", BROKEN
-        if self._open:
-            (t, tile, number), x = receive_tensor(self.ranks, self.before, what)
-            if (t, tile) != (self._t, self.own.start):
-                got, wanted = f"tile {tile} of frame {t}", f"{self.own.start} of frame {self._t}"
-                raise ValueError(f"rank {self.before} decodes for {got}, expected {wanted}")
-            if x is not None:
-                return number, x
-            self._open = False
-        raise _BrokenSeam(f"rank {self.before} failed" if number == BROKEN else "no more rows")
-
-    def give(self, number: int, x: Tensor) -> None:
-        """Send a tensor; see `Neighbours.give`."""
-        self._send(number, x)
-
-    def end(self, word: int) -> None:
-        """Finish a latent frame: take what is left, and tell the next rank that there is no more.
-
-        The next rank has then taken all of the frame before.
-        """
-        while self._open:
-            try:
-                self.take()
-            except _BrokenSeam:
-                break
-        self._send(word, None)
-        _wait(self._unsent)
-        self._unsent, self._sent = self._sent, []
-
-    def close(self) -> None:
-        """Wait until everything is sent."""
-        _wait(self._unsent)
-
-    def _send(self, number: int, x: Tensor | None) -> None:
-        if self.after is not None:
-            mark, what = (self._t, self.own.stop, number), f"seam of frame {self._t}"
-            self._sent += send_tensor(self.ranks, x, mark, self.after, what)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +215,7 @@ class _Leader:
 
     @property
     def far_ahead(self) -> bool:
-        """Whether the oldest frame is to be finished before another one is begun.
+        """Tell whether the oldest frame is to be finished before another one is begun.
 
         The last rank is behind this one by an eighth of a frame for every rank between.
         """

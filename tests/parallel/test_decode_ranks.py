@@ -25,6 +25,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
     return run("tests.parallel.decodes:whole_clips", folder, [1, 2, 3, 4])
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_gives_the_bits_of_one(clips) -> None:
     """Bands and strips, both pixel formats; fewer tiles than ranks, and runs of unequal length."""
     for count, results in clips.items():
@@ -40,6 +41,7 @@ def test_any_number_of_ranks_gives_the_bits_of_one(clips) -> None:
                 assert ("pixels" in sent) == (rank < case.strips), (count, rank, case)
 
 
+@pytest.mark.slow
 def test_a_rank_sends_the_rows_that_the_closed_form_counts(clips) -> None:
     """And pixels, once: with a byte for each latent frame."""
     results = clips[3]
@@ -60,6 +62,7 @@ def test_a_rank_sends_the_rows_that_the_closed_form_counts(clips) -> None:
         assert pixels == (3 * left if case.pixels == "rgb24" else left * 3 // 2)
 
 
+@pytest.mark.slow
 def test_a_failure_on_any_rank_is_that_of_the_clip_alone(tmp_path: Path) -> None:
     """It is told by rank 0 as if it were its own, and the ranks decode the next clip."""
     results = run("tests.parallel.decodes:faults", tmp_path, [4])[4]
@@ -80,6 +83,7 @@ def test_weights_that_are_not_numbers_are_named(tmp_path: Path) -> None:
     assert results[1] is None
 
 
+@pytest.mark.slow
 def test_ranks_return_when_a_decode_is_closed_early(tmp_path: Path) -> None:
     """Rank 0 is ahead of its frames by one, for four other ranks or fewer."""
     results = run("tests.parallel.decodes:closed_early", tmp_path, [2, 4])
@@ -93,6 +97,7 @@ def test_ranks_are_at_the_same_frame(tmp_path: Path) -> None:
     assert run("tests.parallel.decodes:side_by_side", tmp_path, [4])[4] == [True, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_in_the_middle_ends_the_others(tmp_path: Path) -> None:
     results = run("tests.parallel.decodes:lost", tmp_path, [3])[3]
     for text in results[:2]:
