@@ -83,7 +83,8 @@ def decode_frames(
             computed again.
         advance: called with the number of frames that were made, or the share of them in a tile.
         ranks: this one is rank 0 and decodes with the others, which call `decode_share`: the same
-            frames, bit for bit. Close this generator where it is not used up, so that they return.
+            frames, bit for bit. They hear nothing before the first chunk is asked for; after that,
+            close this generator where it is not used up, so that they return.
 
     Yields:
         Chunks in order, of 1 or 4 frames of 16 H x 16 W pixels.
