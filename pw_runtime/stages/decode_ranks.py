@@ -3,9 +3,9 @@
 
 All ranks are at the same frame. A band needs rows of the band above it, layer by layer: a rank
 takes them from the rank before it as soon as they are there, and so begins a frame later than that
-one by no more than its largest block, an eighth of a frame. Before a frame rank 0 tells the others
-to compute it, or to stop: whatever ends a clip, all ranks have then computed the same frames, and
-no message is left.
+one by no more than its largest block, about a tenth of a frame. Before a frame rank 0 tells the
+others to compute it, or to stop: whatever ends a clip, all ranks have then computed the same
+frames, and no message is left.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class _Leader:
     def far_ahead(self) -> bool:
         """Tell whether the oldest frame is to be finished before another one is begun.
 
-        The last rank is behind this one by an eighth of a frame for every rank between.
+        The last rank is behind this one by about a tenth of a frame for every rank between.
         """
         return len(self.begun) > math.ceil(len(self._followers) / 4)
 
