@@ -207,18 +207,18 @@ def run_as_rank(
     from pw_runtime.job.preflight import computing
     from pw_runtime.system.ranks import joined
 
-    devices = devices_of(options)
-    if (options["ulysses_size"] or 1) > place.size:
-        raise BadRequest(
-            "--ulysses_size is more than there are processes",
-            got=f"{options['ulysses_size']}, of {place.size}",
-            do="leave it out, or start as many with torchrun --nproc-per-node or --processes",
-        )
     if place.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too, and ends this one
     known: list[tuple[Request, Bundle]] = []
 
     def prepared() -> tuple[torch.device, dict[str, str]]:
+        if (options["ulysses_size"] or 1) > place.size:
+            raise BadRequest(
+                "--ulysses_size is more than there are processes",
+                got=f"{options['ulysses_size']}, of {place.size}",
+                do="leave it out, or start as many with torchrun --nproc-per-node or --processes",
+            )
+        devices = devices_of(options)
         mine = devices[place.local] if devices else _device_of(place, options["device"])
         known.append(prepare({**options, "device": mine}))
         request, bundle = known[0]

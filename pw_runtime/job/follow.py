@@ -19,16 +19,34 @@ import torch
 from pydantic import TypeAdapter
 
 from pw_runtime.checkpoint.bundle import Bundle, verify
+from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
+from pw_runtime.execution.decoder_lookup import on_engines, select_decoder_engines
 from pw_runtime.execution.divided_transformer import DividedDiT, load_divided
-from pw_runtime.execution.engine_lookup import select_engines
+from pw_runtime.execution.engine_lookup import EngineSet, select_engines
+from pw_runtime.execution.protocols import Decoder
 from pw_runtime.job.receipt import versions
+from pw_runtime.models import VaeDecoder
 from pw_runtime.planning.oom_fallback import free_memory, out_of_memory
 from pw_runtime.planning.workload import budget_of
+from pw_runtime.stages.decode import decode_share
 from pw_runtime.system.ranks import Ranks
-from pw_runtime.types import Budget, Request, TransformerPlan
+from pw_runtime.types import (
+    Budget,
+    Compat,
+    DecodePlan,
+    Latent,
+    PixelFormat,
+    Request,
+    TilingConfig,
+    TransformerPlan,
+)
 
-_PLAN = TypeAdapter(TransformerPlan)
+_PLAN, _TILING, _COMPAT = (
+    TypeAdapter(TransformerPlan),
+    TypeAdapter(TilingConfig),
+    TypeAdapter(Compat),
+)
 _READY, _NO_MEMORY = 0, 1  # answers of a rank to a command that loads
 
 
@@ -73,10 +91,31 @@ def on_all_ranks(ranks: Ranks, command: str, **details: Any) -> Iterator[None]:
     finally:
         answers = [torch.empty(1, dtype=torch.int64) for _ in range(1, ranks.size)]
         for rank, answer in enumerate(answers, start=1):
-            ranks.receive(answer, rank, f"answer to {command}").wait()
+            ranks.receive(answer, rank, "answer of a rank", patient=True).wait()
     short = [rank for rank, answer in enumerate(answers, start=1) if int(answer) == _NO_MEMORY]
     if short:
         raise torch.OutOfMemoryError(f"out of memory on rank {', '.join(map(str, short))}")
+
+
+def tell_of_decode(
+    ranks: Ranks,
+    plan: DecodePlan,
+    compat: Compat,
+    pixels: PixelFormat,
+    latent: Latent,
+    engines: EngineSet,
+) -> None:
+    """Have all ranks begin to decode a clip; rank 0 then calls `decode_frames`."""
+    ranks.command(
+        "decode",
+        tiling=asdict(plan.tiling),
+        compat=asdict(compat),
+        pixels=pixels,
+        shape=list(latent.x.shape),
+        engines=engines.digest if plan.engines else None,
+    )
+    ranks.at("decode")
+    ranks.broadcast(latent.x.contiguous().view(-1), "latent of a clip").wait()
 
 
 def common_budget(ranks: Ranks, request: Request) -> Budget:
@@ -110,6 +149,7 @@ class _Follower:
     def __init__(self, ranks: Ranks, request: Request, bundle: Bundle) -> None:
         self._ranks, self._request, self._bundle = ranks, request, bundle
         self._transformer: DividedDiT | None = None
+        self._decoder: VaeDecoder | None = None
         self._verifies = False  # the files of its machine, which rank 0 does not see
 
     def obey(self, command: Mapping[str, Any]) -> None:
@@ -125,6 +165,11 @@ class _Follower:
             case "load":
                 self._ranks.at(f"{command['stage']}, loading")
                 self._answer(lambda: self._load(command))
+            case "load decoder":
+                self._ranks.at("decode, loading")
+                self._answer(self._load_decoder)
+            case "decode":
+                self._decode(command)
             case "release":
                 self._release()
             case _:
@@ -134,15 +179,44 @@ class _Follower:
     def _load(self, command: Mapping[str, Any]) -> None:
         stage, options = command["stage"], self._request.options
         engines = select_engines(self._bundle, stage, options, self._request.preset)
-        if engines.digest != command["engines"]:
-            raise BadRequest(
-                f"rank {self._ranks.rank} has other engines for the {stage} network than rank 0",
-                got=engines.digest,
-                wanted=command["engines"],
-                do="copy the engines of rank 0 there, or add --policy eager",
-            )
+        self._require_same(engines, f"{stage} network", command["engines"])
         plan = _PLAN.validate_python(command["plan"])
         self._transformer = load_divided(self._bundle, stage, engines, plan, options, self._ranks)
+
+    def _load_decoder(self) -> None:
+        request = self._request
+        precision = request.options.vae_precision
+        self._decoder = load_decoder(self._bundle, request.device, precision)
+
+    def _decode(self, command: Mapping[str, Any]) -> None:
+        request, decoder = self._request, self._decoder
+        assert decoder is not None
+        x = torch.empty(command["shape"], device=request.device)
+        self._ranks.at("decode")
+        self._ranks.broadcast(x.view(-1), "latent of a clip").wait()
+        part: Decoder = decoder
+        if command["engines"] is not None:
+            engines = select_decoder_engines(self._bundle, request.preset, request.options)
+            self._require_same(engines, "decoder", command["engines"])
+            part = on_engines(decoder, engines)
+        decode_share(
+            part,
+            Latent(x=x),
+            _TILING.validate_python(command["tiling"]),
+            _COMPAT.validate_python(command["compat"]),
+            command["pixels"],
+            ranks=self._ranks,
+        )
+
+    def _require_same(self, engines: EngineSet, network: str, wanted: str) -> None:
+        """Raise BadRequest for engines that are not those of rank 0."""
+        if engines.digest != wanted:
+            raise BadRequest(
+                f"rank {self._ranks.rank} has other engines for the {network} than rank 0",
+                got=engines.digest or engines.reason,
+                wanted=wanted,
+                do="copy the engines of rank 0 there, or add --policy eager",
+            )
 
     def _answer(self, load: Callable[[], None]) -> None:
         """Load something, and tell rank 0 whether there is memory for it."""
@@ -155,10 +229,10 @@ class _Follower:
             answer = _NO_MEMORY
         if answer == _NO_MEMORY:  # outside the block, whose exception holds tensors
             self._release()
-        self._ranks.send(torch.tensor([answer]), 0, "answer to load").wait()
+        self._ranks.send(torch.tensor([answer]), 0, "answer of a rank").wait()
 
     def _release(self) -> None:
         if self._transformer is not None:
             self._transformer.close()
-        self._transformer = None
+        self._transformer = self._decoder = None
         free_memory(self._request.device)

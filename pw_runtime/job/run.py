@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TypeVar
@@ -24,12 +24,13 @@ from pw_runtime.execution.transformer import SegmentedDiT, load_transformer
 from pw_runtime.job.clip import TILES, Clip, latents_bytes, save_latents, write_clip_receipt
 from pw_runtime.job.contact_sheet import write_contact_sheet
 from pw_runtime.job.failures import isolate_failure
-from pw_runtime.job.follow import on_all_ranks
+from pw_runtime.job.follow import on_all_ranks, tell_of_decode
 from pw_runtime.job.receipt import versions
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.text_encoder import TextNetwork
 from pw_runtime.planning.oom_fallback import LazyNetwork, OomFallback
 from pw_runtime.sampling.noise import tensor_digest
+from pw_runtime.stages.decode import decode_frames
 from pw_runtime.system.atomic_files import require_room
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.ranks import Ranks
@@ -37,6 +38,7 @@ from pw_runtime.system.step import Step
 from pw_runtime.system.tile_store import TileStore, allocated_bytes, remove_tiles
 from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import (
+    FrameChunk,
     Latent,
     Network,
     Notice,
@@ -98,10 +100,41 @@ class Run:
         """Return the VAE decoder."""
 
         def load(plan: RunPlan) -> VaeDecoder:
-            options = self.request.options
-            return load_decoder(self.bundle, self.request.device, options.vae_precision)
+            device, precision = self.request.device, self.request.options.vae_precision
+            if self.ranks is None or plan.decode.ranks == 1:
+                return load_decoder(self.bundle, device, precision)
+            with on_all_ranks(self.ranks, "load decoder"):
+                return load_decoder(self.bundle, device, precision)
 
-        return LazyNetwork("decode", load, self.fallback, self.loading, label="vae")
+        def close(vae: VaeDecoder) -> None:
+            if self.ranks is not None and not self.ranks.failed:
+                self.ranks.command("release")
+
+        return LazyNetwork("decode", load, self.fallback, self.loading, label="vae", close=close)
+
+    def frames(
+        self,
+        clip: Clip,
+        vae: VaeDecoder,
+        latent: Latent,
+        pixels: PixelFormat,
+        store: TileStore | None,
+        advance: Callable[[float], object],
+    ) -> Generator[FrameChunk, None, None]:
+        """Decode a clip on as many ranks as are planned; see `decode_frames`."""
+        plan, compat = self.fallback.plan.decode, clip.request.preset.compat
+        ranks = self.ranks if plan.ranks > 1 else None
+        if ranks is not None:
+            tell_of_decode(ranks, plan, compat, pixels, latent, self.engines["vae"])
+        decoder = self.decoder_on(vae)
+        frames = decode_frames(
+            *(decoder, latent, plan.tiling, compat, pixels),
+            store=store,
+            advance=advance,
+            ranks=ranks,
+        )
+        with closing(frames):  # where they are not used up, the other ranks must hear of it
+            yield from frames
 
     def decoder_on(self, vae: VaeDecoder) -> Decoder:
         """Return the decoder on engines, where the current plan has it run on them."""

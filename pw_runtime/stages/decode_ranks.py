@@ -117,9 +117,11 @@ def follow(clip: DividedClip, tiles: DividedTiles, ranks: Ranks) -> None:
 def _told_to_go_on(ranks: Ranks, t: int) -> bool:
     """Wait until rank 0 begins latent frame t, or stops."""
     word = torch.zeros(1, dtype=torch.int64)
-    ranks.receive(word, 0, f"word of frame {t}").wait()
+    # Patiently: rank 0 may wait for its disk.
+    ranks.receive(word, 0, f"word of frame {t}", patient=True).wait()
     if int(word) not in (t, STOP):
         raise ValueError(f"rank 0 decodes frame {int(word)}, rank {ranks.rank} expected {t}")
+    ranks.at(f"decode, latent frame {t + 1}")
     return int(word) == t
 
 

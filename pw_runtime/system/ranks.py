@@ -87,6 +87,7 @@ class Pending:
     what: str = ""
     group: Group | None = None
     tensors: tuple[Tensor, ...] = ()  # kept alive until then
+    patient: bool = False
     _done: threading.Event = field(default_factory=threading.Event)
 
     def wait(self) -> None:
@@ -94,7 +95,7 @@ class Pending:
         if self.work is None or self.ranks is None or self.group is None:
             return
         if self.tensors[0].device.type == "cpu":
-            self.ranks.wait_for(self._done, self.what, self.group)
+            self.ranks.wait_for(self._done, self.what, self.group, patient=self.patient)
         try:
             self.work.wait()
         except RuntimeError as error:  # the connection to a rank broke
@@ -256,9 +257,14 @@ class Ranks:
         self._count(what, x.numel() * x.element_size())
         return self._cast(self._lane(self.rank, to), x, self.rank, what)
 
-    def receive(self, x: Tensor, of: int, what: str) -> Pending:
-        """Receive into x what a rank sends, of the same size and dtype."""
-        return self._cast(self._lane(of, self.rank), x, of, what)
+    def receive(self, x: Tensor, of: int, what: str, *, patient: bool = False) -> Pending:
+        """Receive into x what a rank sends, of the same size and dtype.
+
+        A patient wait lasts as long as that rank lives: it may be busy with what takes any time.
+        """
+        pending = self._cast(self._lane(of, self.rank), x, of, what)
+        pending.patient = patient
+        return pending
 
     # ---- commands ----------------------------------------------------------------------------
 
@@ -272,11 +278,9 @@ class Ranks:
     def next_command(self) -> dict[str, Any]:
         """Wait, as long as rank 0 lives, for what to do next. Raises RankFailed."""
         size = torch.zeros(1, dtype=torch.int64)
-        before, self._deadline = self._deadline, float("inf")
-        try:
-            self.broadcast(size, IDLE).wait()
-        finally:
-            self._deadline = before
+        pending = self.broadcast(size, IDLE)
+        pending.patient = True
+        pending.wait()
         data = torch.empty(int(size), dtype=torch.uint8)
         self.broadcast(data, "command").wait()
         return dict(json.loads(data.numpy().tobytes()))
@@ -287,16 +291,18 @@ class Ranks:
         """Say in which stage and step this rank is, for the messages of the others."""
         self._watch.at(place)
 
-    def wait_for(self, done: threading.Event, what: str, group: Group) -> None:
+    def wait_for(
+        self, done: threading.Event, what: str, group: Group, *, patient: bool = False
+    ) -> None:
         """Wait for an exchange on CPUs. Raises RankFailed."""
-        end = time.monotonic() + self._deadline
+        end = float("inf") if patient else time.monotonic() + self._deadline
         self._watch.waits(group.members, what)
         while not done.wait(_LOOK):
             if self._watch.failure is not None:
                 raise self._failed()
             if time.monotonic() > end:
                 rank, doing = self._watch.behind(group.name, group.members)
-                waited = f"let rank {self.rank} wait for {self._deadline:.0f} s ({what})"
+                waited = f"let rank {self.rank} wait for {self._deadline:.0f} s (--rank-timeout)"
                 self._watch.report(rank, waited, doing)
                 raise self._failed()
         self._watch.waits((), "")
