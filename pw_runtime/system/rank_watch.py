@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 BEAT: Final = 1.0  # seconds between beats
 SILENCE: Final = 15.0  # seconds without one, after which a rank is given up
@@ -50,7 +50,7 @@ class RankWatch:
         woken: called when there is a failure, for whoever waits.
     """
 
-    def __init__(self, store: TCPStore, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int) -> None:
         """Begin to beat; the others are watched once all have."""
         self.failure: Failure | None = None
         self.woken: Callable[[], None] = lambda: None

@@ -412,9 +412,13 @@ def joined(
         BadRequest: a rank does not come, cannot take part, or is different.
         RankFailed: a rank died.
     """
-    store = _store(place)
+    server = _store(place)
+    # A launcher that starts the ranks once more keeps its store.
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    store = PrefixStore(attempt, server)
     device = _meet(store, place, prepared)
-    watch = RankWatch(connect(place.host, store.port, ARRIVAL), place.rank, place.size)
+    own = PrefixStore(attempt, connect(place.host, server.port, ARRIVAL))
+    watch = RankWatch(own, place.rank, place.size)
     store.set(f"here {place.rank}", "")
     store.wait([f"here {rank}" for rank in range(place.size)], timedelta(seconds=ARRIVAL))
     watch.start()
@@ -452,7 +456,7 @@ def _store(place: Place) -> TCPStore:
 
 
 def _meet(
-    store: TCPStore,
+    store: Store,
     place: Place,
     prepared: Callable[[], tuple[torch.device, Mapping[str, str]]],
 ) -> torch.device:
@@ -463,6 +467,10 @@ def _meet(
     except BaseException as error:
         store.set(keys[place.rank], json.dumps({_CANNOT: str(error) or type(error).__name__}))
         raise
+    if device.type == "cuda" and not dist.is_nccl_available():
+        lacking = "this PyTorch has no NCCL, through which GPUs exchange tensors"
+        store.set(keys[place.rank], json.dumps({_CANNOT: lacking}))
+        raise BadRequest(lacking, do="install PyTorch for CUDA on Linux, or use --device cpu")
     store.set(keys[place.rank], json.dumps(dict(identity)))
     try:
         store.wait(keys, timedelta(seconds=ARRIVAL))
