@@ -31,6 +31,7 @@ from pw_runtime.types import (
 # and for gaps between allocations. An estimate: not measured by this project.
 DEVICE_RESERVE = 2**30
 LINK_RESERVE = 2**29  # buffers of a process that exchanges with others; an estimate too
+ALIKE = 1.1  # times the fastest: then where the weights are decides, and costs that no model has
 SMALLER_CHUNK = 2048  # tokens per engine call, where the usual chunk does not fit
 Choice = TypeVar("Choice")
 
@@ -109,8 +110,26 @@ def transformer_candidates(
     """List a transformer's candidates.
 
     Resident weights, then those divided among ranks, then streamed ones; of each with the shared
-    first attention, then without. Of several divisions among ranks the fastest is first.
+    first attention, then without. Of several divisions among ranks, those that are within a tenth
+    of the fastest come first.
     """
+    plans = [
+        plan
+        for weights in _residencies(work, name, gpu=gpu)
+        for plan in variants(work, name, weights)
+    ]
+    if work.ranks > 1:
+        times = {plan: transformer_seconds(work, name, plan, work.rates) for plan in plans}
+        order = {plan.weights: index for index, plan in reversed(list(enumerate(plans)))}
+        slow = ALIKE * min(times.values())
+        plans.sort(
+            key=lambda plan: (
+                times[plan] > slow,
+                order[plan.weights],
+                plan.chunk != work.options.chunk,  # another one rounds differently
+                times[plan],
+            )
+        )
     return tuple(
         Candidate(
             plan,
@@ -122,8 +141,7 @@ def transformer_candidates(
                 gpu=gpu,
             ),
         )
-        for weights in _residencies(work, name, gpu=gpu)
-        for plan in variants(work, name, weights)
+        for plan in plans
     )
 
 
@@ -156,11 +174,7 @@ def variants(work: Workload, name: StageName, weights: Residency) -> list[Transf
             for share, chunk in variants
             if weights != "gathered" or split.ranks > 1
         ]
-    if work.ranks == 1:
-        return plans
-    times = {plan: transformer_seconds(work, name, plan, work.rates) for plan in plans}
-    # The usual chunk first: another one rounds differently.
-    return sorted(plans, key=lambda plan: (plan.chunk != full, times[plan]))
+    return plans
 
 
 def splits(work: Workload, name: StageName) -> list[Split]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pw_runtime.errors import BadRequest
-from pw_runtime.planning.candidates import candidates, split_text, variants
+from pw_runtime.planning.candidates import candidates, split_text, splits, variants
 from pw_runtime.planning.planner import gib, make_plan
 from pw_runtime.planning.report import (
     head_lines,
@@ -135,9 +135,10 @@ def _reasons(work: Workload, plan: RunPlan, name: StageName, rates: Rates | None
     if rates is not None:
         seconds: dict[Split, float] = {}
         for way in variants(work, name, chosen.weights):
-            if way.chunk == chosen.chunk:  # of one division, the fastest comes first
+            if way.chunk == chosen.chunk:  # of one division, that which shares comes first
                 seconds.setdefault(way.split, transformer_seconds(work, name, way, rates))
-        compared = ", ".join(f"{split_text(way)} {time_text(s)}" for way, s in seconds.items())
+        fastest_first = sorted(seconds.items(), key=lambda item: item[1])
+        compared = ", ".join(f"{split_text(way)} {time_text(s)}" for way, s in fastest_first)
         yield f"{name}: modelled divisions: {compared}"
     waiting = work.ranks - chosen.split.ranks
     if not waiting:
@@ -145,6 +146,9 @@ def _reasons(work: Workload, plan: RunPlan, name: StageName, rates: Rates | None
     text = f"{name}: {waiting} of {work.ranks} ranks wait"
     if work.options.blocks != "segments":
         yield f"{text}: engines of --blocks {work.options.blocks} run on one rank"
+        return
+    if chosen.split.ranks < max(split.ranks for split in splits(work, name)):
+        yield f"{text}, as more do not fit into memory or are slower"
         return
     slices = len(stage_slices(stage, work.preset.video, chosen.chunk, padded=work.padded))
     yield (
