@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from pw_runtime.execution.division import run_of
+from pw_runtime.execution.division import frames_begun, run_of
 from pw_runtime.models.tiling import band_rects, make_bands
 from pw_runtime.planning.decode_layers import GLOBAL_PAST, PAST, SEAMS, SHARED, PeakCounter
 from pw_runtime.system.pinned_memory import pinned_bytes
@@ -68,8 +68,9 @@ def decode_memory(
         counter.frame_by_frame(rows, columns, bands, owned, neighbours * seam)
     heights = [rect.height for rect in band_rects(cut, columns, config)]
     own = sum(heights[owned.start : owned.stop])
-    # The first rank has whole frames, and its part of those that further ranks have not finished.
-    lines = own if rank else sum(heights) + (ranks * own if ranks > 1 else 0)
+    # The first rank puts frames together from those of all ranks, the others send the last ones.
+    begun = frames_begun(ranks) if ranks > 1 else 0
+    lines = 2 * own if rank else (1 + begun) * sum(heights)
     host[PACKED] = VAE_STRIDE[0] * lines * columns * VAE_STRIDE[2] * 3 // 2
     return (
         *(_item(name, size, "device") for name, size in counter.peak.items()),

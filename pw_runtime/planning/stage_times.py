@@ -17,6 +17,10 @@ from pw_runtime.planning.workload import Workload
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.types import DecodePlan, RunPlan, StageConfig, StageName, TransformerPlan
 
+# Latent frames by which a rank of a divided decode is behind the one before it: the rows that it
+# needs are there when that one has computed its largest block.
+RANK_LAG = 0.11
+
 
 def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, float]:
     """Estimate the seconds of one clip, by stage."""
@@ -106,7 +110,7 @@ def _decode_seconds(work: Workload, plan: DecodePlan, rates: Rates, copied: int)
     return decode_seconds(
         *(work.vae, last, work.preset.video, rates, copied),
         share=share,
-        waited=0 if plan.engines else plan.ranks - 1,
+        waited=0 if plan.engines else RANK_LAG * (plan.ranks - 1),
         sent=traffic.border + traffic.pixels + traffic.latents,
     )
 

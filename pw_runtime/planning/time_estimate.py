@@ -153,7 +153,7 @@ def decode_seconds(
     copied: int = 0,
     *,
     share: float = 1,
-    waited: int = 0,
+    waited: float = 0,
     sent: int = 0,
 ) -> float:
     """Estimate one clip's decode.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pw_runtime.errors import BadResult, BadWeights, RankFailed
-from pw_runtime.execution.division import run_of
+from pw_runtime.execution.division import frames_begun, run_of
 from pw_runtime.stages.decode_seams import BROKEN, END, SeamLinks
 from pw_runtime.stages.decode_tiles import DividedTiles
 from pw_runtime.system.ranks import Pending, Ranks
@@ -217,11 +217,8 @@ class _Leader:
 
     @property
     def far_ahead(self) -> bool:
-        """Tell whether the oldest frame is to be finished before another one is begun.
-
-        The last rank is behind this one by about a tenth of a frame for every rank between.
-        """
-        return len(self.begun) > math.ceil(len(self._followers) / 4)
+        """Tell whether the oldest frame is to be finished before another one is begun."""
+        return len(self.begun) >= frames_begun(self._division.ranks)
 
     @torch.inference_mode()
     def compute(self, t: int) -> None:

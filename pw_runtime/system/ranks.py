@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, NoReturn
@@ -30,6 +30,7 @@ DEADLINE: Final = 600.0  # seconds that one rank waits for the data of another
 _LOOK: Final = 0.2  # seconds between two looks at the watch while waiting
 ARRIVAL: Final = 120.0  # seconds until all ranks must have started
 _LIBRARY: Final = timedelta(days=20)  # the libraries' own deadline: ours comes first
+_FAREWELL: Final = 20.0  # seconds that a store stays for ranks that have not come yet
 _CANNOT: Final = "cannot take part"
 _GO_ON: Final = "see what that rank printed and whether its device works; nothing kept is lost"
 
@@ -466,6 +467,9 @@ def _meet(
         device, identity = prepared()
     except BaseException as error:
         store.set(keys[place.rank], json.dumps({_CANNOT: str(error) or type(error).__name__}))
+        if place.hosting:  # the others are to hear of it: with this process the store ends
+            with suppress(RuntimeError):
+                store.wait(keys, timedelta(seconds=_FAREWELL))
         raise
     if device.type == "cuda" and not dist.is_nccl_available():
         lacking = "this PyTorch has no NCCL, through which GPUs exchange tensors"
