@@ -402,7 +402,7 @@ class _Exchange:
 
     @property
     def rounds(self) -> int:
-        """How many slices the rank with the most has."""
+        """Number of slices of the rank with the most."""
         return max(map(len, self._division.owned))
 
     def send(self, index: int, *qkv: Tensor) -> None:

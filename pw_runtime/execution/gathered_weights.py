@@ -30,7 +30,7 @@ ALIGNMENT = 256  # bytes: what PyTorch's allocators give, so that kernels see wh
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where each weight of a segment lies in a run of bytes, and how long a rank's share is."""
+    """Place of each weight of a segment in a run of bytes, and how long a rank's share is."""
 
     weights: tuple[tuple[int, torch.dtype, torch.Size], ...]  # first byte, dtype, shape
     share: int  # bytes

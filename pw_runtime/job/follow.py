@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks other than the first do: rank 0 runs the program, they compute their parts of it.
+"""The ranks other than the first: rank 0 runs the program, they compute their parts of it.
 
 Rank 0 has the prompts, the solver's state, the files and the encoder; the others know the bundle,
 the preset and the options, and wait for commands.

@@ -164,7 +164,7 @@ def stage_slices(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What one rank does of a stage; every method lists bytes on the device by name."""
+    """Part of a stage that one rank does; every method lists bytes on the device by name."""
 
     config: DitConfig
     plan: TransformerPlan

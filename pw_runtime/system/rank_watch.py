@@ -34,7 +34,7 @@ _FAILURE: Final = "failure"
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What ended the run: the rank that is to blame, and what it did."""
+    """End of a run: the rank that is to blame, and what it did."""
 
     rank: int
     what: str  # "was killed", or the message of its error
@@ -88,7 +88,7 @@ class RankWatch:
 
     @property
     def doing(self) -> str:
-        """What this rank does, in words."""
+        """Description of what this rank does."""
         return f"{self._place}: {self._latest}" if self._latest else self._place
 
     def report(self, rank: int, what: str, doing: str, *, told: bool = False) -> None:

@@ -37,7 +37,7 @@ _GO_ON: Final = "see what that rank printed and whether its device works; nothin
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank stands in a run, as launchers say it in the environment.
+    """Place of a rank in a run, as launchers say it in the environment.
 
     Attributes:
         rank: of this process.
@@ -324,7 +324,7 @@ class Ranks:
 
     @property
     def failed(self) -> bool:
-        """Whether the run is over, because of any rank."""
+        """True where the run is over, because of any rank."""
         return self._watch.failure is not None
 
     def close(self) -> None:

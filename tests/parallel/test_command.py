@@ -21,7 +21,7 @@ ARGUMENTS = ("generate", "--prompt", "a red ball", "--prompt", "a blue ball", "-
 
 @pytest.fixture
 def preset(tmp_path: Path) -> Path:
-    path = write_preset(tmp_path / "small.toml", strips=2, frames=13, highres_guidance=1.0)
+    path = write_preset(tmp_path / "small.toml", strips=3, frames=13, highres_guidance=1.0)
     # High enough for two bands of the decode.
     highres = path.read_text().replace("width = 192\nheight = 96", "width = 64\nheight = 352")
     path.write_text(highres)
