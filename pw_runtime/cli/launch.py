@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -203,6 +204,7 @@ def run_as_rank(
     """
     import torch
 
+    from pw_runtime.job.conv_choice import settle_conv
     from pw_runtime.job.follow import follow, identity_of
     from pw_runtime.job.preflight import computing
     from pw_runtime.system.ranks import joined
@@ -220,8 +222,11 @@ def run_as_rank(
             )
         devices = devices_of(options)
         mine = devices[place.local] if devices else _device_of(place, options["device"])
-        known.append(prepare({**options, "device": mine}))
-        request, bundle = known[0]
+        request, bundle = prepare({**options, "device": mine})
+        # Settled on every rank before they are compared: it depends on a rank's compiler.
+        settled = settle_conv(request.options.resolved(), lambda text: None)
+        request = replace(request, options=settled)
+        known.append((request, bundle))
         if request.device.type == "cuda":
             torch.cuda.set_device(request.device)
         return request.device, identity_of(request, bundle)
