@@ -207,6 +207,7 @@ def run_as_rank(
     from pw_runtime.job.conv_choice import settle_conv
     from pw_runtime.job.follow import follow, identity_of
     from pw_runtime.job.preflight import computing
+    from pw_runtime.system.progress import Reporter
     from pw_runtime.system.ranks import joined
 
     if place.rank:
@@ -224,7 +225,8 @@ def run_as_rank(
         mine = devices[place.local] if devices else _device_of(place, options["device"])
         request, bundle = prepare({**options, "device": mine})
         # Settled on every rank before they are compared: it depends on a rank's compiler.
-        settled = settle_conv(request.options.resolved(), lambda text: None)
+        reporter = Reporter(quiet=options["quiet"] or place.rank > 0)
+        settled = settle_conv(request.options.resolved(), reporter.say)
         request = replace(request, options=settled)
         known.append((request, bundle))
         if request.device.type == "cuda":
