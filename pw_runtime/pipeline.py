@@ -18,6 +18,7 @@ from pw_runtime.job.preflight import prepare
 from pw_runtime.job.run import Run
 from pw_runtime.job.thumbnails import Thumbnails
 from pw_runtime.models import VaeDecoder
+from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.stages.codecs import pixel_format_for
 from pw_runtime.stages.condition import resize_draft
 from pw_runtime.stages.draft import denoise_draft
@@ -31,7 +32,12 @@ from pw_runtime.types import Outcome, Request, TextContext
 
 
 def generate(
-    request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks | None = None
+    request: Request,
+    bundle: Bundle,
+    reporter: Reporter,
+    ranks: Ranks | None = None,
+    *,
+    warm: WarmNetworks | None = None,
 ) -> tuple[Outcome, ...]:
     """Make a clip of every prompt.
 
@@ -40,6 +46,8 @@ def generate(
         bundle: the converted checkpoint.
         reporter: shows progress.
         ranks: that make each clip together, of which this process is the first; None: it alone.
+        warm: keeps networks loaded for the next call of a process that makes clips alone, as far as
+            memory allows; None keeps none.
 
     Returns:
         One outcome per prompt, in order.
@@ -51,7 +59,8 @@ def generate(
         RankFailed: a rank died; finished clips and latents are on disk, and were reported.
         KeyboardInterrupt: finished clips and latents are on disk, and were reported.
     """
-    with prepare(request, bundle, reporter, ranks) as run:
+    assert ranks is None or warm is None, "what several ranks have loaded is not kept"
+    with prepare(request, bundle, reporter, ranks, warm) as run:
         for name, stage in STAGES.items():
             run.require_room()
             with run.fallback.track_peak(name):

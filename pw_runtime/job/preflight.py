@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 
@@ -31,6 +32,7 @@ from pw_runtime.job.provenance import require_storable
 from pw_runtime.job.run import Run
 from pw_runtime.models.quantized_linear import require_quantizable
 from pw_runtime.planning.oom_fallback import plan_run
+from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.prompts import check_prompts, check_text
 from pw_runtime.sampling.noise import load_noise
 from pw_runtime.stages.codecs import check_codec
@@ -74,11 +76,16 @@ def default_precision(requested: Precision | None, device: torch.device) -> Prec
 
 @contextmanager
 def prepare(
-    request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks | None = None
+    request: Request,
+    bundle: Bundle,
+    reporter: Reporter,
+    ranks: Ranks | None = None,
+    warm: WarmNetworks | None = None,
 ) -> Iterator[Run]:
     """Check a request, select its engines and plan it; yield the run to compute inside the block.
 
-    With `ranks`, this process is the first of several that make each clip together.
+    With `ranks`, this process is the first of several that make each clip together. `warm` has what
+    earlier runs of a process that makes them alone kept loaded.
 
     Raises:
         BadRequest, BadWeights: the request or the bundle cannot work.
@@ -87,12 +94,18 @@ def prepare(
     request = replace(request, options=request.options.resolved())
     check_request(request)
     with locked_folder(request.out):
-        run = _planned(request, bundle, reporter, ranks)
+        run = _planned(request, bundle, reporter, ranks, warm)
         with computing(run.request.options), report_on_abort(run.clips, reporter):
             yield run
 
 
-def _planned(request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks | None) -> Run:
+def _planned(
+    request: Request,
+    bundle: Bundle,
+    reporter: Reporter,
+    ranks: Ranks | None,
+    warm: WarmNetworks | None,
+) -> Run:
     """Select the engines, plan the run and verify the bundle. Raises BadRequest, BadWeights."""
     options, noise = request.options, {}
     if request.noise is not None:
@@ -102,11 +115,8 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks 
         for stage in request.stages:
             require_quantizable(require_dit(bundle, stage), options.linear)
     tally.clear()
-    engines: dict[Network, EngineSet] = {}
     with span("engines"):
-        for stage in request.stages:
-            engines[stage] = select_engines(bundle, stage, options, request.preset)
-        engines["vae"] = select_decoder_engines(bundle, request.preset, options)
+        engines = _selected(request, bundle, warm)
     reporter.say(describe_engines(engines, bundle, request.preset, options))
     with span("CPU kernels"):
         request = replace(request, options=settle_conv(options, reporter.say))
@@ -115,7 +125,9 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks 
         if ranks is not None:
             _require_divisible(options, divide_weights=request.divide_weights)
             count, budget = ranks.size, common_budget(ranks, request)
-        fallback = plan_run(request, bundle, reporter.say, engines, ranks=count, budget=budget)
+        fallback = plan_run(
+            request, bundle, reporter.say, engines, ranks=count, budget=budget, warm=warm
+        )
     tiling = fallback.plan.decode.tiling
     with span("noise"):
         clips = tuple(
@@ -135,7 +147,7 @@ def _planned(request: Request, bundle: Bundle, reporter: Reporter, ranks: Ranks 
     with span("check files"):
         verify(bundle)
     loading = Stopwatch(request.device)
-    run = Run(request, bundle, clips, reporter, engines, fallback, loading, ranks)
+    run = Run(request, bundle, clips, reporter, engines, fallback, loading, ranks, warm)
     if noise and len(clips) > 1:
         text = f"every prompt of this run starts from the noise in {request.noise}"
         run.add_notice(clips, "noise", text)
@@ -155,6 +167,21 @@ def _require_divisible(options: RunOptions, *, divide_weights: bool) -> None:
             got=f"--linear {options.linear}",
             do="leave one of them out",
         )
+
+
+def _selected(
+    request: Request, bundle: Bundle, warm: WarmNetworks | None
+) -> dict[Network, EngineSet]:
+    """Select the engines of all networks, or return those that an earlier run selected."""
+    options, preset = request.options, request.preset
+    select: dict[Network, Callable[[], EngineSet]] = {
+        stage: partial(select_engines, bundle, stage, options, preset) for stage in request.stages
+    }
+    select["vae"] = partial(select_decoder_engines, bundle, preset, options)
+    if warm is None:
+        return {network: choose() for network, choose in select.items()}
+    made_of = (bundle.digest, options, preset)
+    return {network: warm.engines(network, made_of, choose) for network, choose in select.items()}
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from pw_runtime.job.receipt import versions
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.text_encoder import TextNetwork
 from pw_runtime.planning.oom_fallback import LazyNetwork, OomFallback
+from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.sampling.noise import tensor_digest
 from pw_runtime.stages.decode import decode_frames
 from pw_runtime.system.atomic_files import require_room
@@ -53,6 +54,7 @@ from pw_runtime.types import (
 
 RETRY_SECONDS = 10  # between two attempts to write to a disk that refuses
 Written = TypeVar("Written")
+Net = TypeVar("Net")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Run:
     fallback: OomFallback
     loading: Stopwatch
     ranks: Ranks | None = None  # that make a clip together; this one is the first
+    warm: WarmNetworks | None = None  # of the process, where it makes more runs than this one
 
     def text_network(self) -> LazyNetwork[TextNetwork]:
         """Return the tokenizer and the text encoder, on the planned device."""
@@ -75,7 +78,7 @@ class Run:
             device = self.request.device if plan.text == "device" else torch.device("cpu")
             return load_text_network(self.bundle, self.request.options.compute_precision, device)
 
-        return LazyNetwork("text", load, self.fallback, self.loading, label="text encoder")
+        return self._lazy("text", load, "text encoder")
 
     def transformer(self, stage: StageName) -> LazyNetwork[SegmentedDiT]:
         """Return a stage's transformer, its weights as planned, on the selected engines."""
@@ -92,9 +95,7 @@ class Run:
             assert net is not None, "rank 0 is among the ranks of every split"
             return net
 
-        return LazyNetwork(
-            stage, load, self.fallback, self.loading, label=stage, close=SegmentedDiT.close
-        )
+        return self._lazy(stage, load, stage, SegmentedDiT.close)
 
     def decoder(self) -> LazyNetwork[VaeDecoder]:
         """Return the VAE decoder."""
@@ -110,7 +111,25 @@ class Run:
             if self.ranks is not None and not self.ranks.failed:
                 self.ranks.command("release")
 
-        return LazyNetwork("decode", load, self.fallback, self.loading, label="vae", close=close)
+        return self._lazy("decode", load, "vae", close)
+
+    def _lazy(
+        self,
+        stage: str,
+        load: Callable[[RunPlan], Net],
+        label: str,
+        close: Callable[[Net], None] = lambda net: None,
+    ) -> LazyNetwork[Net]:
+        return LazyNetwork(
+            stage,
+            load,
+            self.fallback,
+            self.loading,
+            label=label,
+            close=close,
+            warm=self.warm,
+            made_of=(self.bundle.digest, self.request.options, self.request.preset),
+        )
 
     def frames(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -18,8 +18,15 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.errors import BadResult
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.planning.candidates import Candidate, Candidates, candidates
-from pw_runtime.planning.planner import fits, make_plan, plan_of
+from pw_runtime.planning.planner import fits, gib, make_plan, plan_of
 from pw_runtime.planning.time_estimate import A_CPU
+from pw_runtime.planning.warm_networks import (
+    PLACES,
+    WarmNetworks,
+    bytes_beside,
+    kept_bytes,
+    stages_to_keep,
+)
 from pw_runtime.planning.workload import budget_of, workload
 from pw_runtime.system.machine import peak_memory, reset_peak_memory, return_freed_memory
 from pw_runtime.system.step import Step
@@ -36,11 +43,14 @@ class OomFallback:
 
     Attributes:
         plan: the current plan.
+        kept: stages whose networks stay loaded after them; none in a run of its own.
         measured: peak bytes by stage, of the process and of the device's allocator.
     """
 
-    def __init__(self, stages: Candidates, budget: Budget, device: torch.device) -> None:
-        """Make the plan. Raises BadRequest where nothing fits."""
+    def __init__(
+        self, stages: Candidates, budget: Budget, device: torch.device, *, warm: bool = False
+    ) -> None:
+        """Make the plan; `warm` keeps networks loaded. Raises BadRequest where nothing fits."""
         self.plan: RunPlan = make_plan(stages, budget)
         self.measured: dict[str, dict[str, int]] = {}
         self._stages = stages
@@ -49,6 +59,13 @@ class OomFallback:
             for stage, options in stages.items()
         }
         self._device = device
+        self._warm = warm
+        self.kept = stages_to_keep(self.plan) if warm else frozenset[str]()
+
+    def choice(self, stage: str) -> Hashable:
+        """Return what the current plan says about a stage."""
+        choice: Hashable = self._stages[stage][self._index[stage]].choice
+        return choice
 
     @contextmanager
     def track_peak(self, stage: str) -> Iterator[None]:
@@ -98,6 +115,7 @@ class OomFallback:
         }
         message = f"{stage}: out of memory ({cause}); retrying with {chosen[stage].name}"
         self.plan = plan_of(self.plan.budget, chosen, (*self.plan.decisions, message))
+        self.kept = stages_to_keep(self.plan) if self._warm else self.kept
         return message
 
     def collect_garbage(self) -> None:
@@ -116,7 +134,11 @@ class OomFallback:
             "decisions": list(self.plan.decisions),
             "stages": {
                 memory.stage: {
-                    "predicted": {place: memory.peak(place) for place in places},
+                    "predicted": {
+                        place: memory.peak(place)
+                        + bytes_beside(self.plan, self.kept, memory.stage, place)
+                        for place in places
+                    },
                     "measured": self.measured.get(memory.stage),
                 }
                 for memory in self.plan.stages
@@ -127,7 +149,8 @@ class OomFallback:
 class LazyNetwork(Generic[Net]):
     """The network of a stage: loaded at first use, and again, smaller, after running out of memory.
 
-    A context manager that releases the network at its end.
+    A context manager that releases the network at its end, or leaves it to the next run of the
+    process where the plan keeps it.
     """
 
     def __init__(
@@ -139,13 +162,18 @@ class LazyNetwork(Generic[Net]):
         *,
         label: str,
         close: Callable[[Net], None] = lambda net: None,
+        warm: WarmNetworks | None = None,
+        made_of: Hashable = None,
     ) -> None:
         """Load with `load` as the current plan says; `stopwatch` counts the seconds as "load".
 
         `label` names the network in traces, and `close` runs before the network is released.
+        `warm` has the networks that earlier runs kept, and `made_of` is what `load` reads beside
+        the plan.
         """
         self._stage, self._load, self._close = stage, load, close
         self._fallback, self._stopwatch, self._label = fallback, stopwatch, label
+        self._warm, self._made_of = warm, made_of
         self._net: Net | None = None
 
     def __enter__(self) -> LazyNetwork[Net]:
@@ -158,7 +186,11 @@ class LazyNetwork(Generic[Net]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Release the network."""
+        """Release the network, or keep it where the stage ended well and the plan says so."""
+        keep = kind is None and self._stage in self._fallback.kept
+        if self._warm is not None and self._net is not None and keep:
+            self._warm.keep(self._stage, self._identity(), self._net, self._close)
+            self._net = None
         self._release()
 
     def run(
@@ -182,6 +214,8 @@ class LazyNetwork(Generic[Net]):
         """
         while True:
             try:
+                if self._net is None and self._warm is not None:
+                    self._net = self._warm.take(self._stage, self._identity())
                 if self._net is None:
                     with self._stopwatch.stage("load", self._label):
                         self._net = self._load(self._fallback.plan)
@@ -192,13 +226,29 @@ class LazyNetwork(Generic[Net]):
                 if cause is None:
                     raise
                 index = self._fallback.next_smaller(self._stage, loading=self._net is None)
-                if index is None:
+                warm = self._warm is not None and not self._warm.is_empty
+                if index is None and not warm:
                     raise
                 reason = str(cause.got)
             # Outside the block above, whose exception holds the tensors of what failed.
-            step.add_notice("fallback", self._fallback.fall_back(self._stage, index, reason))
-            self._release()
+            if warm:
+                self._release_warm(step, reason)
+            elif index is not None:
+                step.add_notice("fallback", self._fallback.fall_back(self._stage, index, reason))
+                self._release()
             self._fallback.collect_garbage()
+
+    def _identity(self) -> Hashable:
+        return self._made_of, self._fallback.choice(self._stage)
+
+    def _release_warm(self, step: Step, reason: str) -> None:
+        """Make room for another attempt with the same plan: its result is the same."""
+        assert self._warm is not None
+        self._warm.release()
+        step.reporter.warn(
+            f"{self._stage}: out of memory ({reason}); the networks that were kept for later clips "
+            "are released, and it is tried again"
+        )
 
     def _release(self) -> None:
         if self._net is not None:
@@ -247,6 +297,7 @@ def plan_run(
     decode_only: bool = False,
     ranks: int = 1,
     budget: Budget | None = None,
+    warm: WarmNetworks | None = None,
 ) -> OomFallback:
     """Plan a run, or its decode alone, and report every decision.
 
@@ -258,6 +309,7 @@ def plan_run(
         decode_only: of latents that are there.
         ranks: that make a clip together.
         budget: of each of them; None: of this process.
+        warm: keeps networks loaded for the next run where that fits.
 
     Raises BadRequest where nothing fits.
     """
@@ -276,9 +328,21 @@ def plan_run(
     )
     if request.device.type == "cpu":
         work = replace(work, rates=A_CPU)
+    if warm is not None:
+        work = replace(work, process=warm.process_bytes(work.process))
     budget = budget or budget_of(request.device, request.gpu_memory, request.host_memory)
     stages = candidates(work, gpu=budget.device is not None, decode_only=decode_only)
-    fallback = OomFallback(stages, budget, request.device)
+    fallback = OomFallback(stages, budget, request.device, warm=warm is not None)
+    if fallback.kept:
+        decisions = (*fallback.plan.decisions, _kept_text(fallback))
+        fallback.plan = replace(fallback.plan, decisions=decisions)
     for decision in fallback.plan.decisions:
         say(decision)
     return fallback
+
+
+def _kept_text(fallback: OomFallback) -> str:
+    stages = [memory for memory in fallback.plan.stages if memory.stage in fallback.kept]
+    size = sum(kept_bytes(memory, place) for memory in stages for place in PLACES)
+    names = ", ".join(memory.stage for memory in stages)
+    return f"kept loaded for the next clips: {names}, {gib(size)}"

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks and engines that stay loaded between the runs of one process, as far as memory allows.
+
+A run of its own loads every network once and keeps one at a time. A worker of a fleet makes many
+runs that differ by their prompts alone: what fits beside the largest stage is then loaded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Final, get_args
+
+from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.types import Network, Place, RunPlan, StageMemory
+
+PLACES: Final[tuple[Place, ...]] = get_args(Place)
+
+
+def kept_bytes(memory: StageMemory, place: Place) -> int:
+    """Return the bytes of a stage's weights, which remain in memory if its network is kept."""
+    kinds = ("weights", "staging")
+    return sum(item.bytes for item in memory.items if item.place == place and item.kind in kinds)
+
+
+def stages_to_keep(plan: RunPlan) -> frozenset[str]:
+    """Return the stages whose networks fit into memory beside the peak of every other stage.
+
+    The heaviest come first: they take the longest to load.
+    """
+    kept: frozenset[str] = frozenset()
+    for memory in sorted(plan.stages, key=_weight, reverse=True):
+        if _fits(plan, kept | {memory.stage}):
+            kept |= {memory.stage}
+    return kept
+
+
+def bytes_beside(plan: RunPlan, kept: frozenset[str], stage: str, place: Place) -> int:
+    """Return the bytes that the kept networks of other stages take while a stage runs."""
+    others = (memory for memory in plan.stages if memory.stage in kept - {stage})
+    return sum(kept_bytes(memory, place) for memory in others)
+
+
+def _weight(memory: StageMemory) -> int:
+    return sum(kept_bytes(memory, place) for place in PLACES)
+
+
+def _fits(plan: RunPlan, kept: frozenset[str]) -> bool:
+    limits: dict[Place, int] = {"host": plan.budget.host, "device": plan.budget.device or 0}
+    return all(
+        memory.peak(place) + bytes_beside(plan, kept, memory.stage, place) <= limit
+        for memory in plan.stages
+        for place, limit in limits.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A loaded network, all that it was loaded from and as, and what ends it."""
+
+    made_of: Hashable
+    net: Any
+    close: Callable[[Any], None]
+
+
+class WarmNetworks:
+    """Holds the networks and the engines that the next run of this process will want again."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._networks: dict[str, _Kept] = {}
+        self._engines: dict[Network, tuple[Hashable, EngineSet]] = {}
+        self._process: int | None = None
+
+    def process_bytes(self, now: int) -> int:
+        """Return the bytes that the process took before its first run.
+
+        Args:
+            now: what it takes at this moment, kept networks included.
+        """
+        if self._process is None:
+            self._process = now
+        return self._process
+
+    def engines(
+        self, network: Network, made_of: Hashable, select: Callable[[], EngineSet]
+    ) -> EngineSet:
+        """Return the engines of a network, selected once for what they are made of."""
+        known = self._engines.get(network)
+        if known is None or known[0] != made_of:
+            self._engines[network] = known = (made_of, select())
+        return known[1]
+
+    def take(self, stage: str, made_of: Hashable) -> Any | None:
+        """Hand over the network of a stage; None where none is kept that was made of the same.
+
+        One that was made of something else is released.
+        """
+        kept = self._networks.pop(stage, None)
+        if kept is None:
+            return None
+        if kept.made_of != made_of:
+            kept.close(kept.net)
+            return None
+        return kept.net
+
+    def keep(self, stage: str, made_of: Hashable, net: Any, close: Callable[[Any], None]) -> None:
+        """Keep a network until `take` or `release`, which closes it."""
+        self._networks[stage] = _Kept(made_of, net, close)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no network is kept."""
+        return not self._networks
+
+    def release(self) -> None:
+        """Release all networks that are kept."""
+        while self._networks:
+            _, kept = self._networks.popitem()
+            kept.close(kept.net)
