@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks stay loaded between the runs of one process as far as the budget allows, and change
+no bit of a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pw_runtime import (
+    Prompt,
+    Reporter,
+    Request,
+    RunOptions,
+    find_preset,
+    generate,
+    open_bundle,
+    pipeline,
+)
+from pw_runtime.job import run as run_module
+from pw_runtime.planning.candidates import candidates
+from pw_runtime.planning.planner import GIB, make_plan
+from pw_runtime.planning.warm_networks import (
+    PLACES,
+    WarmNetworks,
+    bytes_beside,
+    kept_bytes,
+    stages_to_keep,
+)
+from pw_runtime.types import Budget, RunPlan
+from tests.e2e.pw import write_preset
+from tests.planning.test_planner import work_for
+
+
+class Words(Reporter):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    warn = say
+
+
+Make = Callable[[str, WarmNetworks | None], list[str]]
+
+
+@pytest.fixture
+def make(bundle_dir: Path, tmp_path: Path) -> Make:
+    """Make one clip, with prompt "a cat", into a folder of that name; return what was said."""
+    bundle = open_bundle(bundle_dir)
+    preset = find_preset(str(write_preset(tmp_path / "small.toml")))
+
+    def run(name: str, warm: WarmNetworks | None = None) -> list[str]:
+        options = RunOptions(codec="ffv1", device="cpu", conv="onednn", policy="eager")
+        request = Request(
+            prompts=(Prompt("a cat"),),
+            preset=preset,
+            out=tmp_path / name,
+            options=options,
+            host_memory=8 * GIB,
+        )
+        reporter = Words()
+        (outcome,) = generate(request, bundle, reporter, warm)
+        assert outcome.error is None, outcome.error
+        return reporter.said
+
+    return run
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The loads of networks so far."""
+    counted: list[str] = []
+    for name in ("load_text_network", "load_transformer", "load_decoder"):
+        monkeypatch.setattr(run_module, name, counting(counted, name, getattr(run_module, name)))
+    return counted
+
+
+def counting(calls: list[str], name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        return work(*arguments, **options)
+
+    return run
+
+
+def frames(folder: Path) -> bytes:
+    return (folder / "0.mkv").read_bytes()
+
+
+def test_later_runs_load_nothing_and_make_the_same_clip(
+    make: Make, loads: list[str], tmp_path: Path
+) -> None:
+    make("alone", None)
+    once = len(loads)
+    warm = WarmNetworks()
+    said = make("first", warm)
+    assert any(line.startswith("kept loaded for the next clips: ") for line in said)
+    make("second", warm)
+    assert once == 4
+    assert len(loads) == 2 * once
+    assert frames(tmp_path / "alone") == frames(tmp_path / "first") == frames(tmp_path / "second")
+
+
+def test_a_run_that_runs_out_of_memory_releases_them_before_it_takes_a_smaller_plan(
+    make: Make, loads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = WarmNetworks()
+    make("first", warm)
+    denoise, calls = pipeline.denoise_draft, []
+
+    def fails_once(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return denoise(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "denoise_draft", fails_once)
+    said = make("second", warm)
+    assert any("are released, and it is tried again" in line for line in said)
+    assert not any("retrying with" in line for line in said)
+    assert len(loads) == 4 + 2  # high-res and decoder; draft and text encoder were in use or over
+    assert frames(tmp_path / "first") == frames(tmp_path / "second")
+
+
+def test_a_run_of_its_own_keeps_nothing(make: Make) -> None:
+    said = make("alone", None)
+    assert not any("kept loaded" in line for line in said)
+
+
+def plan_within(gpu: float) -> RunPlan:
+    budget = Budget(host=64 * GIB, device=int(gpu * GIB))
+    return make_plan(candidates(work_for("2k"), gpu=True), budget)
+
+
+@pytest.mark.parametrize("gpu", [16, 24, 32, 48, 80])
+def test_kept_networks_leave_room_for_the_peak_of_every_stage(gpu: int) -> None:
+    plan = plan_within(gpu)
+    kept = stages_to_keep(plan)
+    limits = {"host": plan.budget.host, "device": plan.budget.device}
+    for memory in plan.stages:
+        for place in PLACES:
+            beside = bytes_beside(plan, kept, memory.stage, place)
+            assert memory.peak(place) + beside <= (limits[place] or 0)
+
+
+def test_all_are_kept_where_all_fit_and_only_lighter_ones_where_they_do_not() -> None:
+    everything = frozenset({"text", "draft", "highres", "decode"})
+    assert stages_to_keep(plan_within(80)) == everything
+    assert stages_to_keep(plan_within(24)) < everything
+
+
+def test_no_network_is_kept_in_a_budget_of_the_largest_stage_alone() -> None:
+    plan = plan_within(80)
+    most = {place: max(memory.peak(place) for memory in plan.stages) for place in PLACES}
+    budget = Budget(host=most["host"], device=most["device"])
+    largest = max(plan.stages, key=lambda memory: memory.peak("device"))
+    assert stages_to_keep(replace(plan, budget=budget)) <= {largest.stage}
+    assert kept_bytes(largest, "device") > 0
+
+
+def test_a_network_made_of_something_else_is_closed_and_not_handed_over() -> None:
+    warm, closed = WarmNetworks(), []
+    warm.keep("draft", "8-bit", "net", closed.append)
+    assert warm.take("draft", "exact") is None
+    assert closed == ["net"]
+    assert warm.is_empty
+    warm.keep("draft", "exact", "other", closed.append)
+    assert warm.take("draft", "exact") == "other"
+    warm.keep("draft", "exact", "other", closed.append)
+    warm.release()
+    assert closed == ["net", "other"]
+
+
+def test_what_the_process_took_is_that_of_its_first_run() -> None:
+    warm = WarmNetworks()
+    assert warm.process_bytes(5) == 5
+    assert warm.process_bytes(500) == 5
