@@ -58,6 +58,8 @@ from pw_runtime.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.system.progress import Reporter
     from pw_runtime.system.ranks import Ranks
@@ -193,8 +195,15 @@ def _run(options: dict[str, Any]) -> Callable[[Request, Bundle, Ranks | None], i
     return run
 
 
-def read_request(options: dict[str, Any], warn: Callable[[str], None]) -> Request:
-    """Turn the options of `pw generate` into a Request. Raises BadRequest."""
+def read_request(
+    options: dict[str, Any], warn: Callable[[str], None], device: torch.device | None = None
+) -> Request:
+    """Turn the options of `pw generate` into a Request.
+
+    With `device`, which may be absent here, the run is for that one instead of --device.
+
+    Raises BadRequest.
+    """
     from pw_runtime.job.preflight import default_precision, pick_device
     from pw_runtime.presets import find_preset
     from pw_runtime.prompts import make_prompts, read_prompts
@@ -222,7 +231,7 @@ def read_request(options: dict[str, Any], warn: Callable[[str], None]) -> Reques
     existing: Existing = "refuse"
     if options["overwrite"] or options["skip_existing"]:
         existing = "overwrite" if options["overwrite"] else "skip"
-    device = pick_device(options["device"])
+    device = device or pick_device(options["device"])
     precision = default_precision(options["precision"], device)
     resolved = options | {"device": str(device), "precision": precision}
     return Request(

@@ -12,6 +12,7 @@ from pw_runtime.cli.bench import bench, compare_clips
 from pw_runtime.cli.build import build, engines
 from pw_runtime.cli.decode import decode
 from pw_runtime.cli.exit_codes import DONE
+from pw_runtime.cli.fleet import fleet
 from pw_runtime.cli.generate import generate
 from pw_runtime.cli.options import FILE, FOLDER
 from pw_runtime.cli.plan import plan
@@ -85,3 +86,4 @@ cli.add_command(decode)
 cli.add_command(build)
 cli.add_command(engines)
 cli.add_command(plan)
+cli.add_command(fleet)

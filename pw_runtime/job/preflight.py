@@ -193,6 +193,15 @@ def computing(options: RunOptions) -> Iterator[None]:
 
 def check_request(request: Request) -> None:
     """Check codec, kernels and the output folder, which is created. Raises BadRequest."""
+    check_content(request)
+    options = request.options
+    if (options.kernels, options.attention_kernel) != ("reference", "reference"):
+        _check_kernels(request)
+    make_output_folder(request)
+
+
+def check_content(request: Request) -> None:
+    """Check what can be checked on any machine: texts, names, codec. Raises BadRequest."""
     options = request.options
     check_prompts(request.prompts)
     check_text("the negative prompt", request.negative)
@@ -205,8 +214,10 @@ def check_request(request: Request) -> None:
             got=f"compat.{', compat.'.join(quirks)}",
             do="leave --linear out, or choose a preset without them",
         )
-    if (options.kernels, options.attention_kernel) != ("reference", "reference"):
-        _check_kernels(request)
+
+
+def make_output_folder(request: Request) -> None:
+    """Create the output folder. Raises BadRequest where that or the spill folder is unusable."""
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -66,14 +66,18 @@ class Reporter:
         print(printable(name) if sys.stdout.isatty() else name, flush=True)
 
     @contextmanager
-    def steps(self, label: str, total: int) -> Iterator[Advance]:
-        """Show the progress of one stage; yield the function to call after each step."""
+    def steps(self, label: str | Callable[[], str], total: int) -> Iterator[Advance]:
+        """Show the progress of one stage; yield the function to call after each step.
+
+        A label that changes is a function, which is called whenever the progress is shown.
+        """
+        text = label if callable(label) else lambda: label
         if self._quiet:
             yield lambda done=1: None
         elif self._console.is_terminal:
-            yield from self._bar(label, total)
+            yield from self._bar(text, total)
         else:
-            yield from self._lines(label, total)
+            yield from self._lines(text, total)
 
     @contextmanager
     def tasks(self) -> Iterator[Tasks]:
@@ -85,7 +89,7 @@ class Reporter:
         with Progress(*columns, console=self._console, transient=True) as progress:
             yield _LiveTasks(progress)
 
-    def _bar(self, label: str, total: int) -> Iterator[Advance]:
+    def _bar(self, label: Callable[[], str], total: int) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description:<24}"),
             BarColumn(),
@@ -95,10 +99,10 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(printable(label), total=total)
-            yield lambda done=1: progress.advance(task, done)
+            task = progress.add_task(printable(label()), total=total)
+            yield lambda done=1: progress.update(task, advance=done, description=printable(label()))
 
-    def _lines(self, label: str, total: int) -> Iterator[Advance]:
+    def _lines(self, label: Callable[[], str], total: int) -> Iterator[Advance]:
         start = last = time.monotonic()
         count = 0.0
 
@@ -108,11 +112,11 @@ class Reporter:
             now = time.monotonic()
             if now - last >= LINE_INTERVAL and count < total:
                 last = now
-                eta = (now - start) / count * (total - count)
-                self.say(f"{label}: {whole(count)}/{total}, ETA {eta:.0f} s")
+                eta = f", ETA {(now - start) / count * (total - count):.0f} s" if count else ""
+                self.say(f"{label()}: {whole(count)}/{total}{eta}")
 
         yield advance
-        self.say(f"{label}: {whole(count)}/{total} in {time.monotonic() - start:.1f} s")
+        self.say(f"{label()}: {whole(count)}/{total} in {time.monotonic() - start:.1f} s")
 
 
 class _LiveTasks:

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pw fleet run`: many clips on many machines."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType, MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
+from pw_runtime.cli.generate import generate, read_request
+from pw_runtime.cli.options import FOLDER, exit_code
+from pw_runtime.cli.trained_size import beyond_training
+from pw_runtime.errors import BadRequest
+from pw_runtime.system.packages import require_packages
+
+if TYPE_CHECKING:
+    from pw_runtime.fleet.layout import Node
+    from pw_runtime.types import Outcome
+
+# Options of `pw generate` that a fleet does not have, and the values that it runs with. All others
+# are options of `pw fleet run` too, and mean the same.
+LEFT_OUT: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "noise": None,
+        "spill_dir": None,
+        "wait_for_disk": False,
+        "fragmented": False,
+        "contact_sheet": False,
+        "trace": None,
+        "device": "auto",  # a GPU where workers have one
+        "ckpt_dir": None,
+        "lr_ckpt": None,
+        "hr_ckpt": None,
+    }
+)
+
+
+@click.group()
+def fleet() -> None:
+    """Make many clips on many machines, with Ray."""
+
+
+@fleet.command()
+@click.option(
+    "--model", type=FOLDER, required=True, help="Bundle, under this path on every machine."
+)
+@click.option(
+    "--address",
+    help="Of the Ray cluster: ray://HOST:10001, or HOST:6379 on one of its nodes. [default: "
+    "RAY_ADDRESS, or else the cluster that this machine is in, or else this machine alone]",
+)
+@click.option(
+    "--gpus-per-worker",
+    type=click.IntRange(min=0),
+    help="[default: 1 where the cluster has GPUs, otherwise 0]",
+)
+@click.option(
+    "--cpus-per-worker",
+    type=click.IntRange(min=1),
+    help="Also a worker's threads. [default: its share of a node with GPUs, otherwise 1]",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Maximum workers. [default: as many as fit]"
+)
+@click.option("--dry-run", is_flag=True, help="Show workers, batches and memory; start nothing.")
+def run(**options: Any) -> int:
+    """Make one clip per prompt, as `pw generate` does, on the workers of a Ray cluster.
+
+    The clips are those of one `pw generate` over all prompts, whichever worker makes them. Memory
+    options are for each worker.
+    """
+    require_packages("`pw fleet run`", "ray")
+    import torch
+
+    from pw_runtime.checkpoint.bundle import open_bundle
+    from pw_runtime.fleet.cluster import RayCluster, connected, nodes
+    from pw_runtime.fleet.layout import lay_out
+    from pw_runtime.fleet.run import dry_run, run_fleet
+    from pw_runtime.system.progress import Reporter
+
+    if (options["gpus_per_worker"] or 0) > 1:
+        raise BadRequest(
+            "a worker runs on one GPU",
+            got=f"--gpus-per-worker {options['gpus_per_worker']}",
+            do="leave it out; every GPU then has a worker of its own",
+        )
+    reporter = Reporter(quiet=options["quiet"])
+    bundle = open_bundle(options["model"].absolute())
+    with connected(options["address"], may_start=not options["dry_run"]) as there:
+        layout = lay_out(
+            nodes() if there else (_this_machine(),),
+            options["gpus_per_worker"],
+            options["cpus_per_worker"],
+            options["workers"],
+        )
+        device = torch.device("cuda" if layout.gpus else "cpu")
+        absolute = {"out": options["out"].absolute()}
+        request = read_request({**options, **LEFT_OUT, **absolute}, reporter.warn, device)
+        if options["dry_run"]:
+            if not there:
+                click.echo("no Ray cluster runs here: this machine alone would be used")
+            for line in dry_run(request, bundle, layout):
+                click.echo(line)
+            return DONE
+        if warning := beyond_training(request, bundle):
+            reporter.warn(warning)
+        with _stop_signals() as stopped:
+            outcomes: list[Outcome] | None = None
+
+            def make() -> list[Outcome]:
+                nonlocal outcomes
+                cluster = RayCluster(layout)
+                outcomes = list(
+                    run_fleet(request, bundle, reporter, cluster, layout, stopped.is_set)
+                )
+                return outcomes
+
+            code = exit_code(make, reporter)
+    if outcomes is not None and (missing := len(request.prompts) - len(outcomes)):
+        seed = ["--seed", str(request.seed)] if options["seed"] < 0 else []
+        reporter.warn(
+            f"{missing} of {len(request.prompts)} clips are not made: "
+            f"{'the run was ended' if stopped.is_set() else 'no worker is left'}\n"
+            f"  do this: {_continuing(sys.argv[1:], seed)}"
+        )
+        code = SOME_FAILED
+    return code if stopped.number is None else 128 + stopped.number
+
+
+run.params += [  # shown after those above
+    option
+    for option in generate.params
+    if option.name not in LEFT_OUT and option.name not in {known.name for known in run.params}
+]
+
+
+def _continuing(arguments: list[str], seed: list[str]) -> str:
+    """Return the command that makes the clips that are missing."""
+    words = [word for word in arguments if word not in ("--overwrite", "--skip-existing")]
+    return shlex.join(["pw", *words, *seed, "--skip-existing"])
+
+
+def _this_machine() -> Node:
+    """Return what a cluster on this machine alone would have."""
+    import torch
+
+    from pw_runtime.fleet.layout import Node
+    from pw_runtime.system.machine import available_memory_bytes
+
+    return Node(
+        name=socket.gethostname(),
+        cpus=os.cpu_count() or 1,
+        gpus=torch.cuda.device_count(),
+        memory_bytes=available_memory_bytes() or 0,
+    )
+
+
+@dataclass(slots=True)
+class _Stopped:
+    """The first signal that asked the run to end."""
+
+    number: int | None = None
+
+    def is_set(self) -> bool:
+        return self.number is not None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stopped]:
+    """Note the first signal that asks for an end; a second one interrupts the block.
+
+    Entered after Ray has connected, which takes SIGTERM for itself.
+    """
+    from pw_runtime.cli.main import Terminated
+
+    stopped = _Stopped()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopped.number is None:
+            stopped.number = number
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise Terminated(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

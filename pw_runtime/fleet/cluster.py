@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ray: the only module that knows it. Connects, lists nodes, starts workers and asks them.
+
+Ray places the workers, watches them and says when one is gone; the driver decides what follows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from pw_runtime.errors import BadRequest, PixelWizardError
+from pw_runtime.fleet.layout import Layout, Node
+from pw_runtime.fleet.worker import Worker
+from pw_runtime.system.packages import pip_install
+
+CONNECT_SECONDS = 10
+
+
+class WorkerLost(Exception):
+    """A worker that is gone, or does not do what it should; the text is the reason."""
+
+
+class WorkerHandle(Protocol):
+    """A worker as the driver sees it."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the worker, and wait until it returns.
+
+        Raises WorkerLost, and the PixelWizardError that the method raises.
+        """
+
+    def stop(self) -> None:
+        """End the worker at once; whoever waits for it gets WorkerLost."""
+
+
+class Cluster(Protocol):
+    """Starts workers."""
+
+    def start(self, name: str) -> WorkerHandle:
+        """Start a worker as soon as there is room for it; return at once."""
+
+
+def running_address(address: str | None) -> str:
+    """Return the address that a driver without --address connects to, if anything is there."""
+    return address or os.environ.get("RAY_ADDRESS") or "auto"
+
+
+@contextmanager
+def connected(address: str | None, *, may_start: bool = True) -> Iterator[bool]:
+    """Connect to a Ray cluster inside the block.
+
+    Args:
+        address: of the cluster; None: that of RAY_ADDRESS, or the one that runs on this machine.
+        may_start: without any of these, start one on this machine for the time of the block.
+
+    Yields:
+        False where there is no cluster, and none may be started.
+
+    Raises:
+        BadRequest: there is none at the address, it is of another version, or it refuses us.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    name = running_address(address)
+    if name not in ("auto", "local"):
+        _require_listener(name)
+    try:
+        _init(name)
+    except ConnectionError as error:
+        if name != "auto":
+            raise _unreachable(name, error) from error
+        if not may_start:
+            yield False
+            return
+        _init("local")
+    try:
+        yield True
+    finally:
+        ray.shutdown()
+
+
+def _init(address: str) -> None:
+    """Call ray.init. Raises ConnectionError where nothing is there, BadRequest for the rest."""
+    import ray
+
+    options: dict[str, Any] = {} if address.startswith("ray://") else {"include_dashboard": False}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except ConnectionError:
+        raise
+    except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        raise explained(address, error) from error
+
+
+def explained(address: str, error: Exception) -> BadRequest:
+    """Return the error for a cluster that does not take this driver."""
+    text = " ".join(str(error).split())
+    if "ersion mismatch" in text:
+        return BadRequest(
+            "the cluster runs another version of Ray or Python",
+            got=text[:400],
+            do="use the same versions of Ray and Python on every machine, down to the last number",
+        )
+    if "auth" in text.lower() and "token" in text.lower():
+        return BadRequest(
+            f"the cluster at {address} refuses this driver's token",
+            got=text[:400],
+            do="copy ~/.ray/auth_token from the head node to this machine, or name it by "
+            "RAY_AUTH_TOKEN_PATH",
+        )
+    return _unreachable(address, error)
+
+
+def _unreachable(address: str, error: Exception) -> BadRequest:
+    return BadRequest(
+        f"no Ray cluster answers at {address}",
+        got=" ".join(str(error).split())[:400],
+        wanted="ray://HOST:10001 from anywhere, or HOST:6379 from a node of the cluster",
+        do="start one with `ray start --head` (docs/fleet.md), or correct --address",
+    )
+
+
+def _require_listener(address: str) -> None:
+    """Raise BadRequest where nobody listens: Ray itself would try for a minute."""
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    try:
+        if parts.hostname is None or parts.port is None:
+            raise ValueError("an address without a host or a port")
+        socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise _unreachable(address, error) from error
+
+
+def nodes() -> tuple[Node, ...]:
+    """Return the living nodes of the cluster, by name."""
+    import ray
+
+    found = [
+        Node(
+            name=node["NodeManagerHostname"],
+            cpus=int(node["Resources"].get("CPU", 0)),
+            gpus=int(node["Resources"].get("GPU", 0)),
+            memory_bytes=int(node["Resources"].get("memory", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return tuple(sorted(found, key=lambda node: node.name))
+
+
+class RayCluster:
+    """The connected cluster, which gives every worker the same resources."""
+
+    def __init__(self, layout: Layout) -> None:
+        """Take what each worker gets."""
+        import ray
+
+        # Restarted by the driver, which must first see whether the new one fits to the others.
+        self._actor = ray.remote(Worker).options(
+            num_cpus=layout.cpus,
+            num_gpus=layout.gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+        )
+
+    def start(self, name: str) -> WorkerHandle:
+        """Start an actor."""
+        return _RayWorker(self._actor.remote(name))
+
+
+class _RayWorker:
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def call(self, method: str, *args: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(getattr(self._actor, method).remote(*args))
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, PixelWizardError):
+                raise cause from error
+            raise WorkerLost(_last_line(cause)) from error
+        except ray.exceptions.RayError as error:
+            raise _lost(error) from error
+
+    def stop(self) -> None:
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            ray.kill(self._actor)
+
+
+def _lost(error: Exception) -> Exception:
+    """Return why a worker is gone, or BadRequest where the project is not installed there."""
+    text = str(error)
+    if "No module named 'pw_" in text:
+        return BadRequest(
+            "a machine of the cluster has no pixelwizard-runtime that can be a worker",
+            got=_last_line(error),
+            wanted="the version of this machine, installed for the Python that runs Ray there",
+            do=pip_install("pixelwizard-runtime"),
+        )
+    return WorkerLost(_last_line(error))
+
+
+def _last_line(error: object) -> str:
+    """Return the last line with text of an error, which says most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the workers of a fleet go: how many fit on each node of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pw_runtime.errors import BadRequest
+
+MAX_BATCH = 4  # prompts; more would balance worse and lose more when a node dies
+BATCHES_PER_WORKER = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One machine of a cluster, as the cluster describes it."""
+
+    name: str
+    cpus: int
+    gpus: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The workers of a fleet: what each gets, and how many there are on each node."""
+
+    gpus: int  # for each worker
+    cpus: int  # for each worker
+    places: tuple[tuple[Node, int], ...]  # nodes with at least one worker
+
+    @property
+    def workers(self) -> int:
+        """The number of workers."""
+        return sum(count for _, count in self.places)
+
+    @property
+    def by_host(self) -> dict[str, int]:
+        """The number of workers on each host, which may run several nodes."""
+        counts: dict[str, int] = {}
+        for node, count in self.places:
+            counts[node.name] = counts.get(node.name, 0) + count
+        return counts
+
+    def batch(self, prompts: int) -> int:
+        """Return how many prompts a worker gets at a time.
+
+        A batch loads each network once, and what a dying node takes along is at most one batch.
+        """
+        return max(1, min(MAX_BATCH, -(-prompts // (BATCHES_PER_WORKER * self.workers))))
+
+
+def lay_out(
+    nodes: Sequence[Node], gpus: int | None, cpus: int | None, workers: int | None
+) -> Layout:
+    """Fill the nodes with workers.
+
+    Args:
+        nodes: of the cluster.
+        gpus: for each worker; None: 1 where the cluster has any, otherwise 0.
+        cpus: for each worker; None: its share of a node where it has a GPU, otherwise 1.
+        workers: most that are wanted; None: as many as fit.
+
+    Raises:
+        BadRequest: no node has what a worker asks for.
+    """
+    if gpus is None:
+        gpus = 1 if any(node.gpus for node in nodes) else 0
+    if cpus is None:
+        cpus = min((node.cpus * gpus // node.gpus for node in nodes if node.gpus), default=1)
+        cpus = max(1, cpus) if gpus else 1
+    room = [(node, _fitting(node, gpus, cpus)) for node in nodes]
+    if not any(count for _, count in room):
+        each = f"{gpus} GPU{'s' * (gpus != 1)} and " * bool(gpus) + f"{cpus} CPU{'s' * (cpus != 1)}"
+        raise BadRequest(
+            "no node of the cluster has room for a worker",
+            got="; ".join(f"{node.name}: {node.gpus} GPUs, {node.cpus} CPUs" for node in nodes)
+            or "no node",
+            wanted=f"{each} on one node",
+            do="add a node, or ask for less: --gpus-per-worker, --cpus-per-worker",
+        )
+    return Layout(gpus=gpus, cpus=cpus, places=_at_most(workers, room))
+
+
+def _fitting(node: Node, gpus: int, cpus: int) -> int:
+    by_cpu = node.cpus // cpus
+    return min(by_cpu, node.gpus // gpus) if gpus else by_cpu
+
+
+def _at_most(workers: int | None, room: Sequence[tuple[Node, int]]) -> tuple[tuple[Node, int], ...]:
+    """Return the nodes with their workers, spread evenly where fewer are wanted than fit."""
+    counts = [0] * len(room)
+    left = sum(count for _, count in room)
+    left = left if workers is None else min(workers, left)
+    while left:
+        for index, (_, most) in enumerate(room):
+            if left and counts[index] < most:
+                counts[index] += 1
+                left -= 1
+    return tuple((node, count) for (node, _), count in zip(room, counts, strict=True) if count)

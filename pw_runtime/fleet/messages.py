@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the driver and its workers tell each other, frozen. Importing this does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PIECE_BYTES = 8 * 2**20  # most bytes of a file in one message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """A worker that has found its device and its bundle."""
+
+    host: str
+    shares_output: bool  # it sees the driver's output folder
+    machine: dict[str, str | int]  # what decides the last bits of a clip beside versions
+    host_bytes: int | None  # free host memory of the machine, for all its workers; None: unknown
+    process_bytes: int  # that the worker itself has taken of it
+    gpu_bytes: int | None  # free memory of the worker's GPU; None: it has none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedFile:
+    """A complete file in a worker's folder, under the name that it gets in the output folder."""
+
+    name: str
+    bytes: int
+    sha256: str  # "" where the driver sees the folder
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A line for the user, about what is the same for every worker and batch."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """A line that the user must see."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A clip whose video and receipt are complete."""
+
+    prompt_id: str
+    files: tuple[StagedFile, ...]  # in the order in which they may appear
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A prompt without a clip."""
+
+    prompt_id: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Files of the batch that are no clips: latents that were asked for, or left by a failure."""
+
+    files: tuple[StagedFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of a batch; an error concerns all its prompts that have no clip."""
+
+    error: str | None = None
+    bad_input: bool = False  # no worker could make the batch: the request or the bundle is at fault
+
+
+Event = Said | Warned | Made | Failed | Kept | Ended

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker of a fleet: makes batches of clips in one process that stays, and tells how it goes.
+
+A plain class without Ray, which runs it in an actor. Its methods return at once or within seconds:
+a batch is made in a thread, so that the driver always gets an answer.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import socket
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pw_runtime.errors import BadRequest, BadWeights, MissingPackage, PixelWizardError
+from pw_runtime.fleet.messages import (
+    PIECE_BYTES,
+    Ended,
+    Event,
+    Failed,
+    Joined,
+    Kept,
+    Made,
+    Said,
+    StagedFile,
+    Warned,
+)
+from pw_runtime.system.atomic_files import partial_name, remove, stale_partials
+from pw_runtime.system.packages import require_packages
+from pw_runtime.system.progress import Reporter
+from pw_runtime.types import Outcome, Request, RunOptions
+
+if TYPE_CHECKING:
+    from pw_runtime.checkpoint.bundle import Bundle
+    from pw_runtime.planning.warm_networks import WarmNetworks
+
+LOCAL_STAGING = "pw-fleet"  # in the folder for temporary files, where the output is not shared
+
+
+class Worker:
+    """Makes clips for a driver on another machine.
+
+    The driver calls `versions`, `join`, then for every batch `start`, `events` until there is an
+    Ended, and `read` for what it cannot see.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Take a name; nothing is imported or opened yet."""
+        # As the command line does, and for its reason: threads that wait must not spin.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        self._name = name
+        self._bundle: Bundle | None = None
+        self._warm: WarmNetworks | None = None
+        self._root = Path()
+        self._shared = False
+        self._batches = 0
+        self._folder = Path()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of what takes part in a run, and the host's name."""
+        from pw_runtime.job.receipt import versions
+
+        return {**versions(), "host": socket.gethostname()}
+
+    def join(
+        self, model: str, digest: str, options: RunOptions, staging: str, token: str
+    ) -> Joined:
+        """Open the bundle and find out what is here.
+
+        Args:
+            model: folder of the bundle, as the driver names it.
+            digest: of the driver's bundle.
+            options: of the run.
+            staging: folder of the driver, in which a worker that sees it makes its own.
+            token: content of the file `token` there.
+
+        Raises:
+            BadRequest: this machine cannot take part, with the reason and the remedy.
+        """
+        from pw_runtime.job.conv_choice import settle_conv
+        from pw_runtime.job.preflight import pick_device
+        from pw_runtime.job.receipt import machine
+        from pw_runtime.planning.warm_networks import WarmNetworks
+        from pw_runtime.system.machine import available_memory_bytes, rss_bytes
+
+        with self._named():
+            require_packages("a worker of a fleet", "transformers", "tokenizers", "av")
+            self._bundle = self._open(model, digest)
+            device = pick_device(options.device)
+            settle_conv(options, self._say)  # the driver chose one, which must run here
+            self._root, self._shared = self._staging(Path(staging), token)
+        self._warm = WarmNetworks()
+        gpu_bytes = None
+        if device.type == "cuda":
+            import torch
+
+            gpu_bytes = int(torch.cuda.mem_get_info(device)[0])
+        return Joined(
+            host=socket.gethostname(),
+            shares_output=self._shared,
+            machine=machine(device),
+            host_bytes=available_memory_bytes(),
+            process_bytes=rss_bytes(),
+            gpu_bytes=gpu_bytes,
+        )
+
+    def start(self, request: Request) -> None:
+        """Begin to make the clips of a request, whose `out` is that of the driver."""
+        assert self._bundle is not None, "a worker joins before it starts"
+        if self._folder != Path():  # of the batch before: all of it is published or given up
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._batches += 1
+        self._folder = self._root / str(self._batches)
+        self._folder.mkdir(parents=True)
+        own = replace(request, out=self._folder, existing="refuse")
+        reporter = _EventReporter(self._events.put, self._staged_clip, self._folder, request.out)
+        threading.Thread(target=self._make, args=(own, self._bundle, reporter), daemon=True).start()
+
+    def events(self, seconds: float) -> list[Event]:
+        """Return what has happened since the last call; wait for the first event up to a time."""
+        events: list[Event] = []
+        try:
+            events.append(self._events.get(timeout=seconds))
+            while True:
+                events.append(self._events.get_nowait())
+        except queue.Empty:
+            return events
+
+    def folder(self) -> str:
+        """Return the folder of the batch."""
+        return str(self._folder)
+
+    def read(self, name: str, offset: int) -> bytes:
+        """Return the next piece of a staged file, at most PIECE_BYTES long."""
+        with (self._folder / name).open("rb") as file:
+            file.seek(offset)
+            return file.read(PIECE_BYTES)
+
+    def leave(self) -> None:
+        """Remove what is left of the batches."""
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def _say(self, text: str) -> None:
+        self._events.put(Said(text))
+
+    def _make(self, request: Request, bundle: Bundle, reporter: Reporter) -> None:
+        """Run the pipeline over a batch; every ending of it becomes an event."""
+        from pw_engines import EngineError, StoreError
+        from pw_runtime.pipeline import generate
+
+        try:
+            outcomes = generate(request, bundle, reporter, self._warm)
+            self._tell(outcomes)
+            self._events.put(Ended())
+        except (PixelWizardError, EngineError, StoreError) as error:
+            bad_input = isinstance(error, BadRequest | BadWeights | MissingPackage)
+            self._tell(())
+            self._events.put(Ended(str(error), bad_input))
+        except BaseException:  # whatever it is, the driver must hear of it
+            self._events.put(Ended(traceback.format_exc()))
+
+    def _tell(self, outcomes: tuple[Outcome, ...]) -> None:
+        """Tell which prompts failed, and which latents are there."""
+        from pw_runtime.job.latents import SUFFIX
+
+        for outcome in outcomes:
+            if outcome.error is not None:
+                self._events.put(Failed(outcome.prompt.id, outcome.error))
+        kept = sorted(self._folder.glob(f"*{SUFFIX}"))
+        if kept:
+            self._events.put(Kept(tuple(self._staged(path) for path in kept)))
+
+    def _staged_clip(self, video: Path) -> None:
+        """Tell that a video and its receipt are complete."""
+        files = (video.with_name(f"{video.stem}.json"), video)
+        self._events.put(Made(video.stem, tuple(self._staged(path) for path in files)))
+
+    def _staged(self, path: Path) -> StagedFile:
+        from pw_runtime.checkpoint.bundle import sha256_of
+
+        digest = "" if self._shared else sha256_of(path)
+        return StagedFile(name=path.name, bytes=path.stat().st_size, sha256=digest)
+
+    def _open(self, model: str, digest: str) -> Bundle:
+        from pw_runtime.checkpoint.bundle import open_bundle
+
+        try:
+            bundle = open_bundle(model)
+        except BadWeights as error:
+            raise BadRequest(
+                f"the bundle {model} cannot be seen",
+                got=f"{error.what}: {error.got}",
+                wanted=f"the same bundle under the same path on every machine, {digest[:12]}...",
+                do="mount the folder that holds it there, or copy it there",
+            ) from error
+        if bundle.digest != digest:
+            raise BadRequest(
+                f"the bundle {model} is another one than the driver's",
+                got=f"bundle.json with SHA-256 {bundle.digest[:12]}...",
+                wanted=f"{digest[:12]}...",
+                do="copy the driver's bundle there, or give --model a path that is shared",
+            )
+        return bundle
+
+    def _staging(self, staging: Path, token: str) -> tuple[Path, bool]:
+        """Return the folder for this worker's batches, and whether the driver sees it."""
+        try:
+            seen = (staging / "token").read_text(encoding="utf-8") == token
+        except OSError:
+            seen = False
+        if not seen:
+            own = Path(tempfile.gettempdir()) / f"{LOCAL_STAGING}-{socket.gethostname()}"
+            for leftover in stale_partials(own):  # of workers that were killed
+                remove(leftover)
+            return partial_name(own), False
+        root = staging / self._name
+        try:
+            root.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BadRequest(
+                f"the output folder {staging.parent} can be seen and not written",
+                got=error.strerror,
+                do="mount it with the right to write, or choose an --out that is not shared: clips "
+                "are then sent to the driver",
+            ) from error
+        return root, True
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the worker and its machine in errors."""
+        try:
+            yield
+        except PixelWizardError as error:
+            text = f"worker {self._name} on {socket.gethostname()}: {error}"
+            raise BadRequest(text) from error
+
+
+class _EventReporter(Reporter):
+    """Turns what a run reports into events.
+
+    Names of files are those that they get in the driver's output folder.
+    """
+
+    def __init__(
+        self,
+        put: Callable[[Event], None],
+        announce: Callable[[Path], None],
+        folder: Path,
+        out: Path,
+    ) -> None:
+        """Put events; `announce` a finished video in `folder`, which becomes one in `out`."""
+        super().__init__(quiet=True)
+        self._put, self._announce = put, announce
+        self._folder, self._out = str(folder), str(out)
+
+    def say(self, text: str) -> None:
+        """Tell a line."""
+        self._put(Said(text.replace(self._folder, self._out)))
+
+    def warn(self, text: str) -> None:
+        """Tell a line that the user must see."""
+        self._put(Warned(text.replace(self._folder, self._out)))
+
+    def finished(self, path: Path) -> None:
+        """Announce a complete clip."""
+        self._announce(path)
