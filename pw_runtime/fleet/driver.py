@@ -8,6 +8,7 @@ into the output folder.
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 import time
@@ -48,6 +49,7 @@ from pw_runtime.types import Outcome, Request
 POLL_SECONDS = 10.0  # longest wait of a worker for its next event
 LOOK_SECONDS = 0.2  # between two looks of the main thread, which draws the progress
 JOIN_SECONDS = 20.0  # how long workers that are ready wait for others that start
+_SIZE = re.compile(r"[\d.,]+ [MG]iB")
 MAX_STRIKES = 3  # times in a row that a worker may end without having made a clip
 
 
@@ -76,6 +78,7 @@ class Fleet:
         self._first = ""
         self._first_join = 0.0
         self._said: set[str] = set()
+        self._folders: dict[str, Path] = {}  # of each worker's batch, as the worker names it
         self._clips: dict[str, int] = dict.fromkeys(self._names, 0)
         self._settings: Future[Request] = Future()
 
@@ -176,7 +179,7 @@ class Fleet:
             except WorkerLost as lost:
                 reason = str(lost)
                 if not self._ends():
-                    self._reporter.warn(f"worker {name} is lost: {reason}")
+                    self._reporter.warn(f"{self._label(name)} is lost: {reason}")
             except (BadRequest, BadWeights) as error:
                 refusal = error
                 break
@@ -191,7 +194,7 @@ class Fleet:
             self._refuse(name, refusal)
         elif strikes == MAX_STRIKES:
             self._reporter.warn(
-                f"worker {name} is given up: {strikes} times in a row it ended without a clip"
+                f"{self._label(name)} is given up: {strikes} times in a row it ended without a clip"
             )
 
     def _ends(self) -> bool:
@@ -271,7 +274,8 @@ class Fleet:
         Raises WorkerLost, WriteFailed; BadRequest where the worker cannot make what others can.
         """
         while batch := self._work.take(name):
-            handle.call("start", replace(request, prompts=batch))
+            folder = handle.call("start", replace(request, prompts=batch))
+            self._folders[name] = Path(folder)
             before = self._clips[name]
             self._follow(name, handle)
             if self._clips[name] == before:
@@ -292,7 +296,7 @@ class Fleet:
                     case Said(text):
                         self._say_once(name, text, self._reporter.say)
                     case Warned(text):
-                        self._reporter.warn(f"worker {name}: {text}")
+                        self._reporter.warn(f"{self._label(name)}: {text}")
                     case Made(prompt_id, files):
                         self._publish(name, handle, prompt_id, files)
                     case Failed(prompt_id, error):
@@ -305,21 +309,27 @@ class Fleet:
             self._work.hand_back(name)
             raise BadRequest(ended.error)
         if ended.error is not None:
-            self._reporter.warn(f"worker {name}: {ended.error}")
+            self._reporter.warn(f"{self._label(name)}: {ended.error}")
         for prompt in self._work.in_hand(name):
             self._fail(name, prompt.id, ended.error or "the batch ended without it")
 
     def _say_once(self, name: str, text: str, say: Callable[[str], None]) -> None:
-        """Pass on what every worker may say, once."""
+        """Pass on what every worker may say, once: sizes of memory apart."""
+        essence = _SIZE.sub("", text)
         with self._lock:
-            known = text in self._said
-            self._said.add(text)
+            known = essence in self._said
+            self._said.add(essence)
         if not known:
-            say(f"worker {name}: {text}")
+            say(f"{self._label(name)}: {text}")
+
+    def _label(self, name: str) -> str:
+        """Return a worker's name with its machine's, once that is known."""
+        joined = self._joined.get(name)
+        return f"worker {name}" + (f" on {joined.host}" if joined else "")
 
     def _fail(self, name: str, prompt_id: str, error: str) -> None:
         if not self._work.failed(name, prompt_id, error):
-            self._reporter.warn(f"prompt {prompt_id} failed on worker {name}, and is tried again")
+            self._reporter.warn(f"prompt {prompt_id} failed on {self._label(name)}, and is tried again")
 
     def _publish(
         self, name: str, handle: WorkerHandle, prompt_id: str, files: Sequence[StagedFile]
@@ -335,9 +345,8 @@ class Fleet:
     def _take(self, name: str, handle: WorkerHandle, files: Sequence[StagedFile]) -> Path:
         """Bring a worker's files into the output folder; return the last one's path."""
         try:
-            if self._joined[name].shares_output:
-                folder = Path(handle.call("folder"))
-            else:
+            folder = self._folders[name]
+            if not self._joined[name].shares_output:
                 folder = self._folder.receive(
                     name, files, lambda file, offset: handle.call("read", file, offset)
                 )

@@ -113,8 +113,11 @@ class Worker:
             gpu_bytes=gpu_bytes,
         )
 
-    def start(self, request: Request) -> None:
-        """Begin to make the clips of a request, whose `out` is that of the driver."""
+    def start(self, request: Request) -> str:
+        """Begin to make the clips of a request, whose `out` is that of the driver.
+
+        Return the folder that they are made in.
+        """
         assert self._bundle is not None, "a worker joins before it starts"
         if self._folder != Path():  # of the batch before: all of it is published or given up
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -124,6 +127,7 @@ class Worker:
         own = replace(request, out=self._folder, existing="refuse")
         reporter = _EventReporter(self._events.put, self._staged_clip, self._folder, request.out)
         threading.Thread(target=self._make, args=(own, self._bundle, reporter), daemon=True).start()
+        return str(self._folder)
 
     def events(self, seconds: float) -> list[Event]:
         """Return what has happened since the last call; wait for the first event up to a time."""
@@ -134,10 +138,6 @@ class Worker:
                 events.append(self._events.get_nowait())
         except queue.Empty:
             return events
-
-    def folder(self) -> str:
-        """Return the folder of the batch."""
-        return str(self._folder)
 
     def read(self, name: str, offset: int) -> bytes:
         """Return the next piece of a staged file, at most PIECE_BYTES long."""
