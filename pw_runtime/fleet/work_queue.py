@@ -26,7 +26,7 @@ class _Item:
     prompt: Prompt
     deaths: int = 0
     errors: list[str] = field(default_factory=list)
-    failed_on: set[str] = field(default_factory=set)  # workers that failed with it
+    tried_by: set[str] = field(default_factory=set)  # workers that died over it or failed with it
     video: Path | None = None
     error: str | None = None  # the final one
 
@@ -58,12 +58,13 @@ class WorkQueue:
         """Take back what a worker has not finished; return the ids of prompts that this ends.
 
         Whoever leaves with prompts in hand has died over one of them: each of them is tried again,
-        alone, and fails after MAX_DEATHS.
+        alone, by another worker if there is one, and fails after MAX_DEATHS.
         """
         with self._changed:
             ended = []
             for item in reversed(self._held.pop(worker, [])):
                 item.deaths += 1
+                item.tried_by.add(worker)
                 if item.deaths < MAX_DEATHS:
                     self._waiting.appendleft(item)
                     continue
@@ -88,8 +89,12 @@ class WorkQueue:
 
     def _next(self, worker: str) -> list[_Item]:
         """Remove the worker's next batch from those that wait."""
-        alone = len(self._held) == 1
-        fitting = [item for item in self._waiting if alone or worker not in item.failed_on]
+        present = self._held.keys()
+        fitting = [
+            item
+            for item in self._waiting
+            if worker not in item.tried_by or not present - item.tried_by
+        ]
         batch = fitting[:1]
         if batch and not _has_history(batch[0]):
             batch = [item for item in fitting if not _has_history(item)][: self._batch]
@@ -116,7 +121,7 @@ class WorkQueue:
         with self._changed:
             item = self._drop(worker, prompt_id)
             item.errors.append(error)
-            item.failed_on.add(worker)
+            item.tried_by.add(worker)
             if len(item.errors) >= MAX_ERRORS:
                 item.error = error
             else:

@@ -67,6 +67,24 @@ def test_a_prompt_over_which_workers_die_ends_as_failed_and_says_so() -> None:
     assert work.wait(0)
 
 
+def test_a_machine_that_kills_its_workers_is_not_held_against_the_prompt() -> None:
+    work = queue_of(2, "a", "b", batch=1)
+    work.take("a")
+    work.leave("a", "gone")
+    work.enter("a")
+    assert ids(work.take("a")) == ["1"]
+    assert ids(work.take("b")) == ["0"]
+
+
+def test_a_prompt_that_all_present_workers_have_tried_goes_to_any_of_them() -> None:
+    work = queue_of(1, "a", "b")
+    for worker in ("a", "b"):
+        assert ids(work.take(worker)) == ["0"]
+        work.leave(worker, "gone")
+        work.enter(worker)
+    assert ids(work.take("a")) == ["0"]
+
+
 def test_a_failed_prompt_is_tried_once_more_and_by_another_worker() -> None:
     work = queue_of(2, "a", "b", batch=1)
     work.take("a")
