@@ -329,7 +329,8 @@ class Fleet:
 
     def _fail(self, name: str, prompt_id: str, error: str) -> None:
         if not self._work.failed(name, prompt_id, error):
-            self._reporter.warn(f"prompt {prompt_id} failed on {self._label(name)}, and is tried again")
+            label = self._label(name)
+            self._reporter.warn(f"prompt {prompt_id} failed on {label}, and is tried again")
 
     def _publish(
         self, name: str, handle: WorkerHandle, prompt_id: str, files: Sequence[StagedFile]

@@ -59,10 +59,10 @@ class Worker:
         self._name = name
         self._bundle: Bundle | None = None
         self._warm: WarmNetworks | None = None
-        self._root = Path()
+        self._root: Path | None = None  # of the folders of all batches
         self._shared = False
         self._batches = 0
-        self._folder = Path()
+        self._folder: Path | None = None  # of the batch
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def versions(self) -> dict[str, str]:
@@ -119,15 +119,16 @@ class Worker:
         Return the folder that they are made in.
         """
         assert self._bundle is not None, "a worker joins before it starts"
-        if self._folder != Path():  # of the batch before: all of it is published or given up
+        assert self._root is not None
+        if self._folder is not None:  # of the batch before: all of it is published or given up
             shutil.rmtree(self._folder, ignore_errors=True)
         self._batches += 1
-        self._folder = self._root / str(self._batches)
-        self._folder.mkdir(parents=True)
-        own = replace(request, out=self._folder, existing="refuse")
-        reporter = _EventReporter(self._events.put, self._staged_clip, self._folder, request.out)
+        folder = self._folder = self._root / str(self._batches)
+        folder.mkdir(parents=True)
+        own = replace(request, out=folder, existing="refuse")
+        reporter = _EventReporter(self._events.put, self._staged_clip, folder, request.out)
         threading.Thread(target=self._make, args=(own, self._bundle, reporter), daemon=True).start()
-        return str(self._folder)
+        return str(folder)
 
     def events(self, seconds: float) -> list[Event]:
         """Return what has happened since the last call; wait for the first event up to a time."""
@@ -141,41 +142,46 @@ class Worker:
 
     def read(self, name: str, offset: int) -> bytes:
         """Return the next piece of a staged file, at most PIECE_BYTES long."""
+        assert self._folder is not None, "no batch was started"
         with (self._folder / name).open("rb") as file:
             file.seek(offset)
             return file.read(PIECE_BYTES)
 
     def leave(self) -> None:
-        """Remove what is left of the batches."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        """Remove what is left of the batches, if there were any."""
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
 
     def _say(self, text: str) -> None:
         self._events.put(Said(text))
 
     def _make(self, request: Request, bundle: Bundle, reporter: Reporter) -> None:
         """Run the pipeline over a batch; every ending of it becomes an event."""
+        try:
+            self._events.put(self._made(request, bundle, reporter))
+        except BaseException:  # whatever it is, the driver must hear of it
+            self._events.put(Ended(traceback.format_exc()))
+
+    def _made(self, request: Request, bundle: Bundle, reporter: Reporter) -> Ended:
         from pw_engines import EngineError, StoreError
         from pw_runtime.pipeline import generate
 
         try:
-            outcomes = generate(request, bundle, reporter, self._warm)
-            self._tell(outcomes)
-            self._events.put(Ended())
+            self._tell(request.out, generate(request, bundle, reporter, self._warm))
         except (PixelWizardError, EngineError, StoreError) as error:
+            self._tell(request.out, ())
             bad_input = isinstance(error, BadRequest | BadWeights | MissingPackage)
-            self._tell(())
-            self._events.put(Ended(str(error), bad_input))
-        except BaseException:  # whatever it is, the driver must hear of it
-            self._events.put(Ended(traceback.format_exc()))
+            return Ended(str(error), bad_input)
+        return Ended()
 
-    def _tell(self, outcomes: tuple[Outcome, ...]) -> None:
+    def _tell(self, folder: Path, outcomes: tuple[Outcome, ...]) -> None:
         """Tell which prompts failed, and which latents are there."""
         from pw_runtime.job.latents import SUFFIX
 
         for outcome in outcomes:
             if outcome.error is not None:
                 self._events.put(Failed(outcome.prompt.id, outcome.error))
-        kept = sorted(self._folder.glob(f"*{SUFFIX}"))
+        kept = sorted(folder.glob(f"*{SUFFIX}"))
         if kept:
             self._events.put(Kept(tuple(self._staged(path) for path in kept)))
 
