@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, Protocol, TextIO, cast
 from urllib.parse import urlsplit
 
 from pw_runtime.errors import BadRequest, PixelWizardError
@@ -80,10 +81,31 @@ def connected(address: str | None, *, may_start: bool = True) -> Iterator[bool]:
             yield False
             return
         _init("local")
-    try:
-        yield True
-    finally:
-        ray.shutdown()
+    with redirect_stdout(cast(TextIO, _FirstLines(sys.stderr))):
+        try:
+            yield True
+        finally:
+            ray.shutdown()
+
+
+class _FirstLines:
+    """A text stream that passes on what Ray prints without its excerpts from logs.
+
+    Ray tells of dead nodes on stdout, whatever it is told, with the last lines of their logs,
+    indented; they are in its session folder.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Pass on a line that is not indented."""
+        if text.strip() and not text.startswith((" ", "\t")):
+            self._stream.write(text.rstrip("\n") + "\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _init(address: str) -> None:

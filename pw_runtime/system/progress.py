@@ -45,10 +45,15 @@ class Advance(Protocol):
 
 
 class Reporter:
-    """Prints progress on stderr; only warnings when quiet."""
+    """Prints progress on stderr, only warnings when quiet, and finished clips on stdout.
+
+    That is the stdout of when it was made: what replaces it later, such as a progress bar that
+    catches what others print, does not get the clips.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
+        self._stdout = sys.stdout
         self._console = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -63,7 +68,10 @@ class Reporter:
     def finished(self, path: Path) -> None:
         """Print the path of a complete clip on stdout, for scripts, also when quiet."""
         name = str(path)
-        print(printable(name) if sys.stdout.isatty() else name, flush=True)
+        if self._stdout.isatty():
+            print(printable(name), flush=True)
+        else:
+            print(name, file=self._stdout, flush=True)
 
     @contextmanager
     def steps(self, label: str | Callable[[], str], total: int) -> Iterator[Advance]:
