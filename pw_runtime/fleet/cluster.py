@@ -99,9 +99,10 @@ class _FirstLines:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Pass on a line that is not indented."""
-        if text.strip() and not text.startswith((" ", "\t")):
-            self._stream.write(text.rstrip("\n") + "\n")
+        """Pass on the lines that are not indented."""
+        for line in text.splitlines():
+            if line.strip() and not line.startswith((" ", "\t")):
+                self._stream.write(f"{line}\n")
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
