@@ -21,6 +21,7 @@ from pw_runtime.fleet.worker import Worker
 from pw_runtime.system.packages import pip_install
 
 CONNECT_SECONDS = 10
+NONE_RUNNING = "Could not find any running Ray instance"  # as Ray says it
 
 
 class WorkerLost(Exception):
@@ -75,8 +76,8 @@ def connected(address: str | None, *, may_start: bool = True) -> Iterator[bool]:
     try:
         _init(name)
     except ConnectionError as error:
-        if name != "auto":
-            raise _unreachable(name, error) from error
+        if NONE_RUNNING not in str(error):
+            raise refused(name, error) from error
         if not may_start:
             yield False
             return
@@ -119,11 +120,11 @@ def _init(address: str) -> None:
     except ConnectionError:
         raise
     except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        raise explained(address, error) from error
+        raise refused(address, error) from error
 
 
-def explained(address: str, error: Exception) -> BadRequest:
-    """Return the error for a cluster that does not take this driver."""
+def refused(address: str, error: Exception) -> BadRequest:
+    """Return the error for a cluster that is there and does not take this driver."""
     text = " ".join(str(error).split())
     if "ersion mismatch" in text:
         return BadRequest(
@@ -131,14 +132,13 @@ def explained(address: str, error: Exception) -> BadRequest:
             got=text[:400],
             do="use the same versions of Ray and Python on every machine, down to the last number",
         )
-    if "auth" in text.lower() and "token" in text.lower():
-        return BadRequest(
-            f"the cluster at {address} refuses this driver's token",
-            got=text[:400],
-            do="copy ~/.ray/auth_token from the head node to this machine, or name it by "
-            "RAY_AUTH_TOKEN_PATH",
-        )
-    return _unreachable(address, error)
+    return BadRequest(
+        f"the Ray cluster at {address} does not take this driver",
+        got=text[:400],
+        wanted="the token of the cluster, if it has one",
+        do="copy ~/.ray/auth_token from the head node to this machine and set RAY_AUTH_MODE=token; "
+        "nodes need both too, before `ray start`",
+    )
 
 
 def _unreachable(address: str, error: Exception) -> BadRequest:

@@ -14,7 +14,7 @@ from pw_runtime.fleet.agreement import (
     require_same_versions,
     with_budget,
 )
-from pw_runtime.fleet.cluster import explained
+from pw_runtime.fleet.cluster import refused
 from pw_runtime.fleet.layout import Layout, Node, lay_out
 from pw_runtime.fleet.messages import Joined
 from pw_runtime.presets import PRESETS
@@ -130,10 +130,9 @@ def test_machines_that_round_differently_are_named() -> None:
     ("error", "message"),
     [
         (RuntimeError("Version mismatch: The cluster was started with:\n Ray: 2.9"), "another ver"),
-        (RuntimeError("Invalid or missing authentication token"), "refuses this driver's token"),
-        (ValueError("no idea"), "no Ray cluster answers at here:1"),
+        (RuntimeError("Failed to connect to Ray cluster"), "at here:1 does not take this driver"),
     ],
 )
 def test_what_ray_says_becomes_one_clear_error(error: Exception, message: str) -> None:
     with pytest.raises(BadRequest, match=message):
-        raise explained("here:1", error)
+        raise refused("here:1", error)
