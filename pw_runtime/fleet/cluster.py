@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, Protocol, TextIO, cast
 from urllib.parse import urlsplit
 
@@ -21,7 +22,6 @@ from pw_runtime.fleet.worker import Worker
 from pw_runtime.system.packages import pip_install
 
 CONNECT_SECONDS = 10
-NONE_RUNNING = "Could not find any running Ray instance"  # as Ray says it
 
 
 class WorkerLost(Exception):
@@ -48,11 +48,6 @@ class Cluster(Protocol):
         """Start a worker as soon as there is room for it; return at once."""
 
 
-def running_address(address: str | None) -> str:
-    """Return the address that a driver without --address connects to, if anything is there."""
-    return address or os.environ.get("RAY_ADDRESS") or "auto"
-
-
 @contextmanager
 def connected(address: str | None, *, may_start: bool = True) -> Iterator[bool]:
     """Connect to a Ray cluster inside the block.
@@ -70,18 +65,15 @@ def connected(address: str | None, *, may_start: bool = True) -> Iterator[bool]:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    name = running_address(address)
-    if name not in ("auto", "local"):
+    name = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if name == "auto":
+        name = cluster_of_this_machine() or "local"
+    if name == "local" and not may_start:
+        yield False
+        return
+    if name != "local":
         _require_listener(name)
-    try:
-        _init(name)
-    except ConnectionError as error:
-        if NONE_RUNNING not in str(error):
-            raise refused(name, error) from error
-        if not may_start:
-            yield False
-            return
-        _init("local")
+    _init(name)
     with redirect_stdout(cast(TextIO, _FirstLines(sys.stderr))):
         try:
             yield True
@@ -111,15 +103,13 @@ class _FirstLines:
 
 
 def _init(address: str) -> None:
-    """Call ray.init. Raises ConnectionError where nothing is there, BadRequest for the rest."""
+    """Call ray.init. Raises BadRequest where the cluster does not take this driver."""
     import ray
 
     options: dict[str, Any] = {} if address.startswith("ray://") else {"include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except ConnectionError:
-        raise
-    except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+    except (RuntimeError, ValueError, ImportError, OSError, ray.exceptions.RayError) as error:
         raise refused(address, error) from error
 
 
@@ -141,24 +131,40 @@ def refused(address: str, error: Exception) -> BadRequest:
     )
 
 
-def _unreachable(address: str, error: Exception) -> BadRequest:
-    return BadRequest(
-        f"no Ray cluster answers at {address}",
-        got=" ".join(str(error).split())[:400],
-        wanted="ray://HOST:10001 from anywhere, or HOST:6379 from a node of the cluster",
-        do="start one with `ray start --head` (docs/fleet.md), or correct --address",
-    )
+def cluster_of_this_machine() -> str | None:
+    """Return the address of the cluster that this machine is in, if somebody listens there.
+
+    Ray leaves it in a file, also when the cluster was killed, and would then try for minutes.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    file = Path(folder, "ray", "ray_current_cluster")
+    try:
+        address = file.read_text(encoding="utf-8").strip()
+        _listener(address).close()
+    except (OSError, ValueError):
+        return None
+    return address
 
 
 def _require_listener(address: str) -> None:
-    """Raise BadRequest where nobody listens: Ray itself would try for a minute."""
-    parts = urlsplit(address if "//" in address else f"//{address}")
+    """Raise BadRequest where nobody listens: Ray itself would try for minutes."""
     try:
-        if parts.hostname is None or parts.port is None:
-            raise ValueError("an address without a host or a port")
-        socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS).close()
+        _listener(address).close()
     except (OSError, ValueError) as error:
-        raise _unreachable(address, error) from error
+        raise BadRequest(
+            f"no Ray cluster answers at {address}",
+            got=error,
+            wanted="ray://HOST:10001 from anywhere, or HOST:6379 from a node of the cluster",
+            do="start one with `ray start --head` (docs/fleet.md), or correct --address",
+        ) from error
+
+
+def _listener(address: str) -> socket.socket:
+    """Return a connection to an address. Raises OSError, and ValueError for no address."""
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    if parts.hostname is None or parts.port is None:
+        raise ValueError("an address without a host or a port")
+    return socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS)
 
 
 def nodes() -> tuple[Node, ...]:

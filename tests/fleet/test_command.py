@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,6 +131,19 @@ def test_a_machine_without_this_project_is_told_apart_from_a_dead_one() -> None:
         raise cluster._lost(RuntimeError("died\nModuleNotFoundError: No module named 'pw_runtime'"))
     with pytest.raises(WorkerLost, match=r"^its node has died$"):
         raise cluster._lost(RuntimeError("The actor died.\n  its node has died\n"))
+
+
+def test_a_cluster_that_was_killed_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert cluster.cluster_of_this_machine() is None
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        assert cluster.cluster_of_this_machine() == address
+    assert cluster.cluster_of_this_machine() is None
 
 
 def test_what_ray_prints_loses_its_excerpts_from_logs() -> None:
