@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the workers of a fleet must have in common, so that it matters to no clip who makes it."""
+"""Common ground of the workers of a fleet, so that it matters to no clip who makes it."""
 
 from __future__ import annotations
 

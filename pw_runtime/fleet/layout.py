@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the workers of a fleet go: how many fit on each node of a cluster."""
+"""Places of the workers of a fleet: how many fit on each node of a cluster."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the driver and its workers tell each other, frozen. Importing this does not import torch."""
+"""Messages between the driver and its workers, frozen. Importing this does not import torch."""
 
 from __future__ import annotations
 
