@@ -38,6 +38,12 @@ LEFT_OUT: Final[Mapping[str, Any]] = MappingProxyType(
         "contact_sheet": False,
         "trace": None,
         "device": "auto",  # a GPU where workers have one
+        "processes": None,
+        "devices": None,
+        "rank_timeout": None,
+        "ulysses_size": None,
+        "dit_fsdp": False,
+        "t5_fsdp": False,
         "ckpt_dir": None,
         "lr_ckpt": None,
         "hr_ckpt": None,
