@@ -167,7 +167,7 @@ class Worker:
         from pw_runtime.pipeline import generate
 
         try:
-            self._tell(request.out, generate(request, bundle, reporter, self._warm))
+            self._tell(request.out, generate(request, bundle, reporter, warm=self._warm))
         except (PixelWizardError, EngineError, StoreError) as error:
             self._tell(request.out, ())
             bad_input = isinstance(error, BadRequest | BadWeights | MissingPackage)

@@ -69,7 +69,7 @@ def make(bundle_dir: Path, tmp_path: Path) -> Make:
             host_memory=8 * GIB,
         )
         reporter = Words()
-        (outcome,) = generate(request, bundle, reporter, warm)
+        (outcome,) = generate(request, bundle, reporter, warm=warm)
         assert outcome.error is None, outcome.error
         return reporter.said
 
