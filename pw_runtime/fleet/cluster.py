@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pw_runtime.errors import BadRequest, PixelWizardError
 from pw_runtime.fleet.layout import Layout, Node
 from pw_runtime.fleet.worker import Worker
-from pw_runtime.system.packages import pip_install
+from pw_runtime.system.packages import pip_install, require_packages
 
 CONNECT_SECONDS = 10
 
@@ -71,6 +71,8 @@ def connected(address: str | None, *, may_start: bool = True) -> Iterator[bool]:
     if name == "local" and not may_start:
         yield False
         return
+    if name.startswith("ray://"):
+        require_packages("--address ray://", "grpcio")
     if name != "local":
         _require_listener(name)
     _init(name)

@@ -56,6 +56,7 @@ KNOWN: Final[Mapping[str, Known]] = MappingProxyType(
         ),
         "tensorrt-rtx-cu13-bindings": Known("tensorrt_rtx_bindings", "pw build --target"),
         "tensorrt-rtx-cu13-libs": Known("tensorrt_rtx_libs", "pw build --target"),
+        "grpcio": Known("grpc", "pw fleet run --address ray://"),
         "ray": Known("ray", "pw fleet run"),
         "jinja2": Known("jinja2", "pw bench report"),
         "scikit-image": Known("skimage", "pw compare, pw bench e2e, pw bench quality"),
