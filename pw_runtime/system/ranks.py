@@ -33,8 +33,8 @@ _LIBRARY: Final = timedelta(days=20)  # the libraries' own deadline: ours comes 
 _FAREWELL: Final = 20.0  # seconds that a store stays for ranks that have not come yet
 _CANNOT: Final = "cannot take part"
 _GO_ON: Final = (
-    "see what that rank printed and whether its device works; finish clips by the commands above, if "
-    "there are any, and make the others again (--overwrite)"
+    "see what that rank printed and whether its device works; finish clips by the commands above, "
+    "if there are any, and make the others again (--overwrite)"
 )
 
 
