@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import MappingProxyType
 
 from pw_runtime.checkpoint.bundle import Bundle
@@ -21,6 +22,7 @@ from pw_runtime.models import VaeDecoder
 from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.stages.codecs import pixel_format_for
 from pw_runtime.stages.condition import resize_draft
+from pw_runtime.stages.decode import decode_frames
 from pw_runtime.stages.draft import denoise_draft
 from pw_runtime.stages.highres import denoise_highres
 from pw_runtime.stages.text import encode_text
@@ -135,13 +137,19 @@ def decode_clips(run: Run) -> None:
 def decode_clip(vae: VaeDecoder, run: Run, clip: Clip, step: Step) -> None:
     """Decode one clip's last latent into its video file, which appears after its receipt."""
     preset, stage, codec = clip.request.preset, clip.last_stage, clip.request.options.codec
-    config = clip.request.stages[stage]
+    config, tiling = clip.request.stages[stage], run.fallback.plan.decode.tiling
     thumbnails = Thumbnails(clip, vae)
     with clip.stopwatch.stage("latents"):
         latent = clip.latent_of(stage)
     pixels = pixel_format_for(codec, preset.compat)
     store = run.tile_store(clip, latent, pixels)
-    frames = run.frames(clip, vae, latent, pixels, store, step.advance)
+    decode = partial(
+        decode_frames,
+        *(run.decoder_on(vae), latent, tiling, preset.compat, pixels),
+        store=store,
+        advance=step.advance,
+    )
+    frames = run.shared_decode(decode, latent, pixels)
     chunks = thumbnails.collect(stage, clip.stopwatch.time_items("decode", frames))
     if clip.partial_video is not None:
         run.reporter.say(f"{clip.partial_video} can be watched while it is encoded")

@@ -31,7 +31,6 @@ from pw_runtime.models.text_encoder import TextNetwork
 from pw_runtime.planning.oom_fallback import LazyNetwork, OomFallback
 from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.sampling.noise import tensor_digest
-from pw_runtime.stages.decode import decode_frames
 from pw_runtime.system.atomic_files import require_room
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.ranks import Ranks
@@ -131,28 +130,24 @@ class Run:
             made_of=(self.bundle.digest, self.request.options, self.request.preset),
         )
 
-    def frames(
+    def shared_decode(
         self,
-        clip: Clip,
-        vae: VaeDecoder,
+        decode: Callable[..., Generator[FrameChunk, None, None]],
         latent: Latent,
         pixels: PixelFormat,
-        store: TileStore | None,
-        advance: Callable[[float], object],
     ) -> Generator[FrameChunk, None, None]:
-        """Decode a clip on as many ranks as are planned; see `decode_frames`."""
-        plan, compat = self.fallback.plan.decode, clip.request.preset.compat
+        """Run a decode, on as many ranks as are planned; they hear of it with the first chunk.
+
+        Args:
+            decode: `decode_frames` with its arguments, all but the ranks.
+            latent: in them.
+            pixels: in them.
+        """
+        plan, compat = self.fallback.plan.decode, self.request.preset.compat
         ranks = self.ranks if plan.ranks > 1 else None
         if ranks is not None:
             tell_of_decode(ranks, plan, compat, pixels, latent, self.engines["vae"])
-        decoder = self.decoder_on(vae)
-        frames = decode_frames(
-            *(decoder, latent, plan.tiling, compat, pixels),
-            store=store,
-            advance=advance,
-            ranks=ranks,
-        )
-        with closing(frames):  # where they are not used up, the other ranks must hear of it
+        with closing(decode(ranks=ranks)) as frames:  # also where they are not used up
             yield from frames
 
     def decoder_on(self, vae: VaeDecoder) -> Decoder:
