@@ -39,7 +39,7 @@ class Failure:
     rank: int
     what: str  # "was killed", or the message of its error
     doing: str
-    told: bool = False  # the rank tells it itself
+    told: bool = False  # rank 0 tells it itself
 
 
 class RankWatch:
@@ -222,16 +222,14 @@ class RankWatch:
     def _end(self) -> None:
         """End this process, whose main thread hangs in a library."""
         assert self.failure is not None
-        if tells(self._rank, self.failure):
+        if self._rank == teller(self.failure) and not self.failure.told:
             print(f"error: {failure_text(self.failure)}", file=sys.stderr, flush=True)
         os._exit(ENDED)
 
 
-def tells(rank: int, failure: Failure) -> bool:
-    """Tell whether a rank prints a failure: the first one that is not to blame."""
-    if failure.told:
-        return False
-    return rank == (1 if failure.rank == 0 else 0)
+def teller(failure: Failure) -> int:
+    """Return the rank that tells the user: the first one that is not to blame, or rank 0 itself."""
+    return 1 if failure.rank == 0 and not failure.told else 0
 
 
 def failure_text(failure: Failure) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from pw_runtime.errors import BadRequest, RankFailed
-from pw_runtime.system.rank_watch import IDLE, RankWatch, connect, failure_text, tells
+from pw_runtime.system.rank_watch import IDLE, RankWatch, connect, failure_text, teller
 
 DEADLINE: Final = 600.0  # seconds that one rank waits for the data of another
 _LOOK: Final = 0.2  # seconds between two looks at the watch while waiting
@@ -342,7 +342,7 @@ class Ranks:
         failure = self._watch.failure
         assert failure is not None
         error = RankFailed(failure_text(failure), do=_GO_ON)
-        error.teller = 0 if tells(0, failure) else 1
+        error.teller = teller(failure)
         return error
 
     def _lane(self, one: int, other: int) -> Group:

@@ -89,6 +89,15 @@ def test_ranks_that_differ_do_not_begin(bundle_dir: Path, preset: Path, tmp_path
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
+def test_an_error_of_rank_0_is_told_once(bundle_dir: Path, preset: Path, tmp_path: Path) -> None:
+    common = ("--model", bundle_dir, "--preset", preset, "--prompt", "x", "--out", tmp_path / "o")
+    ended = run_ranks(2, "generate", *common, "--host-memory", "1MiB")
+    assert ended.codes == (2, 3)
+    assert "this clip does not fit into memory" in ended.stderr[0]
+    assert ended.stderr[1] == ""
+
+
 def _frames(path: Path) -> list[bytes]:
     with av.open(str(path)) as video:
         return [frame.to_ndarray(format="rgb24").tobytes() for frame in video.decode(video=0)]
