@@ -153,16 +153,17 @@ if TYPE_CHECKING:
 @t5_fsdp_option
 def generate(**options: Any) -> int:
     """Make one clip per prompt: <id>.mp4 and its receipt <id>.json."""
-    require_packages("`pw generate`", "transformers", "tokenizers")  # used after minutes
     place = place_of_this_process()
-    if place is not None:
-        return run_as_rank(place, options, partial(_prepared, quiet=place.rank > 0), _run(options))
-    devices = devices_of(options)
+    devices = devices_of(options) if place is None else None
     if devices is not None and len(devices) > 1:
         return start_ranks(devices)
+    run = _run(options)
+    require_packages("`pw generate`", "transformers", "tokenizers")  # used after minutes
+    if place is not None:
+        return run_as_rank(place, options, partial(_prepared, quiet=place.rank > 0), run)
     require_alone(options)
     request, bundle = _prepared(options | ({"device": devices[0]} if devices else {}))
-    return _run(options)(request, bundle, None)
+    return run(request, bundle, None)
 
 
 def _prepared(options: dict[str, Any], *, quiet: bool = False) -> tuple[Request, Bundle]:
@@ -176,11 +177,10 @@ def _prepared(options: dict[str, Any], *, quiet: bool = False) -> tuple[Request,
 
 def _run(options: dict[str, Any]) -> Callable[[Request, Bundle, Ranks | None], int]:
     """Return the program of a process that runs alone, or that is the first of several."""
+    from pw_runtime.pipeline import generate
+    from pw_runtime.system.progress import Reporter
 
     def run(request: Request, bundle: Bundle, ranks: Ranks | None) -> int:
-        from pw_runtime.pipeline import generate
-        from pw_runtime.system.progress import Reporter
-
         reporter = Reporter(quiet=options["quiet"])
         if options["seed"] < 0:
             seed = request.seed

@@ -8,23 +8,23 @@ attention, queries, keys and values go to the ranks of their heads, and results 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pw_engines import DTYPES, Engine, dtype_name
-from pw_kernels import attention
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import load_dit
 from pw_runtime.errors import RankFailed
-from pw_runtime.execution.division import AttentionShare, attention_shares, owned_slices
+from pw_runtime.execution.division import attention_shares, owned_slices
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.gathered_weights import GatheredWeights
 from pw_runtime.execution.protocols import ControlInputs, TokenLayout, TokenSlice
+from pw_runtime.execution.token_exchange import Division, Exchange
 from pw_runtime.execution.transformer import SegmentedDiT, outputs_of, padded_rows
-from pw_runtime.execution.transformer_segments import Segment, heads_at_once, segment_of_block
+from pw_runtime.execution.transformer_segments import Segment, segment_of_block
 from pw_runtime.execution.weight_streaming import (
     ResidentWeights,
     StreamedWeights,
@@ -36,8 +36,6 @@ from pw_runtime.models.dit import Modulation
 from pw_runtime.models.embeddings import unpatchify
 from pw_runtime.system.ranks import Group, Pending, Ranks
 from pw_runtime.types import RunOptions, Split, StageName, TransformerPlan
-
-ROUNDS = 2  # slices whose queries, keys and values are under way at a time
 
 
 def load_divided(
@@ -76,24 +74,6 @@ def load_divided(
         share_attention=plan.share_attention,
         chunk=plan.chunk,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Division:
-    """All tokens of a clip and the heads of a pass, divided among the ranks of a group."""
-
-    whole: TokenLayout
-    mine: TokenLayout
-    owned: tuple[range, ...]  # slices, by rank
-    shares: tuple[AttentionShare, ...]  # by rank
-
-    def tokens(self, slices: range) -> slice:
-        """Return the tokens of consecutive slices, without the padding of the last one."""
-        if not slices:
-            return slice(0, 0)
-        start = self.whole.slices[slices.start].rows.start
-        stop = self.whole.slices[slices.stop - 1].rows.stop
-        return slice(start, min(stop, self.whole.tokens))
 
 
 class DividedDiT(SegmentedDiT):
@@ -137,7 +117,7 @@ class DividedDiT(SegmentedDiT):
         self._controlled: tuple[Tensor, Tensor] | None = None  # [1] t and dt of the control
         self._stepped: tuple[Tensor, Tensor | None] = (torch.empty(0), None)  # of the modulation
         self._features: Tensor | None = None
-        self._division: _Division | None = None
+        self._division: Division | None = None
         self._steps = 0
 
     # ---- what the stages call, on rank 0 ---------------------------------------------------
@@ -300,7 +280,7 @@ class DividedDiT(SegmentedDiT):
             ),
             first=first,
         )
-        self._division, self._steps = _Division(whole, mine, owned, shares), 0
+        self._division, self._steps = Division(whole, mine, owned, shares), 0
         return mine
 
     def _own_features(self, draft: Tensor) -> Tensor:
@@ -367,7 +347,7 @@ class DividedDiT(SegmentedDiT):
     ) -> Tensor:
         """Run self-attention of this rank's tokens over all tokens: [layout.padded, N, K]."""
         assert self._division is not None
-        exchange = _Exchange(self._ranks, self._group, self._division, self.net.config.num_heads)
+        exchange = Exchange(self._ranks, self._group, self._division, self.net.config.num_heads)
         name = "block_in" if x.dtype == torch.float32 else "block_in_first"
         engine = self._engines[segment_of_block(self.net, name, block)]
         positions = layout.positions
@@ -389,136 +369,6 @@ class DividedDiT(SegmentedDiT):
         return padded_rows(exchange.results(), layout.padded)
 
 
-class _Exchange:
-    """Queries, keys and values of one self-attention on their way, and its results back."""
-
-    def __init__(self, ranks: Ranks, group: Group, division: _Division, heads: int) -> None:
-        self._ranks, self._group, self._division = ranks, group, division
-        self._heads, self._share = heads, division.shares[group.rank]
-        self._queries = division.tokens(self._share.slices)
-        self._full: tuple[Tensor, Tensor, Tensor] | None = None  # q, k, v of this rank's heads
-        self._rounds: list[tuple[int, Tensor, Pending]] = []
-        self._like: Tensor | None = None
-
-    @property
-    def rounds(self) -> int:
-        """Number of slices of the rank with the most."""
-        return max(map(len, self._division.owned))
-
-    def send(self, index: int, *qkv: Tensor) -> None:
-        """Send this rank's slice of a round, if it has one, and receive those of the others.
-
-        Args:
-            index: of the round.
-            qkv: queries, keys and values of the slice, [rows, N, K] each.
-        """
-        own = self._division.owned[self._group.rank]
-        if qkv:
-            self._like = qkv[0]
-        assert self._like is not None, "every rank has a slice in the first round"
-        parts, sent = [], []
-        for share in self._division.shares:
-            taken = []
-            if qkv:
-                number = own[index]
-                rows = self._rows(number)
-                heads = slice(share.heads.start, share.heads.stop)
-                chosen = qkv if number in share.slices else qkv[1:]
-                taken = [x[: rows.stop - rows.start, heads].reshape(-1) for x in chosen]
-            parts += taken
-            sent.append(sum(map(len, taken)))
-        x = torch.cat(parts) if parts else self._like.new_empty(0)
-        received = [self._numbers(slices, index) for slices in self._division.owned]
-        result = self._like.new_empty(sum(received))
-        pending = self._ranks.exchange(
-            self._group, result, x, received, sent, "queries, keys, values"
-        )
-        self._rounds.append((index, result, pending))
-        if len(self._rounds) >= ROUNDS:
-            self._take()
-
-    def attend(self) -> None:
-        """Run attention of this rank's heads and queries, in the memory of the queries."""
-        while self._rounds:
-            self._take()
-        assert self._full is not None
-        q, k, v = self._full
-        size = heads_at_once(len(k), q.shape[1], q.shape[2], q.element_size())
-        for group in zip(*(x.split(size, dim=1) for x in (q, k, v)), strict=True):
-            group[0].copy_(attention(*group))
-        self._full = (q, q[:0], q[:0])  # keys and values are not needed any more
-
-    def results(self) -> Tensor:
-        """Return the results of this rank's tokens: [tokens, N, K]."""
-        assert self._full is not None
-        q, division, own = self._full[0], self._division, self._group.rank
-        row = q[:1].numel()
-        sent = [self._common(slices, self._share) * row for slices in division.owned]
-        mine = division.owned[own]
-        received = [
-            self._common(mine, share) * len(share.heads) * q.shape[2] for share in division.shares
-        ]
-        result = q.new_empty(sum(received))
-        self._ranks.exchange(
-            self._group, result, q.view(-1), received, sent, "results of attention"
-        ).wait()
-        del q
-        self._full = None
-        tokens = division.tokens(mine)
-        y = result.new_empty(tokens.stop - tokens.start, self._heads, row // len(self._share.heads))
-        for part, share in zip(result.split(received), division.shares, strict=True):
-            rows = division.tokens(_overlap(mine, share.slices))
-            target = y[rows.start - tokens.start : rows.stop - tokens.start]
-            if part.numel():
-                heads = slice(share.heads.start, share.heads.stop)
-                target[:, heads] = part.view(-1, len(share.heads), y.shape[2])
-        return y
-
-    def _take(self) -> None:
-        """Wait for a round, and put what came where it belongs."""
-        index, result, pending = self._rounds.pop(0)
-        pending.wait()
-        if self._full is None:
-            assert self._like is not None
-            shape = (len(self._share.heads), self._like.shape[2])
-            keys = [result.new_empty(self._division.whole.tokens, *shape) for _ in range(2)]
-            queries = result.new_empty(self._queries.stop - self._queries.start, *shape)
-            self._full = (queries, keys[0], keys[1])
-        position = 0
-        for slices in self._division.owned:
-            if index >= len(slices):
-                continue
-            number = slices[index]
-            rows = self._rows(number)
-            q, k, v = self._full
-            places = [k[rows], v[rows]]
-            if number in self._share.slices:
-                start = rows.start - self._queries.start
-                places.insert(0, q[start : start + rows.stop - rows.start])
-            for place in places:
-                place.copy_(result[position : position + place.numel()].view(place.shape))
-                position += place.numel()
-
-    def _numbers(self, slices: range, index: int) -> int:
-        """Count the numbers that come in a round from a rank with these slices."""
-        if index >= len(slices):
-            return 0
-        assert self._like is not None
-        rows, number = self._rows(slices[index]), slices[index]
-        kinds = 3 if number in self._share.slices else 2
-        row = len(self._share.heads) * self._like.shape[2]
-        return kinds * (rows.stop - rows.start) * row
-
-    def _rows(self, number: int) -> slice:
-        """Return the tokens of a slice, without padding."""
-        return self._division.tokens(range(number, number + 1))
-
-    def _common(self, slices: range, share: AttentionShare) -> int:
-        """Count the tokens of slices whose queries a share takes."""
-        rows = self._division.tokens(_overlap(slices, share.slices))
-        return rows.stop - rows.start
-
-
 def form_groups(ranks: Ranks, split: Split) -> tuple[Group, Group] | None:
     """Form the groups of a split: all that compute, and those that share a pass with this rank.
 
@@ -531,9 +381,3 @@ def form_groups(ranks: Ranks, split: Split) -> tuple[Group, Group] | None:
         formed = ranks.group("one pass", tuple(range(first, first + split.sequence)))
         own = own or formed
     return None if active is None or own is None else (active, own)
-
-
-def _overlap(one: range, other: range) -> range:
-    """Return what two runs have in common."""
-    start, stop = max(one.start, other.start), min(one.stop, other.stop)
-    return range(start, max(start, stop))

@@ -154,36 +154,46 @@ class Ranks:
         self._watch, self._deadline = watch, deadline
         self._waiting = threading.Event()
         watch.woken = self._waiting.set
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        # Groups of tensors on GPUs are beside those of the host: NCCL alone keeps its own deadline.
         dist.init_process_group(
-            backend,
+            "gloo",
             store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
             timeout=_LIBRARY,
         )
-        self._groups: dict[tuple[str, tuple[int, ...]], Group] = {}
-        self.all = Group("all", tuple(range(size)), rank, dist.group.WORLD)
-        for one in range(size):
-            for other in range(size):
-                if one != other and (other in (0, one + 1) or one == 0):
-                    self.group(f"{one} to {other}", tuple(sorted((one, other))))
+        self._groups: dict[tuple[str, tuple[int, ...], str], Group] = {}
+        everyone = tuple(range(size))
+        self.all = Group("all", everyone, rank, dist.group.WORLD)
+        for place in dict.fromkeys(("cpu", device.type)):
+            self.group("all", everyone, place)
+            for one in range(size):
+                for other in range(size):
+                    if one != other and (other in (0, one + 1) or one == 0):
+                        self.group(f"{one} to {other}", tuple(sorted((one, other))), place)
 
     # ---- groups ------------------------------------------------------------------------------
 
-    def group(self, name: str, members: tuple[int, ...]) -> Group | None:
+    def group(self, name: str, members: tuple[int, ...], place: str = "") -> Group | None:
         """Return a group, which is formed at its first use; None where this rank is no member.
 
         All ranks must ask for the same groups in the same order.
+
+        Args:
+            name: of the group.
+            members: in ascending order.
+            place: type of the device of the tensors that they exchange; by default the ranks'.
         """
-        key = (name, members)
+        key = (name, members, place or self.device.type)
         if key not in self._groups:
             handle = None
             if len(members) > 1:
-                # Of the same backends as the group of all.
-                handle = dist.new_group(list(members), timeout=_LIBRARY)
+                on_host = key[2] == "cpu"
+                limit = _LIBRARY if on_host else timedelta(seconds=self._deadline)
+                backend = "gloo" if on_host else "nccl"
+                handle = dist.new_group(list(members), timeout=limit, backend=backend)
             rank = members.index(self.rank) if self.rank in members else -1
-            self._groups[key] = Group(name, members, rank, handle)
+            self._groups[key] = Group(f"{name} ({key[2]})", members, rank, handle)
         group = self._groups[key]
         return group if group.rank >= 0 else None
 
@@ -251,7 +261,7 @@ class Ranks:
             source: the sending rank's number among all.
             group: of this rank; None: all.
         """
-        group = group or self.all
+        group = group or self._groups["all", self.all.members, x.device.type]
         if self.rank == source:
             self._count(what, x.numel() * x.element_size() * (group.size - 1))
         return self._cast(group, x, source, what)
@@ -259,14 +269,14 @@ class Ranks:
     def send(self, x: Tensor, to: int, what: str) -> Pending:
         """Send x to a rank, which must `receive` it: in order, from this rank to that one."""
         self._count(what, x.numel() * x.element_size())
-        return self._cast(self._lane(self.rank, to), x, self.rank, what)
+        return self._cast(self._lane(self.rank, to, x), x, self.rank, what)
 
     def receive(self, x: Tensor, of: int, what: str, *, patient: bool = False) -> Pending:
         """Receive into x what a rank sends, of the same size and dtype.
 
         A patient wait lasts as long as that rank lives: it may be busy with what takes any time.
         """
-        pending = self._cast(self._lane(of, self.rank), x, of, what)
+        pending = self._cast(self._lane(of, self.rank, x), x, of, what)
         pending.patient = patient
         return pending
 
@@ -345,9 +355,9 @@ class Ranks:
         error.teller = teller(failure)
         return error
 
-    def _lane(self, one: int, other: int) -> Group:
-        """Return the group through which one rank sends to another."""
-        return self._groups[f"{one} to {other}", tuple(sorted((one, other)))]
+    def _lane(self, one: int, other: int, x: Tensor) -> Group:
+        """Return the group through which one rank sends to another what is where x is."""
+        return self._groups[f"{one} to {other}", tuple(sorted((one, other))), x.device.type]
 
     def _cast(self, group: Group, x: Tensor, source: int, what: str) -> Pending:
         if not x.is_contiguous():
