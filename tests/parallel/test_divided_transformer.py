@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from pw_engines import DTYPES
 from pw_runtime.execution.division import attention_shares, owned_slices, step_traffic
+from pw_runtime.execution.gathered_weights import packed_layout
 from pw_runtime.execution.transformer_segments import segments_of
-from pw_runtime.types import Split
+from pw_runtime.types import DitConfig, Precision, Split
 from tests.parallel.ranks import run
 from tests.parallel.transformers import CONFIG, HIGHRES, LIMIT, STAGE, make_clip, whole
 
@@ -83,6 +85,23 @@ def _require_planned_traffic(case: dict[str, Any], sent: list[dict[str, int]]) -
 
     assert total("queries, keys, values", "results") == steps * planned.exchange
     assert total("latent", "velocities") == steps * planned.latents
-    weights = total("weights")
-    assert (weights > 0) == bool(case.get("gathered") and split.ranks > 1)
-    assert segments_of(config, precision, LIMIT)  # the weights themselves: test_gathered_weights
+    assert total("weights") == (_gathered(config, precision, split) if "gathered" in case else 0)
+
+
+def _gathered(config: DitConfig, precision: Precision, split: Split) -> int:
+    """Count the bytes of weights that all ranks send for two clips."""
+    segments = segments_of(config, precision, LIMIT)
+    runs = {}
+    for name in ("block_in", "block_out", "text_keys_values"):
+        inputs = segments[name].spec.inputs[-len(segments[name].weights) :]
+        weights = [torch.empty(x.sized({}), dtype=DTYPES[x.dtype], device="meta") for x in inputs]
+        runs[name] = packed_layout(weights, split.ranks).share * split.ranks
+    passes = 2 // split.guidance
+    shared = int(passes > 1)  # the second pass takes the first block's attention from the first
+    steps, clips = 2 * STAGE.steps, 2
+    # And at the end the block that would come next.
+    before = steps * (passes * config.num_layers - shared) + 1
+    after = steps * passes * config.num_layers + 1
+    text = clips * 2 * config.num_layers
+    size = before * runs["block_in"] + after * runs["block_out"] + text * runs["text_keys_values"]
+    return (split.ranks - 1) * size
