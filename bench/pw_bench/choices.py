@@ -17,5 +17,5 @@ ProgramName = Literal[
 OURS: Final = "ours"  # also the prefix of every program that is this runtime
 ENGINES: Final = "ours-engines"
 
-SyntheticSize = Literal["nano", "medium", "5b"]
+SyntheticSize = Literal["nano", "medium", "large", "5b"]
 CaseSize = Literal["tiny", "draft", "2k", "4k"]

@@ -20,6 +20,7 @@ from pw_runtime.cli.bench_networks import (
     save,
     vae_peers,
 )
+from pw_runtime.cli.bench_ranks import ranks
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.cli.options import (
     FILE,
@@ -272,6 +273,7 @@ for command in (
     decoder_memory,
     quality,
     linear_error,
+    ranks,
 ):
     bench.add_command(command)
 

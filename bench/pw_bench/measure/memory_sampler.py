@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of another process over time."""
+"""The memory and the CPU time of another process over time."""
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -22,6 +23,7 @@ class MemorySampler:
 
     Attributes:
         host: (time.perf_counter, resident bytes).
+        cpu: (time.perf_counter, seconds of CPU time of all its threads so far).
         pss: (time.perf_counter, proportional set size in bytes: shared pages are divided).
         device: (time.perf_counter, GPU bytes).
     """
@@ -29,6 +31,7 @@ class MemorySampler:
     def __init__(self, pid: int, nvml: Nvml | None) -> None:
         """Sample host memory, and GPU memory where `nvml` is given."""
         self.host: list[tuple[float, int]] = []
+        self.cpu: list[tuple[float, float]] = []
         self.pss: list[tuple[float, int]] = []
         self.device: list[tuple[float, int]] = []
         self._pid, self._nvml = pid, nvml
@@ -57,6 +60,9 @@ class MemorySampler:
             rss = _proc_bytes(self._pid, "status", "VmRSS")
             if rss is not None:
                 self.host.append((now, rss))
+            cpu = _cpu_seconds(self._pid)
+            if cpu is not None:
+                self.cpu.append((now, cpu))
             if count % PSS_EVERY == 0:
                 pss = _proc_bytes(self._pid, "smaps_rollup", "Pss")
                 if pss is not None:
@@ -77,6 +83,16 @@ def _proc_bytes(pid: int, file: str, field: str) -> int | None:
         return None
     match = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
     return int(match[1]) * 1024 if match else None
+
+
+def _cpu_seconds(pid: int) -> float | None:
+    """Return the CPU time of a process; None where it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before it may have spaces
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
 
 
 def between(

@@ -116,6 +116,8 @@ def _kernel_cells(row: KernelRow, figure: Figure | None) -> tuple[str, ...]:
 
 def _difference_line(difference: OutputDifference) -> str:
     l2, share = difference.relative_l2, difference.share
+    if share == 0:
+        return f"{difference.side} against {difference.against}: equal bit for bit"
     details = f"{difference.max_abs:.2g} ({difference.unit}) at most"
     details += "" if l2 is None else f", relative L2 {small(l2)}"
     details += "" if share is None else f", in {share:.2e} of the values"

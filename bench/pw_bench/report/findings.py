@@ -34,6 +34,7 @@ TITLES: Final[Mapping[Kind, str]] = {
     "quality": "Quality of the built-in model",
     "linear-error": "Errors of quantized linear layers",
     "cpu-conv": "Our C++ for CPUs beside oneDNN",
+    "ranks": "One clip by several processes",
 }
 
 
@@ -117,6 +118,8 @@ def ratio_label(result: Result, ratio: Ratio) -> str:
     pair = {ratio.side, ratio.against}
     for difference in result.differences:
         if {difference.side, difference.against} == pair:
+            if difference.share == 0:
+                return "equal bit for bit"
             return f"differ by at most {difference.max_abs:.2g} ({difference.unit})"
     direct = [s.label for s in result.equivalence if {s.side, s.against} == pair]
     if direct:
