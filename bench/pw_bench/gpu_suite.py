@@ -32,6 +32,7 @@ class Part:
     arguments: tuple[str, ...]  # of `pw bench`
     seconds: float
     long: bool = False  # only with --full
+    gpus: int = 1  # that the machine must have
 
 
 _5B = ("--synthetic", "5b")
@@ -67,11 +68,24 @@ PARTS = (
         seconds=3600,
         long=True,
     ),
+    Part(
+        name="ranks-2k",
+        arguments=("ranks", "--preset", "2k", *_5B, "--steps", "1", "--rounds", "1"),
+        seconds=500,
+        gpus=2,
+    ),
+    Part(
+        name="ranks-4k",
+        arguments=("ranks", "--preset", "4k", *_5B, "--steps", "1", "--rounds", "3"),
+        seconds=5400,
+        long=True,
+        gpus=2,
+    ),
 )
 
 
 def run_parts(
-    folder: Path, minutes: float, *, full: bool, say: Callable[[str], None]
+    folder: Path, minutes: float, *, full: bool, gpus: int, say: Callable[[str], None]
 ) -> dict[str, str]:
     """Run the parts whose files are missing.
 
@@ -79,6 +93,7 @@ def run_parts(
         folder: of the results files; is created.
         minutes: time for this call.
         full: run the long parts too.
+        gpus: that the machine has; parts for more of them do not run.
         say: receives the command of each part that starts.
 
     Returns:
@@ -89,6 +104,9 @@ def run_parts(
     for part in PARTS:
         out = folder / f"{part.name}.json"
         if is_done(out) or (part.long and not full):
+            continue
+        if part.gpus > gpus:
+            say(f"{part.name}: left out, as it takes {part.gpus} GPUs or more, and this has {gpus}")
             continue
         left = until - time.monotonic()
         if left < part.seconds:

@@ -41,7 +41,7 @@ def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
     size = click.option(
         "--synthetic",
         type=click.Choice(get_args(SyntheticSize)),
-        help="Size of random weights; 5b: the published networks' size, in memory, for a GPU. "
+        help="Size of random weights; large and 5b: in memory, as 5b the published networks. "
         "[default: none; nano and nano-hd run on the trained built-in model]",
     )
     checkpoint = click.option(
@@ -251,7 +251,7 @@ def gpu_suite(out: Path, minutes: float, full: bool) -> int:
             "`pw bench gpu-suite` measures a GPU, and PyTorch finds none",
             do="run `pw doctor` on the GPU machine",
         )
-    missing = run_parts(out, minutes, full=full, say=click.echo)
+    missing = run_parts(out, minutes, full=full, gpus=torch.cuda.device_count(), say=click.echo)
     for file in (out / f"{part.name}.json" for part in PARTS):
         if not file.exists():
             continue

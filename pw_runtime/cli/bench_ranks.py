@@ -42,7 +42,7 @@ def numbers(
 @click.option(
     "--synthetic",
     type=click.Choice(get_args(SyntheticSize)),
-    help="Size of random weights; 5b: the published networks' size, in memory, for GPUs. "
+    help="Size of random weights; large and 5b: in memory, as 5b the published networks. "
     "[default: none; nano and nano-hd run on the trained built-in model]",
 )
 @click.option(

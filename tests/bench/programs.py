@@ -50,7 +50,7 @@ NO_JOB = Job(
     device="cpu",
     precision="fp32",
     codec="h264",
-    in_memory=True,
+    in_memory="5b",
 )
 
 

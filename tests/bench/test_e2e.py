@@ -49,7 +49,7 @@ def test_programs_that_cannot_take_part_are_skipped_or_refused() -> None:
     assert "no high-res stage" in reasons["diffusers"]
     with pytest.raises(BadRequest, match="add --draft-only"):
         pick_programs(("diffusers",), NANO, FILES, CPU, [])
-    memory = replace(FILES, in_memory=True)
+    memory = replace(FILES, in_memory="5b")
     assert pick_programs((), NANO, memory, CPU, []) == ("ours",)
     with pytest.raises(BadRequest, match=r"from files.*\n.*leave --side ours-engines out"):
         pick_programs(("ours-engines",), NANO, memory, CPU, [])
@@ -83,7 +83,7 @@ def test_only_the_built_in_presets_come_with_weights(tmp_path: Path) -> None:
         pick_weights("2k", None, None, tmp_path, print)
     with pytest.raises(BadRequest, match="both name the weights"):
         pick_weights("2k", tmp_path, "nano", tmp_path, print)
-    assert pick_weights("2k", None, "5b", tmp_path, print).in_memory
+    assert pick_weights("2k", None, "5b", tmp_path, print).in_memory == "5b"
     built_in = pick_weights("nano", None, None, tmp_path, print)
     assert open_bundle(built_in.bundle).networks.draft.config == DIT  # the trained one
 

@@ -22,11 +22,11 @@ from pw_runtime.errors import BadRequest
 from tests.bench.small_results import figure, result
 
 FINISHED = result()
-SHORT = [part for part in PARTS if not part.long]
+SHORT = [part for part in PARTS if not part.long and part.gpus == 1]
 
 
 def run(folder: Path, minutes: float = 60.0, *, full: bool = False) -> dict[str, str]:
-    return run_parts(folder, minutes, full=full, say=lambda line: None)
+    return run_parts(folder, minutes, full=full, gpus=1, say=lambda line: None)
 
 
 @pytest.fixture
@@ -82,6 +82,15 @@ def test_part_that_fails_is_reported_and_the_others_run(monkeypatch, tmp_path: P
     missing = run(tmp_path)
     assert all("exit code 2" in reason for reason in missing.values())
     assert len(missing) == len(SHORT)
+
+
+def test_parts_for_several_gpus_run_where_there_are_some(commands, tmp_path: Path) -> None:
+    lines: list[str] = []
+    run_parts(tmp_path / "one", 60.0, full=False, gpus=1, say=lines.append)
+    assert "ranks" not in {arguments[0] for arguments in commands}
+    assert "ranks-2k: left out, as it takes 2 GPUs or more, and this has 1" in lines
+    run_parts(tmp_path / "two", 60.0, full=False, gpus=2, say=lines.append)
+    assert commands[-1][:3] == ["ranks", "--preset", "2k"]
 
 
 def test_parts_that_never_fit_are_reported_with_their_duration(commands, tmp_path: Path) -> None:

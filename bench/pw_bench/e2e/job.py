@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from pw_bench.choices import SyntheticSize
 from pw_runtime.types import Codec, Precision, Preset
 
 
@@ -22,7 +23,7 @@ class Job:
         negative: text.
         preset: sizes and sampler settings; without a high-res stage the draft is the clip.
         noise: safetensors file with draft_noise and highres_noise, [C, T, H, W] fp32.
-        in_memory: random weights of the published sizes replace both folders.
+        in_memory: size of the random weights that replace both folders; None: none do.
         device: name of the device in torch.
         precision: of the transformers.
         codec: of the video.
@@ -37,7 +38,7 @@ class Job:
     device: str
     precision: Precision
     codec: Codec
-    in_memory: bool = False
+    in_memory: SyntheticSize | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

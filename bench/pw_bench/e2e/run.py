@@ -142,7 +142,7 @@ def pick_programs(
             name,
             highres=preset.highres is not None,
             gpu=device.type == "cuda",
-            in_memory=weights.in_memory,
+            in_memory=weights.in_memory is not None,
         )
         if reason is None:
             programs.append(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pw_bench.e2e.job import ClipFacts, Job
-from pw_bench.e2e.synthetic import synthetic_bundle
+from pw_bench.e2e.synthetic import IN_MEMORY, synthetic_bundle
 from pw_kernels.op import OPS, select, using
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.job.conv_choice import implementations
@@ -70,11 +70,13 @@ class RuntimeProgram:
         return facts_of(receipt, operations)
 
     def _open(self, job: Job) -> Bundle:
-        if not job.in_memory:
+        if job.in_memory is None:
             return open_bundle(job.bundle)
         if self._in_memory is None:
             with span("make weights"):
-                self._in_memory = synthetic_bundle(Path(self._folder.name))
+                self._in_memory = synthetic_bundle(
+                    Path(self._folder.name), IN_MEMORY[job.in_memory]
+                )
         return self._in_memory
 
 

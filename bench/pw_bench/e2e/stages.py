@@ -20,13 +20,13 @@ import torch
 from pw_bench.choices import SyntheticSize
 from pw_bench.e2e.job import Job
 from pw_bench.e2e.runtime_program import RuntimeProgram
+from pw_bench.e2e.synthetic import IN_MEMORY
 from pw_bench.e2e.weights import make_job, pick_weights, scope_of
 from pw_bench.measure.environment import envelope, identify
 from pw_bench.measure.nvml import Nvml, skipped_without_gpu
 from pw_bench.measure.peaks import measure_ceilings
 from pw_bench.measure.timing import FULL
 from pw_bench.results import Ceilings, Figure, Result, Skipped
-from pw_export.wan22_configs import NETWORKS
 from pw_runtime.checkpoint.bundle import Networks, open_bundle
 from pw_runtime.job.preflight import pick_device
 from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
@@ -143,7 +143,7 @@ def time_stages(
             traces.append(trace.spans)
             fallbacks.update(facts.fallbacks)
             reporter.say(f"clip {number + 1} of {clips + left_out}")
-    networks = NETWORKS if job.in_memory else open_bundle(job.bundle).networks
+    networks = IN_MEMORY[job.in_memory] if job.in_memory else open_bundle(job.bundle).networks
     work = minimum_work(networks, job.preset, ceilings)
     return figures_of(traces[left_out:], work, tuple(sorted(fallbacks)))
 

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published networks with random weights in memory.
+"""The published networks, and smaller ones, with random weights in memory.
 
-Their latency and memory can be measured by anyone with the GPU, without a download. Their pictures
-are noise.
+Their latency and memory can be measured by anyone with the machine, without a download. Their
+pictures are noise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from pw_export.nano import write_byte_tokenizer
+from pw_bench.choices import SyntheticSize
+from pw_export.nano import NANO_DIT, NANO_TEXT_ENCODER, NANO_VAE, write_byte_tokenizer
 from pw_export.wan22_configs import NETWORKS
 from pw_runtime.checkpoint.bundle import TOKENIZER, Bundle, Manifest, Networks
 from pw_runtime.models import expected_shapes
@@ -23,6 +26,25 @@ from pw_runtime.types import Network
 
 BLOCK = 2**27  # random numbers that all weights are cut from: 256 MiB of host memory
 STD = 0.02  # as networks are initialised for training
+# As deep as the published network and a third as wide, for CPUs. Its draft is short and its decoder
+# small: a clip is mostly its high-res stage.
+_WIDE: Final = replace(NANO_DIT, dim=1024, ffn_dim=4864, num_heads=8, num_layers=30, text_dim=512)
+_LARGE: Final = replace(
+    NETWORKS,
+    draft=replace(NETWORKS.draft, config=replace(_WIDE, num_layers=4)),
+    highres=replace(
+        NETWORKS.draft,
+        config=replace(_WIDE, has_dt=True, adapter_dim=256, control_blocks=(1,)),
+    ),
+    vae=replace(NETWORKS.vae, config=NANO_VAE),
+    text_encoder=replace(
+        NETWORKS.text_encoder,
+        config=replace(
+            NANO_TEXT_ENCODER, dim=512, attention_dim=512, ffn_dim=1024, num_heads=8, num_layers=4
+        ),
+    ),
+)
+IN_MEMORY: Final[Mapping[SyntheticSize, Networks]] = {"large": _LARGE, "5b": NETWORKS}
 _DTYPES: dict[Network, torch.dtype] = {"vae": torch.float32}  # the others are stored as bf16
 
 

@@ -16,6 +16,7 @@ import torch
 
 from pw_bench.choices import SyntheticSize
 from pw_bench.e2e.job import Job
+from pw_bench.e2e.synthetic import IN_MEMORY
 from pw_export.convert import convert
 from pw_export.nano import (
     NANO_DIT,
@@ -58,7 +59,7 @@ class Weights:
     checkpoint: Path
     bundle: Path
     digest: str
-    in_memory: bool = False  # every process makes them, and there are no files
+    in_memory: SyntheticSize | None = None  # every process makes them, and there are no files
 
 
 def pick_weights(
@@ -89,17 +90,17 @@ def pick_weights(
     twice = "--checkpoint and --synthetic both name the weights"
     raise BadRequest(
         f"--preset {preset} needs weights, and none are named" if checkpoint is None else twice,
-        do="give --checkpoint FOLDER or --synthetic nano, medium or 5b",
+        do="give --checkpoint FOLDER or --synthetic nano, medium, large or 5b",
     )
 
 
 def synthetic_weights(size: SyntheticSize, folder: Path, say: Callable[[str], None]) -> Weights:
-    """Write random weights of a size, from seed 0, and convert them; those of 5b have no files."""
+    """Write random weights of a size, from seed 0, and convert them; large ones have no files."""
     checkpoint = folder / "checkpoint"
     name = f"made-up weights, {size}, seed 0"
-    if size == "5b":
+    if size in IN_MEMORY:
         return Weights(
-            name=name, checkpoint=folder, bundle=folder, digest="none: no files", in_memory=True
+            name=name, checkpoint=folder, bundle=folder, digest="none: no files", in_memory=size
         )
     if size == "nano":
         write_nano_checkpoint(checkpoint)

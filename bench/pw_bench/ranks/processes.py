@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from pydantic import TypeAdapter
@@ -24,7 +23,6 @@ from pw_runtime.errors import BadResult
 from pw_runtime.system.trace import Span
 
 TICK: Final = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
-ENDING: Final = 30.0  # seconds that other ranks have after the first that is waited for
 # Stage -> the spans in which it computes, and in which its weights are loaded.
 SPANS: Final[Mapping[str, tuple[str, str]]] = {
     "draft": ("draft", "load draft"),

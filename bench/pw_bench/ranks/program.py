@@ -22,10 +22,11 @@ import torch
 from pydantic import TypeAdapter
 
 from pw_bench.e2e.job import Job
-from pw_bench.e2e.synthetic import synthetic_bundle
+from pw_bench.e2e.synthetic import IN_MEMORY, synthetic_bundle
 from pw_engines.child import end_with_parent
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.errors import BadResult, PixelWizardError
+from pw_runtime.job.conv_choice import settle_conv
 from pw_runtime.job.follow import follow, identity_of
 from pw_runtime.job.preflight import computing
 from pw_runtime.pipeline import generate
@@ -116,28 +117,32 @@ def _request(task: RankTask, place: Place | None) -> Request:
     job, device = task.job, torch.device(task.job.device)
     if device.type == "cuda":
         device = torch.device("cuda", 0 if place is None else place.local)
+    options = RunOptions(
+        codec=job.codec,
+        precision=job.precision,
+        policy="eager",
+        device=str(device),
+        chunk=task.chunk,
+        save_latents=True,
+    )
     return Request(
         prompts=(Prompt(id=CLIP, text=job.prompt, position=1),),
         preset=job.preset,
         out=task.folder,
         negative=job.negative,
         noise=job.noise,
-        options=RunOptions(
-            codec=job.codec,
-            precision=job.precision,
-            policy="eager",
-            device=str(device),
-            chunk=task.chunk,
-            save_latents=True,
-        ),
+        # Settled before ranks are compared, as `pw generate` does.
+        options=settle_conv(options.resolved(), Reporter(quiet=True).say),
         divide_weights=task.divide_weights,
     )
 
 
 def _bundle(task: RankTask, place: Place | None) -> Bundle:
-    if not task.job.in_memory:
+    size = task.job.in_memory
+    if size is None:
         return open_bundle(task.job.bundle)
-    return synthetic_bundle(task.folder / f"rank {0 if place is None else place.rank}")
+    folder = task.folder / f"rank {0 if place is None else place.rank}"
+    return synthetic_bundle(folder, IN_MEMORY[size])
 
 
 def _generate(request: Request, bundle: Bundle, ranks: Ranks | None) -> None:

@@ -3,16 +3,17 @@
 
     pw bench ranks --preset bench/results/ranks.toml --synthetic large --out FILE
 
-Setups take turns (A B C A B C), with new processes for every clip. On a CPU all setups have the same
-number of threads in all: one process with T beside N with T / N each. Clips and latents of a setup
-are compared with those of one process that has as many threads as each of the N.
+Setups take turns (A B C A B C), with new processes for every clip. On a CPU all have as many
+threads together: one process has T, each of N has T / N. Latents and frames of a setup are compared
+with those of one process that has as many threads as each of the N.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,10 +187,8 @@ def _in_turns(
 def _make(task: RankTask, setup: Setup) -> RanksClip:
     """Make a clip in an empty folder of the setup's."""
     folder = _folder(task, setup)
-    folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        if old.is_file():
-            old.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     return make_clip(replace(task, folder=folder, divide_weights=setup.divide_weights), setup)
 
 
