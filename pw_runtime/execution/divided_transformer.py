@@ -179,6 +179,9 @@ class DividedDiT(SegmentedDiT):
             self._ranks.fail(error)
             text = f"rank 0 failed in the middle of a step: {error}"
             raise RankFailed(text, do="see docs/parallel.md; for memory: a smaller plan") from None
+        except BaseException as error:  # an interrupt; the others are in the middle of the step
+            self._ranks.fail(error)
+            raise
 
     def close(self) -> None:
         """Release the weights on all ranks."""

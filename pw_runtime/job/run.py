@@ -94,7 +94,7 @@ class Run:
             assert net is not None, "rank 0 is among the ranks of every split"
             return net
 
-        return self._lazy(stage, load, stage, SegmentedDiT.close)
+        return self._lazy(stage, load, stage, lambda net: net.close())
 
     def decoder(self) -> LazyNetwork[VaeDecoder]:
         """Return the VAE decoder."""
