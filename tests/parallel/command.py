@@ -3,7 +3,8 @@
 
 One program imports what they need and forks them, so that this is paid once:
 `command.py FOLDER COUNT FAULT RANK PLACE generate ...`. The fault happens to one rank as soon as it
-comes to a place in the run ("draft, step 2").
+comes to a place in the run ("draft, step 2"). "tells" is none: the rank prints the commands of
+rank 0 on stderr.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (".", "kernels", "export", "engines", "bench")
@@ -107,7 +109,16 @@ def _main() -> None:
 def _disturb(fault: str, place: str) -> None:
     from pw_runtime.system.ranks import Ranks
 
-    at = Ranks.at
+    at, next_command = Ranks.at, Ranks.next_command
+
+    def told(ranks: Ranks) -> dict[str, Any]:
+        command = next_command(ranks)
+        print(command["name"].replace(" ", "-"), file=sys.stderr, flush=True)
+        return command
+
+    if fault == "tells":
+        Ranks.next_command = told  # type: ignore[method-assign]
+        return
 
     def come_to(ranks: Ranks, where: str) -> None:
         at(ranks, where)

@@ -80,6 +80,19 @@ def test_a_rank_that_fails_ends_the_run_with_one_error(
 
 
 @pytest.mark.slow
+def test_every_stage_is_released_before_the_next_one_is_loaded(
+    bundle_dir: Path, preset: Path, tmp_path: Path
+) -> None:
+    """Otherwise ranks hold the weights of two stages."""
+    common = ("--model", bundle_dir, "--preset", preset, "--out", tmp_path / "o", "--dit_fsdp")
+    ended = run_ranks(2, *ARGUMENTS, *common, fault="tells", rank=1)
+    assert ended.codes == (0, 0), ended.stderr
+    commands = ended.stderr[1].split()
+    kept = [name for name in commands if name in ("load", "load-decoder", "release", "end")]
+    assert kept == ["load", "release", "load", "release", "load-decoder", "release", "end"]
+
+
+@pytest.mark.slow
 def test_ranks_that_differ_do_not_begin(bundle_dir: Path, preset: Path, tmp_path: Path) -> None:
     common = ("--model", bundle_dir, "--preset", preset, "--prompt", "x", "--out", tmp_path / "o")
     ended = run_ranks(2, "generate", *common, "--ulysses_size", 3)
