@@ -13,6 +13,7 @@ def test_process_is_sampled_until_the_end_of_the_block() -> None:
         held = bytearray(64 * 2**20)
     assert sampler.host
     assert sampler.pss
+    assert sampler.cpu[-1][1] > 0
     assert sampler.device == []
     assert max(size for _, size in sampler.host) > len(held)
 
@@ -25,4 +26,4 @@ def test_samples_of_an_interval_begin_at_zero() -> None:
 def test_process_that_is_gone_gives_no_samples() -> None:
     with MemorySampler(2**22 + 1, None) as sampler:
         pass
-    assert (sampler.host, sampler.pss) == ([], [])
+    assert (sampler.host, sampler.pss, sampler.cpu) == ([], [], [])

@@ -137,6 +137,16 @@ def test_ratios_are_of_medians_and_of_the_largest_process() -> None:
     assert sent == {"2 x 1 thread/sent/weights": (6,)}
 
 
+def test_setup_that_fell_back_has_no_ratio() -> None:
+    one, two = clip(4.0, (200,), {}), clip(4.0, (60, 120), {})
+    first = replace(two.records[0], fallbacks=("a smaller plan",))
+    two = replace(two, records=(first, two.records[1]))
+    figures = [*figures_of(ONE.name, [one]), *figures_of(TWO.name, [two])]
+    assert {ratio.refused for ratio in ratios_of(figures, TWO, ONE)} == {
+        "fell back: a smaller plan"
+    }
+
+
 def test_process_that_fails_ends_the_measurement_with_its_reason(tmp_path: Path) -> None:
     job = replace(NO_JOB, in_memory=None, bundle=tmp_path / "nowhere")
     task = RankTask(job=job, folder=tmp_path, divide_weights=False, chunk=8192)

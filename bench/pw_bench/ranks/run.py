@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -202,21 +201,19 @@ def figures_of(name: str, clips: Sequence[RanksClip]) -> Iterable[Figure]:
     memory = "GPU memory" if "device" in clips[0].records[0].peaks else "process memory"
     for stage in clips[0].samples:
         samples = [clip.samples[stage] for clip in clips]
-        measures = {
-            ("time", "s"): [sample.seconds for sample in samples],
-            ("CPU time", "s"): [sample.cpu_seconds for sample in samples],
+        times = {
+            "time": tuple(sample.seconds for sample in samples),
+            "CPU time": tuple(sample.cpu_seconds for sample in samples),
         }
-        if stage == "clip":
-            measures[memory, "B"] = [max(sample.memory) for sample in samples]
-        else:
-            measures["process memory", "B"] = [max(sample.memory) for sample in samples]
-        for (measure, unit), values in measures.items():
-            yield Figure(
-                name=f"{stage}, {name}/{measure}",
-                unit="s" if unit == "s" else "B",
-                samples=tuple(values),
-                fell_back=fell_back,
-            )
+        side = f"{stage}, {name}"
+        for measure, values in times.items():
+            yield Figure(name=f"{side}/{measure}", unit="s", samples=values, fell_back=fell_back)
+        yield Figure(
+            name=f"{side}/{memory if stage == 'clip' else 'process memory'}",
+            unit="B",
+            samples=tuple(max(sample.memory) for sample in samples),
+            fell_back=fell_back,
+        )
     ranks = zip(*(clip.samples["clip"].memory for clip in clips), strict=True)
     for rank, peaks in enumerate(ranks):
         yield Figure(name=f"{name}, rank {rank}/{memory}", unit="B", samples=peaks)
@@ -226,12 +223,17 @@ def figures_of(name: str, clips: Sequence[RanksClip]) -> Iterable[Figure]:
 
 def ratios_of(figures: Iterable[Figure], setup: Setup, one: Setup) -> Iterable[Ratio]:
     """Yield the ratios of medians of each stage, several processes against one."""
-    medians = {figure.name: figure.median for figure in figures}
+    found = {figure.name: figure for figure in figures}
+    medians = {name: figure.median for name, figure in found.items()}
     for stage in ("draft", "highres", "decode", "clip"):
         ours, other = f"{stage}, {setup.name}", f"{stage}, {one.name}"
-        if f"{ours}/time" not in medians:
+        if f"{ours}/time" not in found:
             continue
-        memory = "GPU memory" if f"{ours}/GPU memory" in medians else "process memory"
+        fell_back = [*found[f"{ours}/time"].fell_back, *found[f"{other}/time"].fell_back]
+        if fell_back:
+            yield Ratio(side=ours, against=other, refused=f"fell back: {'; '.join(fell_back)}")
+            continue
+        memory = "GPU memory" if f"{ours}/GPU memory" in found else "process memory"
         yield Ratio(
             side=ours,
             against=other,
@@ -268,22 +270,24 @@ def _compared(folder: Path, reference: Path) -> Iterable[tuple[str, OutputDiffer
     latents, others = (load_file(path / f"{CLIP}{SUFFIX}") for path in (folder, reference))
     for stage in ("draft", "highres"):
         if (name := f"{stage}_latent") in latents:
-            yield stage, _difference(latents[name], others[name], "latent")
-    frames = _difference(_frames(folder), _frames(reference), "levels of 255")
+            yield stage, _difference([(latents[name], others[name])], "latent")
     for stage in ("decode", "clip"):
-        yield stage, frames
+        pairs = zip(_frames(folder), _frames(reference), strict=True)
+        yield stage, _difference(pairs, "levels of 255")
 
 
-def _frames(folder: Path) -> Tensor:
-    """Return the frames of a clip [F, H, W, 3] in levels of 255."""
-    video = folder / f"{CLIP}{suffix('ffv1')}"
-    frames = [frame.to_ndarray(format="rgb24") for frame in video_frames(video)]
-    return torch.from_numpy(np.stack(frames))
+def _frames(folder: Path) -> Iterable[Tensor]:
+    """Yield the frames of a clip, [H, W, 3] in levels of 255."""
+    for frame in video_frames(folder / f"{CLIP}{suffix('ffv1')}"):
+        yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
 
 
-def _difference(x: Tensor, other: Tensor, unit: str) -> OutputDifference:
-    """Compare all values of two tensors; the sides are the caller's to name."""
-    differs = x != other
-    worst = (x[differs].float() - other[differs].float()).abs().max().item() if differs.any() else 0
-    share = differs.float().mean().item()
+def _difference(pairs: Iterable[tuple[Tensor, Tensor]], unit: str) -> OutputDifference:
+    """Compare all values of pairs of tensors; the sides are the caller's to name."""
+    worst, differing, total = 0.0, 0, 0
+    for x, other in pairs:
+        change = (x.float() - other.float()).abs()
+        worst = max(worst, change.max().item())
+        differing, total = differing + int(change.count_nonzero()), total + change.numel()
+    share = differing / total
     return OutputDifference(side="", against="", max_abs=worst, unit=unit, share=share)
