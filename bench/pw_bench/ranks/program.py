@@ -58,7 +58,7 @@ class RankTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRecord:
-    """What a process knows of itself at its end.
+    """A process as it saw itself at its end.
 
     Attributes:
         spans: of rank 0, in seconds of `time.perf_counter`, which all processes of a machine share.
