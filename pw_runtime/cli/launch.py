@@ -124,7 +124,7 @@ def require_alone(options: dict[str, Any]) -> None:
     if given:
         raise BadRequest(
             f"--{given[0]} is for several devices, and this is one process",
-            do="add --processes N, or start with torchrun --nproc-per-node N -m pw_runtime",
+            do="add --processes N, 2 or more, or start with torchrun (docs/parallel.md)",
         )
 
 

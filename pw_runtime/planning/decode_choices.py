@@ -102,7 +102,7 @@ def _plans(work: Workload, *, gpu: bool) -> list[DecodePlan]:
             if plan.tiling.strips == first.strips
         ]
         plans = [*on_engines, *plans]
-    if work.ranks == 1 or first.tiling == "official":
+    if work.ranks == 1 or first.tiling == "official" or first.order == "tiles":
         return plans
     return [*_divided(work, plans), *(plan for plan in plans if plan.tiling.order == "tiles")]
 

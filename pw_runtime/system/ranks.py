@@ -34,7 +34,7 @@ _FAREWELL: Final = 20.0  # seconds that a store stays for ranks that have not co
 _CANNOT: Final = "cannot take part"
 _GO_ON: Final = (
     "see what that rank printed and whether its device works; finish clips by the commands above, "
-    "if there are any, and make the others again (--overwrite)"
+    "if there are any, and make the others again: the same command, with --overwrite"
 )
 
 
@@ -74,8 +74,9 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
     except (KeyError, ValueError) as error:
         raise BadRequest(
             "the environment describes several ranks, but not this one",
-            got=f"{', '.join(given)}; {error} is missing or no number",
-            do="start the ranks with torchrun or --processes, or unset WORLD_SIZE",
+            got=", ".join(f"{name}={environment[name]}" for name in given),
+            wanted=f"{', '.join(names)}, all but the address numbers",
+            do="start the ranks with torchrun, or unset WORLD_SIZE and take --processes",
         ) from error
     hosting = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host = environment.get("MASTER_ADDR", "127.0.0.1")

@@ -172,6 +172,12 @@ def test_a_decode_has_a_band_for_each_rank_or_those_of_the_preset(ranks: int, ba
     assert {plan.ranks for plan, _ in decode_choices(work, gpu=True)} == {1}
 
 
+def test_a_decode_that_is_to_go_tile_by_tile_runs_on_one_rank() -> None:
+    preset = replace(PRESETS["2k"], decode=TilingConfig(order="tiles", strips=3))
+    plans = decode_choices(replace(work_for(4, "2k"), preset=preset), gpu=True)
+    assert {(plan.ranks, plan.tiling.order) for plan, _ in plans} == {(1, "tiles")}
+
+
 @pytest.mark.parametrize(("ranks", "most"), [(3, 3), (6, 4)])
 def test_engines_divide_their_strips_and_send_no_rows(ranks: int, most: int) -> None:
     cut = replace(PRESETS["nano-hd"], decode=TilingConfig(strips=4))
