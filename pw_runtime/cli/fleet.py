@@ -18,9 +18,9 @@ import click
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.cli.generate import generate, read_request
+from pw_runtime.cli.launch import MOST
 from pw_runtime.cli.options import FOLDER, exit_code
 from pw_runtime.cli.trained_size import beyond_training
-from pw_runtime.errors import BadRequest
 from pw_runtime.system.packages import require_packages
 
 if TYPE_CHECKING:
@@ -67,13 +67,21 @@ def fleet() -> None:
 )
 @click.option(
     "--gpus-per-worker",
-    type=click.IntRange(min=0),
-    help="[default: 1 where the cluster has GPUs, otherwise 0]",
+    type=click.IntRange(0, MOST),
+    help="All on one node; several make each clip together. [default: 1 where the cluster has "
+    "GPUs, otherwise 0]",
+)
+@click.option(
+    "--processes-per-worker",
+    type=click.IntRange(1, MOST),
+    help="Several processes make each clip together, on CPUs of one node; GPUs have one each. "
+    "[default: 1]",
 )
 @click.option(
     "--cpus-per-worker",
     type=click.IntRange(min=1),
-    help="Also a worker's threads. [default: its share of a node with GPUs, otherwise 1]",
+    help="Also a worker's threads, those of all its processes. [default: its share of a node with "
+    "GPUs, otherwise 1 per process]",
 )
 @click.option(
     "--workers", type=click.IntRange(min=1), help="Maximum workers. [default: as many as fit]"
@@ -94,12 +102,6 @@ def run(**options: Any) -> int:
     from pw_runtime.fleet.run import dry_run, run_fleet
     from pw_runtime.system.progress import Reporter
 
-    if (options["gpus_per_worker"] or 0) > 1:
-        raise BadRequest(
-            "a worker runs on one GPU",
-            got=f"--gpus-per-worker {options['gpus_per_worker']}",
-            do="leave it out; every GPU then has a worker of its own",
-        )
     reporter = Reporter(quiet=options["quiet"])
     bundle = open_bundle(options["model"].absolute())
     with connected(options["address"], may_start=not options["dry_run"]) as there:
@@ -108,6 +110,7 @@ def run(**options: Any) -> int:
             options["gpus_per_worker"],
             options["cpus_per_worker"],
             options["workers"],
+            options["processes_per_worker"],
         )
         device = torch.device("cuda" if layout.gpus else "cpu")
         absolute = {"out": options["out"].absolute()}

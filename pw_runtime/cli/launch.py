@@ -5,24 +5,22 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
-from pw_runtime.errors import BadRequest, PixelWizardError, RankFailed
+from pw_runtime.errors import BadRequest, PixelWizardError
 
 if TYPE_CHECKING:
+    import subprocess
+
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.system.ranks import Place, Ranks
     from pw_runtime.types import Request
 
-ENDING: Final = 10.0  # seconds that the other ranks have for ending after rank 0
 MOST: Final = 64  # ranks on one machine
 
 processes_option = click.option(
@@ -131,32 +129,16 @@ def require_alone(options: dict[str, Any]) -> None:
 def start_ranks(devices: Sequence[str]) -> int:
     """Run this program's command line once per device; return the exit code of rank 0.
 
-    This process holds the store through which the ranks meet, so that it outlives each of them. A
-    signal goes to rank 0 alone, which ends the others.
+    A signal goes to rank 0 alone, which ends the others.
     """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from pw_runtime.system.rank_processes import rank_processes
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = os.environ | {
-        "WORLD_SIZE": str(len(devices)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "PW_PARENT_PID": str(os.getpid()),
-    }
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if devices[0] == "cpu":
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // len(devices))))
+    threads = None
+    if devices[0] == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, _cores() // len(devices))
     program = [sys.executable, "-m", "pw_runtime", *sys.argv[1:]]
-    ranks = []
-    try:
-        for rank in range(len(devices)):
-            mine = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # Sessions of their own: a Ctrl-C on the terminal comes to this process alone.
-            ranks.append(subprocess.Popen(program, env=mine, start_new_session=True))
+    with rank_processes(program, len(devices), threads=threads) as ranks:
         code = _ended(ranks[0])
-    finally:
-        _end(ranks)
     return 128 - code if code < 0 else code
 
 
@@ -171,17 +153,6 @@ def _ended(rank: subprocess.Popen[bytes]) -> int:
             rank.send_signal(signal.SIGINT)
         except Terminated as ended:
             rank.send_signal(ended.number)
-
-
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the processes that are left: those that were stopped cannot do so themselves."""
-    for rank in ranks:
-        with suppress(subprocess.TimeoutExpired):
-            rank.wait(ENDING if ranks[0].poll() is not None else 0)
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.kill()
-            rank.wait()
 
 
 def _cores() -> int:
@@ -202,19 +173,13 @@ def run_as_rank(
         prepare: reads the request and opens the bundle.
         run: the program of rank 0.
     """
-    import torch
-
-    from pw_runtime.job.conv_choice import settle_conv
-    from pw_runtime.job.follow import follow, identity_of
-    from pw_runtime.job.preflight import computing
+    from pw_runtime.job.take_part import take_part, tells
     from pw_runtime.system.progress import Reporter
-    from pw_runtime.system.ranks import joined
 
     if place.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too, and ends this one
-    known: list[tuple[Request, Bundle]] = []
 
-    def prepared() -> tuple[torch.device, dict[str, str]]:
+    def prepared() -> tuple[Request, Bundle]:
         if (options["ulysses_size"] or 1) > place.size:
             raise BadRequest(
                 "--ulysses_size is more than there are processes",
@@ -223,31 +188,16 @@ def run_as_rank(
             )
         devices = devices_of(options)
         mine = devices[place.local] if devices else _device_of(place, options["device"])
-        request, bundle = prepare({**options, "device": mine})
-        # Settled on every rank before they are compared: it depends on a rank's compiler.
-        reporter = Reporter(quiet=options["quiet"] or place.rank > 0)
-        settled = settle_conv(request.options.resolved(), reporter.say)
-        request = replace(request, options=settled)
-        known.append((request, bundle))
-        if request.device.type == "cuda":
-            torch.cuda.set_device(request.device)
-        return request.device, identity_of(request, bundle)
+        return prepare({**options, "device": mine})
 
+    reporter = Reporter(quiet=options["quiet"] or place.rank > 0)
     try:
-        with joined(place, prepared, deadline=options["rank_timeout"]) as ranks:
-            request, bundle = known[0]
-            if place.rank:
-                with computing(request.options):
-                    follow(ranks, request, bundle)
-                return DONE
-            code = run(request, bundle, ranks)
-            ranks.command("end")
-            return code
+        code = take_part(place, prepared, run, say=reporter.say, deadline=options["rank_timeout"])
     except PixelWizardError as error:
-        teller = error.teller if isinstance(error, RankFailed) else 0
-        if place.rank in (0, teller):
+        if tells(place.rank, error):
             raise
         return SOME_FAILED  # it is told by another rank
+    return DONE if code is None else code
 
 
 def _device_of(place: Place, device: str) -> str:

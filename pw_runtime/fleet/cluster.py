@@ -193,7 +193,9 @@ class RayCluster:
         """Take what each worker gets."""
         import ray
 
-        # Restarted by the driver, which must first see whether the new one fits to the others.
+        self._processes = layout.processes
+        # An actor is on one node, with all of its GPUs. Restarted by the driver, which must first
+        # see whether the new one fits to the others.
         self._actor = ray.remote(Worker).options(
             num_cpus=layout.cpus,
             num_gpus=layout.gpus,
@@ -204,7 +206,7 @@ class RayCluster:
 
     def start(self, name: str) -> WorkerHandle:
         """Start an actor."""
-        return _RayWorker(self._actor.remote(name))
+        return _RayWorker(self._actor.remote(name, self._processes))
 
 
 class _RayWorker:

@@ -305,6 +305,8 @@ class Fleet:
                         self._take(name, handle, files)
                     case Ended():
                         ended = event
+        if ended.error is not None and ended.lost:
+            raise WorkerLost(ended.error)
         if ended.error is not None and ended.bad_input:
             self._work.hand_back(name)
             raise BadRequest(ended.error)

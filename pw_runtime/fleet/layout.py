@@ -28,7 +28,14 @@ class Layout:
 
     gpus: int  # for each worker
     cpus: int  # for each worker
+    processes: int = 1  # that make each clip of a worker together: one per GPU, or on its CPUs
     places: tuple[tuple[Node, int], ...]  # nodes with at least one worker
+
+    @property
+    def each(self) -> str:
+        """What a worker gets, in words."""
+        together = f", {self.processes} processes that make each clip together"
+        return _needs(self.gpus, self.cpus) + together * (self.processes > 1)
 
     @property
     def workers(self) -> int:
@@ -52,35 +59,78 @@ class Layout:
 
 
 def lay_out(
-    nodes: Sequence[Node], gpus: int | None, cpus: int | None, workers: int | None
+    nodes: Sequence[Node],
+    gpus: int | None,
+    cpus: int | None,
+    workers: int | None,
+    processes: int | None = None,
 ) -> Layout:
-    """Fill the nodes with workers.
+    """Fill the nodes with workers, each of them on one node.
 
     Args:
         nodes: of the cluster.
         gpus: for each worker; None: 1 where the cluster has any, otherwise 0.
-        cpus: for each worker; None: its share of a node where it has a GPU, otherwise 1.
+        cpus: for each worker; None: its share of a node where it has a GPU, otherwise 1 for each of
+            its processes.
         workers: most that are wanted; None: as many as fit.
+        processes: of each worker on CPUs; None: 1. On GPUs there is one for each.
 
     Raises:
-        BadRequest: no node has what a worker asks for.
+        BadRequest: no node has what a worker asks for, or that is contradictory.
     """
     if gpus is None:
         gpus = 1 if any(node.gpus for node in nodes) else 0
+    processes = _processes(processes, gpus, cpus)
     if cpus is None:
         cpus = min((node.cpus * gpus // node.gpus for node in nodes if node.gpus), default=1)
-        cpus = max(1, cpus) if gpus else 1
+        cpus = max(1, cpus) if gpus else processes
     room = [(node, _fitting(node, gpus, cpus)) for node in nodes]
     if not any(count for _, count in room):
-        each = f"{gpus} GPU{'s' * (gpus != 1)} and " * bool(gpus) + f"{cpus} CPU{'s' * (cpus != 1)}"
         raise BadRequest(
             "no node of the cluster has room for a worker",
-            got="; ".join(f"{node.name}: {node.gpus} GPUs, {node.cpus} CPUs" for node in nodes)
-            or "no node",
-            wanted=f"{each} on one node",
-            do="add a node, or ask for less: --gpus-per-worker, --cpus-per-worker",
+            got=_largest(nodes, gpus),
+            wanted=f"{_needs(gpus, cpus)} on one node",
+            do="add a node, or ask for less: --gpus-per-worker, --processes-per-worker, "
+            "--cpus-per-worker",
         )
-    return Layout(gpus=gpus, cpus=cpus, places=_at_most(workers, room))
+    return Layout(gpus=gpus, cpus=cpus, processes=processes, places=_at_most(workers, room))
+
+
+def _processes(asked: int | None, gpus: int, cpus: int | None) -> int:
+    """Return the processes of each worker. Raises BadRequest."""
+    if gpus:
+        if asked not in (None, gpus):
+            raise BadRequest(
+                "a worker has one process on each of its GPUs",
+                got=f"--processes-per-worker {asked}, and {_count(gpus, 'GPU')} per worker",
+                do=f"make it --gpus-per-worker {asked}; on CPUs add --gpus-per-worker 0",
+            )
+        return gpus
+    processes = asked or 1
+    if cpus is not None and cpus < processes:
+        raise BadRequest(
+            "a process of a worker computes on at least one CPU of its own",
+            got=f"--processes-per-worker {processes} and --cpus-per-worker {cpus}",
+            do=f"leave --cpus-per-worker out, or make it at least {processes}",
+        )
+    return processes
+
+
+def _needs(gpus: int, cpus: int) -> str:
+    return f"{_count(gpus, 'GPU')} and " * bool(gpus) + _count(cpus, "CPU")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _largest(nodes: Sequence[Node], gpus: int) -> str:
+    """Describe the node that comes nearest to what is asked for."""
+    if not nodes:
+        return "no node"
+    node = max(nodes, key=lambda node: (node.gpus if gpus else 0, node.cpus))
+    which = f", the largest of {len(nodes)} nodes" * (len(nodes) > 1)
+    return f"{node.name}: {_count(node.gpus, 'GPU')}, {_count(node.cpus, 'CPU')}{which}"
 
 
 def _fitting(node: Node, gpus: int, cpus: int) -> int:

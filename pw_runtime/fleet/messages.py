@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages between the driver and its workers, frozen. Importing this does not import torch."""
+"""Messages between the driver, its workers and their ranks, frozen.
+
+Importing this does not import torch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from pw_runtime.types import Request, RunOptions
 
 PIECE_BYTES = 8 * 2**20  # most bytes of a file in one message
 
@@ -16,8 +22,8 @@ class Joined:
     shares_output: bool  # it sees the driver's output folder
     machine: dict[str, str | int]  # what decides the last bits of a clip beside versions
     host_bytes: int | None  # free host memory of the machine, for all its workers; None: unknown
-    process_bytes: int  # that the worker itself has taken of it
-    gpu_bytes: int | None  # free memory of the worker's GPU; None: it has none
+    process_bytes: int  # that the worker's own processes have taken of it
+    gpu_bytes: int | None  # free memory of each of the worker's GPUs; None: it has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +78,33 @@ class Ended:
 
     error: str | None = None
     bad_input: bool = False  # no worker could make the batch: the request or the bundle is at fault
+    lost: bool = False  # a rank of the worker died, or its ranks cannot go on
 
 
 Event = Said | Warned | Made | Failed | Kept | Ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The first thing that a worker tells each of its ranks: what it will work with."""
+
+    model: str  # folder of the bundle
+    options: RunOptions  # of the run; a rank takes the GPU of its number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a process that computes has found; a rank's answer to its Part."""
+
+    machine: dict[str, str | int]
+    process_bytes: int
+    gpu_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A batch to make."""
+
+    request: Request  # whose `out` is the folder for this batch
+    out: Path  # of the driver, where the files will be
+    shared: bool  # the driver sees the folder for this batch

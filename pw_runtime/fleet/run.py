@@ -21,6 +21,7 @@ from pw_runtime.job.provenance import require_storable
 from pw_runtime.models.quantized_linear import require_quantizable
 from pw_runtime.planning.candidates import candidates
 from pw_runtime.planning.planner import make_plan
+from pw_runtime.planning.rank_report import ranks_report
 from pw_runtime.planning.report import plan_report
 from pw_runtime.planning.workload import workload
 from pw_runtime.system.progress import Reporter
@@ -111,8 +112,8 @@ def dry_run(request: Request, bundle: Bundle, layout: Layout) -> Iterator[str]:
     request = checked(request, bundle, lambda text: None)
     finished = finished_clips(request, bundle)
     for node, count in layout.places:
-        each = f"{layout.gpus} GPU and " * bool(layout.gpus) + f"{layout.cpus} CPUs"
-        yield f"{node.name}: {count} workers with {each} each"
+        each = " each" * (count > 1)
+        yield f"{node.name}: {count} worker{'s' * (count > 1)} with {layout.each}{each}"
     rest = len(request.prompts) - len(finished)
     yield f"{len(request.prompts)} prompts: {len(finished)} are finished, {rest} to make"
     if not rest:
@@ -124,10 +125,17 @@ def dry_run(request: Request, bundle: Bundle, layout: Layout) -> Iterator[str]:
     if isinstance(budget, str):
         yield budget
         return
-    work = workload(bundle.networks, request.preset, request.options, prompts=layout.batch(rest))
+    work = workload(
+        bundle.networks,
+        request.preset,
+        request.options,
+        prompts=layout.batch(rest),
+        ranks=layout.processes,
+    )
     plan = make_plan(candidates(work, gpu=budget.device is not None), budget)
     yield "the plan of each worker, if it runs without engines:"
-    yield plan_report(work, plan, None, verbose=False)
+    report = plan_report if layout.processes == 1 else ranks_report
+    yield report(work, plan, None, verbose=False)
 
 
 def _expected_budget(request: Request, layout: Layout) -> Budget | str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker of a fleet: makes batches of clips in one process that stays, and tells how it goes.
+"""A worker of a fleet: makes batches of clips in processes that stay, and tells how it goes.
 
 A plain class without Ray, which runs it in an actor. Its methods return at once or within seconds:
-a batch is made in a thread, so that the driver always gets an answer.
+a batch is made in a thread, or by a group of ranks, so that the driver always gets an answer.
 """
 
 from __future__ import annotations
@@ -13,30 +13,19 @@ import shutil
 import socket
 import tempfile
 import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pw_runtime.errors import BadRequest, BadWeights, MissingPackage, PixelWizardError
-from pw_runtime.fleet.messages import (
-    PIECE_BYTES,
-    Ended,
-    Event,
-    Failed,
-    Joined,
-    Kept,
-    Made,
-    Said,
-    StagedFile,
-    Warned,
-)
+from pw_runtime.errors import BadRequest, BadWeights, PixelWizardError
+from pw_runtime.fleet.batch import found_here, make_batch
+from pw_runtime.fleet.group import Group
+from pw_runtime.fleet.messages import PIECE_BYTES, Event, Joined, Order, Part, Said
 from pw_runtime.system.atomic_files import partial_name, remove, stale_partials
 from pw_runtime.system.packages import require_packages
-from pw_runtime.system.progress import Reporter
-from pw_runtime.types import Outcome, Request, RunOptions
+from pw_runtime.types import Request, RunOptions
 
 if TYPE_CHECKING:
     from pw_runtime.checkpoint.bundle import Bundle
@@ -52,13 +41,14 @@ class Worker:
     Ended, and `read` for what it cannot see.
     """
 
-    def __init__(self, name: str) -> None:
-        """Take a name; nothing is imported or opened yet."""
+    def __init__(self, name: str, processes: int = 1) -> None:
+        """Take a name, and how many processes make each clip; nothing is opened yet."""
         # As the command line does, and for its reason: threads that wait must not spin.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        self._name = name
+        self._name, self._processes = name, processes
         self._bundle: Bundle | None = None
-        self._warm: WarmNetworks | None = None
+        self._warm: WarmNetworks | None = None  # where this process makes the clips alone
+        self._group: Group | None = None  # that makes them otherwise
         self._root: Path | None = None  # of the folders of all batches
         self._shared = False
         self._batches = 0
@@ -88,9 +78,8 @@ class Worker:
         """
         from pw_runtime.job.conv_choice import settle_conv
         from pw_runtime.job.preflight import pick_device
-        from pw_runtime.job.receipt import machine
         from pw_runtime.planning.warm_networks import WarmNetworks
-        from pw_runtime.system.machine import available_memory_bytes, rss_bytes
+        from pw_runtime.system.machine import available_memory_bytes
 
         with self._named():
             require_packages("a worker of a fleet", "transformers", "tokenizers", "av")
@@ -98,19 +87,20 @@ class Worker:
             device = pick_device(options.device)
             settle_conv(options, self._say)  # the driver chose one, which must run here
             self._root, self._shared = self._staging(Path(staging), token)
-        self._warm = WarmNetworks()
-        gpu_bytes = None
-        if device.type == "cuda":
-            import torch
-
-            gpu_bytes = int(torch.cuda.mem_get_info(device)[0])
+            if self._processes > 1:
+                self._group = Group(self._processes, self._events.put)
+                found = self._group.join(Part(model=model, options=options))
+            else:
+                self._warm = WarmNetworks()
+                found = (found_here(device),)
+        free = [rank.gpu_bytes for rank in found if rank.gpu_bytes is not None]
         return Joined(
             host=socket.gethostname(),
             shares_output=self._shared,
-            machine=machine(device),
+            machine=found[0].machine,
             host_bytes=available_memory_bytes(),
-            process_bytes=rss_bytes(),
-            gpu_bytes=gpu_bytes,
+            process_bytes=sum(rank.process_bytes for rank in found),
+            gpu_bytes=min(free, default=None),
         )
 
     def start(self, request: Request) -> str:
@@ -126,8 +116,11 @@ class Worker:
         folder = self._folder = self._root / str(self._batches)
         folder.mkdir(parents=True)
         own = replace(request, out=folder, existing="refuse")
-        reporter = _EventReporter(self._events.put, self._staged_clip, folder, request.out)
-        threading.Thread(target=self._make, args=(own, self._bundle, reporter), daemon=True).start()
+        order = Order(request=own, out=request.out, shared=self._shared)
+        if self._group is None:
+            threading.Thread(target=self._make, args=(order, self._bundle), daemon=True).start()
+        else:
+            self._group.start(order)
         return str(folder)
 
     def events(self, seconds: float) -> list[Event]:
@@ -148,53 +141,18 @@ class Worker:
             return file.read(PIECE_BYTES)
 
     def leave(self) -> None:
-        """Remove what is left of the batches, if there were any."""
+        """End the ranks, and remove what is left of the batches, if there were any."""
+        if self._group is not None:
+            self._group.end()
         if self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
 
     def _say(self, text: str) -> None:
         self._events.put(Said(text))
 
-    def _make(self, request: Request, bundle: Bundle, reporter: Reporter) -> None:
-        """Run the pipeline over a batch; every ending of it becomes an event."""
-        try:
-            self._events.put(self._made(request, bundle, reporter))
-        except BaseException:  # whatever it is, the driver must hear of it
-            self._events.put(Ended(traceback.format_exc()))
-
-    def _made(self, request: Request, bundle: Bundle, reporter: Reporter) -> Ended:
-        from pw_engines import EngineError, StoreError
-        from pw_runtime.pipeline import generate
-
-        try:
-            self._tell(request.out, generate(request, bundle, reporter, warm=self._warm))
-        except (PixelWizardError, EngineError, StoreError) as error:
-            self._tell(request.out, ())
-            bad_input = isinstance(error, BadRequest | BadWeights | MissingPackage)
-            return Ended(str(error), bad_input)
-        return Ended()
-
-    def _tell(self, folder: Path, outcomes: tuple[Outcome, ...]) -> None:
-        """Tell which prompts failed, and which latents are there."""
-        from pw_runtime.job.latents import SUFFIX
-
-        for outcome in outcomes:
-            if outcome.error is not None:
-                self._events.put(Failed(outcome.prompt.id, outcome.error))
-        kept = sorted(folder.glob(f"*{SUFFIX}"))
-        if kept:
-            self._events.put(Kept(tuple(self._staged(path) for path in kept)))
-
-    def _staged_clip(self, video: Path) -> None:
-        """Tell that a video and its receipt are complete."""
-        files = (video.with_name(f"{video.stem}.json"), video)
-        self._events.put(Made(video.stem, tuple(self._staged(path) for path in files)))
-
-    def _staged(self, path: Path) -> StagedFile:
-        from pw_runtime.checkpoint.bundle import sha256_of
-
-        digest = "" if self._shared else sha256_of(path)
-        return StagedFile(name=path.name, bytes=path.stat().st_size, sha256=digest)
+    def _make(self, order: Order, bundle: Bundle) -> None:
+        """Make a batch in this process."""
+        self._events.put(make_batch(order, bundle, self._events.put, warm=self._warm))
 
     def _open(self, model: str, digest: str) -> Bundle:
         from pw_runtime.checkpoint.bundle import open_bundle
@@ -248,34 +206,3 @@ class Worker:
         except PixelWizardError as error:
             text = f"worker {self._name} on {socket.gethostname()}: {error}"
             raise BadRequest(text) from error
-
-
-class _EventReporter(Reporter):
-    """Turns what a run reports into events.
-
-    Names of files are those that they get in the driver's output folder.
-    """
-
-    def __init__(
-        self,
-        put: Callable[[Event], None],
-        announce: Callable[[Path], None],
-        folder: Path,
-        out: Path,
-    ) -> None:
-        """Put events; `announce` a finished video in `folder`, which becomes one in `out`."""
-        super().__init__(quiet=True)
-        self._put, self._announce = put, announce
-        self._folder, self._out = str(folder), str(out)
-
-    def say(self, text: str) -> None:
-        """Tell a line."""
-        self._put(Said(text.replace(self._folder, self._out)))
-
-    def warn(self, text: str) -> None:
-        """Tell a line that the user must see."""
-        self._put(Warned(text.replace(self._folder, self._out)))
-
-    def finished(self, path: Path) -> None:
-        """Announce a complete clip."""
-        self._announce(path)

@@ -16,7 +16,7 @@ from pw_runtime.fleet.messages import Ended, Event, Failed, Joined, Made, Staged
 from pw_runtime.job.receipt import versions
 from pw_runtime.types import Prompt, Request
 
-Fate = Literal["made", "dies", "fails", "bad input"]
+Fate = Literal["made", "dies", "loses a rank", "fails", "bad input"]
 Decide = Callable[[str, Prompt], Fate]
 """Worker's name in the fleet ("w0") and prompt -> what becomes of them."""
 
@@ -108,6 +108,8 @@ class SimulatedWorker:
                     return events
                 case "dies":
                     raise WorkerLost("the node died")
+                case "loses a rank":
+                    return [*events, Ended("rank 1 was killed", lost=True)]
                 case "fails":
                     events += [Warned(f"prompt {prompt.id} failed"), Failed(prompt.id, "no luck")]
                 case "bad input":

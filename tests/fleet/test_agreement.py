@@ -61,6 +61,42 @@ def test_a_cluster_without_room_is_one_error(gpus: int, cpus: int) -> None:
     assert f"{cpus} CPU" in str(caught.value)
 
 
+def test_a_worker_of_several_gpus_is_on_one_node_with_a_process_on_each() -> None:
+    nodes = [node("a", 64, 8), node("b", 16, 2), node("c", 32, 7)]
+    layout = lay_out(nodes, 4, None, None)
+    assert counts(layout) == {"a": 2, "c": 1}
+    assert (layout.gpus, layout.processes, layout.cpus) == (4, 4, 18)
+    assert layout.each == "4 GPUs and 18 CPUs, 4 processes that make each clip together"
+
+
+def test_a_worker_of_several_processes_has_a_cpu_for_each() -> None:
+    layout = lay_out([node("a", 5), node("b", 1)], None, None, None, 2)
+    assert counts(layout) == {"a": 2}
+    assert (layout.gpus, layout.processes, layout.cpus) == (0, 2, 2)
+
+
+def test_without_a_node_of_so_many_gpus_the_error_names_the_largest() -> None:
+    nodes = [node("a", 64, 2), node("b", 16, 4), node("c", 128)]
+    with pytest.raises(BadRequest, match="no node of the cluster has room") as caught:
+        lay_out(nodes, 8, None, None)
+    assert "got: b: 4 GPUs, 16 CPUs, the largest of 3 nodes\n  wanted: 8 GPUs" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "message"),
+    [
+        (None, None, "one process on each of its GPUs"),
+        (4, None, "one process on each of its GPUs"),
+        (0, 1, "at least one CPU of its own"),
+    ],
+)
+def test_processes_that_contradict_the_gpus_or_cpus_are_one_error(
+    gpus: int | None, cpus: int | None, message: str
+) -> None:
+    with pytest.raises(BadRequest, match=message):
+        lay_out([node("a", 16, 8)], gpus, cpus, None, 2)
+
+
 @pytest.mark.parametrize(("prompts", "batch"), [(1, 1), (6, 1), (7, 2), (24, 4), (1000, 4)])
 def test_batches_leave_every_worker_several(prompts: int, batch: int) -> None:
     assert lay_out([node("a", 2)], 0, 1, None).batch(prompts) == batch

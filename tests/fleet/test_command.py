@@ -97,10 +97,26 @@ def test_without_ray_it_says_what_to_install(
     assert "do this: pip install 'ray" in ended.err
 
 
-def test_groups_of_gpus_are_one_clear_error(pw: Pw, bundle_dir: Path, tmp_path: Path) -> None:
-    ended = dry_run(pw, bundle_dir, tmp_path, "--gpus-per-worker", 2)
+def test_a_dry_run_shows_what_makes_a_clip_together(
+    pw: Pw, bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "connected", nowhere)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    more = ("--gpus-per-worker", 0, "--processes-per-worker", 2, "--host-memory", "8GiB")
+    ended = dry_run(pw, bundle_dir, tmp_path, *more)
+    assert ended.code == 0, ended.err
+    assert ": 2 workers with 2 CPUs, 2 processes that make each clip together each" in ended.out
+    assert "2 processes on the CPU, 8.0 GiB of host memory for all" in ended.out
+
+
+def test_more_gpus_per_worker_than_any_node_has_are_one_clear_error(
+    pw: Pw, bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "connected", nowhere)
+    ended = dry_run(pw, bundle_dir, tmp_path, "--gpus-per-worker", 32)
     assert ended.code == 2
-    assert "a worker runs on one GPU\n  got: --gpus-per-worker 2" in ended.err
+    assert "no node of the cluster has room for a worker\n  got: " in ended.err
+    assert "wanted: 32 GPUs and " in ended.err
 
 
 def test_the_command_that_goes_on_keeps_what_was_asked_for_and_the_drawn_seed() -> None:

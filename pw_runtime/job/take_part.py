@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of one process in a run of several: rank 0 runs the program, the others follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from pw_runtime.checkpoint.bundle import Bundle
+from pw_runtime.errors import PixelWizardError, RankFailed
+from pw_runtime.job.conv_choice import settle_conv
+from pw_runtime.job.follow import follow, identity_of
+from pw_runtime.job.preflight import computing
+from pw_runtime.system.ranks import DEADLINE, Place, Ranks, joined
+from pw_runtime.types import Request
+
+Result = TypeVar("Result")
+
+
+def take_part(
+    place: Place,
+    prepare: Callable[[], tuple[Request, Bundle]],
+    run: Callable[[Request, Bundle, Ranks], Result],
+    *,
+    say: Callable[[str], None],
+    deadline: float = DEADLINE,
+) -> Result | None:
+    """Meet the other ranks; run the program as rank 0, or follow it to its end.
+
+    Args:
+        place: of this process among the ranks.
+        prepare: returns the request, whose device is this rank's, and the bundle. The other ranks
+            are told what it raises.
+        run: the program of rank 0; it may make several runs, one after another.
+        say: reports progress.
+        deadline: seconds that one rank waits for the data of another.
+
+    Returns:
+        What `run` returns; None on all other ranks.
+
+    Raises:
+        BadRequest: a rank does not come, cannot take part, or would compute something else.
+        RankFailed: a rank died.
+    """
+    known: list[tuple[Request, Bundle]] = []
+
+    def prepared() -> tuple[torch.device, dict[str, str]]:
+        request, bundle = prepare()
+        # Settled on every rank before they are compared: it depends on a rank's compiler.
+        request = replace(request, options=settle_conv(request.options.resolved(), say))
+        known.append((request, bundle))
+        if request.device.type == "cuda":
+            torch.cuda.set_device(request.device)
+        return request.device, identity_of(request, bundle)
+
+    with joined(place, prepared, deadline=deadline) as ranks:
+        request, bundle = known[0]
+        if place.rank:
+            with computing(request.options):
+                follow(ranks, request, bundle)
+            return None
+        result = run(request, bundle, ranks)
+        ranks.command("end")
+        return result
+
+
+def tells(rank: int, error: PixelWizardError) -> bool:
+    """Tell whether this rank tells the user of an error that ended the run."""
+    return rank in (0, error.teller if isinstance(error, RankFailed) else 0)
