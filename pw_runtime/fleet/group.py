@@ -37,7 +37,7 @@ class Group:
         self._ordered = False
         self._ending = False
         self._found: Future[tuple[Found, ...]] = Future()
-        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread: threading.Thread | None = None
 
     def join(self, part: Part) -> tuple[Found, ...]:
         """Start the ranks and wait for what they find, which takes as long as importing torch.
@@ -46,7 +46,11 @@ class Group:
             PixelWizardError: a rank cannot take part.
             GroupLost: a rank ended without a word.
         """
-        self._part = part
+        import torch
+
+        # Here: to OpenMP, each thread of a process has a number of its own.
+        threads = max(1, torch.get_num_threads() // self._size)
+        self._thread = threading.Thread(target=self._live, args=(part, threads), daemon=True)
         self._thread.start()
         return self._found.result()
 
@@ -64,19 +68,16 @@ class Group:
         for rank in self._ranks:
             with suppress(OSError):
                 _stdin(rank).close()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
-    def _live(self) -> None:
+    def _live(self, part: Part, threads: int) -> None:
         """Start the ranks, pass on what they tell, and end them; they live as this thread does."""
-        import torch
-
-        threads = max(1, torch.get_num_threads() // self._size)
         told: Event | None = None
         try:
             with rank_processes(PROGRAM, self._size, threads=threads, piped=True) as ranks:
                 self._ranks = ranks
-                self._found.set_result(self._answers())
+                self._found.set_result(self._answers(part))
                 for told in _received(ranks[0]):
                     self._put(told)
                 end_ranks(ranks)
@@ -89,11 +90,11 @@ class Group:
             else:
                 self._found.set_exception(error)
 
-    def _answers(self) -> tuple[Found, ...]:
+    def _answers(self, part: Part) -> tuple[Found, ...]:
         """Tell the ranks their parts and return what they find. Raises what a rank raised."""
         for rank in self._ranks:
             with suppress(OSError):  # it has ended, and does not answer
-                _send(rank, self._part)
+                _send(rank, part)
         answers = []
         for number, rank in enumerate(self._ranks):
             answer = next(_received(rank), None)

@@ -52,6 +52,10 @@ def rank_processes(
         yield tuple(ranks)
     finally:
         end_ranks(ranks)
+        for stream in (stream for rank in ranks for stream in (rank.stdin, rank.stdout)):
+            if stream is not None:
+                with suppress(OSError):  # what it did not read any more
+                    stream.close()
 
 
 def end_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

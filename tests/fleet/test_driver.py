@@ -106,11 +106,19 @@ def expected(request: Request) -> dict[str, bytes]:
     [
         lambda worker, prompt: "made",
         only_once("dies", "3", "11", "12"),
+        only_once("loses a rank", "5", "29"),
         only_once("fails", "0", "7"),
         lambda worker, prompt: "fails" if worker == "w1" else "made",
         lambda worker, prompt: "dies" if worker == "w2" else "made",
     ],
-    ids=["without a fault", "nodes die", "prompts fail once", "a broken GPU", "a broken node"],
+    ids=[
+        "without a fault",
+        "nodes die",
+        "ranks die",
+        "prompts fail once",
+        "a broken GPU",
+        "a broken node",
+    ],
 )
 def test_every_clip_is_there_once(
     run: Run,

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from pw_runtime import Prompt, Reporter, Request, RunOptions, find_preset, generate, open_bundle
 from pw_runtime.errors import BadRequest
@@ -33,7 +32,9 @@ PART = Part(model="none", options=OPTIONS)
 def order(tmp_path: Path) -> Request:
     """96x64 in the draft, 64x352 after it: high enough for two bands of the decode."""
     file = write_preset(tmp_path / "small.toml", strips=2)
-    file.write_text(file.read_text().replace("width = 192\nheight = 96", "width = 64\nheight = 352"))
+    file.write_text(
+        file.read_text().replace("width = 192\nheight = 96", "width = 64\nheight = 352")
+    )
     return Request(
         prompts=PROMPTS,
         preset=find_preset(str(file)),
@@ -44,16 +45,7 @@ def order(tmp_path: Path) -> Request:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Let this process, and each rank, compute with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def worker(bundle_dir: Path, order: Request, one_thread: None) -> Iterator[Worker]:
+def worker(bundle_dir: Path, order: Request) -> Iterator[Worker]:
     """A worker of two ranks that has joined."""
     staging = order.out / ".fleet"
     staging.mkdir(parents=True)
