@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,29 +63,6 @@ def kill_a_node_after_the_first_clip(cluster: Any, out: Path) -> threading.Threa
     return thread
 
 
-def ranks() -> dict[int, str]:
-    """Return the numbers of the ranks that run here, by process id."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if b"pw_runtime.fleet.rank" in (folder / "cmdline").read_bytes():
-                environment = (folder / "environ").read_bytes().split(b"\0")
-                (found[int(folder.name)],) = (
-                    word[5:].decode() for word in environment if word.startswith(b"RANK=")
-                )
-    return found
-
-
-def kill_a_rank_after_the_first_clip(out: Path) -> None:
-    """Kill rank 1 of the worker."""
-    end = time.monotonic() + 60
-    while not list(out.glob("*.mkv")) and time.monotonic() < end:
-        threading.Event().wait(0.02)
-    for process, rank in ranks().items():
-        if rank == "1":
-            os.kill(process, signal.SIGKILL)
-
-
 def test_a_node_dies_and_every_clip_is_there_with_the_bytes_of_one_run(
     pw: Pw, cluster: Any, bundle_dir: Path, tmp_path: Path
 ) -> None:
@@ -106,22 +81,6 @@ def test_a_node_dies_and_every_clip_is_there_with_the_bytes_of_one_run(
     )
     for name in names:
         assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
-
-
-def test_a_rank_dies_and_its_clips_are_made_by_a_new_group(
-    pw: Pw, cluster: Any, bundle_dir: Path, tmp_path: Path
-) -> None:
-    cluster.add_node(num_cpus=2)
-    preset, out = write_preset(tmp_path / "small.toml"), tmp_path / "fleet"
-    words = (*arguments(bundle_dir, preset, out), "--processes-per-worker", 2)
-    killer = threading.Thread(target=kill_a_rank_after_the_first_clip, args=(out,))
-    killer.start()
-    ended = pw("fleet", "run", "--address", cluster.address, *words)
-    killer.join()
-    assert ended.code == 0, ended.err
-    assert " is lost: rank 1 was killed, or ended without a word" in ended.err
-    assert len(ended.out.splitlines()) == len(list(out.glob("*.mkv"))) == len(PROMPTS)
-    assert not ranks()
 
 
 def test_errors_and_deaths_of_workers_cross_the_cluster(
