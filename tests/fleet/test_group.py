@@ -4,20 +4,35 @@
 from __future__ import annotations
 
 import os
+import pickle
+import select
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from pw_runtime import Prompt, Reporter, Request, RunOptions, find_preset, generate, open_bundle
-from pw_runtime.errors import BadRequest
+from pw_runtime import (
+    Prompt,
+    Reporter,
+    Request,
+    RunOptions,
+    find_preset,
+    generate,
+    open_bundle,
+    pipeline,
+)
+from pw_runtime.errors import BadRequest, RankFailed, WriteFailed
 from pw_runtime.fleet import group as group_module
+from pw_runtime.fleet.batch import make_batch
 from pw_runtime.fleet.group import Group, GroupLost
-from pw_runtime.fleet.messages import Ended, Event, Made, Part
+from pw_runtime.fleet.messages import Ended, Event, Made, Order, Part
 from pw_runtime.fleet.worker import Worker
+from pw_runtime.system.ranks import Ranks
 from tests.e2e.pw import write_preset
 
 OPTIONS = RunOptions(
@@ -44,15 +59,20 @@ def order(tmp_path: Path) -> Request:
     )
 
 
-@pytest.fixture
-def worker(bundle_dir: Path, order: Request) -> Iterator[Worker]:
-    """A worker of two ranks that has joined."""
+def staging_of(order: Request) -> str:
+    """Make the staging folder of a driver, which a worker here sees."""
     staging = order.out / ".fleet"
     staging.mkdir(parents=True)
     (staging / "token").write_text(TOKEN)
+    return str(staging)
+
+
+@pytest.fixture
+def worker(bundle_dir: Path, order: Request) -> Iterator[Worker]:
+    """A worker of two ranks that has joined."""
     found = Worker("w0-abc", 2)
     digest = open_bundle(bundle_dir).digest
-    joined = found.join(str(bundle_dir), digest, OPTIONS, str(staging), TOKEN)
+    joined = found.join(str(bundle_dir), digest, OPTIONS, staging_of(order), TOKEN)
     assert joined.machine["threads"] == 1
     assert joined.process_bytes > 2 * 2**26  # of both
     yield found
@@ -121,13 +141,60 @@ def test_the_end_of_rank_0_is_told_by_another(worker: Worker, order: Request) ->
 
 
 @pytest.mark.slow
-def test_a_request_that_cannot_work_is_bad_input_and_no_lost_worker(
-    worker: Worker, order: Request
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for processes as Linux does")
+def test_ranks_end_with_a_worker_that_is_killed_at_its_work(
+    bundle_dir: Path, order: Request
 ) -> None:
-    worker.start(replace(order, host_memory=2**20))
-    _, ended = until_the_end(worker)
-    assert (ended.bad_input, ended.lost) == (True, False)
-    assert "does not fit into memory" in str(ended.error)
+    start_and_say = (
+        "import pickle, sys; from pw_runtime.fleet.worker import Worker; "
+        "request, *words = pickle.load(sys.stdin.buffer); worker = Worker('w0-abc', 2); "
+        "worker.join(*words); worker.start(request); worker.events(60); "
+        "print(*(rank.pid for rank in worker._group._ranks), flush=True); sys.stdin.read()"
+    )
+    words = (str(bundle_dir), open_bundle(bundle_dir).digest, OPTIONS, staging_of(order), TOKEN)
+    program = (sys.executable, "-c", start_and_say)
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as killed:
+        assert killed.stdin is not None
+        assert killed.stdout is not None
+        pickle.dump((order, *words), killed.stdin)
+        killed.stdin.flush()
+        ranks = [os.pidfd_open(int(word)) for word in killed.stdout.readline().split()]
+        killed.kill()
+        assert len(ranks) == 2
+        for rank in ranks:
+            assert select.select([rank], [], [], 30)[0], "a rank outlives its worker"
+            os.close(rank)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "bad_input"),
+    [
+        (RankFailed("rank 1 was killed", do="see its log"), "rank 1 was killed", False),
+        (BadRequest("this clip does not fit"), "this clip does not fit", True),
+        (WriteFailed("the disk is full"), "the disk is full", False),
+        (ValueError("nobody foresaw it"), "nobody foresaw it", False),
+    ],
+)
+def test_whatever_breaks_a_batch_of_several_ranks_loses_them_bad_input_apart(
+    error: Exception,
+    text: str,
+    bad_input: bool,
+    bundle_dir: Path,
+    order: Request,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def generate(*arguments: object, warm: None) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "generate", generate)
+    batch = Order(request=order, out=order.out, shared=True)
+    ranks = cast(Ranks, object())
+    ended = make_batch(batch, open_bundle(bundle_dir), lambda event: None, ranks=ranks)
+    assert text in str(ended.error)
+    assert "see its log" not in str(ended.error)  # the driver knows what follows
+    assert (ended.bad_input, ended.lost) == (bad_input, not bad_input)
+    alone = make_batch(batch, open_bundle(bundle_dir), lambda event: None)
+    assert (alone.bad_input, alone.lost) == (bad_input, False)
 
 
 def test_a_rank_that_ends_before_it_has_joined_loses_the_group(
