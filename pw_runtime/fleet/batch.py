@@ -69,7 +69,7 @@ def make_batch(
 
 
 class _Batch:
-    """What is told of a batch."""
+    """Events of a batch and how they arise."""
 
     def __init__(self, order: Order, put: Callable[[Event], None]) -> None:
         self._order, self._put = order, put

@@ -33,7 +33,7 @@ class Layout:
 
     @property
     def each(self) -> str:
-        """What a worker gets, in words."""
+        """Description of what a worker gets."""
         together = f", {self.processes} processes that make each clip together"
         return _needs(self.gpus, self.cpus) + together * (self.processes > 1)
 

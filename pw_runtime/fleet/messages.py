@@ -94,7 +94,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What a process that computes has found; a rank's answer to its Part."""
+    """Findings of a process that will compute; a rank's answer to its Part."""
 
     machine: dict[str, str | int]
     process_bytes: int
