@@ -111,7 +111,8 @@ class Group:
             for told in _received(rank):
                 return told
         code = self._ranks[0].returncode
-        return Ended(f"rank 0 ended without a word (exit code {code})", lost=True)
+        text = f"rank 0 ended without a word (exit code {code}); see the worker's log"
+        return Ended(text, lost=True)
 
 
 def _send(rank: subprocess.Popen[bytes], message: Part | Order) -> None:
