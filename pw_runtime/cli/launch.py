@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import subprocess
 
     from pw_runtime.checkpoint.bundle import Bundle
-    from pw_runtime.system.ranks import Place, Ranks
+    from pw_runtime.system.rank_meeting import Place
+    from pw_runtime.system.ranks import Ranks
     from pw_runtime.types import Request
 
 MOST: Final = 64  # ranks on one machine
@@ -110,7 +111,7 @@ def place_of_this_process() -> Place | None:
     """Return the place of this process among the ranks that a launcher started, if one did."""
     if "WORLD_SIZE" not in os.environ:
         return None  # without importing torch
-    from pw_runtime.system.ranks import place_from_environment
+    from pw_runtime.system.rank_meeting import place_from_environment
 
     return place_from_environment()
 

@@ -23,7 +23,8 @@ from pw_runtime.fleet.messages import Ended, Event, Found, Order, Part, Said
 
 if TYPE_CHECKING:
     from pw_runtime.checkpoint.bundle import Bundle
-    from pw_runtime.system.ranks import Place, Ranks
+    from pw_runtime.system.rank_meeting import Place
+    from pw_runtime.system.ranks import Ranks
     from pw_runtime.types import Request
 
 Tell = Callable[[Event | Found | PixelWizardError], None]
@@ -44,7 +45,8 @@ def main() -> None:
         pickle.dump(message, answers)
         answers.flush()
 
-    from pw_runtime.system.ranks import broken, place_from_environment
+    from pw_runtime.system.rank_meeting import place_from_environment
+    from pw_runtime.system.ranks import broken
 
     place = place_from_environment()
     assert place is not None, "a group has at least two ranks"

@@ -14,7 +14,8 @@ from pw_runtime.errors import PixelWizardError, RankFailed
 from pw_runtime.job.conv_choice import settle_conv
 from pw_runtime.job.follow import follow, identity_of
 from pw_runtime.job.preflight import computing
-from pw_runtime.system.ranks import DEADLINE, Place, Ranks, joined
+from pw_runtime.system.rank_meeting import Place, joined
+from pw_runtime.system.ranks import DEADLINE, Ranks
 from pw_runtime.types import Request
 
 Result = TypeVar("Result")

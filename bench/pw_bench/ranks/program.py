@@ -32,7 +32,8 @@ from pw_runtime.job.preflight import computing
 from pw_runtime.pipeline import generate
 from pw_runtime.system.machine import peak_memory
 from pw_runtime.system.progress import Reporter
-from pw_runtime.system.ranks import Place, Ranks, broken, joined, place_from_environment
+from pw_runtime.system.rank_meeting import Place, joined, place_from_environment
+from pw_runtime.system.ranks import Ranks, broken
 from pw_runtime.system.trace import Span, Trace
 from pw_runtime.types import Prompt, Request, RunOptions
 
