@@ -64,6 +64,7 @@ def _peak(ranks: Ranks, plan: TransformerPlan) -> int:
             weights,
             ranks,
             plan.split,
+            "highres",
             share_attention=plan.share_attention,
             chunk=plan.chunk,
         )
