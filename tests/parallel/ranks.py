@@ -29,7 +29,7 @@ from pw_runtime.system.rank_watch import RankWatch, connect
 from pw_runtime.system.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 100  # seconds
+LIMIT = 200  # seconds
 
 
 def run(

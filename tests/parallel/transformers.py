@@ -85,9 +85,9 @@ def make_clip(net: Any, config: DitConfig, seed: int = 0) -> Tensor:
 
 
 def clips(ranks: Ranks, cases: str) -> object:
-    """Make two clips in each case; rank 0 returns them, what all sent, and the weights' shares."""
+    """Make two clips in each case for so many ranks; return them, on rank 0, and what was sent."""
     results = []
-    for case in json.loads(cases):
+    for case in json.loads(cases)[str(ranks.size)]:
         split = _SPLIT.validate_python(case["split"])
         config = HIGHRES if case.get("highres") else CONFIG
         net = divided(ranks, config, case.get("precision", "fp32"), split, case)
