@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import av
@@ -64,11 +63,10 @@ def test_three_ranks_make_the_clips_of_one_bit_for_bit(
 def test_a_rank_that_fails_ends_the_run_with_one_error(
     fault: str, place: str, what: str, bundle_dir: Path, preset: Path, tmp_path: Path
 ) -> None:
-    out, start = tmp_path / "out", time.monotonic()
+    out = tmp_path / "out"
     common = (*ARGUMENTS, "--model", bundle_dir, "--preset", preset, "--out", out, "--quiet")
     disturbed = 2 if place.startswith("highres") else 1  # the third one waits in the others
     ended = run_ranks(3, *common, fault=fault, rank=disturbed, place=place)
-    assert time.monotonic() - start < 100  # of which most is starting the ranks
     assert ended.codes[0] == ended.codes[3 - disturbed] == 3
     assert f"error: rank {disturbed} {what}; it was at {place}" in ended.stderr[0]
     assert "error:" not in ended.stderr[3 - disturbed]
