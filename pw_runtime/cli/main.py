@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,14 +44,24 @@ def main() -> None:
                 "  do this: send it to a file on a disk with room; clips and files are not touched"
             )
             code = code or SOME_FAILED
+    except Exception:
+        if not _waits_for_a_rank():
+            raise
+        traceback.print_exc()
+        code = 1
     finally:
         sys.stdout, sys.stderr = before
-    ranks = sys.modules.get("pw_runtime.system.ranks")
-    if ranks is not None and ranks.broken():
+    if _waits_for_a_rank():
         for stream in before:
             stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _waits_for_a_rank() -> bool:
+    """Tell whether a library would wait for a rank that is gone, or abort, at an ordinary end."""
+    ranks = sys.modules.get("pw_runtime.system.ranks")
+    return ranks is not None and bool(ranks.broken())
 
 
 def _ended() -> int:
