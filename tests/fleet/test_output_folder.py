@@ -129,4 +129,6 @@ def test_a_folder_that_refuses_a_clip_is_one_error(folder: OutputFolder) -> None
 
 
 def test_removing_what_is_not_there_is_no_error(folder: OutputFolder) -> None:
+    before = sorted(folder.out.iterdir())
     folder.remove("0.latents.safetensors")
+    assert sorted(folder.out.iterdir()) == before
