@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_uneven_parts_arrive_whole_and_are_counted(tmp_path: Path) -> None:
     [
         ("killed", "was killed, or ended without a word"),
         ("raising", "failed: this rank cannot go on"),
-        ("diverging", "went another way than rank 0 (draft 7, step 4: second of a test)"),
+        ("diverging", r"went another way than rank [01] \(draft 7, step 4: second of a test\)"),
     ],
 )
 def test_every_rank_learns_which_rank_failed_and_where(
@@ -37,4 +38,4 @@ def test_every_rank_learns_which_rank_failed_and_where(
 ) -> None:
     results = run(f"tests.parallel.exchanges:{fault}", tmp_path, [3])[3]
     for text in results[:2]:
-        assert text.startswith(f"RankFailed: rank 2 {what}; it was at draft 7, step 3")
+        assert re.match(f"RankFailed: rank 2 {what}; it was at draft 7, step 3", text)
