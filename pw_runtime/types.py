@@ -28,7 +28,7 @@ Codec = Literal["h264", "hevc", "av1", "ffv1"]
 DecodeOrder = Literal["auto", "frames", "tiles"]
 PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
 Place = Literal["device", "host"]
-Kernels = Literal["reference", "triton"]
+Kernels = Literal["auto", "reference", "triton"]
 QuantizedFormat = Literal["int8", "int8-weight", "fp8", "nvfp4"]
 LinearFormat = Literal["exact", "int8", "int8-weight", "fp8", "nvfp4"]
 Conv = Literal["auto", "onednn", "winograd"]
@@ -38,7 +38,7 @@ EnginePolicy = Literal["auto", "engines", "eager"]
 Blocks = Literal["segments", "attention", "whole"]
 Existing = Literal["refuse", "overwrite", "skip"]  # files of an earlier run
 AttentionKernel = Literal[
-    "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
+    "auto", "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
 ]
 
 Residency = Literal["resident", "gathered", "streamed", "mapped"]
@@ -298,8 +298,9 @@ class RunOptions:
     precision: Precision | None = None  # of matrix products; None: fp32 on a CPU, bf16 on a GPU
     vae_precision: Precision = "fp32"
     device: str = "auto"  # auto: the first CUDA device, or else the CPU
-    kernels: Kernels = "reference"  # implementation of the operations in pw_kernels
-    attention: AttentionKernel | None = None  # of attention alone; None: the same as `kernels`
+    kernels: Kernels = "auto"  # of the operations in pw_kernels; auto: on a GPU ours, if they run
+    # of attention alone; None: the same as `kernels`; auto: on a GPU the fastest, measured once
+    attention: AttentionKernel | None = None
     linear: LinearFormat = "exact"  # large linear layers of the transformers; others approximate
     conv: Conv = "auto"  # of the decoder on a CPU; auto: winograd wherever it can run
     policy: EnginePolicy = "auto"  # which engines the transformers run on
@@ -328,13 +329,16 @@ class RunOptions:
         return self.precision or ("fp32" if self.torch_device.type == "cpu" else "bf16")
 
     def resolved(self) -> RunOptions:
-        """Return the options with a device, a precision and an attention that are named."""
-        return replace(
-            self,
-            device=str(self.torch_device),
-            precision=self.compute_precision,
-            attention=self.attention_kernel,
-        )
+        """Return the options with a device and a precision that are named.
+
+        On a CPU the kernels are named too; on a GPU `auto` is settled when the engines are known.
+        """
+        named = replace(self, device=str(self.torch_device), precision=self.compute_precision)
+        if self.torch_device.type != "cpu":
+            return replace(named, attention=self.attention_kernel)
+        kernels = "reference" if self.kernels == "auto" else self.kernels
+        attention = "reference" if self.attention_kernel == "auto" else self.attention_kernel
+        return replace(named, kernels=kernels, attention=attention)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

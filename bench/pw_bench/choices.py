@@ -8,6 +8,7 @@ from typing import Final, Literal
 ProgramName = Literal[
     "ours",
     "ours-engines",
+    "ours-reference",
     "ours-cudnn",
     "ours-triton",
     "official",

@@ -15,7 +15,6 @@ from pw_runtime.cli.options import (
     FILE,
     FOLDER,
     PRECISIONS,
-    conv_option,
     device_option,
     exit_code,
     fragmented_option,
@@ -24,7 +23,7 @@ from pw_runtime.cli.options import (
     trace_option,
     traced,
 )
-from pw_runtime.types import Kernels
+from pw_runtime.types import Conv, Kernels
 
 
 @click.command()
@@ -37,10 +36,15 @@ from pw_runtime.types import Kernels
 @device_option
 @click.option(
     "--kernels",
-    type=click.Choice(get_args(Kernels)),
+    type=click.Choice([name for name in get_args(Kernels) if name != "auto"]),
     help="Implementation of the operations. [default: as in the earlier run]",
 )
-@conv_option
+@click.option(
+    "--conv",
+    type=click.Choice(get_args(Conv)),
+    help="Convolutions of the decoder on a CPU, as for `pw generate`. "
+    "[default: as in the earlier run]",
+)
 @click.option(
     "--vae-precision",
     type=PRECISIONS,

@@ -120,9 +120,10 @@ if TYPE_CHECKING:
 @click.option(
     "--kernels",
     type=click.Choice(get_args(Kernels)),
-    default="reference",
+    default="auto",
     show_default=True,
-    help="Implementation of the operations; triton: CUDA only, see docs/kernels.md.",
+    help="Implementation of the operations. auto: on a GPU ours (triton), with the fastest "
+    "attention there, measured once; on a CPU the reference.",
 )
 @click.option(
     "--attention",

@@ -114,6 +114,8 @@ linear_option = click.option(
 conv_option = click.option(
     "--conv",
     type=click.Choice(get_args(Conv)),
+    default="auto",
+    show_default=True,
     help="Convolutions of the decoder on a CPU in fp32: winograd, in our C++, or onednn, the "
     "reference; they differ by rounding. auto: winograd wherever it can run.",
 )

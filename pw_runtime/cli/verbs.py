@@ -16,6 +16,7 @@ from pw_runtime.cli.fleet import fleet
 from pw_runtime.cli.generate import generate
 from pw_runtime.cli.options import FILE, FOLDER
 from pw_runtime.cli.plan import plan
+from pw_runtime.cli.tune import tune
 
 
 def version_of_this() -> str:
@@ -87,3 +88,4 @@ cli.add_command(build)
 cli.add_command(engines)
 cli.add_command(plan)
 cli.add_command(fleet)
+cli.add_command(tune)

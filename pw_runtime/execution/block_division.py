@@ -40,8 +40,8 @@ def require_attention_engines(options: RunOptions) -> None:
         )
     others = {
         "--policy eager": options.policy == "eager",
-        f"--kernels {options.kernels}": options.kernels != "reference",
-        f"--attention {options.attention}": options.attention not in (None, "reference"),
+        f"--kernels {options.kernels}": options.kernels not in ("auto", "reference"),
+        f"--attention {options.attention}": options.attention not in (None, "auto", "reference"),
     }
     if contradicting := [name for name, given in others.items() if given]:
         raise BadRequest(

@@ -7,18 +7,27 @@ A choice that was measured would make the bits of a clip depend on what else the
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from pw_kernels.cpu_library import CPU_OPERATIONS
-from pw_kernels.op import Implementation
+from pw_kernels.op import Implementation, using
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.cpu_kernels import open_cpu_kernels
 from pw_runtime.types import RunOptions
 
 
+def computing_as(options: RunOptions) -> AbstractContextManager[None]:
+    """Run a block with the implementations of the operations that settled options name."""
+    assert options.kernels != "auto", "it was not settled"
+    return using(options.kernels, **implementations(options))
+
+
 def implementations(options: RunOptions) -> dict[str, Implementation]:
     """Return the implementations of single operations that options name, by operation."""
-    chosen: dict[str, Implementation] = {"attention": options.attention_kernel}
+    attention = options.attention_kernel
+    assert attention != "auto", "it was not settled"
+    chosen: dict[str, Implementation] = {"attention": attention}
     if options.conv == "winograd":
         chosen |= dict.fromkeys(CPU_OPERATIONS, "cpu")
     return chosen

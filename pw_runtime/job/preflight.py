@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,7 +15,6 @@ import torch
 from pw_kernels.attention.libraries import available
 from pw_kernels.launcher import tally
 from pw_kernels.library import library, status
-from pw_kernels.op import using
 from pw_runtime.checkpoint.bundle import Bundle, verify
 from pw_runtime.checkpoint.loader import check_networks, require_dit
 from pw_runtime.errors import BadRequest
@@ -23,10 +22,11 @@ from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet, select_engines
 from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.job.clip import start_clip
-from pw_runtime.job.conv_choice import implementations, settle_conv
+from pw_runtime.job.conv_choice import computing_as, settle_conv
 from pw_runtime.job.existing import settle_existing
 from pw_runtime.job.failures import report_on_abort
 from pw_runtime.job.follow import common_budget
+from pw_runtime.job.kernel_choice import settle_kernels
 from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.provenance import require_storable
 from pw_runtime.job.run import Run
@@ -116,10 +116,9 @@ def _planned(
             require_quantizable(require_dit(bundle, stage), options.linear)
     tally.clear()
     with span("engines"):
-        engines = _selected(request, bundle, warm)
+        engines = selected(request, bundle, warm)
     reporter.say(describe_engines(engines, bundle, request.preset, options))
-    with span("CPU kernels"):
-        request = replace(request, options=settle_conv(options, reporter.say))
+    request = replace(request, options=settled(request, bundle, engines, reporter.say))
     with span("plan"):
         count, budget = 1, None
         if ranks is not None:
@@ -169,8 +168,8 @@ def _require_divisible(options: RunOptions, *, divide_weights: bool) -> None:
         )
 
 
-def _selected(
-    request: Request, bundle: Bundle, warm: WarmNetworks | None
+def selected(
+    request: Request, bundle: Bundle, warm: WarmNetworks | None = None
 ) -> dict[Network, EngineSet]:
     """Select the engines of all networks, or return those that an earlier run selected."""
     options, preset = request.options, request.preset
@@ -184,10 +183,23 @@ def _selected(
     return {network: warm.engines(network, made_of, choose) for network, choose in select.items()}
 
 
+def settled(
+    request: Request,
+    bundle: Bundle,
+    engines: Mapping[Network, EngineSet],
+    say: Callable[[str], None],
+) -> RunOptions:
+    """Return the request's options with nothing left to choose. Raises BadRequest."""
+    with span("CPU kernels"):
+        options = settle_conv(request.options, say)
+    configs = {stage: require_dit(bundle, stage) for stage in request.stages}
+    return settle_kernels(replace(request, options=options), configs, engines, say)
+
+
 @contextmanager
 def computing(options: RunOptions) -> Iterator[None]:
     """Compute without gradients, with the implementations of the operations that were chosen."""
-    with torch.inference_mode(), using(options.kernels, **implementations(options)):
+    with torch.inference_mode(), computing_as(options):
         yield
 
 
@@ -195,7 +207,7 @@ def check_request(request: Request) -> None:
     """Check codec, kernels and the output folder, which is created. Raises BadRequest."""
     check_content(request)
     options = request.options
-    if (options.kernels, options.attention_kernel) != ("reference", "reference"):
+    if not {options.kernels, options.attention_kernel} <= {"auto", "reference"}:
         _check_kernels(request)
     make_output_folder(request)
 
@@ -267,7 +279,7 @@ def _check_kernels(request: Request) -> None:
             got=f"device {request.device}",
             do="leave --kernels and --attention out: the reference runs everywhere",
         )
-    if attention != "reference" and options.compute_precision != "bf16":
+    if attention not in ("auto", "reference") and options.compute_precision != "bf16":
         raise BadRequest(
             f"attention as {attention} computes in bf16",
             got=f"precision {options.compute_precision}",
@@ -285,7 +297,7 @@ def _check_kernels(request: Request) -> None:
             got="--kernels triton with --policy engines",
             do="leave one of them out; --attention works with engines",
         )
-    if not available(attention):
+    if attention != "auto" and not available(attention):
         raise BadRequest(
             f"{attention} is not installed", do=f"pip install {attention}, or choose another one"
         )

@@ -145,6 +145,8 @@ def _problems_of(provenance: Provenance) -> list[str]:
         problems.append("seconds are not all finite and at least 0")
     if not 1 <= provenance.options.chunk <= CHUNKS[1]:
         problems.append(f"options.chunk is {provenance.options.chunk}")
+    if "auto" in (provenance.options.kernels, provenance.options.attention):
+        problems.append("options.kernels or attention is auto, wanted what ran")
     if not _DEVICE.fullmatch(provenance.options.device):
         problems.append(f"options.device is {provenance.options.device!r}")
     return problems

@@ -11,9 +11,8 @@ import torch
 
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.errors import PixelWizardError, RankFailed
-from pw_runtime.job.conv_choice import settle_conv
 from pw_runtime.job.follow import follow, identity_of
-from pw_runtime.job.preflight import computing
+from pw_runtime.job.preflight import computing, selected, settled
 from pw_runtime.system.rank_meeting import Place, joined
 from pw_runtime.system.ranks import DEADLINE, Ranks
 from pw_runtime.types import Request
@@ -50,8 +49,10 @@ def take_part(
 
     def prepared() -> tuple[torch.device, dict[str, str]]:
         request, bundle = prepare()
-        # Settled on every rank before they are compared: it depends on a rank's compiler.
-        request = replace(request, options=settle_conv(request.options.resolved(), say))
+        # Settled on every rank before they are compared: it depends on a rank's compiler and GPU.
+        request = replace(request, options=request.options.resolved())
+        options = settled(request, bundle, selected(request, bundle), say)
+        request = replace(request, options=options)
         known.append((request, bundle))
         if request.device.type == "cuda":
             torch.cuda.set_device(request.device)

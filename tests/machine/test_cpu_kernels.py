@@ -16,7 +16,7 @@ from pw_runtime.system import cpu_kernels
 from pw_runtime.system.cpu_kernels import library_file, open_cpu_kernels, status
 from pw_runtime.types import RunOptions
 
-CPU = RunOptions(device="cpu")
+CPU = RunOptions(device="cpu").resolved()
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def test_auto_names_what_will_run(monkeypatch) -> None:
         "causal_conv3d": "cpu",
         "channel_norm": "cpu",
     }
-    reference = settle_conv(RunOptions(device="cpu", conv="onednn"), print)
+    reference = settle_conv(RunOptions(device="cpu", conv="onednn").resolved(), print)
     assert implementations(reference) == {"attention": "reference"}
 
 

@@ -59,9 +59,15 @@ CONTENDERS: Final[Mapping[ProgramName, Contender]] = MappingProxyType(
             "`pw generate --policy engines`",
             make=_ours(policy="engines"),
         ),
+        "ours-reference": Contender(
+            description="this runtime, `pw generate --policy eager --kernels reference`",
+            make=_ours(kernels="reference"),
+            gpu=True,
+        ),
         "ours-cudnn": Contender(
-            description="this runtime, `pw generate --policy eager --attention cudnn`",
-            make=_ours(attention="cudnn"),
+            description="this runtime, `pw generate --policy eager --kernels reference "
+            "--attention cudnn`",
+            make=_ours(kernels="reference", attention="cudnn"),
             gpu=True,
         ),
         "ours-triton": Contender(

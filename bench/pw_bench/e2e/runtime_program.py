@@ -12,9 +12,9 @@ from typing import Any
 
 from pw_bench.e2e.job import ClipFacts, Job
 from pw_bench.e2e.synthetic import IN_MEMORY, synthetic_bundle
-from pw_kernels.op import OPS, select, using
+from pw_kernels.op import OPS, select
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
-from pw_runtime.job.conv_choice import implementations
+from pw_runtime.job.conv_choice import computing_as
 from pw_runtime.pipeline import generate
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import span
@@ -34,7 +34,7 @@ class RuntimeProgram:
     def __init__(
         self,
         policy: EnginePolicy = "eager",
-        kernels: Kernels = "reference",
+        kernels: Kernels = "auto",
         attention: AttentionKernel | None = None,
     ) -> None:
         """Take the options of `pw generate` of these names."""
@@ -64,8 +64,8 @@ class RuntimeProgram:
             raise RuntimeError(outcome.error)
         assert outcome.video == video
         receipt = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
-        options = replace(request.options, conv=receipt["options"]["conv"])
-        with using(options.kernels, **implementations(options)):
+        settled = {name: receipt["options"][name] for name in ("conv", "kernels", "attention")}
+        with computing_as(replace(request.options, **settled)):
             operations = {name: select(name, request.device) for name in OPS}
         return facts_of(receipt, operations)
 

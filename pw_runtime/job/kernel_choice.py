@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settle `auto` of --kernels and --attention: on a GPU by a measurement, kept for the next run.
+
+A CPU always runs the references. What was settled is in the options of receipts and latents files,
+so a clip can be made again with the same kernels whatever another measurement would find.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from pw_kernels.attention.trials import Trial, candidates, fastest, measure
+from pw_kernels.library import library, source_digest
+from pw_runtime.errors import BadRequest
+from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.system.atomic_files import write_text
+from pw_runtime.system.input_files import MAX_JSON, UnreadableInput, read_text
+from pw_runtime.system.places import cache_root
+from pw_runtime.system.trace import span
+from pw_runtime.system.trusted_folder import trusted_folder
+from pw_runtime.types import AttentionKernel, DitConfig, Network, Request, RunOptions, StageName
+
+SECONDS: Final = 20.0  # most that a measurement takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The implementations of attention on one GPU at one size."""
+
+    made_of: dict[str, str]  # what the times depend on
+    tokens: int
+    heads: int
+    width: int
+    trials: tuple[Trial, ...]
+
+    @property
+    def choice(self) -> AttentionKernel:
+        """The fastest implementation that is right."""
+        name = fastest(self.trials)
+        assert name != "cpu", "it is no implementation of attention"
+        return name
+
+
+_MEASURED = TypeAdapter(Measured)
+
+
+def settle_kernels(
+    request: Request,
+    configs: Mapping[StageName, DitConfig],
+    engines: Mapping[Network, EngineSet],
+    say: Callable[[str], None],
+) -> RunOptions:
+    """Return options whose `kernels` and `attention` say what will run.
+
+    Args:
+        request: its options have a device and a precision.
+        configs: of the transformers, by stage.
+        engines: as selected; with engines, kernels of single operations are not used.
+        say: reports what was chosen, and why.
+    """
+    options = request.options
+    if options.kernels == "auto":
+        compiled = any(engines[stage].backend != "eager" for stage in request.stages)
+        reason = _why_reference(request, compiled=compiled)
+        options = replace(
+            options,
+            kernels="triton" if reason is None else "reference",
+            attention=options.attention_kernel,
+        )
+        if reason is not None and not compiled:
+            say(f"operations run on PyTorch: {reason}")
+    if options.attention_kernel != "auto":
+        return options
+    if options.blocks != "segments" or options.compute_precision != "bf16":
+        return replace(options, attention="reference")
+    stage = max(request.stages, key=lambda name: request.stages[name].tokens(request.preset.video))
+    tokens = request.stages[stage].tokens(request.preset.video)
+    with span("measure attention"):
+        measured = measured_attention(request.device, tokens, configs[stage], say)
+    say(f"attention runs on {measured.choice}, the fastest here at {tokens:,} tokens")
+    return replace(options, attention=measured.choice)
+
+
+def measured_attention(
+    device: torch.device,
+    tokens: int,
+    config: DitConfig,
+    say: Callable[[str], None],
+    *,
+    again: bool = False,
+) -> Measured:
+    """Return the measurement for a GPU and a size: that of an earlier run, or a new one.
+
+    Raises BadRequest, WriteFailed where the cache folder cannot be used.
+    """
+    made_of = facts(device)
+    key = json.dumps([made_of, tokens, config.num_heads, config.head_dim], sort_keys=True)
+    name = f"attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    path = trusted_folder(cache_root() / "kernels") / name
+    if not again and (found := read_measured(path)) is not None:
+        return found
+    say(f"measuring attention at {tokens:,} tokens, once on this GPU: at most {SECONDS:.0f} s")
+    measured = Measured(
+        made_of=made_of,
+        tokens=tokens,
+        heads=config.num_heads,
+        width=config.head_dim,
+        trials=measure(
+            device, tokens=tokens, heads=config.num_heads, width=config.head_dim, seconds=SECONDS
+        ),
+    )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the plan counts what is free
+    write_text(path, _MEASURED.dump_json(measured, indent=2).decode() + "\n")
+    return measured
+
+
+def read_measured(path: Path) -> Measured | None:
+    """Return a measurement of an earlier run; None where there is none that can be read."""
+    try:
+        return _MEASURED.validate_json(read_text(path, MAX_JSON))
+    except (UnreadableInput, ValidationError):
+        return None  # why silent: it is measured again, which is said
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """Return what the times of kernels depend on: GPU, libraries, our sources."""
+    named = {
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+        "kernels": source_digest()[:16],
+        "candidates": " ".join(candidates(device)),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        named |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return {name: str(value) for name, value in named.items()}
+
+
+def _why_reference(request: Request, *, compiled: bool) -> str | None:
+    """Return why our kernels do not run; None where they do."""
+    if request.device.type != "cuda":
+        return "our kernels are for GPUs"
+    if compiled:
+        return "engines have kernels of their own"
+    quirks = [name for name, on in asdict(request.preset.compat).items() if on]
+    if quirks:
+        return f"the preset repeats the official rounding (compat.{', compat.'.join(quirks)})"
+    try:
+        usable = library() is not None or importlib.util.find_spec("triton") is not None
+    except RuntimeError as error:
+        raise BadRequest(str(error), do="unset it, or rebuild the library") from error
+    if usable:
+        return None
+    return "neither Triton nor a compiled library is installed: pip install triton"

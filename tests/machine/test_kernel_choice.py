@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`auto` is settled before anything is computed: references on a CPU, what is fastest on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from pw_kernels.attention.trials import Trial
+from pw_runtime.cli.generate import generate
+from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.job import kernel_choice
+from pw_runtime.job.kernel_choice import Measured, measured_attention, settle_kernels
+from pw_runtime.job.preflight import check_request
+from pw_runtime.presets import PRESETS
+from pw_runtime.types import Compat, DitConfig, Prompt, Request, RunOptions
+
+CONFIG = DitConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
+TRIALS = (
+    Trial(implementation="reference", seconds=2.0, error=1e-3),
+    Trial(implementation="cudnn", seconds=1.0, error=1e-3),
+)
+MEASURED = Measured(made_of={"gpu": "one"}, tokens=4, heads=2, width=128, trials=TRIALS)
+
+
+def request(tmp_path: Path, **options: object) -> Request:
+    named = RunOptions(**{"device": "cuda", "precision": "bf16", **options})  # type: ignore[arg-type]
+    made = Request(
+        prompts=(Prompt("a cat"),), preset=PRESETS["2k"], out=tmp_path, options=named.resolved()
+    )
+    check_request(made)
+    return made
+
+
+def settled(made: Request, *, backend: str = "eager", say: Callable[[str], None] = print) -> object:
+    engines = EngineSet({}, {}, backend, "a test")  # type: ignore[arg-type]
+    with patch.object(kernel_choice, "measured_attention", return_value=MEASURED) as measured:
+        options = settle_kernels(
+            made,
+            {"draft": CONFIG, "highres": CONFIG},
+            {"draft": engines, "highres": engines},
+            say,
+        )
+    tokens = [call.args[1] for call in measured.call_args_list]
+    return options.kernels, options.attention, tokens
+
+
+TWO_K = 31 * 45 * 80
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("triton", "cudnn", [TWO_K])),
+        ({"kernels": "triton"}, ("triton", "triton", [])),
+        ({"kernels": "reference"}, ("reference", "reference", [])),
+        ({"kernels": "reference", "attention": "auto"}, ("reference", "cudnn", [TWO_K])),
+        ({"attention": "gluon"}, ("triton", "gluon", [])),
+        ({"precision": "fp32"}, ("triton", "reference", [])),
+        ({"draft_only": True}, ("triton", "cudnn", [31 * 8 * 14])),
+        ({"device": "cpu", "precision": None}, ("reference", "reference", [])),
+    ],
+)
+def test_what_runs_is_settled_by_device_precision_and_measurement(
+    options: dict[str, object], expected: object, tmp_path: Path
+) -> None:
+    assert settled(request(tmp_path, **options)) == expected
+
+
+def test_engines_leave_attention_alone_to_be_chosen(tmp_path: Path) -> None:
+    assert settled(request(tmp_path), backend="tensorrt") == ("reference", "cudnn", [TWO_K])
+
+
+def test_the_official_rounding_keeps_the_reference_and_that_is_said(tmp_path: Path) -> None:
+    quirky = replace(PRESETS["2k"], compat=Compat(bf16_einsum=True))
+    said: list[str] = []
+    made = replace(request(tmp_path), preset=quirky)
+    assert settled(made, say=said.append) == ("reference", "cudnn", [TWO_K])
+    assert any("compat.bf16_einsum" in line for line in said)
+
+
+def test_a_measurement_is_kept_for_the_next_run_and_repeated_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PW_CACHE", str(tmp_path / "cache"))
+    said: list[str] = []
+    cpu = torch.device("cpu")
+    with patch.object(kernel_choice, "measure", return_value=TRIALS) as measuring:
+        first = measured_attention(cpu, 64, CONFIG, said.append)
+        assert measured_attention(cpu, 64, CONFIG, said.append) == first
+        assert measuring.call_count == 1
+        measured_attention(cpu, 128, CONFIG, said.append)
+        assert measuring.call_count == 2
+        measured_attention(cpu, 64, CONFIG, said.append, again=True)
+        assert measuring.call_count == 3
+        for file in (tmp_path / "cache" / "kernels").iterdir():
+            file.write_text("{")
+        assert measured_attention(cpu, 64, CONFIG, said.append) == first
+    assert measuring.call_count == 4
+    assert len(said) == 4
+    assert first.choice == "cudnn"
+
+
+def test_the_command_line_has_the_defaults_of_the_python_interface() -> None:
+    """Seen: --conv was None by default, which every GPU refused."""
+    given = generate.make_context("pw", ["--preset", "draft", "--out", "x"]).params
+    defaults = {field.name: field.default for field in fields(RunOptions)}
+    assert {name: given[name] for name in defaults} == defaults
