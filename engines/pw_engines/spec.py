@@ -95,14 +95,16 @@ class EngineSpec:
         sizes: dict[str, int] = {}
         limits = dict(self.limits)
         for spec, x in zip(self.inputs, inputs, strict=True):
-            self._require(x.dtype == DTYPES[spec.dtype], spec, spec.dtype, x.dtype)
-            self._require(x.dim() == len(spec.shape), spec, f"shape {spec.shape}", tuple(x.shape))
+            if x.dtype != DTYPES[spec.dtype]:
+                raise self._wrong(spec, spec.dtype, x.dtype)
+            if x.dim() != len(spec.shape):
+                raise self._wrong(spec, f"shape {spec.shape}", tuple(x.shape))
             for dim, size in zip(spec.shape, x.shape, strict=True):
                 expected = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
-                self._require(size == expected, spec, f"{dim} of {expected}", tuple(x.shape))
-                if isinstance(dim, str):
-                    fits = smallest <= size <= limits[dim]
-                    self._require(fits, spec, f"{dim} from {smallest} to {limits[dim]}", size)
+                if size != expected:
+                    raise self._wrong(spec, f"{dim} of {expected}", tuple(x.shape))
+                if isinstance(dim, str) and not smallest <= size <= limits[dim]:
+                    raise self._wrong(spec, f"{dim} from {smallest} to {limits[dim]}", size)
         return sizes
 
     def check_outputs(self, outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> None:
@@ -113,12 +115,13 @@ class EngineSpec:
             )
         for spec, x in zip(self.outputs, outputs, strict=True):
             shape = spec.sized(sizes)
-            self._require(x.dtype == DTYPES[spec.dtype], spec, spec.dtype, x.dtype)
-            self._require(tuple(x.shape) == shape, spec, f"shape {shape}", tuple(x.shape))
+            if x.dtype != DTYPES[spec.dtype]:
+                raise self._wrong(spec, spec.dtype, x.dtype)
+            if tuple(x.shape) != shape:
+                raise self._wrong(spec, f"shape {shape}", tuple(x.shape))
 
-    def _require(self, condition: bool, spec: TensorSpec, expected: object, got: object) -> None:
-        if not condition:
-            raise ValueError(f"{self.segment}, tensor {spec.name}: expected {expected}, got {got}")
+    def _wrong(self, spec: TensorSpec, expected: object, got: object) -> ValueError:
+        return ValueError(f"{self.segment}, tensor {spec.name}: expected {expected}, got {got}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -356,7 +356,8 @@ class WithWeights(nn.Module):
             weights = [self._restore(name, weight) for name, weight in given]
             inputs = inputs[:count]
         named = {f"net.{name}": weight for name, weight in zip(self._names, weights, strict=True)}
-        results = functional_call(self._computation[0], named, inputs)
+        # No two names are one weight here; looking for such pairs would take longer than the call.
+        results = functional_call(self._computation[0], named, inputs, tie_weights=False)
         return results if isinstance(results, tuple) else (results,)
 
 
