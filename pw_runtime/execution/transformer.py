@@ -20,6 +20,7 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import load_dit
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.protocols import ControlInputs, TokenLayout, TokenSlice
+from pw_runtime.execution.step_replay import StepReplay
 from pw_runtime.execution.transformer_segments import (
     POSITIONS,
     Segment,
@@ -41,6 +42,7 @@ def load_transformer(
     engines: EngineSet,
     plan: TransformerPlan,
     options: RunOptions,
+    say: Callable[[str], None] = lambda text: None,
 ) -> SegmentedDiT:
     """Load a transformer as the plan places its weights, on the engines selected for it."""
     device, precision = options.torch_device, options.compute_precision
@@ -50,6 +52,7 @@ def load_transformer(
         if plan.weights == "resident"
         else StreamedWeights(net, engines.segments, precision, device)
     )
+    resident_eager = plan.weights == "resident" and engines.backend == "eager"
     return SegmentedDiT(
         net,
         engines.segments,
@@ -57,6 +60,7 @@ def load_transformer(
         weights,
         share_attention=plan.share_attention,
         chunk=plan.chunk,
+        replay=StepReplay(say) if device.type == "cuda" and resident_eager else None,
     )
 
 
@@ -72,6 +76,7 @@ class SegmentedDiT:
         *,
         share_attention: bool = True,
         chunk: int | None = None,
+        replay: StepReplay | None = None,
     ) -> None:
         """Run `net` on engines.
 
@@ -84,6 +89,7 @@ class SegmentedDiT:
                 whose result is kept during the first pass. Both ways give the same bits. Whole
                 blocks have nothing to share.
             chunk: most tokens per call, where that is less than the engines take.
+            replay: records the steps of small clips without control, and replays them.
 
         Raises:
             ValueError: an engine was made for another segment.
@@ -95,7 +101,7 @@ class SegmentedDiT:
         self._weights = weights or ResidentWeights(net, segments)
         self._whole_blocks = "block" in engines
         self._share_attention = share_attention and not self._whole_blocks
-        self._chunk = chunk
+        self._chunk, self._replay = chunk, replay
 
     def check_weights(self) -> None:
         """Raise BadWeights for weights that are not finite; see `protocols.Transformer`."""
@@ -103,6 +109,8 @@ class SegmentedDiT:
 
     def close(self) -> None:
         """Release what provides the weights; nothing can run afterwards."""
+        if self._replay is not None:
+            self._replay.forget()
         self._weights.close()
 
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
@@ -166,6 +174,29 @@ class SegmentedDiT:
         """
         if (control is not None) != bool(self.net.config.adapter_dim):
             raise ValueError("the high-res network needs control, the draft network takes none")
+        if self._replay is None or control is not None:
+            return self._step(latent, texts, modulation, layout, control, on_block)
+        results = self._replay.velocities(
+            lambda x, rows: self._step(x, texts, rows, layout, None, lambda: None),
+            latent,
+            texts,
+            modulation,
+            layout,
+        )
+        for _ in range(sum(map(len, texts))):
+            on_block()
+        return results
+
+    def _step(
+        self,
+        latent: Tensor,
+        texts: Sequence[tuple[TextKeysValues, ...]],
+        modulation: Modulation,
+        layout: TokenLayout,
+        control: ControlInputs | None,
+        on_block: Callable[[], None],
+    ) -> list[Tensor]:
+        """Compute one velocity per text, [C, T, H, W] fp32."""
         results = []
         for rows in self._passes(latent, texts, modulation, layout, control, on_block):
             results.append(unpatchify(rows, layout.positions.grid))

@@ -86,7 +86,8 @@ class Run:
             engines, options = self.engines[stage], self.request.options
             chosen = plan.transformers[stage]
             if self.ranks is None or chosen.split.ranks == 1:
-                return load_transformer(self.bundle, stage, engines, chosen, options)
+                say = self.reporter.say
+                return load_transformer(self.bundle, stage, engines, chosen, options, say)
             with on_all_ranks(
                 self.ranks, "load", stage=stage, plan=asdict(chosen), engines=engines.digest
             ):

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recorded step gives what computing it gives, for every step of every clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pw_runtime.execution import step_replay
+from pw_runtime.execution.protocols import TokenLayout
+from pw_runtime.execution.step_replay import MOST_TOKENS, StepReplay
+from pw_runtime.models.dit import Modulation
+from pw_runtime.models.embeddings import Positions
+
+
+class Recording:
+    """Stand-in for a CUDA graph: computes again, into the memory of the recorded results."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.again: Any = None
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.again()
+
+
+class Clip:
+    """A clip's step: its results, and how often it was computed."""
+
+    def __init__(self, factor: float, tokens: int = 4) -> None:
+        none = torch.empty(0)
+        positions = Positions((1, 1, 1), none, none, none)
+        self.texts: list[Any] = [()]
+        self.layout = TokenLayout(positions, tokens, tokens, ())
+        self.factor, self.computed = factor, 0
+
+    def compute(self, latent: Tensor, modulation: Modulation) -> list[Tensor]:
+        self.computed += 1
+        return [self.factor * latent + modulation.blocks - modulation.head]
+
+    def step(self, replay: StepReplay, number: float) -> None:
+        latent, rows = torch.full((2,), number), Modulation(torch.ones(2), torch.full((2,), number))
+        (result,) = replay.velocities(self.compute, latent, self.texts, rows, self.layout)
+        expected = self.factor * latent + rows.blocks - rows.head
+        assert torch.equal(result, expected)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    made: list[Recording] = []
+
+    def create() -> Recording:
+        made.append(Recording())
+        return made[-1]
+
+    @contextmanager
+    def recording(graph: Recording, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        yield
+
+    original = StepReplay._record
+
+    def record(self: StepReplay, compute: Any, latent: Tensor, rows: Modulation) -> bool:
+        done = original(self, compute, latent, rows)
+
+        def again() -> None:
+            assert self._inputs is not None
+            for target, value in zip(self._outputs, compute(*self._inputs), strict=True):
+                target.copy_(value)
+
+        if done:
+            made[-1].again = again
+        return done
+
+    monkeypatch.setattr(step_replay.torch.cuda, "CUDAGraph", create)
+    monkeypatch.setattr(step_replay.torch.cuda, "graph", recording)
+    monkeypatch.setattr(StepReplay, "_record", record)
+    return made
+
+
+def test_every_step_gets_its_own_numbers_and_only_the_first_is_not_replayed(recordings) -> None:
+    replay, clip = StepReplay(print), Clip(2.0)
+    for number in (1.0, 2.0, 3.0, 4.0):
+        clip.step(replay, number)
+    assert [recording.replays for recording in recordings] == [3]
+
+
+def test_another_clip_is_recorded_anew(recordings) -> None:
+    replay, one, other = StepReplay(print), Clip(2.0), Clip(3.0)
+    for clip in (one, other, one):
+        for number in (1.0, 2.0, 3.0):
+            clip.step(replay, number)
+    assert [recording.replays for recording in recordings] == [2, 2, 2]
+
+
+def test_results_of_a_step_stay_when_the_next_one_is_replayed(recordings) -> None:
+    replay, clip = StepReplay(print), Clip(2.0)
+    rows = Modulation(torch.zeros(2), torch.zeros(2))
+    results = [
+        replay.velocities(clip.compute, torch.full((2,), x), clip.texts, rows, clip.layout)[0]
+        for x in (1.0, 2.0, 3.0)
+    ]
+    assert [float(result[0]) for result in results] == [2.0, 4.0, 6.0]
+
+
+def test_large_clips_are_computed_step_by_step(recordings) -> None:
+    replay, clip = StepReplay(print), Clip(2.0, MOST_TOKENS + 1)
+    for number in (1.0, 2.0, 3.0):
+        clip.step(replay, number)
+    assert not recordings
+    assert clip.computed == 3
+
+
+def test_what_cannot_be_recorded_is_computed_and_told_once(recordings, monkeypatch) -> None:
+    @contextmanager
+    def refusing(graph: Recording, capture_error_mode: str) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(step_replay.torch.cuda, "graph", refusing)
+    said: list[str] = []
+    replay, clip = StepReplay(said.append), Clip(2.0)
+    for number in (1.0, 2.0, 3.0):
+        clip.step(replay, number)
+    assert len(said) == 1
+    assert "operation not permitted when stream is capturing)" in said[0]
+
+
+def test_out_of_memory_while_recording_is_for_the_planner(recordings, monkeypatch) -> None:
+    @contextmanager
+    def full(graph: Recording, capture_error_mode: str) -> Iterator[None]:
+        yield
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(step_replay.torch.cuda, "graph", full)
+    replay, clip = StepReplay(print), Clip(2.0)
+    clip.step(replay, 1.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        clip.step(replay, 2.0)
