@@ -47,3 +47,11 @@ def test_tracked_sources_have_a_commit_and_are_dirty_once_files_differ(checkout:
     (checkout / "file").write_text("b")
     assert environment.commit() == f"{commit}-dirty"
     assert environment.is_dirty()
+
+
+def test_sources_copied_away_from_their_history_have_the_stated_commit(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PW_COMMIT", "0123abc")
+    assert environment.commit() == "0123abc"
+    assert not environment.is_dirty()

@@ -50,11 +50,12 @@ def identify(device: torch.device, nvml: Nvml | None = None) -> Identity:
 def commit() -> str:
     """Return the commit of these sources, with the suffix "-dirty" where files differ from it.
 
-    Sources that were copied without their history have the one that $PW_COMMIT states.
+    Sources that were copied away from their history have the one that $PW_COMMIT states.
     """
+    if stated := os.environ.get("PW_COMMIT"):
+        return stated
     if not _git("ls-files", "--error-unmatch", Path(__file__).name):
-        # perhaps installed into the environment of some other checkout
-        return os.environ.get("PW_COMMIT") or NO_CHECKOUT
+        return NO_CHECKOUT  # perhaps installed into the environment of some other checkout
     return _git("describe", "--always", "--dirty") or NO_CHECKOUT
 
 
