@@ -74,7 +74,7 @@ def test_parts_of_other_sources_or_interrupted_ones_are_run_again(commands, tmp_
 def test_part_without_time_left_does_not_start(commands, tmp_path: Path) -> None:
     missing = run(tmp_path, 1.1)
     assert missing["e2e-2k"].endswith("s expected: give --minutes 4")
-    assert [arguments[0] for arguments in commands] == ["kernels"]  # of the draft
+    assert {arguments[0] for arguments in commands} == {"kernels"}  # of 2K and the draft
 
 
 def test_part_that_fails_is_reported_and_the_others_run(monkeypatch, tmp_path: Path) -> None:
