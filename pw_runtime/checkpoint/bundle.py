@@ -57,6 +57,7 @@ __all__ = [  # with what `manifest` has for others
     "load_tensors",
     "manifest_json",
     "open_bundle",
+    "read_verified",
     "require_shapes",
     "require_unchanged",
     "sha256_of",
@@ -149,6 +150,17 @@ def verify(bundle: Bundle, names: Collection[str] | None = None) -> None:
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         for check in [pool.submit(_check_digest, bundle, name) for name in chosen]:
             check.result()
+
+
+def read_verified(bundle: Bundle, name: str) -> bytes:
+    """Return the content of a file of the bundle. Raises BadWeights where it is another one."""
+    _check_size(bundle, name)
+    try:
+        content = read_input(bundle.root / name, bundle.files[name].bytes)
+    except UnreadableInput as error:
+        raise _damaged(bundle.root / name, error) from error
+    _require_digest(bundle, name, hashlib.sha256(content).hexdigest())
+    return content
 
 
 def check_tensors(
@@ -327,16 +339,20 @@ def _check_size(bundle: Bundle, name: str) -> None:
 
 
 def _check_digest(bundle: Bundle, name: str) -> None:
-    path, record = bundle.root / name, bundle.files[name]
+    path = bundle.root / name
     try:
         digest = _opened(bundle, name).sha256 if name.endswith(SHARD) else sha256_of(path)
     except (OSError, UnreadableInput) as error:
         raise _damaged(path, error) from error
-    if digest != record.sha256:
+    _require_digest(bundle, name, digest)
+
+
+def _require_digest(bundle: Bundle, name: str, digest: str) -> None:
+    if digest != (wanted := bundle.files[name].sha256):
         raise BadWeights(
-            f"{path} was altered or damaged",
+            f"{bundle.root / name} was altered or damaged",
             got=f"SHA-256 {digest}",
-            wanted=f"SHA-256 {record.sha256}",
+            wanted=f"SHA-256 {wanted}",
             do=REMAKE,
         )
 

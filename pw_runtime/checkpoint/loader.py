@@ -14,17 +14,19 @@ from pw_runtime.checkpoint.bundle import (
     Bundle,
     check_tensors,
     load_tensors,
+    read_verified,
     require_unchanged,
-    verify,
 )
+from pw_runtime.checkpoint.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, parse_tokenizer
 from pw_runtime.errors import BadRequest, BadWeights
-from pw_runtime.models import VaeDecoder, WanDiT, build_text_encoder
+from pw_runtime.models import TextEncoder, VaeDecoder, WanDiT
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.models.quantized_linear import (
     is_quantized,
     quantized_weights,
 )
-from pw_runtime.models.text_encoder import TIED_KEY, TextNetwork
+from pw_runtime.models.text_encoder import TextNetwork
+from pw_runtime.models.tokenizer import TextTokenizer
 from pw_runtime.types import (
     AttentionKernel,
     DitConfig,
@@ -145,27 +147,35 @@ def load_text_network(bundle: Bundle, precision: Precision, device: torch.device
 
     Raises BadWeights as `load_dit` does, and for a tokenizer that cannot be read.
     """
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
-    except Exception as error:  # a damaged tokenizer.json may raise anything
-        raise BadWeights(
-            f"cannot read the tokenizer in {bundle.tokenizer}",
-            got=error,
-            do="convert the checkpoint again, with its complete tokenizer folder",
-        ) from error
-    # After it is read: transformers opens its files by name.
-    verify(bundle, [name for name in bundle.files if name.startswith(f"{TOKENIZER}/")])
+    config = bundle.networks.text_encoder.config
+    tokenizer = load_tokenizer(bundle, config.vocab_size)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    encoder = build_text_encoder(bundle.networks.text_encoder.config)
+    with torch.device("meta"):
+        encoder = TextEncoder(config)
     weights = load_tensors(bundle, "text_encoder")
     weights = {name: w.to(device, dtype) for name, w in weights.items()}
     require_unchanged(bundle, "text_encoder")
-    weights[TIED_KEY] = weights["shared.weight"]
     encoder.load_state_dict(weights, assign=True)
-    encoder.requires_grad_(False)
-    return TextNetwork(tokenizer, encoder)
+    return TextNetwork(tokenizer, encoder.eval().requires_grad_(False))
+
+
+def load_tokenizer(bundle: Bundle, most: int) -> TextTokenizer:
+    """Load the tokenizer, of at most `most` tokens. Raises BadWeights."""
+    files = {
+        name: read_verified(bundle, path)
+        for name in (TOKENIZER_FILE, SETTINGS_FILE)
+        if (path := f"{TOKENIZER}/{name}") in bundle.files
+    }
+    remedy = "convert the checkpoint again, with its complete tokenizer folder"
+    tokenizer = parse_tokenizer(bundle.tokenizer, files, do=remedy)
+    if tokenizer.size > most:
+        raise BadWeights(
+            f"{bundle.tokenizer} is not the tokenizer of this text encoder",
+            got=f"{tokenizer.size} tokens",
+            wanted=f"at most {most}, the rows of the token table",
+            do=remedy,
+        )
+    return tokenizer
 
 
 def is_streamed(name: str) -> bool:

@@ -168,7 +168,7 @@ def decoder_memory(out: Path, rows: int, columns: int, frames: int, strips: int)
 )
 def linear_error(model: Path, preset: str, out: Path, clips: int, tokens: int) -> int:
     """Measure the errors of quantized linear layers: of layers, a block, latents and clips."""
-    require_packages("`pw bench linear-error`", "scikit-image", "transformers")
+    require_packages("`pw bench linear-error`", "scikit-image", "tokenizers")
     from pw_bench.quality.linear_error import measure_linear_error
     from pw_bench.results import require_folder
 

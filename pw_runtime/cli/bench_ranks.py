@@ -77,7 +77,7 @@ def ranks(
     out: Path,
 ) -> int:
     """Measure one clip by several processes or GPUs, beside one: time, memory, bytes sent, bits."""
-    require_packages("`pw bench ranks`", "transformers", "tokenizers")
+    require_packages("`pw bench ranks`", "tokenizers")
     from pw_bench.ranks.run import measure_ranks
     from pw_bench.results import require_folder
 

@@ -159,7 +159,7 @@ def generate(**options: Any) -> int:
     if devices is not None and len(devices) > 1:
         return start_ranks(devices)
     run = _run(options)
-    require_packages("`pw generate`", "transformers", "tokenizers")  # used after minutes
+    require_packages("`pw generate`", "tokenizers")  # used after minutes
     if place is not None:
         return run_as_rank(place, options, partial(_prepared, quiet=place.rank > 0), run)
     require_alone(options)

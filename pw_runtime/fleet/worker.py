@@ -82,7 +82,7 @@ class Worker:
         from pw_runtime.system.machine import available_memory_bytes
 
         with self._named():
-            require_packages("a worker of a fleet", "transformers", "tokenizers", "av")
+            require_packages("a worker of a fleet", "tokenizers", "av")
             self._bundle = self._open(model, digest)
             device = pick_device(options.device)
             settle_conv(options, self._say)  # the driver chose one, which must run here

@@ -20,7 +20,7 @@ from pw_runtime.system.input_files import UnreadableInput, read_json
 from pw_runtime.system.machine import cpu_model
 
 FORMAT: Final = 2
-VERSIONED = ("pixelwizard-runtime", "torch", "transformers", "safetensors", "av")
+VERSIONED = ("pixelwizard-runtime", "torch", "tokenizers", "safetensors", "av")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from pw_runtime.models.dit import WanDiT
-from pw_runtime.models.text_encoder import TIED_KEY, build_text_encoder
+from pw_runtime.models.text_encoder import TextEncoder
 from pw_runtime.models.vae import VaeDecoder, VaeEncoder
 from pw_runtime.types import Config, DitConfig, Network, TextEncoderConfig, VaeConfig
 
 __all__ = [
+    "TextEncoder",
     "VaeDecoder",
     "VaeEncoder",
     "WanDiT",
-    "build_text_encoder",
     "expected_shapes",
 ]
 
@@ -33,9 +33,8 @@ def expected_shapes(network: Network, config: Config) -> dict[str, tuple[int, ..
             case VaeConfig():
                 modules = [VaeEncoder(config), VaeDecoder(config)]
             case TextEncoderConfig():
-                modules = [build_text_encoder(config)]
+                modules = [TextEncoder(config)]
     shapes: dict[str, tuple[int, ...]] = {}
     for module in modules:
         shapes |= {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    shapes.pop(TIED_KEY, None)
     return shapes

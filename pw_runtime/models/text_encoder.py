@@ -1,53 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The UMT5 text encoder: the class from transformers, built from our config."""
+"""The UMT5 text encoder: transformer blocks with a relative position bias of their own each.
+
+Source: wan/modules/t5.py, and UMT5EncoderModel of transformers, whose parameter names these are and
+whose bits tests compare. All weights have one dtype, norms and biases too, as officially.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from pw_kernels import rms_norm
 from pw_runtime.types import TextEncoderConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
-
-TIED_KEY = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
+    from pw_runtime.models.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class TextNetwork:
     """A text encoder and the tokenizer it was trained with."""
 
-    tokenizer: PreTrainedTokenizerBase
-    encoder: UMT5EncoderModel
+    tokenizer: TextTokenizer
+    encoder: TextEncoder
 
 
-def build_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
-    """Build an UMT5EncoderModel on the meta device, without weights, in evaluation mode."""
-    from transformers import UMT5Config, UMT5EncoderModel  # seconds to import
+class SelfAttention(nn.Module):
+    """Attention without a scale of the queries; the bias depends on distances between tokens."""
 
-    umt5 = UMT5Config(
-        vocab_size=config.vocab_size,
-        d_model=config.dim,
-        d_kv=config.attention_dim // config.num_heads,
-        d_ff=config.ffn_dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        relative_attention_num_buckets=config.num_buckets,
-        relative_attention_max_distance=config.max_distance,
-        layer_norm_epsilon=config.eps,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        use_cache=False,
-    )
-    with torch.device("meta"):
-        return UMT5EncoderModel(umt5).eval()
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        dim, inner = config.dim, config.attention_dim
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(dim, inner, bias=False)
+        self.k = nn.Linear(dim, inner, bias=False)
+        self.v = nn.Linear(dim, inner, bias=False)
+        self.o = nn.Linear(inner, dim, bias=False)
+        self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
+
+    def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, E, D], [E, E] and a mask [B, E] of the real tokens -> [B, E, D]."""
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, E, K]
+            for layer in (self.q, self.k, self.v)
+        )
+        bias = self.relative_attention_bias(buckets).permute(2, 0, 1)[None]  # [1, N, E, E]
+        if mask is not None:
+            bias = torch.where(mask[:, None, None], bias, torch.finfo(bias.dtype).min)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.contiguous(), scale=1.0)
+        return self.o(y.transpose(1, 2).flatten(2))
 
 
-def encode_tokens(encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
+class FeedForward(nn.Module):
+    """Two projections of which one gates the other, and one back."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.wi_0 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.wi_1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.wo = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.wo(gelu(self.wi_0(x)) * self.wi_1(x))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each behind an RMS norm and added to the residual stream."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.layer = nn.ModuleList(
+            nn.ModuleDict({name: part, "layer_norm": nn.RMSNorm(config.dim, eps=config.eps)})
+            for name, part in (
+                ("SelfAttention", SelfAttention(config)),
+                ("DenseReluDense", FeedForward(config)),
+            )
+        )
+
+    def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, E, D] -> [B, E, D]; buckets and mask as for `SelfAttention`."""
+        attention, ffn = self.layer
+        h = rms_norm(x, attention["layer_norm"].weight, self.eps)
+        x = x + attention["SelfAttention"](h, buckets, mask)
+        return x + ffn["DenseReluDense"](rms_norm(x, ffn["layer_norm"].weight, self.eps))
+
+
+class Encoder(nn.Module):
+    """The blocks and the last norm."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_layer_norm = nn.RMSNorm(config.dim, eps=config.eps)
+
+
+class TextEncoder(nn.Module):
+    """Hidden states of texts."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.dim)
+        self.encoder = Encoder(config)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode token ids.
+
+        Args:
+            ids: [B, E] int64, end tokens included.
+            mask: [B, E], true for real tokens, if some are padding.
+
+        Returns:
+            [B, E, D] in the weights' dtype.
+        """
+        x = self.shared(ids)
+        buckets = relative_buckets(
+            ids.shape[1], self.config.num_buckets, self.config.max_distance, ids.device
+        )
+        for block in self.encoder.block:
+            x = block(x, buckets, mask)
+        return rms_norm(x, self.encoder.final_layer_norm.weight, self.config.eps)
+
+
+def encode_tokens(encoder: TextEncoder, ids: Tensor) -> Tensor:
     """Encode one text without padding; equals the official padded run cut to length.
 
     Args:
@@ -57,5 +139,32 @@ def encode_tokens(encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
     Returns:
         [E, text_dim] in the encoder's dtype.
     """
-    hidden: Tensor = encoder(input_ids=ids[None]).last_hidden_state[0]
+    hidden: Tensor = encoder(ids[None])[0]
     return hidden
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Compute GELU by tanh one operation after the other: PyTorch's own rounds bf16 differently."""
+    inner = x + 0.044715 * torch.pow(x, 3.0)
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * inner))
+
+
+def relative_buckets(length: int, count: int, max_distance: int, device: torch.device) -> Tensor:
+    """Return the bucket of every key's position relative to every query's.
+
+    Half of the buckets are for keys behind the query. Of each half, half are for one distance each,
+    the others grow logarithmically up to `max_distance`, and the last one has all that is beyond.
+
+    Returns:
+        [E, E] int64, query by key, from 0 to count - 1.
+    """
+    half = count // 2
+    exact = half // 2
+    relative = torch.arange(1 - length, length, device=device)  # [2E - 1]
+    distance = relative.abs()
+    # Distances below `exact` have buckets of their own; the 1 only avoids log(0).
+    ratio = torch.log(distance.clamp_min(1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (ratio * (half - exact)).long()).clamp_max(half - 1)
+    buckets = (relative > 0).long() * half + torch.where(distance < exact, distance, far)
+    # Row 0, of the first query, starts at relative position 0; every further row one before.
+    return buckets.unfold(0, length, 1).flip(0)

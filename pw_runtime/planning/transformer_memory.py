@@ -305,8 +305,8 @@ def text_memory(
     low = 4 if precision == "fp32" else 2
     shapes = expected_shapes("text_encoder", config).values()
     pairs = tokens * tokens
-    # The bias of every pair of positions, twice; or the integers that index it.
-    attention = max(2 * low * config.num_heads * pairs, 54 * pairs)
+    # The bias of every pair of positions, twice, and the integers that index it.
+    attention = (2 * low * config.num_heads + 8) * pairs
     weights = low * sum(math.prod(shape) for shape in shapes)
     return (
         _item("weights of the text encoder", "weights", weights, "device"),

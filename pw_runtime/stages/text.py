@@ -6,7 +6,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import ftfy
 import torch
@@ -14,9 +13,7 @@ from torch import Tensor
 
 from pw_runtime.models.finite import require_finite
 from pw_runtime.models.text_encoder import TextNetwork, encode_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from pw_runtime.models.tokenizer import TextTokenizer
 
 
 def clean_text(text: str) -> str:
@@ -30,7 +27,7 @@ def clean_text(text: str) -> str:
 
 def tokenize(
     text: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     text_len: int,
     notice: Callable[[str], None],
 ) -> Tensor:
@@ -43,21 +40,15 @@ def tokenize(
         [E] int64, E <= text_len.
     """
     cleaned = clean_text(text)
-    # verbose: transformers would warn about the length; the notice below says it better.
-    encoding = tokenizer(cleaned, verbose=False)
-    whole = encoding.input_ids
-    unknown = [i for i, token in enumerate(whole) if token == tokenizer.unk_token_id]
-    if unknown:
-        spans = [encoding.token_to_chars(i) for i in unknown]
-        words = dict.fromkeys(cleaned[span.start : span.end] for span in spans)
-        notice(f"words not in this model's vocabulary: {', '.join(words)}")
-    ids = tokenizer(cleaned, truncation=True, max_length=text_len).input_ids
-    if len(whole) > len(ids):
+    tokens = tokenizer.encode(cleaned, text_len)
+    if tokens.unknown:
+        notice(f"words not in this model's vocabulary: {', '.join(tokens.unknown)}")
+    if tokens.whole > len(tokens.ids):
         notice(
-            f"text truncated from {len(whole)} to {len(ids)} tokens, the limit of the model: "
-            f"{text[:60]}..."
+            f"text truncated from {tokens.whole} to {len(tokens.ids)} tokens, the limit of the "
+            f"model: {text[:60]}..."
         )
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(tokens.ids, dtype=torch.int64)
 
 
 def encode_text(
@@ -79,5 +70,5 @@ def encode_text(
         BadWeights, BadResult: the result is not finite.
     """
     ids = tokenize(text, net.tokenizer, text_len, notice)
-    context = encode_tokens(net.encoder, ids.to(net.encoder.device))
+    context = encode_tokens(net.encoder, ids.to(net.encoder.shared.weight.device))
     return require_finite(context, net.encoder, "the text context").cpu()

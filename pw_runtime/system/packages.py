@@ -38,7 +38,6 @@ KNOWN: Final[Mapping[str, Known]] = MappingProxyType(
         "torch": Known("torch", "everything but `pw doctor`"),
         "numpy": Known("numpy", "everything but `pw doctor`"),
         "safetensors": Known("safetensors", "reading and writing weights"),
-        "transformers": Known("transformers", "the text encoder: pw generate"),
         "tokenizers": Known("tokenizers", "reading prompts: pw generate"),
         "ftfy": Known("ftfy", "cleaning prompts: pw generate"),
         "av": Known("av", "reading and writing videos: pw generate, decode, compare"),
@@ -59,6 +58,7 @@ KNOWN: Final[Mapping[str, Known]] = MappingProxyType(
         "grpcio": Known("grpc", "pw fleet run --address ray://"),
         "ray": Known("ray", "pw fleet run"),
         "jinja2": Known("jinja2", "pw bench report"),
+        "transformers": Known("transformers", "pw bench e2e beside the official recipe"),
         "scikit-image": Known("skimage", "pw compare, pw bench e2e, pw bench quality"),
         "scipy": Known("scipy", "pw bench compare, and scikit-image"),
         "flash-attn": Known("flash_attn", "--attention flash-attn", "--no-build-isolation "),
@@ -176,7 +176,7 @@ def require_packages(purpose: str, *names: str) -> None:
 
 def missing_package(error: ImportError) -> MissingPackage | None:
     """Return the error to show for a failed import; None where the fault is our own."""
-    while isinstance(error.__cause__, ImportError):  # transformers hides the cause
+    while isinstance(error.__cause__, ImportError):  # libraries hide the cause
         error = error.__cause__
     top = (error.name or "").partition(".")[0]
     if not top or top in sys.stdlib_module_names or top.startswith("pw_"):

@@ -7,21 +7,20 @@ import pytest
 import torch
 
 from pw_export.checkpoints import keymaps
-from pw_runtime.models import build_text_encoder
-from pw_runtime.models.text_encoder import TIED_KEY, encode_tokens
+from pw_runtime.models import TextEncoder
+from pw_runtime.models.text_encoder import encode_tokens
 from pw_runtime.stages.text import clean_text
 from tests.closeness import max_abs, relative_l2
 from tests.networks import TINY_TEXT_ENCODER
 from tests.oracle import golden
 
 
-def load(dtype: torch.dtype) -> torch.nn.Module:
-    encoder = build_text_encoder(TINY_TEXT_ENCODER)
+def load(dtype: torch.dtype) -> TextEncoder:
+    encoder = TextEncoder(TINY_TEXT_ENCODER)
     weights = {
         keymaps.text_encoder_to_transformers(name): x.to(dtype)
         for name, x in golden.load("t5_tiny_weights").items()
     }
-    weights[TIED_KEY] = weights["shared.weight"]
     encoder.load_state_dict(weights, assign=True)
     return encoder.requires_grad_(False)
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""diffusers' networks of Wan2.2-TI2V-5B, built from our configs."""
+"""diffusers' networks of Wan2.2-TI2V-5B and transformers' text encoder, built from our configs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pw_runtime.types import PATCH, VAE_STRIDE, DitConfig, VaeConfig
+from pw_runtime.types import PATCH, VAE_STRIDE, DitConfig, TextEncoderConfig, VaeConfig
 
 MAX_POSITIONS = 1024  # of their rotary table
 
@@ -54,4 +54,26 @@ def wan_autoencoder(config: VaeConfig) -> Any:
         scale_factor_spatial=VAE_STRIDE[1],
         latents_mean=list(config.latent_mean),
         latents_std=list(config.latent_std),
+    )
+
+
+def umt5_encoder(config: TextEncoderConfig) -> Any:
+    """Return a UMT5EncoderModel with random weights, on the default device."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=config.vocab_size,
+            d_model=config.dim,
+            d_kv=config.attention_dim // config.num_heads,
+            d_ff=config.ffn_dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            relative_attention_num_buckets=config.num_buckets,
+            relative_attention_max_distance=config.max_distance,
+            layer_norm_epsilon=config.eps,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            use_cache=False,
+        )
     )

@@ -25,15 +25,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pw_bench.e2e.diffusers_networks import rotary_table, wan_autoencoder, wan_transformer
+from pw_bench.e2e.diffusers_networks import (
+    rotary_table,
+    umt5_encoder,
+    wan_autoencoder,
+    wan_transformer,
+)
 from pw_bench.e2e.job import ClipFacts, Job
 from pw_export.checkpoints import keymaps
 from pw_export.checkpoints.parts import Part
 from pw_export.checkpoints.published import open_checkpoint
 from pw_export.checkpoints.tensor_refs import Refs
 from pw_runtime.errors import BadRequest
-from pw_runtime.models import build_text_encoder
-from pw_runtime.models.text_encoder import TIED_KEY
 from pw_runtime.sampling.schedule import UNIPC_SIGMA_MAX
 from pw_runtime.stages.write import write_video
 from pw_runtime.system.trace import observe, span
@@ -201,12 +204,13 @@ def load_pipeline(job: Job) -> LoadedPipeline:
 
 def text_encoder(part: Part[TextEncoderConfig], precision: Precision) -> Any:
     """Return transformers' UMT5EncoderModel."""
-    net = build_text_encoder(part.config)
+    with torch.device("meta"):
+        net = umt5_encoder(part.config)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     weights = {name: ref.read().to(dtype) for name, ref in part.refs.items()}
-    weights[TIED_KEY] = weights["shared.weight"]
-    net.load_state_dict(weights, assign=True)
-    return net.requires_grad_(False)
+    alias, name = keymaps.TEXT_ENCODER_ALIAS  # tied: two names of one tensor
+    net.load_state_dict(weights | {alias: weights[name]}, assign=True)
+    return net.requires_grad_(False).eval()
 
 
 def transformer(part: Part[DitConfig], precision: Precision) -> Any:

@@ -80,6 +80,7 @@ CONTENDERS: Final[Mapping[ProgramName, Contender]] = MappingProxyType(
             "modulation per token, texts padded to 512 rows, two passes a step one after the "
             "other, fp32 VAE in strips blended on the host, models kept between clips",
             make=_official,
+            package="transformers",  # for its tokenizer, as in the official code
         ),
         "diffusers": Contender(
             description="WanPipeline of diffusers, eager, kept between clips",
@@ -102,7 +103,7 @@ def describe(name: ProgramName) -> str:
     contender = CONTENDERS[name]
     if contender.package is None:
         return contender.description
-    return f"{contender.description} ({version(contender.package)})"
+    return f"{contender.description} ({contender.package} {version(contender.package)})"
 
 
 def why_unavailable(name: ProgramName, *, highres: bool, gpu: bool, in_memory: bool) -> str | None:

@@ -17,6 +17,7 @@ from pw_export.checkpoints.tensor_refs import Refs, renamed, shapes_of
 from pw_export.checkpoints.upstream_configs import ConfigFields
 from pw_runtime.checkpoint.bundle import ConfigT, require_shapes
 from pw_runtime.errors import BadWeights
+from pw_runtime.models import expected_shapes
 from pw_runtime.types import Network, TextEncoderConfig, VaeConfig
 
 CHECK = "check that this is the checkpoint you meant"
@@ -33,9 +34,6 @@ class Part(Generic[ConfigT]):
 
 def make_part(network: Network, what: str, config: ConfigT, refs: Refs) -> Part[ConfigT]:
     """Check that a network has exactly the tensors that its config asks for. Raises BadWeights."""
-    # Imports transformers, which takes seconds: a mistyped path should fail at once.
-    from pw_runtime.models import expected_shapes
-
     try:
         shapes = expected_shapes(network, config)
     except (ValueError, RuntimeError) as error:  # torch rejects widths that do not divide

@@ -6,9 +6,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from pw_export.checkpoints.file_kinds import remains_of_download
+from pw_runtime.checkpoint.tokenizer import (
+    MAX_TOKENIZER,
+    PUBLISHED,
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    parse_tokenizer,
+)
 from pw_runtime.errors import BadWeights
-
-_WANTED = "the files of google/umt5-xxl in Wan-AI/Wan2.2-TI2V-5B"
+from pw_runtime.models.tokenizer import TextTokenizer
+from pw_runtime.system.input_files import UnreadableInput, read_input
 
 
 def require_tokenizer(folder: Path, vocab_size: int) -> tuple[Path, ...]:
@@ -25,8 +32,7 @@ def require_tokenizer(folder: Path, vocab_size: int) -> tuple[Path, ...]:
     for file in files:
         if file.suffix in (".json", ".model"):
             _require_content(file)
-    table = folder / "tokenizer.json"
-    tokens = _tokens(table) if table in files else _tokens_of_pieces(folder)
+    tokens = _tokenizer(folder).size
     if tokens > vocab_size:
         raise BadWeights(
             f"{folder} is not the tokenizer of this text encoder",
@@ -40,32 +46,17 @@ def require_tokenizer(folder: Path, vocab_size: int) -> tuple[Path, ...]:
 def _require_content(file: Path) -> None:
     if remains := remains_of_download(file):
         got, remedy = remains
-        raise BadWeights(f"{file} cannot be read", got=got, wanted=_WANTED, do=remedy)
+        raise BadWeights(f"{file} cannot be read", got=got, wanted=PUBLISHED, do=remedy)
 
 
-def _tokens_of_pieces(folder: Path) -> int:
-    from transformers import AutoTokenizer  # as the runtime will; takes seconds to import
-
-    try:
-        return len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    except Exception as error:  # it may lack packages, files or sense
-        raise BadWeights(
-            f"{folder} has no tokenizer that can be read",
-            got="no tokenizer.json, and files that transformers cannot read here",
-            wanted=f"tokenizer.json, one of {_WANTED}",
-            do="download that file into the folder",
-        ) from error
-
-
-def _tokens(file: Path) -> int:
-    from tokenizers import Tokenizer  # not needed for a checkpoint that is refused
-
-    try:
-        return int(Tokenizer.from_file(str(file)).get_vocab_size())
-    except Exception as error:  # the library raises nothing more exact
-        raise BadWeights(
-            f"{file} cannot be read",
-            got="no tokenizer that the tokenizers library can build",
-            wanted=_WANTED,
-            do="download it again",
-        ) from error
+def _tokenizer(folder: Path) -> TextTokenizer:
+    content = {}
+    for file in (folder / TOKENIZER_FILE, folder / SETTINGS_FILE):
+        if file.exists():
+            try:
+                content[file.name] = read_input(file, MAX_TOKENIZER)
+            except UnreadableInput as error:
+                raise BadWeights(
+                    f"{file} cannot be read", got=error, wanted=PUBLISHED, do="download it again"
+                ) from error
+    return parse_tokenizer(folder, content, do="download the folder again")

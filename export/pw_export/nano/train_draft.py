@@ -27,7 +27,7 @@ from pw_export.nano.data import (
 from pw_export.nano.random_weights import NANO_DIT, NANO_TEXT_ENCODER
 from pw_export.nano.trainable import encode_texts, velocities
 from pw_export.nano.training import Recipe, train
-from pw_runtime.models import WanDiT, build_text_encoder, expected_shapes
+from pw_runtime.models import TextEncoder, WanDiT, expected_shapes
 from pw_runtime.types import PATCH, DitConfig, Network, TextEncoderConfig
 
 DIT = replace(NANO_DIT, text_len=TEXT_LEN, ffn_dim=768)  # keeps all weights together below 24 MB
@@ -48,7 +48,7 @@ class TextToLatent(nn.Module):
         generator = torch.Generator().manual_seed(1)
         self.dit = WanDiT(dit)
         self.dit.load_state_dict(initial_dit(dit, generator))
-        self.text = build_text_encoder(text_encoder).to_empty(device="cpu")
+        self.text = TextEncoder(text_encoder)
         initialise_text(self.text, generator)
 
 
@@ -101,7 +101,7 @@ def initialise_text(encoder: nn.Module, generator: torch.Generator) -> None:
         for name, weight in encoder.named_parameters():
             if weight.dim() == 1:
                 weight.fill_(1.0)
-            elif "shared" in name or "embed_tokens" in name:
+            elif "shared" in name:
                 weight.normal_(generator=generator)
             else:
                 gain = 0.3 if ".q." in name or ".k." in name else 1.0

@@ -7,8 +7,6 @@ because the runtime overwrites activations that a backward pass needs; tests com
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,16 +23,13 @@ from pw_runtime.models.embeddings import (
     sinusoid,
     unpatchify,
 )
+from pw_runtime.models.text_encoder import TextEncoder
 from pw_runtime.types import PATCH
 
-if TYPE_CHECKING:
-    from transformers import UMT5EncoderModel
 
-
-def encode_texts(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
+def encode_texts(encoder: TextEncoder, ids: Tensor, mask: Tensor) -> Tensor:
     """Encode token ids [B, E] with a mask [B, E]: contexts [B, E, text_dim], 0 where masked."""
-    hidden: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    return hidden * mask[..., None]
+    return encoder(ids, mask.bool()) * mask[..., None]
 
 
 def velocities(

@@ -13,7 +13,6 @@ from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.checkpoint import NanoTensors, Tensors, write_checkpoint
 from pw_export.nano.train_draft import DIT
 from pw_runtime.errors import BadWeights
-from pw_runtime.models.text_encoder import TIED_KEY
 from pw_runtime.system.atomic_files import write_tensors, write_text
 
 FILES = ("draft", "highres", "vae", "text_encoder")
@@ -63,7 +62,6 @@ def _trained(work: Path) -> dict[str, Tensors]:
         for name in TRAININGS
     }
     text = _under("text.", states["draft"])
-    text["shared.weight"] = text.pop(TIED_KEY)  # tied; this is the name that training updates
     return {
         "draft": _under("dit.", states["draft"]),
         "highres": states["highres"],
