@@ -260,7 +260,6 @@ def open_model(options: dict[str, Any], reporter: Reporter) -> Bundle:
 
     Raises BadRequest, BadWeights.
     """
-    from pw_export.bundle_cache import cached_bundle
     from pw_runtime.checkpoint.bundle import open_bundle
 
     model, checkpoint = options["model"], options["ckpt_dir"]
@@ -271,6 +270,8 @@ def open_model(options: dict[str, Any], reporter: Reporter) -> Bundle:
             do="give --model BUNDLE, a folder made by `pw convert`, or else --ckpt_dir CHECKPOINT",
         )
     if model is None:
+        from pw_export.bundle_cache import cached_bundle
+
         check_cache(cache_root() / "bundles")
         model = cached_bundle(wan=checkpoint, draft=draft, highres=highres, say=reporter.say)
     elif draft or highres:

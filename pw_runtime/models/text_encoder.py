@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
         self.k = nn.Linear(dim, inner, bias=False)
         self.v = nn.Linear(dim, inner, bias=False)
         self.o = nn.Linear(inner, dim, bias=False)
-        self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
+        self.relative_attention_bias = _table(config.num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
         """[B, E, D], [E, E] and a mask [B, E] of the real tokens -> [B, E, D]."""
@@ -70,26 +70,46 @@ class FeedForward(nn.Module):
         return self.wo(gelu(self.wi_0(x)) * self.wi_1(x))
 
 
-class Block(nn.Module):
-    """Attention, then feed-forward, each behind an RMS norm and added to the residual stream."""
+class AttentionLayer(nn.Module):
+    """RMS norm and attention, added to the residual stream."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
+        self.SelfAttention = SelfAttention(config)
+        self.layer_norm = nn.RMSNorm(config.dim, eps=config.eps)
         self.eps = config.eps
-        self.layer = nn.ModuleList(
-            nn.ModuleDict({name: part, "layer_norm": nn.RMSNorm(config.dim, eps=config.eps)})
-            for name, part in (
-                ("SelfAttention", SelfAttention(config)),
-                ("DenseReluDense", FeedForward(config)),
-            )
-        )
+
+    def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, E, D] -> [B, E, D]; buckets and mask as for `SelfAttention`."""
+        normed = rms_norm(x, self.layer_norm.weight, self.eps)
+        return x + self.SelfAttention(normed, buckets, mask)
+
+
+class FeedForwardLayer(nn.Module):
+    """RMS norm and feed-forward, added to the residual stream."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.DenseReluDense = FeedForward(config)
+        self.layer_norm = nn.RMSNorm(config.dim, eps=config.eps)
+        self.eps = config.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, E, D] -> [B, E, D]."""
+        return x + self.DenseReluDense(rms_norm(x, self.layer_norm.weight, self.eps))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList((AttentionLayer(config), FeedForwardLayer(config)))
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
         """[B, E, D] -> [B, E, D]; buckets and mask as for `SelfAttention`."""
         attention, ffn = self.layer
-        h = rms_norm(x, attention["layer_norm"].weight, self.eps)
-        x = x + attention["SelfAttention"](h, buckets, mask)
-        return x + ffn["DenseReluDense"](rms_norm(x, ffn["layer_norm"].weight, self.eps))
+        return ffn(attention(x, buckets, mask))
 
 
 class Encoder(nn.Module):
@@ -107,7 +127,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.dim)
+        self.shared = _table(config.vocab_size, config.dim)
         self.encoder = Encoder(config)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -141,6 +161,12 @@ def encode_tokens(encoder: TextEncoder, ids: Tensor) -> Tensor:
     """
     hidden: Tensor = encoder(ids[None])[0]
     return hidden
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Return an embedding that is not initialised: on the meta device, drawing its values would
+    import torch's compiler, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from functools import cache
 from types import MappingProxyType
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pw_kernels import attention, causal_conv3d
 from pw_runtime.checkpoint.loader import is_streamed
@@ -190,6 +189,8 @@ def _frame_flops(config: VaeConfig) -> tuple[tuple[int, int], tuple[int, int]]:
 
     Of each the part that sees the whole frame, up to the attention, and the rest.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     counts = []
     with torch.device("meta"), torch.inference_mode():
         net, shared, rest = VaeDecoder(config), CausalCache(), CausalCache()

@@ -58,9 +58,9 @@ KNOWN: Final[Mapping[str, Known]] = MappingProxyType(
         "grpcio": Known("grpc", "pw fleet run --address ray://"),
         "ray": Known("ray", "pw fleet run"),
         "jinja2": Known("jinja2", "pw bench report"),
-        "transformers": Known("transformers", "pw bench e2e beside the official recipe"),
         "scikit-image": Known("skimage", "pw compare, pw bench e2e, pw bench quality"),
         "scipy": Known("scipy", "pw bench compare, and scikit-image"),
+        "transformers": Known("transformers", "pw bench e2e beside the official recipe"),
         "flash-attn": Known("flash_attn", "--attention flash-attn", "--no-build-isolation "),
     }
 )

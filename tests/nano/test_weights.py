@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from pw_export.nano.captions import vocabulary
 from pw_export.nano.train_draft import DIT, TEXT_ENCODER, TextToLatent
@@ -17,6 +16,7 @@ from pw_export.nano.train_highres import HIGHRES, initial_highres
 from pw_export.nano.train_vae import VAE, initialise
 from pw_export.nano.weights import FILES, keep_weights, read_weights, write_trained_checkpoint
 from pw_runtime.checkpoint.bundle import Bundle, load_tensors, verify
+from pw_runtime.checkpoint.loader import load_tokenizer
 from pw_runtime.errors import BadWeights
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae import VaeEncoder
@@ -87,15 +87,15 @@ def test_the_table_of_words_is_the_one_that_training_changes(work: Path, bundle:
 
 
 def test_the_tokenizer_of_the_bundle_knows_the_words_of_the_grammar(bundle: Bundle) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
-    ids = tokenizer("A small red ball rises, at NIGHT.").input_ids
-    assert len(ids) == 8
-    assert tokenizer.unk_token_id not in ids
-    assert tokenizer.vocab_size == len(vocabulary()) + 3
+    tokenizer = load_tokenizer(bundle, TEXT_ENCODER.vocab_size)
+    tokens = tokenizer.encode("A small red ball rises, at NIGHT.", 32)
+    assert len(tokens.ids) == 8
+    assert not tokens.unknown
+    assert tokenizer.size == len(vocabulary()) + 3
 
 
 def test_words_that_no_caption_has_are_reported(bundle: Bundle) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(bundle.tokenizer, local_files_only=True)
+    tokenizer = load_tokenizer(bundle, TEXT_ENCODER.vocab_size)
     notices: list[str] = []
     tokenize("A red dragon rises at night, dragon!", tokenizer, 32, notices.append)
     tokenize(OFFICIAL_NEGATIVE, tokenizer, 32, notices.append)
