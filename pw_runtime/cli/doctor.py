@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.forked import run_forked
 from pw_runtime.system.machine import Machine, cpp_compiler, cpu_features, describe
 from pw_runtime.system.packages import (
     BASE,
@@ -30,8 +31,20 @@ NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # as Linux names them
 
 
 def report() -> str:
-    """Look at this machine, which takes seconds, and describe it."""
-    return doctor_report(describe())
+    """Look at this machine, which takes seconds, and describe it.
+
+    A forked process imports the packages, as a broken one may end the process that imports it.
+    """
+    if "torch" in sys.modules:  # nothing to protect, and its threads do not survive a fork
+        return doctor_report(describe())
+    fatal: dict[str, str] = {}
+    while True:
+        ended = run_forked(lambda note: doctor_report(describe(fatal, note)))
+        if ended.result is not None:
+            return ended.result
+        if ended.note is None or ended.note in fatal:
+            raise RuntimeError(f"the process that looks at this machine ended: {ended.how}")
+        fatal[ended.note] = ended.how
 
 
 def _bf16() -> str:
@@ -54,8 +67,8 @@ def doctor_report(machine: Machine) -> str:
         *([] if machine.gpus else ["gpu        none that torch can use"]),
         f"driver     {machine.driver or 'unknown'}",
         f"compiler   {_compiler()}",
-        f"conv       {_conv()}",
-        f"encoders   {_encoders()}",
+        f"conv       {_conv() if _works(installed.get('torch')) else _unusable('torch')}",
+        f"encoders   {_encoders() if _works(installed.get('av')) else _unusable('av')}",
         f"cache      {_cache()}",
         f"temporary  {_temporary()}",
         "",
@@ -75,6 +88,14 @@ def doctor_report(machine: Machine) -> str:
 
 def _without_dev(extras: list[str]) -> list[str]:
     return [extra for extra in extras if extra != f"[{DEVELOPMENT}]"]
+
+
+def _works(package: Package | None) -> bool:
+    return package is not None and package.version is not None and package.broken is None
+
+
+def _unusable(name: str) -> str:
+    return f"unknown: the package {name} is missing or cannot be imported"
 
 
 def _is_missing(package: Package | None) -> bool:
@@ -154,7 +175,7 @@ def _conv() -> str:
     try:
         from pw_runtime.system.cpu_kernels import status
     except Exception:  # missing or broken, which the package list says
-        return "unknown: the package torch is missing or cannot be imported"
+        return _unusable("torch")
     return status()
 
 
@@ -164,7 +185,7 @@ def _encoders() -> str:
 
         from pw_runtime.stages.codecs import RECIPES
     except Exception:  # missing or broken, which the package list says
-        return "unknown: the package av is missing or cannot be imported"
+        return _unusable("av")
     found, lacking = [], []
     for codec, recipe in RECIPES.items():
         try:

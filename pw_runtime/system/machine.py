@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.metadata
 import os
 import platform
 import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pw_runtime.system.packages import (
@@ -48,19 +51,39 @@ class Machine:
     driver: str | None  # NVIDIA's
 
 
-def describe() -> Machine:
+def describe(
+    fatal: Mapping[str, str] = MappingProxyType({}), before: Callable[[str], None] = str
+) -> Machine:
     """Look at this machine. Every known package is imported, to find the broken ones: this
-    takes seconds."""
+    takes seconds.
+
+    Args:
+        fatal: packages that are not imported, because that ended a process; and how it ended.
+        before: called with the name of each package that is going to be imported.
+    """
+    packages = tuple(_packages(fatal, before))
+    before("torch")  # looking at a GPU may end the process too
+    gpus = () if "torch" in fatal else _gpus()
     return Machine(
         python=platform.python_version(),
         os=_system(),
         cpu=cpu_model(),
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         memory_bytes=_memory_bytes(),
-        packages=tuple(inspect_package(name) for name in _package_names()),
-        gpus=_gpus(),
+        packages=packages,
+        gpus=gpus,
         driver=_driver(),
     )
+
+
+def _packages(fatal: Mapping[str, str], before: Callable[[str], None]) -> Iterator[Package]:
+    for name in _package_names():
+        if name in fatal:
+            broken = f"importing it ends the process: {fatal[name]}"
+            yield Package(name=name, version=importlib.metadata.version(name), broken=broken)
+        else:
+            before(name)
+            yield inspect_package(name)
 
 
 def _package_names() -> list[str]:

@@ -138,7 +138,10 @@ def module_of(name: str) -> str:
 
 
 def inspect_package(name: str) -> Package:
-    """Look up a package's version and import it, to find out whether it works."""
+    """Look up a package's version and import it, to find out whether it works.
+
+    An import may end the process: `pw doctor` does this in one of its own.
+    """
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

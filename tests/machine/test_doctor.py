@@ -316,3 +316,34 @@ def test_doctor_says_whether_a_cpu_has_bf16(
     """Seen: the documentation said that bf16 on a CPU is slow; on one that has it, it is not."""
     monkeypatch.setattr(doctor, "cpu_features", lambda: frozenset(features))
     assert doctor._bf16() == said
+
+
+FATAL = """
+import os, signal, sys
+
+class Fatal:
+    def find_spec(self, name, path=None, target=None):
+        if name == "av":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if name == "rich":
+            os._exit(3)
+
+sys.meta_path.insert(0, Fatal())
+"""
+
+
+@pytest.mark.slow
+def test_a_package_whose_import_ends_the_process_is_one_that_is_broken() -> None:
+    report = report_of("-c", FATAL + REPORT)
+    assert "why       importing it ends the process: SIGSEGV" in report
+    assert "why       importing it ends the process: exit code 3" in report
+    assert "encoders   unknown: the package av is missing or cannot be imported" in report
+    assert report.splitlines()[-1] == "pw generate: not ready: av is broken, rich is broken"
+
+
+@pytest.mark.slow
+def test_the_process_that_reports_imports_no_package() -> None:
+    heavy = "{'torch', 'numpy', 'av', 'pydantic', 'rich', 'transformers', 'scipy', 'triton'}"
+    report = report_of("-c", f"{REPORT}; import sys; print({heavy} & set(sys.modules))")
+    assert "ready on " in report
+    assert report.splitlines()[-1] == "set()"
