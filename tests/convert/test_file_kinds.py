@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from pw_export.checkpoints.file_kinds import require_undamaged
 from pw_export.checkpoints.sources import read_network, read_pixelwizard
+from pw_export.checkpoints.tokenizer_files import require_tokenizer
 from pw_runtime.errors import BadWeights, PixelWizardError
 from tests.convert.layouts import INDEX, SHARDS, T5, VAE, official_state, quietly
 from tests.oracle.checkpoint import Checkpoint
@@ -307,11 +308,28 @@ def test_remains_of_a_download_in_the_tokenizer_are_named(
     assert f"{name} cannot be read" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"model": {"type": "Unigram"}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"0": 1}}'),
+    ],
+)
+def test_damaged_tokenizer_is_one_clear_error(
+    name: str, damage: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Seen: a tokenizer.json of {} raised a KeyError."""
+    tokenizer = shutil.copytree(checkpoint.base / "google" / "umt5-xxl", tmp_path / "tokenizer")
+    (tokenizer / name).write_text(damage, encoding="utf-8")
+    with pytest.raises(BadWeights, match=r"cannot read the tokenizer[\s\S]*do this: download"):
+        require_tokenizer(tokenizer, 400)
+
+
 def test_tokenizer_with_more_tokens_than_the_table_has_rows_is_refused(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    from pw_export.checkpoints.tokenizer_files import require_tokenizer
-
     with pytest.raises(BadWeights, match=r"not the tokenizer of this text encoder[\s\S]*at most 9"):
         require_tokenizer(checkpoint.base / "google" / "umt5-xxl", 9)
 

@@ -117,7 +117,8 @@ def test_without_a_base_package_every_verb_works_or_names_it(
         if f"pip install '{package}" in end.err:
             named.add(title)
             assert end.code == 2
-            assert len(end.err.splitlines()) <= 4, f"{title}: {end.err}"
+            error = end.err[end.err.index("error:") :]  # torch warns of a missing numpy before it
+            assert len(error.splitlines()) <= 4, f"{title}: {end.err}"
     assert "generate" in named
     assert named >= ({"plan", "build", "convert"} if package == "torch" else set())
 
@@ -138,7 +139,7 @@ def test_a_plain_install_has_every_verb_but_those_that_name_what_they_need(
         "build --onnx-only": "pip install 'onnx>=1.18' 'onnxscript>=0.5'",
         "compare": "pip install 'scikit-image>=0.24' 'scipy>=1.11'",
         "bench compare": "pip install 'scipy>=1.11'",
-        "bench e2e": "pip install 'scikit-image>=0.24' 'scipy>=1.11'",
+        "bench e2e": "transformers is not installed: pip install 'transformers",
         "bench quality": "pip install 'scikit-image>=0.24' 'scipy>=1.11'",
     }
     for title, end in refused.items():

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from pw_bench.choices import ENGINES, OURS, ProgramName
 from pw_bench.e2e.job import Program
+from pw_runtime.system.packages import pip_install
 
 REFERENCE: Final = OURS  # the others' clips are compared with its clip
 
@@ -114,7 +115,7 @@ def why_unavailable(name: ProgramName, *, highres: bool, gpu: bool, in_memory: b
     if in_memory and (name == ENGINES or not name.startswith(OURS)):
         return "it reads its weights from files, and there are none"
     if contender.package is not None and find_spec(contender.package) is None:
-        return f"{contender.package} is not installed"
+        return f"{contender.package} is not installed: {pip_install(contender.package)}"
     if highres and not contender.highres:
         return f"{contender.package} has no high-res stage with adapter and step size"
     return None
