@@ -94,11 +94,13 @@ def encode_prompts(run: Run) -> None:
 def denoise_drafts(run: Run) -> None:
     """Text contexts -> draft latents."""
     config, compat = run.request.preset.draft, run.request.preset.compat
+    step_cache = run.request.options.step_cache
     with run.transformer("draft") as transformer:
         for clip, text in run.clips_with_text():
             with run.step(clip, "draft", config.steps) as step:
                 inputs = (text, clip.noise_for("draft"), config, compat)
-                latent = transformer.run(step, denoise_draft, *inputs, step.advance)
+                cache = (step_cache, step.notice_approximation)
+                latent = transformer.run(step, denoise_draft, *inputs, step.advance, *cache)
                 clip.draft = latent.on_host()
                 del latent  # the clip alone decides how long it is kept
                 run.save_latents(clip)

@@ -44,7 +44,7 @@ AttentionKernel = Literal[
 Residency = Literal["resident", "gathered", "streamed", "mapped"]
 # "staging" are weights on their way to where the stage computes, "scratch" is memory of engines.
 MemoryKind = Literal["weights", "staging", "caches", "activations", "scratch", "process"]
-NoticeKind = Literal["fallback", "text", "noise", "disk"]
+NoticeKind = Literal["fallback", "text", "noise", "disk", "approximation"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
 CHUNK = 8192  # most tokens in one call of an engine
@@ -308,6 +308,8 @@ class RunOptions:
     chunk: int = CHUNK
     draft_only: bool = False
     save_latents: bool = False
+    # Relative change of the draft's velocity below which a step is extrapolated; None computes all.
+    step_cache: float | None = None
 
     @property
     def attention_kernel(self) -> AttentionKernel:

@@ -204,12 +204,22 @@ def _product(
     return F.linear(x.to(dtype), dequantized(weight, blocks, name, dtype))
 
 
+def has_integer_products() -> bool:
+    """Tell whether this CPU multiplies int8 in hardware (VNNI); without, fp32 is 20 times as fast.
+
+    Both ways give the same sums.
+    """
+    return bool(torch.cpu._is_vnni_supported())
+
+
 def _integer_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply int8 matrices [S, K] and [N, K]: the exact sums, [S, N] fp32.
 
-    A CPU computes them in fp32, in parts whose every partial sum is exact, whatever its order. A
-    sum is rounded once, if it is beyond 2^24.
+    A CPU without instructions for them computes in fp32, in parts whose every partial sum is exact,
+    whatever its order. A sum is rounded once, if it is beyond 2^24.
     """
+    if x.device.type == "cpu" and has_integer_products():
+        return torch._int_mm(x, weight.t()).float()
     if x.device.type == "cuda":
         rows = x.shape[0]
         padded = F.pad(x, (0, 0, 0, max(0, 17 - rows)))  # fewer rows are refused

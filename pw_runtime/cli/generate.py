@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from pw_runtime.cli.fast import fast_options
 from pw_runtime.cli.launch import (
     devices_of,
     devices_option,
@@ -37,6 +38,7 @@ from pw_runtime.cli.options import (
     host_memory_option,
     linear_option,
     precision_option,
+    step_cache_option,
     trace_option,
     traced,
     vae_precision_option,
@@ -110,6 +112,13 @@ if TYPE_CHECKING:
 @click.option("--contact-sheet", is_flag=True, help="Also write contact_sheet.png.")
 @precision_option
 @linear_option
+@step_cache_option
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="The approximations that measurements recommend here, where no option says otherwise "
+    "(docs/numerics.md).",
+)
 @vae_precision_option
 @gpu_memory_option
 @host_memory_option
@@ -232,12 +241,14 @@ def read_request(
     existing: Existing = "refuse"
     if options["overwrite"] or options["skip_existing"]:
         existing = "overwrite" if options["overwrite"] else "skip"
-    device = device or pick_device(options["device"])
+    device, preset = device or pick_device(options["device"]), find_preset(options["preset"])
+    if options["fast"]:
+        options = options | fast_options(options, preset, device)
     precision = default_precision(options["precision"], device)
     resolved = options | {"device": str(device), "precision": precision}
     return Request(
         prompts=prompts,
-        preset=find_preset(options["preset"]),
+        preset=preset,
         out=options["out"],
         negative=OFFICIAL_NEGATIVE if options["negative"] is None else options["negative"],
         seed=resolve_base_seed(options["seed"]),

@@ -111,6 +111,13 @@ linear_option = click.option(
     help="Format of the transformers' large linear layers; all but exact are approximations "
     "(docs/numerics.md). Must match between `pw build` and `pw generate`.",
 )
+step_cache_option = click.option(
+    "--step-cache",
+    type=float,
+    metavar="THRESHOLD",
+    help="Extrapolate steps of the draft where its velocity changes by less than this, 0.05 for "
+    "instance: an approximation (docs/numerics.md). [default: compute every step]",
+)
 conv_option = click.option(
     "--conv",
     type=click.Choice(get_args(Conv)),

@@ -20,6 +20,7 @@ from pw_runtime.cli.options import (
     host_memory_option,
     linear_option,
     precision_option,
+    step_cache_option,
     vae_precision_option,
 )
 from pw_runtime.errors import BadRequest
@@ -83,6 +84,7 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
 @click.option("--draft-only", is_flag=True, help="Stop after the draft.")
 @precision_option
 @linear_option
+@step_cache_option
 @vae_precision_option
 @blocks_option
 @chunk_option
@@ -106,6 +108,7 @@ def plan(**options: Any) -> int:
     from pw_runtime.planning.time_estimate import measure_rates
     from pw_runtime.planning.workload import budget_of, workload
     from pw_runtime.presets import find_preset, preset_name
+    from pw_runtime.sampling.step_cache import require_cacheable
 
     ranks, gpu_memory = _ranks_and_memory(options)
     budgeted = gpu_memory is not None
@@ -126,10 +129,12 @@ def plan(**options: Any) -> int:
         blocks=options["blocks"],
         chunk=options["chunk"],
         linear=options["linear"],
+        step_cache=options["step_cache"],
         draft_only=options["draft_only"],
     )
     require_attention_precision(run_options.blocks, precision)
     preset = find_preset(options["preset"])
+    require_cacheable(preset.draft, run_options.step_cache)
     work = workload(networks, preset, run_options, ranks=ranks)
     if options["gpu"] is not None:
         work = replace(work, rates=_rates(options))

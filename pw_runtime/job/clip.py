@@ -22,6 +22,7 @@ from pw_runtime.job.latents import (
 )
 from pw_runtime.job.provenance import Provenance
 from pw_runtime.job.receipt import Receipt, kernel_launches, machine, versions, write_receipt
+from pw_runtime.planning.exactness import exactness
 from pw_runtime.planning.oom_fallback import OomFallback
 from pw_runtime.sampling.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
 from pw_runtime.stages.codecs import suffix
@@ -266,6 +267,9 @@ def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fallback: O
         }
     else:
         seconds = {"load_all_networks": round(loading, 4), **seconds}
+    # The transformers ran as the provenance says, the decoder as this run has it.
+    ran = replace(provenance.options, vae_precision=options.vae_precision, conv=options.conv)
+    backends = {network: entry["backend"] for network, entry in provenance.engines.items()}
     receipt = Receipt(
         prompt=asdict(provenance.prompt),
         negative=provenance.negative,
@@ -275,6 +279,7 @@ def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fallback: O
         preset=asdict(provenance.preset),
         passes={name: list(config.passes) for name, config in clip.request.stages.items()},
         options=asdict(provenance.options),
+        exactness=asdict(exactness(backends, ran, replace(ran, kernels=options.kernels))),
         bundle=provenance.bundle,
         video={"file": clip.target.name, "bytes": video_bytes},
         seconds=seconds,

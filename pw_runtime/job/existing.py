@@ -32,8 +32,9 @@ _DECIDING = (
     "chunk",
     "draft_only",
     "linear",
+    "step_cache",
 )
-_SINCE = {"linear": "exact"}  # what options that came later were before
+_SINCE = {"linear": "exact", "step_cache": None}  # what options that came later were before
 _SHOWN = 8  # files named in an error
 
 

@@ -31,10 +31,12 @@ from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.provenance import require_storable
 from pw_runtime.job.run import Run
 from pw_runtime.models.quantized_linear import require_quantizable
+from pw_runtime.planning.exactness import approximations
 from pw_runtime.planning.oom_fallback import plan_run
 from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.prompts import check_prompts, check_text
 from pw_runtime.sampling.noise import load_noise
+from pw_runtime.sampling.step_cache import require_cacheable
 from pw_runtime.stages.codecs import check_codec
 from pw_runtime.system.folder_lock import locked_folder
 from pw_runtime.system.progress import Reporter
@@ -118,6 +120,8 @@ def _planned(
     with span("engines"):
         engines = selected(request, bundle, warm)
     reporter.say(describe_engines(engines, bundle, request.preset, options))
+    if approximate := approximations(options):
+        reporter.say(f"approximate: {'; '.join(approximate)}")
     request = replace(request, options=settled(request, bundle, engines, reporter.say))
     with span("plan"):
         count, budget = 1, None
@@ -219,13 +223,18 @@ def check_content(request: Request) -> None:
     check_text("the negative prompt", request.negative)
     check_codec(options.codec, fragmented=request.fragmented)
     _check_names(request)
+    require_cacheable(request.preset.draft, options.step_cache)
     quirks = [name for name, on in asdict(request.preset.compat).items() if on]
-    if options.linear != "exact" and quirks:
-        raise BadRequest(
-            f"--linear {options.linear} approximates, and the preset repeats the official rounding",
-            got=f"compat.{', compat.'.join(quirks)}",
-            do="leave --linear out, or choose a preset without them",
-        )
+    for flag, on in (
+        (f"--linear {options.linear}", options.linear != "exact"),
+        (f"--step-cache {options.step_cache}", options.step_cache is not None),
+    ):
+        if on and quirks:
+            raise BadRequest(
+                f"{flag} approximates, and the preset repeats the official rounding",
+                got=f"compat.{', compat.'.join(quirks)}",
+                do=f"leave {flag.split()[0]} out, or choose a preset without them",
+            )
 
 
 def make_output_folder(request: Request) -> None:

@@ -55,7 +55,8 @@ class Provenance:
     versions: dict[str, str]
     fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
     machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
-    # Since 3 the file has digests; since 4 options.linear and conv, and the decode has an order.
+    # Since 3 the file has digests; since 4 options.linear, conv and step_cache, and the decode has
+    # an order.
     format: Literal[1, 2, 3, 4] = 4
 
     @property
@@ -147,6 +148,9 @@ def _problems_of(provenance: Provenance) -> list[str]:
         problems.append(f"options.chunk is {provenance.options.chunk}")
     if "auto" in (provenance.options.kernels, provenance.options.attention):
         problems.append("options.kernels or attention is auto, wanted what ran")
+    cache = provenance.options.step_cache
+    if cache is not None and not 0 < cache < 1:
+        problems.append(f"options.step_cache is {cache}")
     if not _DEVICE.fullmatch(provenance.options.device):
         problems.append(f"options.device is {provenance.options.device!r}")
     return problems

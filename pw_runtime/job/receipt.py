@@ -35,6 +35,7 @@ class Receipt:
     preset: dict[str, Any]
     passes: dict[str, list[str]]  # of each stage's transformer: cond, uncond or both
     options: dict[str, Any]
+    exactness: dict[str, Any]  # label, and why; absent in older files
     bundle: dict[str, str]
     video: dict[str, Any]
     seconds: dict[str, float]

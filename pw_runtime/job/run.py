@@ -235,7 +235,8 @@ class Run:
         for clip in clips:
             clip.notices.append(Notice(kind=kind, text=text))
         prefix = f"prompt {clips[0].prompt.id}: " if len(clips) == 1 else ""
-        self.reporter.warn(prefix + text)
+        tell = self.reporter.say if kind == "approximation" else self.reporter.warn
+        tell(prefix + text)
 
     def save_latents(self, clip: Clip) -> None:
         """Write the clip's tensors to the disk; after its last stage they wait there alone.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pw_runtime.models.quantized_linear import approximation
 from pw_runtime.planning.candidates import transformer_candidates
 from pw_runtime.planning.decode_choices import decode_traffic
+from pw_runtime.planning.exactness import approximations
 from pw_runtime.planning.planner import budget_text, fits, gib
 from pw_runtime.planning.stage_times import seconds_by_stage
 from pw_runtime.planning.time_estimate import Rates
@@ -82,6 +83,8 @@ def head_lines(work: Workload) -> Iterator[str]:
     """Describe the clip and how it is approximated."""
     last, video = list(work.stages.values())[-1], work.preset.video
     yield f"{video.frames} frames of {last.width}x{last.height}, {work.options.compute_precision}"
+    for text in approximations(work.options):
+        yield f"approximate: {text}"
     if work.options.linear != "exact":
         for name, config in work.transformers.items():
             yield f"{name}: {approximation(config.num_layers, work.options.linear)}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from pw_runtime.execution.protocols import ControlInputs, Transformer
 from pw_runtime.models.finite import is_finite, overflow
 from pw_runtime.sampling.schedule import make_schedule, time_input
 from pw_runtime.sampling.solver import sample
+from pw_runtime.sampling.step_cache import StepCache
 from pw_runtime.types import Compat, Conditioning, Latent, StageConfig, TextContext
 
 
@@ -22,6 +24,8 @@ def denoise(
     compat: Compat,
     on_step: Callable[[float], None],
     conditioning: Conditioning | None = None,
+    step_cache: float | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Latent:
     """Denoise with classifier-free guidance.
 
@@ -36,6 +40,9 @@ def denoise(
         on_step: called after each block, with the fraction of a step that it is.
         conditioning: resized draft latent, for a shortcut network, which is also given the size
             of every step (dt).
+        step_cache: extrapolate velocities that change by less than this: see `StepCache`; None
+            computes every step.
+        notice: told how many steps were extrapolated, where step_cache is given.
 
     Returns:
         [C, T, H, W] fp32 latent.
@@ -66,8 +73,12 @@ def denoise(
             raise overflow(f"the velocity of step {step + 1}")
         return results
 
+    cache = None
+    if step_cache is not None:
+        guidance = (schedule.sigmas, config.guidance)
+        cache = StepCache(velocities, *guidance, step_cache, partial(on_step, 1))
     x = sample(
-        velocities,
+        velocities if cache is None else cache.velocities,
         noise,
         schedule.sigmas,
         config.solver,
@@ -76,6 +87,8 @@ def denoise(
     )
     if not is_finite(x):
         raise overflow("the latent")
+    if cache is not None:
+        notice(f"{cache.skipped} of {config.steps} steps extrapolated, --step-cache {step_cache}")
     return Latent(x=x)
 
 

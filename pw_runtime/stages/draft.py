@@ -19,6 +19,8 @@ def denoise_draft(
     config: StageConfig,
     compat: Compat,
     on_step: Callable[[float], None],
+    step_cache: float | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Latent:
     """Denoise the draft with classifier-free guidance, in many small steps.
 
@@ -29,8 +31,10 @@ def denoise_draft(
         config: sampler settings.
         compat: official quirks.
         on_step: called after each block, with the fraction of a step that it is.
+        step_cache: see `denoise`.
+        notice: see `denoise`.
 
     Returns:
         [C, T, H, W] fp32 latent.
     """
-    return denoise(net, text, noise, config, compat, on_step)
+    return denoise(net, text, noise, config, compat, on_step, step_cache=step_cache, notice=notice)

@@ -45,6 +45,10 @@ class Step:
         """Tell the user something about a prompt's text."""
         self.add_notice("text", text)
 
+    def notice_approximation(self, text: str) -> None:
+        """Tell the user what came of an approximation that was asked for."""
+        self.add_notice("approximation", text)
+
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """Show progress from zero and count the time, while the block runs."""
