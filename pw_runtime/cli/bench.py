@@ -11,6 +11,7 @@ import click
 
 from pw_bench.choices import CaseSize, ProgramName, SyntheticSize
 from pw_runtime.cli.bench_networks import (
+    approximations,
     cpu_conv,
     decoder_memory,
     dit_peers,
@@ -272,6 +273,7 @@ for command in (
     generate_memory,
     decoder_memory,
     quality,
+    approximations,
     linear_error,
     ranks,
 ):

@@ -178,6 +178,38 @@ def linear_error(model: Path, preset: str, out: Path, clips: int, tokens: int) -
 
 
 @click.command()
+@click.option("--model", type=FOLDER, required=True, help="Bundle.")
+@click.option("--preset", default="nano", show_default=True, help="As for `pw generate`.")
+@out_option
+@click.option(
+    "--vary",
+    "variants",
+    multiple=True,
+    required=True,
+    help="Options of a variant, step_cache=0.05,linear=int8 for instance; may be repeated.",
+)
+@click.option("--clips", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--captions",
+    type=click.IntRange(0),
+    default=24,
+    show_default=True,
+    help="Held-out captions; 0 for a model that has learned none.",
+)
+def approximations(
+    model: Path, preset: str, out: Path, variants: tuple[str, ...], clips: int, captions: int
+) -> int:
+    """Measure approximations beside the exact path: latents, frames, adherence, CPU time."""
+    require_packages("`pw bench approximations`", "scikit-image")
+    from pw_bench.quality.approximations import measure_approximations
+    from pw_bench.results import require_folder
+
+    require_folder(out)
+    numbers = {"clips": clips, "captions": captions}
+    return save(measure_approximations(model, preset, variants, **numbers, say=click.echo), out)
+
+
+@click.command()
 @click.option("--model", type=FOLDER, required=True, help="Bundle of the built-in model.")
 @click.option("--preset", default="nano", show_default=True, help="As for `pw generate`.")
 @out_option

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pw_bench.e2e.runtime_program import _Silent
+from pw_bench.e2e.runtime_program import Silent
 from pw_export.nano.train_draft import DIT
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.cli.trained_size import beyond_training
@@ -92,7 +92,7 @@ def test_lines_for_a_pipe_have_whole_steps(
 def test_a_measurement_prints_no_path_of_a_clip_that_is_gone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _Silent(quiet=True).finished(Path("gone.mp4"))
+    Silent(quiet=True).finished(Path("gone.mp4"))
     assert capsys.readouterr().out == ""
 
 

@@ -21,7 +21,7 @@ from pw_runtime.system.trace import span
 from pw_runtime.types import AttentionKernel, EnginePolicy, Kernels, Prompt, Request, RunOptions
 
 
-class _Silent(Reporter):
+class Silent(Reporter):
     """Prints no path of a finished clip: it is gone when the measurement ends."""
 
     def finished(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class RuntimeProgram:
                 device=job.device,
             ),
         )
-        (outcome,) = generate(request, self._open(job), _Silent(quiet=True))
+        (outcome,) = generate(request, self._open(job), Silent(quiet=True))
         if outcome.error is not None:
             raise RuntimeError(outcome.error)
         assert outcome.video == video

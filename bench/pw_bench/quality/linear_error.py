@@ -19,18 +19,17 @@ from typing import Final, get_args
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pw_bench.clips.compare import compare_pair
 from pw_bench.measure.environment import envelope, identify
+from pw_bench.quality.approximations import EXACT, REFERENCE, clip_difference
 from pw_bench.quality.render import Example, examples
-from pw_bench.result_sections import Equivalence, OutputDifference, StepDifference
+from pw_bench.result_sections import Equivalence, OutputDifference
 from pw_bench.results import Result
 from pw_engines.engine import relative_l2
 from pw_export.wan22_configs import DRAFT
 from pw_kernels.quantized_linear import GRIDS, NumberFormat
-from pw_runtime import Prompt, Reporter, Request, RunOptions, find_preset, generate
+from pw_runtime import Prompt, Reporter, Request, find_preset, generate
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.checkpoint.loader import load_dit, load_text_network
 from pw_runtime.models.blocks import Block, TextKeysValues
@@ -220,46 +219,15 @@ def _clip_differences(
     prompts = tuple(
         Prompt(example.text, str(example.position), example.position) for example in held_out
     )
+    names = get_args(LinearFormat)
     with TemporaryDirectory() as folder:
-        for linear in get_args(LinearFormat):
+        for linear in names:
             say(f"clips, {linear}")
-            options = RunOptions(
-                codec="ffv1", device="cpu", policy="eager", save_latents=True, linear=linear
-            )
-            request = Request(
-                prompts=prompts, preset=preset, out=Path(folder, linear), options=options
-            )
+            options = replace(REFERENCE, linear=linear)
+            out = Path(folder, linear)
+            request = Request(prompts=prompts, preset=preset, out=out, options=options)
             generate(request, bundle, Reporter(quiet=True))
-            if linear == "exact":
-                continue
-            for prompt in prompts:
-                ours, reference = (Path(folder, name, prompt.id) for name in (linear, "exact"))
-                yield _clip_difference(f"{linear}, caption {prompt.id}", ours, reference)
-
-
-def _clip_difference(side: str, ours: Path, reference: Path) -> Equivalence:
-    """Compare two clips by the stems of their files."""
-    frames = compare_pair(side, ours.with_suffix(".mkv"), reference.with_suffix(".mkv")).frames
-    latents, expected = (load_file(f"{x}.latents.safetensors") for x in (ours, reference))
-    steps = [
-        StepDifference(
-            stage=stage.removesuffix("_latent"),
-            step=0,  # the last one of its stage
-            cosine=torch.cosine_similarity(x.flatten(), expected[stage].flatten(), dim=0).item(),
-            relative_l2=relative_l2(x, expected[stage]),
-            max_abs=(x - expected[stage]).abs().max().item(),
-        )
-        for stage, x in latents.items()
-        if stage.endswith("_latent")
-    ]
-    return Equivalence(
-        side=side,
-        against="exact",
-        label="approximate",
-        limit=0.0,
-        steps=tuple(steps),
-        psnr=frames.psnr,
-        ssim=frames.ssim,
-        seam_index=frames.seam_index,
-        flicker_ratio=frames.flicker_ratio,
-    )
+        for linear in names:
+            for example in held_out if linear != EXACT else ():
+                side = f"{linear}, caption {example.position}"
+                yield clip_difference(side, Path(folder), linear, example)

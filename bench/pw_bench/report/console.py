@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pw_bench.report import tables
-from pw_bench.report.findings import describe_value, ratio_values
+from pw_bench.report.findings import describe_value, ratio_label, ratio_values
 from pw_bench.report.regressions import Comparison
 from pw_bench.report.units import quantity, small
 from pw_bench.result_sections import Clip, KernelRow, OutputDifference, Ratio
@@ -35,8 +35,8 @@ def show(result: Result) -> None:
         for line in _clip_lines(clip):
             console.print(line)
     if result.quality is not None:
-        for table in (tables.adherence_table, tables.likeness_table):
-            console.print(_rich_table(table(result.quality)))
+        for table in tables.quality_tables(result.quality):
+            console.print(_rich_table(table))
     for part in result.skipped:
         console.print(f"skipped: {part.part} ({part.reason})")
     if result.identity.nvml:
@@ -132,7 +132,8 @@ def _ratio_line(result: Result, ratio: Ratio) -> str:
     shaky = [f.name for f in result.figures if f.name.split("/")[0] in programs and not f.stable]
     doubt = f" (unstable: {', '.join(shaky)})" if shaky else ""
     values = ratio_values(result, ratio).items()
-    return f"{where}: {', '.join(describe_value(*value) for value in values)}{doubt}"
+    said = ", ".join(describe_value(*value) for value in values)
+    return f"{where}: {said} (outputs: {ratio_label(result, ratio)}){doubt}"
 
 
 def _clip_lines(clip: Clip) -> list[str]:

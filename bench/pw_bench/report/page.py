@@ -93,9 +93,7 @@ def _section(result: Result, id_: str) -> Section:
         peaks=tables.peaks_table(result) if result.clips else None,
         kernels=tables.kernels_table(result) if result.kernels else None,
         roofline=roofline.roofline(result),
-        quality=[]
-        if quality is None
-        else [tables.adherence_table(quality), tables.likeness_table(quality)],
+        quality=[] if quality is None else tables.quality_tables(quality),
         equivalence=tables.equivalence_table(result) if result.equivalence else None,
         steps=[(same, tables.steps_table(same)) for same in result.equivalence if same.steps],
         differences=tables.differences_table(result) if result.differences else None,

@@ -259,6 +259,12 @@ def peaks_table(result: Result) -> Table:
     return Table(columns=columns, numbers=tuple(range(1, len(columns))), rows=rows)
 
 
+def quality_tables(quality: Quality) -> list[Table]:
+    """Return what clips show, and how near those are to their true renderings where any are."""
+    likeness = likeness_table(quality)
+    return [adherence_table(quality), *([likeness] if likeness.rows else [])]
+
+
 def adherence_table(quality: Quality) -> Table:
     """Return the shares of captions that clips show; sharpness relative to true renderings."""
     attributes = tuple(quality.variants[0].adherence)

@@ -43,10 +43,10 @@ def _section(result: Result) -> Iterator[str]:
     yield ""
     yield from _table(tables.overview_table(result), header=("on", machine_name(result.identity)))
     if result.quality is not None:
-        yield from _table(tables.adherence_table(result.quality))
-        yield from _table(tables.likeness_table(result.quality))
-    for table, rows in (
-        (tables.figures_table, result.quality is None),
+        for table in tables.quality_tables(result.quality):
+            yield from _table(table)
+    for make, rows in (
+        (tables.figures_table, result.quality is None or result.figures),
         (tables.ratios_table, result.ratios),
         (tables.equivalence_table, result.equivalence),
         (tables.differences_table, result.differences),
@@ -54,7 +54,7 @@ def _section(result: Result) -> Iterator[str]:
         (tables.ceilings_table, result.ceilings),
     ):
         if rows:
-            yield from _table(table(result))
+            yield from _table(make(result))
     for skipped in result.skipped:
         yield f"- not measured: {_plain(skipped.part)} ({_plain(skipped.reason)})"
     if result.skipped:
