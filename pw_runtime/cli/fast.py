@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pw_runtime.types import Preset
 
-STEP_CACHE: Final = 0.05  # docs/numerics.md has the errors
+STEP_CACHE: Final = 0.1  # docs/numerics.md has the errors
 
 
 def _linear(preset: Preset, device: torch.device) -> str | None:

@@ -51,6 +51,24 @@ def test_three_ranks_make_the_clips_of_one_bit_for_bit(
 
 
 @pytest.mark.slow
+def test_ranks_leave_out_the_steps_that_one_leaves_out(
+    pw: Pw, bundle_dir: Path, tmp_path: Path
+) -> None:
+    preset = write_preset(tmp_path / "many.toml", draft_steps=10)
+    common = ("generate", "--model", bundle_dir, "--preset", preset, "--prompt", "a red ball")
+    common += ("--draft-only", "--step-cache", 0.9, "--save-latents", "--chunk", 16)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert pw(*common, "--out", alone).code == 0
+    ended = run_ranks(2, *common, "--out", together)
+    assert ended.codes == (0, 0), ended.stderr
+    latents = [load_file(folder / "0.latents.safetensors") for folder in (alone, together)]
+    assert torch.equal(*(x["draft_latent"] for x in latents))
+    notices = [json.loads((x / "0.json").read_text())["notices"] for x in (alone, together)]
+    assert notices[0] == notices[1]
+    assert "steps extrapolated" in notices[0][-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "place", "what"),
     [

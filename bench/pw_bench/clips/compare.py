@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -34,6 +35,7 @@ from pw_runtime.job.contact_sheet import (
 )
 from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.receipt import read_receipt
+from pw_runtime.planning.exactness import Exactness
 from pw_runtime.system.atomic_files import write_text
 from pw_runtime.system.input_files import UnreadableInput, kind_of
 from pw_runtime.system.printable import printable
@@ -43,6 +45,7 @@ from pw_runtime.types import FrameChunk
 VIDEOS: Final = (".mp4", ".mkv")
 THUMBNAILS: Final = 5
 GAIN: Final = 8  # of the differences in the contact sheet
+_EXACTNESS: Final[TypeAdapter[Exactness]] = TypeAdapter(Exactness)
 # Keys of a receipt that hold what was requested, not what came of it.
 REQUESTED: Final = (
     "preset", "options", "engines", "seeds", "noise", "bundle", "prompt", "negative",
@@ -54,6 +57,7 @@ class Pair:
     """Two clips with one name. Latents: relative L2 by name, where both runs kept the file."""
 
     name: str
+    labels: tuple[str | None, str | None]  # of both, by their receipts; None: it does not say
     settings: Mapping[str, tuple[Any, Any]]  # those that differ, according to the receipts
     frames: FrameDifference
     latents: Mapping[str, float]
@@ -63,6 +67,7 @@ def compare_pair(name: str, clip: Path, reference: Path) -> Pair:
     """Compare a clip with its reference. Raises BadResult where they differ in length or size."""
     return Pair(
         name=name,
+        labels=(label_of(clip), label_of(reference)),
         settings=_changed_settings(clip, reference),
         frames=compare_frames(clip, reference),
         latents=_latent_differences(clip, reference),
@@ -101,6 +106,22 @@ def find_pairs(a: Path, b: Path) -> dict[str, tuple[Path, Path]]:
     if not left:
         raise BadRequest(f"no clips in {a}", wanted=f"files ending in {' or '.join(VIDEOS)}")
     return {name: (left[name], right[name]) for name in left}
+
+
+def label_of(clip: Path) -> str | None:
+    """Return how exact a clip is, as its receipt says; None without one, or where it is older."""
+    receipt = clip.with_suffix(".json")
+    said = read_receipt(receipt).get("exactness") if receipt.exists() else None
+    if said is None:
+        return None
+    try:
+        return _EXACTNESS.validate_python(said).text
+    except ValidationError as error:
+        raise BadRequest(
+            f"{receipt} is not the receipt of a clip",
+            got=f"exactness: {error.errors()[0]['msg']}",
+            do="compare the clip without its receipt, or make it again",
+        ) from error
 
 
 def _changed_settings(clip: Path, reference: Path) -> dict[str, tuple[Any, Any]]:
@@ -194,6 +215,10 @@ def compare_clips(a: Path, b: Path, sheet: Path | None, out: Path | None) -> Non
         )
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     console.print(table)
+    for side, labels in zip("AB", zip(*(pair.labels for pair in pairs), strict=True), strict=True):
+        for label in dict.fromkeys(labels):
+            said = label or "no label, for there is no receipt, or an older one"
+            console.print(printable(f"{side}: {said}"), markup=False)
     settings = {name: values for pair in pairs for name, values in pair.settings.items()}
     for name, (left, right) in settings.items():
         console.print(printable(f"{name}: {left} and {right}"), markup=False)
