@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from pw_kernels import quantized_linear
 from tests.e2e.pw import Pw, write_preset
 
 
@@ -94,7 +93,7 @@ def test_fast_is_expanded_into_single_options(
     assert made("plain") == {"step_cache": 0.1, "linear": "exact"}
     assert made("given", "--step-cache", 0.3) == {"step_cache": 0.3, "linear": "exact"}
     # On a CPU with integer products int8 is part of it, unless an option says otherwise.
-    monkeypatch.setattr(quantized_linear, "has_integer_products", lambda: True)
+    monkeypatch.setattr("pw_kernels.quantized_linear.has_integer_products", lambda: True)
     assert made("vnni") == {"step_cache": 0.1, "linear": "int8"}
     assert made("explicit", "--linear", "exact") == {"step_cache": 0.1, "linear": "exact"}
 

@@ -36,8 +36,12 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, number_format: NumberFormat) ->
 
 
 @pytest.mark.parametrize("width", [16, 1040, 1041, 5000])
-def test_a_product_of_int8_is_that_of_the_integers(width: int) -> None:
+@pytest.mark.parametrize("in_hardware", [False, True])
+def test_a_product_of_int8_is_that_of_the_integers(
+    width: int, in_hardware: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where all are as large as they can be, and sums leave the integers that fp32 has."""
+    monkeypatch.setattr("pw_kernels.quantized_linear.has_integer_products", lambda: in_hardware)
     generator = torch.Generator().manual_seed(width)
     x, weight = (
         torch.randint(-127, 128, (20, width), dtype=torch.int8, generator=generator)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of quantized linear layers: of a layer, of a block, of latents and clips.
 
+`sensitivity` is a part of it: the last latents where one block or one kind of layer is quantized.
+
     pw bench linear-error --model BUNDLE --out bench/results/NAME.json
 
 Layers and a block of the built-in model get what they get in a run; those of the published widths
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from pw_bench.measure.environment import envelope, identify
 from pw_bench.quality.approximations import EXACT, REFERENCE, clip_difference
 from pw_bench.quality.render import Example, examples
+from pw_bench.quality.sensitivity import sensitivity
 from pw_bench.result_sections import Equivalence, OutputDifference
 from pw_bench.results import Result
 from pw_engines.engine import relative_l2
@@ -91,6 +94,7 @@ def measure_linear_error(
         ):
             say(f"layers and a block, {words}")
             differences += _block_differences(words, block, call)
+        differences += sensitivity(bundle, preset, held_out, tuple(GRIDS), say)
     equivalence = tuple(_clip_differences(bundle, preset, held_out, say))
     scope = {
         "words": "quantized linear layers beside exact ones in fp32",
