@@ -8,6 +8,7 @@ the kernels (docs/kernels.md).
 from pw_kernels.attention import attention, attention_with_lse
 from pw_kernels.attention.chunked import chunked_attention
 from pw_kernels.attention.merge import merge_attention
+from pw_kernels.attention.sparse import sparse_attention
 from pw_kernels.causal_conv3d import causal_conv3d
 from pw_kernels.channel_norm import channel_norm
 from pw_kernels.dup_up import dup_up_add
@@ -40,6 +41,7 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm",
     "rope",
+    "sparse_attention",
     "unpatchify_pixels",
     "upsample2x_conv",
 ]

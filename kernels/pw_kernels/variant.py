@@ -16,6 +16,7 @@ POINTERS: Mapping[torch.dtype, str] = {
     torch.float16: "*fp16",
     torch.uint8: "*u8",
     torch.int16: "*i16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 Argument = Tensor | int | float

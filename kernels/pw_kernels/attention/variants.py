@@ -41,7 +41,7 @@ SMALL = {64: Tiling(_PORTABLE, 128, 64, 8, 3), 128: Tiling(_PORTABLE, 128, 32, 8
 HOPPER = {64: Tiling(_HOPPER, 128, 128, 4, 2), 128: Tiling(_HOPPER, 128, 128, 4, 2)}
 # as many slots for keys and for values as shared memory holds: 224 KB with the queries
 GLUON = {64: Tiling(_GLUON, 128, 128, 4, 4), 128: Tiling(_GLUON, 128, 128, 4, 3)}
-_SMALL_CAPABILITIES = ((8, 6), (8, 9), (12, 0), (12, 1))
+SMALL_CAPABILITIES = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
 def tiling_for(
@@ -56,7 +56,7 @@ def tiling_for(
     if gluon:
         require(gpu == (9, 0), "attention", "compute capability 9.0 for gluon", gpu)
     if bias or gpu[0] != 9:
-        return (SMALL if gpu in _SMALL_CAPABILITIES else LARGE)[width]
+        return (SMALL if gpu in SMALL_CAPABILITIES else LARGE)[width]
     return (GLUON if gluon else HOPPER)[width]
 
 

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-sparse attention: its definition, its kernels in the interpreter, bad input."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pw_kernels import sparse_attention
+from pw_kernels.attention import reference as dense
+from pw_kernels.attention.sparse import (
+    LEAST_KEPT,
+    OP,
+    choose_blocks,
+    kept_of,
+    reference,
+    rows_with_means,
+    run_kernel,
+    tile_order,
+)
+from pw_kernels.attention.sparse_variants import (
+    BLOCK,
+    HOPPER,
+    LARGE,
+    SMALL,
+    Tiling,
+    run,
+    stand_ins,
+)
+from pw_kernels.dispatch_anywhere import dispatch_anywhere
+from pw_kernels.op import using
+from tests.closeness import max_abs, relative_l2
+from tests.kernels.accuracy import assert_as_accurate, normal
+from tests.tolerance import ulp
+
+HEADS = 2
+NAMES = ["64-portable", "64-hopper", "128-portable", "128-portable-small", "128-hopper"]
+TILINGS = [
+    (64, LARGE[64]),
+    (64, HOPPER[64]),
+    (128, LARGE[128]),
+    (128, SMALL[128]),
+    (128, HOPPER[128]),
+]
+each_tiling = pytest.mark.parametrize(("width", "tiling"), TILINGS, ids=NAMES)
+
+
+def inputs(tokens: int, width: int = 64, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k, v whose logits have a standard deviation of 2."""
+    q, k, v = (normal(tokens, HEADS, width, seed=seed) for seed in range(3))
+    return [(2 * q).to(dtype), k.to(dtype), v.to(dtype)]
+
+
+def prepared(q: Tensor, k: Tensor, v: Tensor, keep: float) -> tuple[Tensor, ...]:
+    """Arguments of the operator, for tokens in the order of their blocks."""
+    k_rows, v_rows = rows_with_means(k), rows_with_means(v)
+    return q, k_rows, v_rows, choose_blocks(q, k_rows, keep)
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    """Attention with one logit for every kept key and every mean, one head and block at a time."""
+    out = torch.empty_like(q)
+    parts = list(range(0, len(q), BLOCK))
+    for head in range(q.shape[1]):
+        for block, first in enumerate(parts):
+            keys, values, biases = [], [], []
+            for number, start in enumerate(parts):
+                rows = slice(start, start + BLOCK)
+                part_k, part_v = k[rows, head], v[rows, head]
+                if number in kept[head, block]:
+                    keys.append(part_k)
+                    values.append(part_v)
+                    biases += [0.0] * len(part_k)
+                else:
+                    keys.append(part_k.mean(0, keepdim=True))
+                    values.append(part_v.mean(0, keepdim=True))
+                    biases.append(math.log(len(part_k)))
+            rows = slice(first, first + BLOCK)
+            logits = q[rows, head] @ torch.cat(keys).T * q.shape[2] ** -0.5
+            weights = (logits + torch.tensor(biases, dtype=q.dtype)).softmax(-1)
+            out[rows, head] = weights @ torch.cat(values)
+    return out
+
+
+@pytest.mark.parametrize("tokens", [1, 130, 9 * BLOCK, 9 * BLOCK + 5])
+@pytest.mark.parametrize("keep", [0.2, 0.5, 1.0])
+def test_reference_is_the_definition(tokens: int, keep: float) -> None:
+    q, k, v = inputs(tokens)
+    arguments = prepared(q, k, v, keep)
+    expected = by_definition(q, k, v, arguments[3])
+    assert max_abs(reference(*arguments), expected) < 1e-12
+
+
+def test_keeping_all_blocks_is_exact() -> None:
+    grid = (3, 17, 21)
+    q, k, v = inputs(math.prod(grid))
+    assert max_abs(sparse_attention(q, k, v, grid, 1.0), dense(q, k, v)) < 1e-12
+    # few tokens: nothing is dropped
+    q, k, v = inputs(LEAST_KEPT * BLOCK)
+    assert max_abs(sparse_attention(q, k, v, (1, 16, 32), 0.01), dense(q, k, v)) < 1e-12
+
+
+def test_blocks_of_equal_keys_lose_nothing() -> None:
+    """A mean with a bias of ln 128 stands for 128 equal keys exactly, whatever their values."""
+    grid = (2, 32, 64)
+    q, k, v = inputs(math.prod(grid))
+    order = tile_order(grid, q.device)
+    k[order] = k[order].unflatten(0, (-1, BLOCK))[:, :1].expand(-1, BLOCK, -1, -1).flatten(0, 1)
+    got = sparse_attention(q, k, v, grid, 0.1)
+    assert kept_of(len(q), 0.1) == LEAST_KEPT
+    assert max_abs(got, dense(q, k, v)) < 1e-12
+
+
+def test_the_order_of_tokens_is_a_permutation_by_tiles() -> None:
+    grid = (3, 20, 40)
+    order = tile_order(grid, torch.device("cpu"))
+    assert torch.equal(order.sort().values, torch.arange(math.prod(grid)))
+    rows, columns = order[:BLOCK] // 40, order[:BLOCK] % 40
+    assert (rows.max(), columns.max()) == (7, 15)
+
+
+def test_chosen_blocks_include_the_own_one_and_the_last() -> None:
+    tokens = 20 * BLOCK + 3
+    q, k, v = inputs(tokens, dtype=torch.float32)
+    kept = prepared(q, k, v, 0.25)[3]
+    assert kept.shape == (HEADS, 21, 6)
+    assert (kept.diff(dim=-1) > 0).all()
+    assert (kept[..., -1] == 20).all()
+    assert (kept == torch.arange(21)[:, None]).any(-1).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_numbers_neither_drop_all_nor_stay_hidden(bad: float) -> None:
+    """What is not finite in a key reaches every result, as in exact attention."""
+    q, k, v = inputs(20 * BLOCK, dtype=torch.float32)
+    k[5 * BLOCK + 1] = bad
+    arguments = prepared(q, k, v, 0.25)
+    kept = arguments[3]
+    assert (kept[..., -1] == 19).all()
+    assert (kept == torch.arange(20)[:, None]).any(-1).all()
+    assert dense(q, k, v).isnan().all()
+    assert reference(*arguments).isnan().all()
+
+
+@each_tiling
+@pytest.mark.parametrize(("tokens", "keep"), [(1, 0.5), (9 * BLOCK, 0.5), (9 * BLOCK + 70, 0.1)])
+def test_kernels(width: int, tiling: Tiling, tokens: int, keep: float) -> None:
+    q, k, v = inputs(tokens, width, torch.bfloat16)
+    arguments = prepared(q, k, v, keep)
+    wide = [x.double() for x in arguments[:3]]
+    oracle = reference(*wide, arguments[3])
+    got = run(tiling, *arguments)
+    assert got.is_contiguous()
+    assert_as_accurate(got, reference(*arguments), oracle)
+
+
+@pytest.mark.parametrize("tiling", [LARGE[64], HOPPER[64]], ids=NAMES[:2])
+def test_kernels_with_more_means_than_a_block(tiling: Tiling) -> None:
+    """130 blocks have two blocks of means, the second of which is nearly empty."""
+    tokens = 129 * BLOCK + 1
+    q, k, v = (x[:, :1] for x in inputs(tokens, 64, torch.float16))
+    arguments = prepared(q.contiguous(), k, v, 0.03)
+    kept = arguments[3]
+    oracle = reference(*(x.double() for x in arguments[:3]), kept)
+    assert_as_accurate(run(tiling, *arguments), reference(*arguments), oracle)
+
+
+def test_stand_ins_are_the_blocks_not_kept() -> None:
+    blocks = 130
+    kept = torch.tensor([0, 63, 64, 100, 127, 128, 129], dtype=torch.int32).expand(1, blocks, -1)
+    words = stand_ins(kept)
+    assert words.shape == (1, blocks, 4)
+    bits = [bool(int(words[0, 7, j // 64]) >> j % 64 & 1) for j in range(256)]
+    assert bits == [j < blocks and j not in kept[0, 0] for j in range(256)]
