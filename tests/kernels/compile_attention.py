@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the attention kernels; print their resources and instructions as JSON.
 
-The portable and the Hopper kernel for every architecture, the Gluon kernel for Hopper.
+The portable and the Hopper kernel for every architecture, exact and block-sparse, and the Gluon
+kernel for Hopper.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import re
 
 import torch
 
+from pw_kernels import sparse_attention
 from pw_kernels.ahead_of_time import Compiled, compile_variant
 from pw_kernels.attention import run_kernel
+from pw_kernels.dispatch_anywhere import dispatch_anywhere
 from pw_kernels.launcher import recording
 from pw_kernels.library import ARCHS
+from pw_kernels.op import using
 from tests.kernels.compiling import Report, architectures, resources
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,14 +36,18 @@ def compiled(gpu: tuple[int, int], width: int, dtype: str, *, bias: bool, gluon:
     return compile_variant(variant, ARCHS[gpu])
 
 
-def report(arch: int, width: int, dtype: str, bias: bool) -> Report:
-    kernel = compiled(GPUS[arch], width, dtype, bias=bias, gluon=False)
+def compiled_sparse(gpu: tuple[int, int], width: int, dtype: str) -> Compiled:
+    """Compile what block-sparse self-attention of a 2K clip launches."""
+    q = torch.empty(111600, 24, width, dtype=DTYPES[dtype], device="meta")
+    with recording(gpu) as variants, using("triton"), dispatch_anywhere():
+        sparse_attention(q, q, q, (31, 45, 80), 0.25)
+    (variant,) = variants.values()
+    return compile_variant(variant, ARCHS[gpu])
+
+
+def report(kernel: Compiled, *case: object) -> Report:
     instructions = re.findall(r"^\s+(?:@\S+ )?([a-z][\w.:]+)", kernel.ptx, re.MULTILINE)
-    return {
-        "case": [width, dtype, bias],
-        **resources(kernel),
-        "instructions": sorted(set(instructions)),
-    }
+    return {"case": case, **resources(kernel), "instructions": sorted(set(instructions))}
 
 
 def gluon_report(width: int, dtype: str) -> Report:
@@ -61,5 +69,12 @@ def gluon_report(width: int, dtype: str) -> Report:
 
 
 if __name__ == "__main__":
-    reports = [report(arch, *case) for arch in architectures() for case in CASES]
+    reports = []
+    for arch in architectures():
+        gpu = GPUS[arch]
+        for width, dtype, bias in CASES:
+            kernel = compiled(gpu, width, dtype, bias=bias, gluon=False)
+            reports.append(report(kernel, width, dtype, bias))
+            kernel = compiled_sparse(gpu, width, dtype)
+            reports.append(report(kernel, width, dtype, "sparse"))
     print(json.dumps(reports + [gluon_report(*case) for case in GLUON_CASES]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The portable and the Hopper attention kernel, compiled for every architecture, never launched."""
+"""Portable and Hopper attention kernels, exact and sparse, compiled for every architecture."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def test_tensor_cores_are_used_and_nothing_spills(reports: list[Report]) -> None
 
 
 @pytest.mark.slow
-def test_hopper_kernel_is_warp_specialised(reports: list[Report]) -> None:
+@pytest.mark.parametrize("kind", [False, "sparse"])
+def test_hopper_kernel_is_warp_specialised(reports: list[Report], kind: object) -> None:
     """A producer and two consumer warpgroups: 12 warps of the 4 requested; TMA in and out."""
-    (report,) = (r for r in reports if (r["arch"], r["case"]) == (90, [128, "bf16", False]))
+    (report,) = (r for r in reports if (r["arch"], r["case"]) == (90, [128, "bf16", kind]))
     assert report["warps"] == 12
     assert uses(report, "setmaxnreg.")
     assert uses(report, "cp.async.bulk.tensor.2d.shared::")

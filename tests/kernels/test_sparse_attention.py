@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -16,12 +15,14 @@ from pw_kernels.attention import reference as dense
 from pw_kernels.attention.sparse import (
     LEAST_KEPT,
     OP,
+    TILES,
+    attend,
     choose_blocks,
+    choose_orders,
     kept_of,
-    reference,
+    orders_of,
     rows_with_means,
     run_kernel,
-    tile_order,
 )
 from pw_kernels.attention.sparse_variants import (
     BLOCK,
@@ -33,10 +34,10 @@ from pw_kernels.attention.sparse_variants import (
     stand_ins,
 )
 from pw_kernels.dispatch_anywhere import dispatch_anywhere
+from pw_kernels.launcher import recording
 from pw_kernels.op import using
 from tests.closeness import max_abs, relative_l2
 from tests.kernels.accuracy import assert_as_accurate, normal
-from tests.tolerance import ulp
 
 HEADS = 2
 NAMES = ["64-portable", "64-hopper", "128-portable", "128-portable-small", "128-hopper"]
@@ -93,7 +94,7 @@ def test_reference_is_the_definition(tokens: int, keep: float) -> None:
     q, k, v = inputs(tokens)
     arguments = prepared(q, k, v, keep)
     expected = by_definition(q, k, v, arguments[3])
-    assert max_abs(reference(*arguments), expected) < 1e-12
+    assert max_abs(attend(*arguments), expected) < 1e-12
 
 
 def test_keeping_all_blocks_is_exact() -> None:
@@ -109,19 +110,32 @@ def test_blocks_of_equal_keys_lose_nothing() -> None:
     """A mean with a bias of ln 128 stands for 128 equal keys exactly, whatever their values."""
     grid = (2, 32, 64)
     q, k, v = inputs(math.prod(grid))
-    order = tile_order(grid, q.device)
-    k[order] = k[order].unflatten(0, (-1, BLOCK))[:, :1].expand(-1, BLOCK, -1, -1).flatten(0, 1)
+    lines, tiles = orders_of(grid, q.device)
+    for head, order in enumerate((lines, tiles)):  # one head in each order
+        blocks = k[order, head].unflatten(0, (-1, BLOCK))
+        k[order, head] = blocks[:, :1].expand(-1, BLOCK, -1).flatten(0, 1)
     got = sparse_attention(q, k, v, grid, 0.1)
     assert kept_of(len(q), 0.1) == LEAST_KEPT
     assert max_abs(got, dense(q, k, v)) < 1e-12
 
 
-def test_the_order_of_tokens_is_a_permutation_by_tiles() -> None:
+def test_orders_are_permutations_by_tiles() -> None:
     grid = (3, 20, 40)
-    order = tile_order(grid, torch.device("cpu"))
-    assert torch.equal(order.sort().values, torch.arange(math.prod(grid)))
-    rows, columns = order[:BLOCK] // 40, order[:BLOCK] % 40
-    assert (rows.max(), columns.max()) == (7, 15)
+    lines, tiles = orders_of(grid, torch.device("cpu"))
+    assert torch.equal(lines, torch.arange(math.prod(grid)))
+    assert torch.equal(tiles.sort().values, lines)
+    frames, rows, columns = torch.unravel_index(tiles[:BLOCK], grid)
+    assert (frames.max() + 1, rows.max() + 1, columns.max() + 1) == TILES[1]
+
+
+def test_a_head_has_the_order_in_which_its_keys_vary_least_within_blocks() -> None:
+    grid = (2, 32, 64)
+    lines, tiles = orders_of(grid, torch.device("cpu"))
+    alike = normal(32, 64).repeat_interleave(BLOCK, 0) + 0.3 * normal(32 * BLOCK, 64, seed=1)
+    k = torch.empty(32 * BLOCK, 2, 64)
+    k[lines, 0] = alike
+    k[tiles, 1] = alike
+    assert torch.equal(choose_orders(k, grid), torch.stack((lines, tiles), dim=1))
 
 
 def test_chosen_blocks_include_the_own_one_and_the_last() -> None:
@@ -144,7 +158,7 @@ def test_bad_numbers_neither_drop_all_nor_stay_hidden(bad: float) -> None:
     assert (kept[..., -1] == 19).all()
     assert (kept == torch.arange(20)[:, None]).any(-1).all()
     assert dense(q, k, v).isnan().all()
-    assert reference(*arguments).isnan().all()
+    assert attend(*arguments).isnan().all()
 
 
 @each_tiling
@@ -153,10 +167,10 @@ def test_kernels(width: int, tiling: Tiling, tokens: int, keep: float) -> None:
     q, k, v = inputs(tokens, width, torch.bfloat16)
     arguments = prepared(q, k, v, keep)
     wide = [x.double() for x in arguments[:3]]
-    oracle = reference(*wide, arguments[3])
+    oracle = attend(*wide, arguments[3])
     got = run(tiling, *arguments)
     assert got.is_contiguous()
-    assert_as_accurate(got, reference(*arguments), oracle)
+    assert_as_accurate(got, attend(*arguments), oracle)
 
 
 @pytest.mark.parametrize("tiling", [LARGE[64], HOPPER[64]], ids=NAMES[:2])
@@ -166,8 +180,8 @@ def test_kernels_with_more_means_than_a_block(tiling: Tiling) -> None:
     q, k, v = (x[:, :1] for x in inputs(tokens, 64, torch.float16))
     arguments = prepared(q.contiguous(), k, v, 0.03)
     kept = arguments[3]
-    oracle = reference(*(x.double() for x in arguments[:3]), kept)
-    assert_as_accurate(run(tiling, *arguments), reference(*arguments), oracle)
+    oracle = attend(*(x.double() for x in arguments[:3]), kept)
+    assert_as_accurate(run(tiling, *arguments), attend(*arguments), oracle)
 
 
 def test_stand_ins_are_the_blocks_not_kept() -> None:
@@ -177,3 +191,67 @@ def test_stand_ins_are_the_blocks_not_kept() -> None:
     assert words.shape == (1, blocks, 4)
     bits = [bool(int(words[0, 7, j // 64]) >> j % 64 & 1) for j in range(256)]
     assert bits == [j < blocks and j not in kept[0, 0] for j in range(256)]
+
+
+def test_operator() -> None:
+    arguments = prepared(*inputs(5 * BLOCK + 1, dtype=torch.bfloat16), 0.1)
+    torch.library.opcheck(torch.ops.pw.sparse_attention.default, arguments)
+
+
+def test_a_requested_kernel_gives_the_result() -> None:
+    grid = (1, 26, 26)
+    q, k, v = inputs(math.prod(grid), 64, torch.float16)
+    order = choose_orders(k, grid), torch.arange(HEADS)
+    expected = torch.empty_like(q)
+    expected[order] = run(LARGE[64], *prepared(q[order], k[order], v[order], 0.5))
+    with using("triton"), dispatch_anywhere():
+        assert torch.equal(sparse_attention(q, k, v, grid, 0.5), expected)
+    assert relative_l2(sparse_attention(q, k, v, grid, 0.5), expected) < 1e-3
+
+
+def test_4k_self_attention_on_meta() -> None:
+    """Eight heads of a 4K clip; the cost is that of a quarter of the blocks and of all means."""
+    grid = (31, 67, 120)
+    q = torch.empty(math.prod(grid), 3, 8, 128, dtype=torch.bfloat16, device="meta")
+    with recording((9, 0)) as variants, using("triton"), dispatch_anywhere():
+        out = sparse_attention(*q.unbind(1), grid, 0.25)
+    assert [variant.kernel for variant in variants.values()] == ["sparse_attention_hopper"]
+    assert out.shape == (249_240, 8, 128)
+    cost = OP.cost(*q.unbind(1), grid, 0.25)
+    assert cost.flops == 4 * 249_240 * 8 * 128 * (487 * 128 + 1948)
+
+
+GOOD = torch.zeros(6, 2, 64, dtype=torch.bfloat16)
+GRID = (1, 2, 3)
+BAD: list[tuple[str, tuple[Any, ...], str]] = [
+    ("two dimensions", (GOOD[0], GOOD, GOOD, GRID, 0.5), r"q \[S, N, K\], got \(2, 64\)"),
+    ("no token", (GOOD[:0], GOOD[:0], GOOD[:0], (0, 2, 3), 0.5), "at least one token"),
+    ("another grid", (GOOD, GOOD, GOOD, (1, 2, 4), 0.5), r"a grid of 6 tokens, got \(1, 2, 4\)"),
+    ("fewer keys", (GOOD, GOOD[:5], GOOD, GRID, 0.5), r"of q's shape \(6, 2, 64\), got \(5"),
+    ("mixed dtypes", (GOOD, GOOD, GOOD.half(), GRID, 0.5), "torch.bfloat16, got torch.float16"),
+    ("mixed devices", (GOOD, GOOD, GOOD.to("meta"), GRID, 0.5), "tensors on cpu, got meta"),
+    ("keep nothing", (GOOD, GOOD, GOOD, GRID, 0.0), "above 0 and at most 1, got 0.0"),
+    ("keep too much", (GOOD, GOOD, GOOD, GRID, 1.5), "above 0 and at most 1, got 1.5"),
+    ("keep NaN", (GOOD, GOOD, GOOD, GRID, math.nan), "above 0 and at most 1, got nan"),
+]
+
+
+@pytest.mark.parametrize(("args", "match"), [case[1:] for case in BAD], ids=[c[0] for c in BAD])
+def test_bad_input(args: tuple[Any, ...], match: str) -> None:
+    with pytest.raises(ValueError, match=f"pw::sparse_attention expects .*{match}"):
+        sparse_attention(*args)
+
+
+def test_input_only_the_reference_takes() -> None:
+    q, k_rows, v_rows, kept = prepared(*inputs(2 * BLOCK, dtype=torch.bfloat16), 0.5)
+    cases: list[tuple[tuple[Tensor, ...], str]] = [
+        ((q.float(), k_rows, v_rows, kept), "bf16 or fp16, got torch.float32"),
+        ((q[..., :32], k_rows, v_rows, kept), "head width 64 or 128, got 32"),
+        ((q, k_rows[:-1], v_rows, kept), r"keys and values \(384, 2, 64\), got \(383"),
+        ((q, k_rows, v_rows, kept[:, :1]), r"lists of blocks \[2, 2, n\], got \(2, 1, 2\)"),
+        ((q, k_rows, v_rows, kept.long()), "int32 lists, got torch.int64"),
+        ((q, k_rows, v_rows, kept.transpose(1, 2)), "contiguous tensors"),
+    ]
+    for arguments, match in cases:
+        with pytest.raises(ValueError, match=f"pw::sparse_attention expects .*{match}"):
+            run_kernel(*arguments)

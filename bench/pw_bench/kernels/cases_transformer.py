@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,13 @@ import pw_kernels
 from pw_bench.choices import CaseSize
 from pw_bench.kernels.cases import BF16, DIM, GRIDS, HEADS, Arguments, Case, CaseTensors, rows_of
 from pw_kernels import Update
+from pw_kernels.attention.sparse import choose_blocks, choose_orders, rows_with_means
+from pw_kernels.attention.sparse_variants import BLOCK
 from pw_kernels.guided_update import reference as step_reference
 from pw_kernels.qk_norm_rope import angles_of_tokens
 
 TEXT_KEYS = 82
+KEPT_SHARE = 0.25  # of the blocks of keys in sparse attention
 EPS = 1e-6
 ANGLES = 128  # positions of the rotary tables: at least the longest side of a 4K grid
 
@@ -26,6 +30,7 @@ ANGLES = 128  # positions of the rotary tables: at least the longest side of a 4
 def transformer_cases(size: CaseSize, tensors: CaseTensors) -> Iterator[Case]:
     """Yield every operation of a block, and the solver's step, over all tokens of a clip."""
     yield _self_attention(size, tensors)
+    yield _sparse_attention(size, tensors)
     yield _text_attention(size, tensors)
     yield _norm_modulate(size, tensors)
     yield _gate_residual(size, tensors)
@@ -72,6 +77,50 @@ def _self_attention(size: CaseSize, tensors: CaseTensors) -> Case:
         sample=lambda out: out[rows],
         exact=_exact_attention(rows),
         implementations=tensors.implementations("attention"),
+        bound="flops",
+    )
+
+
+def _sparse_attention(size: CaseSize, tensors: CaseTensors) -> Case:
+    """Return self-attention that keeps a quarter of the blocks, all that comes before included."""
+    tokens, rows = tokens_of(size), rows_of(tokens_of(size), tensors.device)
+
+    def arguments() -> Arguments:
+        shape = (tokens, HEADS, DIM // HEADS)
+        q, k, v = (tensors(*shape, dtype=BF16, seed=seed) for seed in range(3))
+        return 2 * q, k, v, GRIDS[size], KEPT_SHARE
+
+    def exact(arguments: Arguments) -> Tensor:
+        q, k, v, grid, keep = arguments
+        order = choose_orders(k, grid), torch.arange(HEADS, device=q.device)
+        k_rows, v_rows = rows_with_means(k[order]), rows_with_means(v[order])
+        kept = choose_blocks(q[order], k_rows, keep)
+        blocks = kept.shape[1]
+        heads = []
+        for head in range(HEADS):
+            place = order[0][:, head].argsort()[rows]  # [R], in the order of blocks
+            is_kept = torch.zeros(len(rows), blocks, dtype=torch.bool, device=q.device)
+            is_kept.scatter_(1, kept[head, place // BLOCK].long(), True)
+            logits = q[rows, head].double() @ k_rows[:, head].double().T * q.shape[2] ** -0.5
+            counted = torch.zeros_like(logits, dtype=torch.bool)
+            counted[:, :tokens] = is_kept.repeat_interleave(BLOCK, 1)[:, :tokens]
+            means = slice(blocks * BLOCK, blocks * BLOCK + blocks)
+            counted[:, means] = ~is_kept
+            logits[:, means] += math.log(BLOCK)
+            logits.masked_fill_(~counted, -math.inf)
+            heads.append(logits.softmax(-1) @ v_rows[:, head].double())
+        return torch.stack(heads, dim=1)  # [R, N, K]
+
+    return Case(
+        op="sparse_attention",
+        name=f"sparse self-attention, {KEPT_SHARE:.0%} kept",
+        size=size,
+        arguments=arguments,
+        call=pw_kernels.sparse_attention,
+        result=lambda out, _: out,
+        sample=lambda out: out[rows],
+        exact=exact,
+        implementations=tensors.implementations("sparse_attention"),
         bound="flops",
     )
 

@@ -135,7 +135,7 @@ def measure(
     work, ceiling = cost.bytes, ceilings.copy.rate
     if case.bound == "flops":
         work, ceiling = cost.flops, ceilings.gemm.rate
-        if case.op == "attention":
+        if case.op in ("attention", "sparse_attention"):
             ceiling = ceilings.attention.rate
         elif "conv" in case.op:  # libraries turn some into matrix products
             ceiling = max(ceiling, ceilings.convolution.rate)

@@ -57,10 +57,10 @@ def kernel(
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, K], tl.float32)
-    PARTS: tl.constexpr = BLOCK // BLOCK_N
+    parts: tl.constexpr = BLOCK // BLOCK_N
     # One loop for kept keys and means: two loops spill registers on sm_80.
-    for i in tl.range(0, (n_kept + mean_blocks) * PARTS):
-        start = tl.load(list_ptr + i // PARTS) * BLOCK + i % PARTS * BLOCK_N
+    for i in tl.range(0, (n_kept + mean_blocks) * parts):
+        start = tl.load(list_ptr + i // parts) * BLOCK + i % parts * BLOCK_N
         mean = i * BLOCK_N - n_kept * BLOCK  # the first mean of the tile, or negative
         word = tl.load(stands_in_ptr + tl.maximum(mean, 0) // 64)
         bits = (word >> (start % 64 + key).to(tl.int64)) & 1

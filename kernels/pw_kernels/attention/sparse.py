@@ -10,6 +10,7 @@ of a block are equal, and the first order where they are not.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -17,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pw_kernels.attention.sparse_variants import BLOCK, blocks_of, run, tiling_for
-from pw_kernels.launcher import capability, cdiv
+from pw_kernels.launcher import capability
 from pw_kernels.op import Cost, Op, register, require, select
 
 HEAD_WIDTHS = (64, 128)  # of the Triton kernels
-TILE = (1, 8, 16)  # tokens of a tile: frames, rows, columns
+# Tiles of tokens, as (frames, rows, columns), whose order a head may have: lines of whole rows, and
+# 128 tokens that are near each other.
+TILES = ((1, 1, 1024), (2, 8, 8))
 LEAST_KEPT = 4  # blocks: with those of the diagonal and the last one, at least two are chosen
-GATHERED_BYTES = 64 * 2**20  # limit for the keys and values of one step of the reference
+GATHERED_BYTES = 256 * 2**20  # limit for the keys and values of one step of the reference
 _NAME = "sparse_attention"
 
 
@@ -49,25 +52,69 @@ def sparse_attention(
             that a Triton kernel does not take, where one was requested.
     """
     _check_public(q, k, v, grid, keep)
-    order = tile_order(grid, q.device)
-    q, k_rows, v_rows = q[order], rows_with_means(k[order]), rows_with_means(v[order])
-    kept = choose_blocks(q, k_rows, keep)
     triton = select(_NAME, q.device) == "triton"
-    attend = torch.ops.pw.sparse_attention if triton else reference
+    return _by_blocks(torch.ops.pw.sparse_attention if triton else attend, q, k, v, grid, keep)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], keep: float) -> Tensor:
+    """Oracle of `sparse_attention`, for every head width and dtype."""
+    return _by_blocks(attend, q, k, v, grid, keep)
+
+
+def _by_blocks(
+    run_attention: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int, int],
+    keep: float,
+) -> Tensor:
+    order = choose_orders(k, grid), torch.arange(q.shape[1], device=q.device)  # [S, N], [N]
+    q, k_rows, v_rows = q[order], rows_with_means(k[order]), rows_with_means(v[order])
     out = torch.empty_like(q)
-    out[order] = attend(q, k_rows, v_rows, kept)
+    out[order] = run_attention(q, k_rows, v_rows, choose_blocks(q, k_rows, keep))
     return out
 
 
 @lru_cache(maxsize=4)
-def tile_order(grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Return the tokens of a grid, [S] int64, tile by tile; tiles at the far ends are smaller."""
-    frames, rows, columns = (torch.arange(n) for n in grid)
-    place = torch.meshgrid(frames, rows, columns, indexing="ij")
-    tiles = [x // size for x, size in zip(place, TILE, strict=True)]
-    counts = [cdiv(n, size) for n, size in zip(grid, TILE, strict=True)]
-    tile = (tiles[0] * counts[1] + tiles[1]) * counts[2] + tiles[2]
-    return tile.flatten().argsort(stable=True).to(device)
+def orders_of(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Return the tokens of a grid in the orders of TILES, [O, S] int64, tile by tile.
+
+    Tiles at the far ends are smaller, so that blocks of 128 need not be tiles.
+    """
+    axes = (torch.arange(n) for n in grid)
+    place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)  # [S, 3]
+    orders = []
+    for tile in TILES:
+        size = torch.tensor(tile)
+        counts = -(-torch.tensor(grid) // size)
+        t, h, w = (place // size).unbind(-1)
+        orders.append(((t * counts[1] + h) * counts[2] + w).argsort(stable=True))
+    return torch.stack(orders).to(device)
+
+
+def choose_orders(k: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Choose the order of tokens for each head: that in which keys vary least within blocks.
+
+    Their variance is fixed, so it is the order in which the means of blocks vary most.
+
+    Returns:
+        [S, N] int64, contiguous.
+    """
+    orders = orders_of(grid, k.device)
+    blocks = len(k) // BLOCK  # whole ones
+    if blocks == 0:
+        return orders[:1].T.expand(-1, k.shape[1]).contiguous()
+    spread = []
+    for order in orders:
+        means = k[order[: blocks * BLOCK]].unflatten(0, (blocks, BLOCK)).mean(1, dtype=_wide(k))
+        spread.append(means.square().sum((0, 2)))
+    return orders[torch.stack(spread).nan_to_num_().argmax(0)].T.contiguous()
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype of means."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def kept_of(tokens: int, keep: float) -> int:
@@ -86,7 +133,7 @@ def rows_with_means(x: Tensor) -> Tensor:
     rows = x.new_zeros((blocks + blocks_of(blocks)) * BLOCK, *x.shape[1:])
     rows[: len(x)] = x
     whole = rows[: blocks * BLOCK].unflatten(0, (blocks, BLOCK))
-    means = whole.mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    means = whole.mean(dim=1, dtype=_wide(x))
     rows[blocks * BLOCK : blocks * BLOCK + blocks] = means
     return rows
 
@@ -116,8 +163,8 @@ def choose_blocks(q: Tensor, k_rows: Tensor, keep: float) -> Tensor:
     return kept.sort(dim=-1).values.int()
 
 
-def reference(q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor) -> Tensor:
-    """Oracle of the operation after blocks are chosen.
+def attend(q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor) -> Tensor:
+    """Attend to the kept blocks, and to the means of the others: the oracle of the kernels.
 
     Args:
         q: [S, N, K] queries.
@@ -160,19 +207,13 @@ def reference(q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor) -> Tensor
     return out[:, :tokens].transpose(0, 1)
 
 
-def cost(q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor) -> Cost:
+def cost(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], keep: float) -> Cost:
     """Count the products with all kept keys and all means; one read of q, k and v, one write."""
-    blocks, count = kept.shape[1:]
-    moved = (2 * q.numel() + k_rows.numel() + v_rows.numel()) * q.element_size()
-    return Cost(
-        flops=4 * q.numel() * (count * BLOCK + blocks),
-        bytes=moved + kept.numel() * kept.element_size(),
-    )
+    keys = kept_of(len(q), keep) * BLOCK + blocks_of(len(q))
+    return Cost(flops=4 * q.numel() * keys, bytes=4 * q.numel() * q.element_size())
 
 
-def _check_public(
-    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], keep: float
-) -> None:
+def _check_public(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], keep: float) -> None:
     require(q.dim() == 3, _NAME, "q [S, N, K]", tuple(q.shape))
     require(q.shape[0] > 0, _NAME, "at least one token", tuple(q.shape))
     require(math.prod(grid) == len(q), _NAME, f"a grid of {len(q)} tokens", grid)
@@ -203,7 +244,7 @@ def _check_for_triton(q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor) -
 
 @torch.library.custom_op("pw::sparse_attention", mutates_args=())
 def _op(q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor) -> Tensor:
-    return reference(q, k_rows, v_rows, kept).contiguous()
+    return attend(q, k_rows, v_rows, kept).contiguous()
 
 
 @_op.register_kernel("cuda")
