@@ -26,7 +26,9 @@ HEAD_WIDTHS = (64, 128)  # of the Triton kernels
 # 128 tokens that are near each other.
 TILES = ((1, 1, 1024), (2, 8, 8))
 LEAST_KEPT = 4  # blocks: with those of the diagonal and the last one, at least two are chosen
-GATHERED_BYTES = 256 * 2**20  # limit for the keys and values of one step of the reference
+# Limits for the keys and values that the reference gathers at a time: what stays in a cache of a
+# CPU, what makes few launches of a GPU.
+GATHERED_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 _NAME = "sparse_attention"
 
 
@@ -71,8 +73,10 @@ def _by_blocks(
 ) -> Tensor:
     order = choose_orders(k, grid), torch.arange(q.shape[1], device=q.device)  # [S, N], [N]
     q, k_rows, v_rows = q[order], rows_with_means(k[order]), rows_with_means(v[order])
+    ordered = run_attention(q, k_rows, v_rows, choose_blocks(q, k_rows, keep))
+    del k_rows, v_rows  # before the result is allocated
     out = torch.empty_like(q)
-    out[order] = run_attention(q, k_rows, v_rows, choose_blocks(q, k_rows, keep))
+    out[order] = ordered
     return out
 
 
@@ -175,36 +179,31 @@ def attend(q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor) -> Tensor:
     Returns:
         [S, N, K].
     """
-    tokens, heads, width = q.shape
-    blocks, count = kept.shape[1:]
-    out = q.new_empty(heads, blocks * BLOCK, width)
-    padded = F.pad(q.transpose(0, 1), (0, 0, 0, blocks * BLOCK - tokens))
-    queries = padded.unflatten(1, (blocks, BLOCK))  # [N, B, 128, K]
-    keys, values = (x.unflatten(0, (-1, BLOCK)).permute(2, 0, 1, 3) for x in (k_rows, v_rows))
-    means = slice(blocks * BLOCK, blocks * BLOCK + blocks)
-    row_bytes = 2 * (count * BLOCK + blocks) * width * q.element_size()
-    step = max(1, GATHERED_BYTES // row_bytes)
+    tokens, heads = q.shape[:2]
+    blocks = kept.shape[1]
+    # queries, whose place the results take; [N, B, 128, K]
+    out = F.pad(q.transpose(0, 1), (0, 0, 0, blocks * BLOCK - tokens)).unflatten(1, (blocks, BLOCK))
+    means = torch.arange(blocks, blocks + blocks_of(blocks), device=q.device)
+    gathered_bytes = 2 * (kept.shape[2] + len(means)) * k_rows[:BLOCK, 0].nbytes
+    step = max(1, GATHERED_BYTES.get(q.device.type, 0) // gathered_bytes)
     for head in range(heads):
-        mean_k, mean_v = k_rows[means, head], v_rows[means, head]  # [B, K]
+        keys, values = (x[:, head].unflatten(0, (-1, BLOCK)) for x in (k_rows, v_rows))
         for first in range(0, blocks, step):
             lists = kept[head, first : first + step].long()  # [G, n]
-            group = len(lists)
-            gathered = [
-                torch.cat((x[head][lists].flatten(1, 2), mean.expand(group, -1, -1)), dim=1)
-                for x, mean in ((keys, mean_k), (values, mean_v))
-            ]  # [G, n * 128 + B, K]
-            bias = q.new_zeros(group, 1, count * BLOCK + blocks)
-            bias[:, :, count * BLOCK - (blocks * BLOCK - tokens) : count * BLOCK] = -math.inf
-            bias[:, 0, count * BLOCK :].fill_(math.log(BLOCK)).scatter_(1, lists, -math.inf)
-            out.unflatten(1, (blocks, BLOCK))[head, first : first + step] = (
-                F.scaled_dot_product_attention(
-                    queries[head, first : first + step][:, None],
-                    gathered[0][:, None],
-                    gathered[1][:, None],
-                    attn_mask=bias[:, None].expand(-1, -1, BLOCK, -1),
-                )[:, 0]
-            )
-    return out[:, :tokens].transpose(0, 1)
+            group = out[head, first : first + step]  # [G, 128, K]
+            taken = torch.cat((lists, means.expand(len(lists), -1)), dim=1)  # [G, n + M]
+            bias = q.new_zeros(len(lists), taken.shape[1] * BLOCK)
+            of_means = bias[:, lists.shape[1] * BLOCK :]
+            of_means[:, :blocks] = math.log(BLOCK)
+            of_means.scatter_(1, lists, -math.inf)
+            of_means[:, blocks:] = -math.inf
+            bias[
+                :, lists.shape[1] * BLOCK - (blocks * BLOCK - tokens) : -of_means.shape[1]
+            ] = -math.inf
+            gathered = [x[taken].flatten(1, 2)[:, None] for x in (keys, values)]  # [G, 1, E, K]
+            mask = bias[:, None, None].expand(-1, -1, BLOCK, -1)
+            group.copy_(F.scaled_dot_product_attention(group[:, None], *gathered, mask)[:, 0])
+    return out.flatten(1, 2)[:, :tokens].transpose(0, 1)
 
 
 def cost(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], keep: float) -> Cost:
