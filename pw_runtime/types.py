@@ -302,6 +302,8 @@ class RunOptions:
     # of attention alone; None: the same as `kernels`; auto: on a GPU the fastest, measured once
     attention: AttentionKernel | None = None
     linear: LinearFormat = "exact"  # large linear layers of the transformers; others approximate
+    # Fraction of the blocks of keys that self-attention of the high-res stage keeps; None: exact.
+    sparse_attention: float | None = None
     conv: Conv = "auto"  # of the decoder on a CPU; auto: winograd wherever it can run
     policy: EnginePolicy = "auto"  # which engines the transformers run on
     blocks: Blocks = "segments"  # of these engines; others need engines that fit the preset

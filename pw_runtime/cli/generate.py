@@ -38,6 +38,7 @@ from pw_runtime.cli.options import (
     host_memory_option,
     linear_option,
     precision_option,
+    sparse_attention_option,
     step_cache_option,
     trace_option,
     traced,
@@ -119,6 +120,7 @@ if TYPE_CHECKING:
     help="The approximations that measurements recommend here, where no option says otherwise "
     "(docs/numerics.md).",
 )
+@sparse_attention_option
 @vae_precision_option
 @gpu_memory_option
 @host_memory_option

@@ -118,6 +118,14 @@ step_cache_option = click.option(
     help="Extrapolate steps of the draft where its velocity changes by less than this, 0.05 for "
     "instance: an approximation (docs/numerics.md). [default: compute every step]",
 )
+sparse_attention_option = click.option(
+    "--sparse-attention",
+    type=float,
+    metavar="KEEP",
+    help="Fraction of the blocks of keys, between 0 and 1, that self-attention of the high-res "
+    "stage keeps; means stand for the others: an approximation (docs/numerics.md). "
+    "[default: exact]",
+)
 conv_option = click.option(
     "--conv",
     type=click.Choice(get_args(Conv)),

@@ -20,6 +20,7 @@ from pw_runtime.cli.options import (
     host_memory_option,
     linear_option,
     precision_option,
+    sparse_attention_option,
     step_cache_option,
     vae_precision_option,
 )
@@ -85,6 +86,7 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
 @precision_option
 @linear_option
 @step_cache_option
+@sparse_attention_option
 @vae_precision_option
 @blocks_option
 @chunk_option
@@ -99,6 +101,7 @@ def plan(**options: Any) -> int:
         require_attention_precision,
         require_exact_attention,
     )
+    from pw_runtime.execution.sparse_stage import require_sparse_attention
     from pw_runtime.job.preflight import default_precision
     from pw_runtime.models.quantized_linear import require_quantizable
     from pw_runtime.planning.candidates import candidates
@@ -130,11 +133,13 @@ def plan(**options: Any) -> int:
         chunk=options["chunk"],
         linear=options["linear"],
         step_cache=options["step_cache"],
+        sparse_attention=options["sparse_attention"],
         draft_only=options["draft_only"],
     )
     require_attention_precision(run_options.blocks, precision)
     preset = find_preset(options["preset"])
     require_cacheable(preset.draft, run_options.step_cache)
+    require_sparse_attention(run_options, preset)
     work = workload(networks, preset, run_options, ranks=ranks)
     if options["gpu"] is not None:
         work = replace(work, rates=_rates(options))

@@ -22,6 +22,7 @@ from pw_runtime.execution.division import attention_shares, owned_slices
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.gathered_weights import GatheredWeights
 from pw_runtime.execution.protocols import ControlInputs, TokenLayout, TokenSlice
+from pw_runtime.execution.sparse_stage import kept_fraction
 from pw_runtime.execution.token_exchange import Division, Exchange
 from pw_runtime.execution.transformer import SegmentedDiT, outputs_of, padded_rows
 from pw_runtime.execution.transformer_segments import Segment, segment_of_block
@@ -73,6 +74,7 @@ def load_divided(
         stage,
         share_attention=plan.share_attention,
         chunk=plan.chunk,
+        keep=kept_fraction(options, stage),
     )
 
 
@@ -91,6 +93,7 @@ class DividedDiT(SegmentedDiT):
         *,
         share_attention: bool = True,
         chunk: int | None = None,
+        keep: float | None = None,
     ) -> None:
         """Run `net` on engines of the ranks of a split.
 
@@ -104,9 +107,14 @@ class DividedDiT(SegmentedDiT):
             stage: of the network, for messages.
             share_attention: see `SegmentedDiT`.
             chunk: see `SegmentedDiT`.
+            keep: see `SegmentedDiT`; not for more ranks of a pass than heads.
         """
         share = share_attention and split.guidance == 1
-        super().__init__(net, segments, engines, weights, share_attention=share, chunk=chunk)
+        super().__init__(
+            net, segments, engines, weights, share_attention=share, chunk=chunk, keep=keep
+        )
+        if keep is not None and split.sequence > net.config.num_heads:
+            raise ValueError("sparse attention takes the queries of a head together")
         self._ranks, self._split, self._stage = ranks, split, stage
         groups = form_groups(ranks, split)
         if groups is None:
@@ -368,7 +376,7 @@ class DividedDiT(SegmentedDiT):
                 exchange.send(index)
         last = block + 1 == self.net.config.num_layers
         self._weights.release(name, block, next_pass_block if last else block + 1)
-        exchange.attend()
+        exchange.attend(self._attend(positions.grid))
         return padded_rows(exchange.results(), layout.padded)
 
 

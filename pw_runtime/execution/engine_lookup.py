@@ -34,6 +34,7 @@ from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import require_dit
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.block_division import require_attention_engines, require_exact_attention
+from pw_runtime.execution.sparse_stage import kept_fraction, sparse_approximation
 from pw_runtime.execution.transformer_segments import Segment, segments_of
 from pw_runtime.models.quantized_linear import approximation
 from pw_runtime.presets import preset_name
@@ -154,7 +155,8 @@ class EngineSet:
     backend: Backend
     reason: str
     digest: str = ""  # over the keys of built engines
-    linear: str = ""  # what is approximate in the network
+    linear: str = ""  # what is approximate in the network's linear layers
+    attention: str = ""  # and in its self-attention
 
     @property
     def padded(self) -> bool:
@@ -170,7 +172,8 @@ class EngineSet:
         """Return the entry of a receipt."""
         entry = {"backend": self.backend, "reason": self.reason}
         entry |= {"digest": self.digest} if self.digest else {}
-        return entry | ({"linear": self.linear} if self.linear else {})
+        entry |= {"linear": self.linear} if self.linear else {}
+        return entry | ({"attention": self.attention} if self.attention else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +229,12 @@ def select_engines(
     # Engines contain kernels of their own: with --kernels triton, the segments run.
     policy = "eager" if options.kernels == "triton" else options.policy
     engines = choose_engines(segments, policy, EngineStore(), device, command)
-    if linear == "exact":
-        return engines
-    return replace(engines, linear=approximation(config.num_layers, linear))
+    keep = kept_fraction(options, stage)
+    return replace(
+        engines,
+        linear="" if linear == "exact" else approximation(config.num_layers, linear),
+        attention="" if keep is None else sparse_approximation(keep, tokens),
+    )
 
 
 def choose_engines(

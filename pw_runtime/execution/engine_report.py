@@ -39,7 +39,7 @@ def describe_engines(
 
 def _form(engine_set: EngineSet) -> str:
     text = _runs(engine_set)
-    return f"{text}, {engine_set.linear}" if engine_set.linear else text
+    return ", ".join(filter(None, (text, engine_set.linear, engine_set.attention)))
 
 
 def _runs(engine_set: EngineSet) -> str:

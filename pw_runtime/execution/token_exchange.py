@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pw_kernels import attention
 from pw_runtime.execution.division import AttentionShare
 from pw_runtime.execution.protocols import TokenLayout
 from pw_runtime.execution.transformer_segments import heads_at_once
@@ -83,7 +83,7 @@ class Exchange:
         if len(self._rounds) >= ROUNDS:
             self._take()
 
-    def attend(self) -> None:
+    def attend(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         """Run attention of this rank's heads and queries, in the memory of the queries."""
         while self._rounds:
             self._take()

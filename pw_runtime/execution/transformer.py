@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pw_engines import DTYPES, SMALLEST, Engine
-from pw_kernels import attention
+from pw_kernels import attention, sparse_attention
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import load_dit
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.protocols import ControlInputs, TokenLayout, TokenSlice
+from pw_runtime.execution.sparse_stage import kept_fraction
 from pw_runtime.execution.step_replay import StepReplay
 from pw_runtime.execution.transformer_segments import (
     POSITIONS,
@@ -61,6 +63,7 @@ def load_transformer(
         share_attention=plan.share_attention,
         chunk=plan.chunk,
         replay=StepReplay(say) if device.type == "cuda" and resident_eager else None,
+        keep=kept_fraction(options, stage),
     )
 
 
@@ -77,6 +80,7 @@ class SegmentedDiT:
         share_attention: bool = True,
         chunk: int | None = None,
         replay: StepReplay | None = None,
+        keep: float | None = None,
     ) -> None:
         """Run `net` on engines.
 
@@ -90,6 +94,7 @@ class SegmentedDiT:
                 blocks have nothing to share.
             chunk: most tokens per call, where that is less than the engines take.
             replay: records the steps of small clips without control, and replays them.
+            keep: fraction of the blocks of keys that self-attention keeps; None: it is exact.
 
         Raises:
             ValueError: an engine was made for another segment.
@@ -101,7 +106,7 @@ class SegmentedDiT:
         self._weights = weights or ResidentWeights(net, segments)
         self._whole_blocks = "block" in engines
         self._share_attention = share_attention and not self._whole_blocks
-        self._chunk, self._replay = chunk, replay
+        self._chunk, self._keep, self._replay = chunk, keep, replay
 
     def check_weights(self) -> None:
         """Raise BadWeights for weights that are not finite; see `protocols.Transformer`."""
@@ -282,10 +287,16 @@ class SegmentedDiT:
         result[layout.tokens :] = 0
         tokens, heads, width = q.shape
         size = heads_at_once(tokens, heads, width, q.element_size())
-        attend = self._attention_engine if "attention" in self._engines else attention
+        attend = self._attend(positions.grid)
         for group in zip(*(tensor.split(size, dim=1) for tensor in (q, k, v)), strict=True):
             group[0].copy_(attend(*group))
         return result
+
+    def _attend(self, grid: tuple[int, int, int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return self-attention over all tokens of a grid, for q, k and v of some heads."""
+        if self._keep is not None:
+            return partial(sparse_attention, grid=grid, keep=self._keep)
+        return self._attention_engine if "attention" in self._engines else attention
 
     def _attention_engine(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Run the engine of attention over some heads, [S, heads, K], which it takes first."""

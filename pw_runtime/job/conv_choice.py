@@ -28,6 +28,8 @@ def implementations(options: RunOptions) -> dict[str, Implementation]:
     attention = options.attention_kernel
     assert attention != "auto", "it was not settled"
     chosen: dict[str, Implementation] = {"attention": attention}
+    if attention in ("triton", "gluon"):  # ours has a sparse kernel
+        chosen["sparse_attention"] = "triton"
     if options.conv == "winograd":
         chosen |= dict.fromkeys(CPU_OPERATIONS, "cpu")
     return chosen

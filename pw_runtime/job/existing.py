@@ -33,8 +33,10 @@ _DECIDING = (
     "draft_only",
     "linear",
     "step_cache",
+    "sparse_attention",
 )
-_SINCE = {"linear": "exact", "step_cache": None}  # what options that came later were before
+# What options that came later were before.
+_SINCE = {"linear": "exact", "step_cache": None, "sparse_attention": None}
 _SHOWN = 8  # files named in an error
 
 

@@ -21,6 +21,7 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet, select_engines
 from pw_runtime.execution.engine_report import describe_engines
+from pw_runtime.execution.sparse_stage import require_sparse_attention
 from pw_runtime.job.clip import start_clip
 from pw_runtime.job.conv_choice import computing_as, settle_conv
 from pw_runtime.job.existing import settle_existing
@@ -225,6 +226,7 @@ def check_content(request: Request) -> None:
     _check_names(request)
     require_cacheable(request.preset.draft, options.step_cache)
     quirks = [name for name, on in asdict(request.preset.compat).items() if on]
+    require_sparse_attention(options, request.preset)
     for flag, on in (
         (f"--linear {options.linear}", options.linear != "exact"),
         (f"--step-cache {options.step_cache}", options.step_cache is not None),

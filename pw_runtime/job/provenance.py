@@ -55,9 +55,9 @@ class Provenance:
     versions: dict[str, str]
     fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
     machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
-    # Since 3 the file has digests; since 4 options.linear, conv and step_cache, and the decode has
-    # an order.
-    format: Literal[1, 2, 3, 4] = 4
+    # Since 3 the file has digests; since 4 options.linear and conv, and the decode has an order;
+    # since 5 options.sparse_attention and step_cache.
+    format: Literal[1, 2, 3, 4, 5] = 5
 
     @property
     def stages(self) -> dict[StageName, StageConfig]:
@@ -162,6 +162,6 @@ def _foreign(
     return BadRequest(
         f"{path} has metadata that this version cannot read",
         got=got,
-        wanted="format 1 to 4, as `pw generate` writes it",
+        wanted="format 1 to 5, as `pw generate` writes it",
         do=do,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.execution.sparse_stage import kept_fraction
 from pw_runtime.planning.decode_choices import decode_choices, decode_text, process_item
 from pw_runtime.planning.stage_times import transformer_seconds
 from pw_runtime.planning.transformer_memory import stage_memory, stage_slices, text_memory
@@ -181,13 +182,15 @@ def splits(work: Workload, name: StageName) -> list[Split]:
     """List the divisions of a stage among the ranks: as many of them as can take part, and one.
 
     A rank has whole slices of tokens. Engines that hold attention take all tokens, or fixed groups
-    of heads: one rank runs those.
+    of heads: one rank runs those. Sparse attention has at most as many ranks as heads.
     """
     if work.options.blocks != "segments":
         return [Split()]
     slices = len(
         stage_slices(work.stages[name], work.preset.video, work.options.chunk, padded=work.padded)
     )
+    if kept_fraction(work.options, name) is not None:  # the queries of a head stay together
+        slices = min(slices, work.transformers[name].num_heads)
     most = work.sequence or work.ranks  # ranks of one pass
     found = {
         Split(guidance=guidance, sequence=sequence)
@@ -212,6 +215,7 @@ def _of_rank(
         padded=work.padded,
         on_engines=bool(work.scratch.get(name)),
         blocks=work.options.blocks,
+        keep=kept_fraction(work.options, name),
         rank=rank,
     )
     return items if gpu else _moved(items, "host")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
+from pw_runtime.execution.sparse_stage import kept_fraction, sparse_approximation
 from pw_runtime.models.quantized_linear import approximation
 from pw_runtime.planning.candidates import transformer_candidates
 from pw_runtime.planning.decode_choices import decode_traffic
@@ -88,6 +89,9 @@ def head_lines(work: Workload) -> Iterator[str]:
     if work.options.linear != "exact":
         for name, config in work.transformers.items():
             yield f"{name}: {approximation(config.num_layers, work.options.linear)}"
+    for name, stage in work.stages.items():
+        if (keep := kept_fraction(work.options, name)) is not None:
+            yield f"{name}: {sparse_approximation(keep, stage.tokens(video))}"
 
 
 def tail_lines(work: Workload, plan: RunPlan) -> Iterator[str]:

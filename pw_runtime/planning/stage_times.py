@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pw_runtime.execution.decoder_segments import decode_strips
 from pw_runtime.execution.division import StepTraffic, run_of, step_traffic
+from pw_runtime.execution.sparse_stage import kept_fraction
 from pw_runtime.models.tiling import make_bands
 from pw_runtime.planning.decode_choices import decode_traffic
 from pw_runtime.planning.decode_layers import SEAMS
@@ -43,6 +44,7 @@ def transformer_seconds(
         *(config, work.stages[name], work.preset.video, plan, rates),
         streamed=streamed.get(plan.weights, sizes.blocks),
         itemsize=4 if precision == "fp32" else 2,
+        keep=kept_fraction(work.options, name),
     )
 
 

@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 
 from pw_kernels import attention, causal_conv3d
+from pw_kernels.attention.sparse import kept_keys
 from pw_runtime.checkpoint.loader import is_streamed
 from pw_runtime.execution.division import block_traffic, rank_share, slice_sizes, step_traffic
 from pw_runtime.models import VaeDecoder, expected_shapes
@@ -85,6 +86,7 @@ def denoise_seconds(
     rates: Rates,
     streamed: int = 0,
     itemsize: int = 2,
+    keep: float | None = None,
 ) -> float:
     """Estimate one clip's denoising stage.
 
@@ -96,6 +98,8 @@ def denoise_seconds(
         rates: of the device.
         streamed: bytes of weights that every pass copies, or gathers from the other ranks.
         itemsize: bytes of a number in queries, keys and values.
+        keep: fraction of the blocks of keys that self-attention keeps; None: it is exact. The time
+            to choose them is not counted.
 
     Raises:
         ValueError: several ranks, and no rate of the link between them.
@@ -112,7 +116,8 @@ def denoise_seconds(
     self_attentions = config.num_layers * passes - shared  # per step
     scores = max(share.queries * share.heads for share in shares) * config.head_dim
     products = 2 * passes * own * _linear_weights(config)
-    attended = 4 * tokens * scores * self_attentions
+    keys = tokens if keep is None else kept_keys(tokens, keep)
+    attended = 4 * keys * scores * self_attentions
     attended += 4 * own * config.dim * passes * config.text_len * config.num_layers
     computed = products / rates.matmul + attended / rates.attention
     if split.ranks == 1:  # weights are streamed while the passes compute

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from pw_engines import DTYPES
+from pw_kernels.attention.sparse import sparse_bytes
 from pw_runtime.checkpoint.loader import is_streamed
 from pw_runtime.execution.division import RankShare, rank_share, slice_sizes
 from pw_runtime.execution.transformer_segments import (
@@ -105,6 +106,7 @@ def stage_memory(
     padded: bool = False,
     on_engines: bool = False,
     blocks: Blocks = "segments",
+    keep: float | None = None,
     rank: int = 0,
 ) -> tuple[MemoryItem, ...]:
     """List what is in memory at a stage's peak: on the device, and weights also on the host.
@@ -121,6 +123,7 @@ def stage_memory(
         on_engines: what engines compute with is in scratch memory of their own, not counted here;
             otherwise PyTorch allocates it.
         blocks: how a block is divided among engines.
+        keep: fraction of the blocks of keys that self-attention keeps; None: it is exact.
         rank: of the plan's split, whose memory it is.
 
     Returns:
@@ -136,6 +139,7 @@ def stage_memory(
         slice=max(sizes),
         latent=4 * math.prod(latent_shape(stage, video)),
         low=4 if precision == "fp32" else 2,
+        keep=keep,
     )
     held = part.held(LATENTS[stage.solver], text_tokens)
     if blocks == "whole":
@@ -174,6 +178,7 @@ class _Part:
     slice: int  # tokens of the largest one
     latent: int  # bytes
     low: int  # bytes of an activation
+    keep: float | None  # fraction of the blocks of keys; None: exact attention
 
     @property
     def stream(self) -> int:
@@ -227,6 +232,8 @@ class _Part:
         attention = low * some + 4 * share.queries * heads
         if blocks == "attention":  # its inputs and its result, heads first
             attention = 4 * low * some
+        elif self.keep is not None:
+            attention = sparse_bytes(self.tokens, heads, config.head_dim, low, self.keep)
         every = self.residual()
         row = low * share.heads * config.head_dim  # bytes of a token in the heads of this rank
         qkv = {"queries, keys, values": row * (2 * self.tokens + share.queries)}

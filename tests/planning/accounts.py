@@ -67,6 +67,7 @@ def stage_peak(
     linear: LinearFormat = "exact",
     fake: bool = True,
     blocks: Blocks = "segments",
+    keep: float | None = None,
     engine: Callable[[EngineSpec], Engine] | None = None,
 ) -> int:
     """Most bytes of tensors that live while a stage denoises a clip of three steps.
@@ -96,7 +97,7 @@ def stage_peak(
         if engine is not None:
             engines = {name: engine(segment.spec) for name, segment in segments.items()}
         on_engines = SegmentedDiT(
-            net, segments, engines, weights, share_attention=plan.share_attention
+            net, segments, engines, weights, share_attention=plan.share_attention, keep=keep
         )
         run_stage(on_engines, config, replace(stage, steps=3), video)
         if weights is not None:

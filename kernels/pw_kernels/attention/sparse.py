@@ -26,9 +26,7 @@ HEAD_WIDTHS = (64, 128)  # of the Triton kernels
 # 128 tokens that are near each other.
 TILES = ((1, 1, 1024), (2, 8, 8))
 LEAST_KEPT = 4  # blocks: with those of the diagonal and the last one, at least two are chosen
-# Limits for the keys and values that the reference gathers at a time: what stays in a cache of a
-# CPU, what makes few launches of a GPU.
-GATHERED_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+GATHERED_BYTES = 32 * 2**20  # limit for the keys and values that the reference takes at a time
 _NAME = "sparse_attention"
 
 
@@ -127,6 +125,11 @@ def kept_of(tokens: int, keep: float) -> int:
     return min(blocks, max(LEAST_KEPT, math.ceil(keep * blocks)))
 
 
+def kept_keys(tokens: int, keep: float) -> int:
+    """Return the number of keys that a query attends to, means among them."""
+    return min(tokens, kept_of(tokens, keep) * BLOCK) + blocks_of(tokens)
+
+
 def rows_with_means(x: Tensor) -> Tensor:
     """Append the mean of each block: [S, N, K] -> [R, N, K].
 
@@ -180,36 +183,51 @@ def attend(q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor) -> Tensor:
         [S, N, K].
     """
     tokens, heads = q.shape[:2]
-    blocks = kept.shape[1]
-    # queries, whose place the results take; [N, B, 128, K]
-    out = F.pad(q.transpose(0, 1), (0, 0, 0, blocks * BLOCK - tokens)).unflatten(1, (blocks, BLOCK))
+    blocks, count = kept.shape[1:]
+    absent = blocks * BLOCK - tokens  # of the last block
+    # queries, whose place the results take: [N, B, 128, K]
+    out = F.pad(q.transpose(0, 1), (0, 0, 0, absent)).unflatten(1, (blocks, BLOCK))
     means = torch.arange(blocks, blocks + blocks_of(blocks), device=q.device)
-    gathered_bytes = 2 * (kept.shape[2] + len(means)) * k_rows[:BLOCK, 0].nbytes
-    step = max(1, GATHERED_BYTES.get(q.device.type, 0) // gathered_bytes)
+    gathered_bytes = 2 * (count + len(means)) * k_rows[:BLOCK, 0].nbytes
+    step = max(1, GATHERED_BYTES // gathered_bytes)
     for head in range(heads):
-        keys, values = (x[:, head].unflatten(0, (-1, BLOCK)) for x in (k_rows, v_rows))
+        rows = [x[:, head].contiguous().unflatten(0, (-1, BLOCK)) for x in (k_rows, v_rows)]
         for first in range(0, blocks, step):
             lists = kept[head, first : first + step].long()  # [G, n]
             group = out[head, first : first + step]  # [G, 128, K]
             taken = torch.cat((lists, means.expand(len(lists), -1)), dim=1)  # [G, n + M]
             bias = q.new_zeros(len(lists), taken.shape[1] * BLOCK)
-            of_means = bias[:, lists.shape[1] * BLOCK :]
+            of_keys, of_means = bias.split((count * BLOCK, len(means) * BLOCK), dim=1)
+            of_keys[:, count * BLOCK - absent :] = -math.inf
             of_means[:, :blocks] = math.log(BLOCK)
-            of_means.scatter_(1, lists, -math.inf)
             of_means[:, blocks:] = -math.inf
-            bias[
-                :, lists.shape[1] * BLOCK - (blocks * BLOCK - tokens) : -of_means.shape[1]
-            ] = -math.inf
-            gathered = [x[taken].flatten(1, 2)[:, None] for x in (keys, values)]  # [G, 1, E, K]
+            of_means.scatter_(1, lists, -math.inf)
+            keys, values = (x[taken].flatten(1, 2)[:, None] for x in rows)  # [G, 1, E, K]
             mask = bias[:, None, None].expand(-1, -1, BLOCK, -1)
-            group.copy_(F.scaled_dot_product_attention(group[:, None], *gathered, mask)[:, 0])
+            result = F.scaled_dot_product_attention(group[:, None], keys, values, attn_mask=mask)
+            group.copy_(result[:, 0])
     return out.flatten(1, 2)[:, :tokens].transpose(0, 1)
 
 
 def cost(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], keep: float) -> Cost:
     """Count the products with all kept keys and all means; one read of q, k and v, one write."""
-    keys = kept_of(len(q), keep) * BLOCK + blocks_of(len(q))
-    return Cost(flops=4 * q.numel() * keys, bytes=4 * q.numel() * q.element_size())
+    flops = 4 * q.numel() * kept_keys(len(q), keep)
+    return Cost(flops=flops, bytes=4 * q.numel() * q.element_size())
+
+
+def sparse_bytes(tokens: int, heads: int, width: int, itemsize: int, keep: float) -> int:
+    """Return the bytes that a call takes at its peak, beside its input and with its result.
+
+    Queries, keys and values in blocks and the result; beside them lists of blocks while these are
+    chosen, then what the reference takes at a time.
+    """
+    blocks, kept = blocks_of(tokens), kept_of(tokens, keep)
+    rows = (blocks + blocks_of(blocks)) * BLOCK
+    ordered = (2 * rows + tokens + blocks * BLOCK) * heads * width * itemsize
+    lists = heads * blocks * (4 * blocks + 24 * kept)
+    one = 2 * (kept + blocks_of(blocks)) * BLOCK * width * itemsize
+    taken = min(blocks, max(1, GATHERED_BYTES // one)) * one + 2 * rows * width * itemsize
+    return ordered + 8 * heads * tokens + max(lists, taken)
 
 
 def _check_public(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], keep: float) -> None:
