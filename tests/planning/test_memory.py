@@ -79,10 +79,9 @@ def test_a_small_network(plan: TransformerPlan, fake: bool) -> None:
 
 @pytest.mark.parametrize("keep", [0.25, 0.75])
 def test_sparse_attention(keep: float) -> None:
-    plan = TransformerPlan(chunk=1024)
-    config, (stage, video) = HIGHRES_5B, (TWO_K, VideoConfig(frames=5))
-    peak = stage_peak(config, stage, video, "bf16", plan, keep=keep)
-    items = stage_memory(*(config, stage, video, "bf16", plan), text_tokens=TEXT_TOKENS, keep=keep)
+    plan = TransformerPlan(chunk=128)
+    peak = stage_peak(SMALL, *SMALL_CLIP, "fp32", plan, fake=False, keep=keep)
+    items = stage_memory(SMALL, *SMALL_CLIP, "fp32", plan, text_tokens=TEXT_TOKENS, keep=keep)
     assert sum(item.bytes for item in items) == pytest.approx(peak, rel=WITHIN)
 
 

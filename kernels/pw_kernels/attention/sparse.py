@@ -184,29 +184,37 @@ def attend(q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor) -> Tensor:
     """
     tokens, heads = q.shape[:2]
     blocks, count = kept.shape[1:]
-    absent = blocks * BLOCK - tokens  # of the last block
     # queries, whose place the results take: [N, B, 128, K]
-    out = F.pad(q.transpose(0, 1), (0, 0, 0, absent)).unflatten(1, (blocks, BLOCK))
-    means = torch.arange(blocks, blocks + blocks_of(blocks), device=q.device)
-    gathered_bytes = 2 * (count + len(means)) * k_rows[:BLOCK, 0].nbytes
+    out = F.pad(q.transpose(0, 1), (0, 0, 0, blocks * BLOCK - tokens))
+    out = out.unflatten(1, (blocks, BLOCK))
+    gathered_bytes = 2 * (count + blocks_of(blocks)) * k_rows[:BLOCK, 0].nbytes
     step = max(1, GATHERED_BYTES // gathered_bytes)
     for head in range(heads):
-        rows = [x[:, head].contiguous().unflatten(0, (-1, BLOCK)) for x in (k_rows, v_rows)]
-        for first in range(0, blocks, step):
-            lists = kept[head, first : first + step].long()  # [G, n]
-            group = out[head, first : first + step]  # [G, 128, K]
-            taken = torch.cat((lists, means.expand(len(lists), -1)), dim=1)  # [G, n + M]
-            bias = q.new_zeros(len(lists), taken.shape[1] * BLOCK)
-            of_keys, of_means = bias.split((count * BLOCK, len(means) * BLOCK), dim=1)
-            of_keys[:, count * BLOCK - absent :] = -math.inf
-            of_means[:, :blocks] = math.log(BLOCK)
-            of_means[:, blocks:] = -math.inf
-            of_means.scatter_(1, lists, -math.inf)
-            keys, values = (x[taken].flatten(1, 2)[:, None] for x in rows)  # [G, 1, E, K]
-            mask = bias[:, None, None].expand(-1, -1, BLOCK, -1)
-            result = F.scaled_dot_product_attention(group[:, None], keys, values, attn_mask=mask)
-            group.copy_(result[:, 0])
+        _attend_head(out[head], k_rows[:, head], v_rows[:, head], kept[head], tokens, step)
     return out.flatten(1, 2)[:, :tokens].transpose(0, 1)
+
+
+def _attend_head(
+    q: Tensor, k_rows: Tensor, v_rows: Tensor, kept: Tensor, tokens: int, step: int
+) -> None:
+    """Replace the queries of one head, [B, 128, K], by the results, `step` blocks at a time."""
+    keys, values = (x.contiguous().unflatten(0, (-1, BLOCK)) for x in (k_rows, v_rows))
+    blocks = len(q)
+    means = torch.arange(blocks, len(keys), device=q.device)
+    for group, some in zip(q.split(step), kept.split(step), strict=True):
+        lists = torch.cat((some.long(), means.expand(len(some), -1)), dim=1)  # [G, n + M]
+        bias = q.new_zeros(len(some), lists.shape[1] * BLOCK)
+        of_keys, of_means = bias.split((some.shape[1] * BLOCK, len(means) * BLOCK), dim=1)
+        of_keys[:, of_keys.shape[1] - (blocks * BLOCK - tokens) :] = -math.inf
+        of_means[:, :blocks] = math.log(BLOCK)
+        of_means[:, blocks:] = -math.inf
+        of_means.scatter_(1, some.long(), -math.inf)
+        group[:, None] = F.scaled_dot_product_attention(
+            group[:, None],  # [G, 1, 128, K]
+            keys[lists].flatten(1, 2)[:, None],  # [G, 1, E, K]
+            values[lists].flatten(1, 2)[:, None],
+            attn_mask=bias[:, None, None].expand(-1, -1, BLOCK, -1),
+        )
 
 
 def cost(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], keep: float) -> Cost:
