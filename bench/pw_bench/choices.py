@@ -11,6 +11,7 @@ ProgramName = Literal[
     "ours-reference",
     "ours-cudnn",
     "ours-triton",
+    "ours-fast",
     "official",
     "diffusers",
     "diffusers-compiled",

@@ -64,6 +64,9 @@ def approximations(options: RunOptions) -> tuple[str, ...]:
         found.append(f"linear layers of the transformers (--linear {options.linear})")
     if options.step_cache is not None:
         found.append(f"some steps of the draft extrapolated (--step-cache {options.step_cache:g})")
+    if options.sparse_attention is not None:
+        keep = f"{options.sparse_attention:g}"
+        found.append(f"self-attention of the high-res stage (--sparse-attention {keep})")
     if options.vae_precision != "fp32":
         found.append(f"decoder (--vae-precision {options.vae_precision})")
     return tuple(found)

@@ -76,6 +76,12 @@ CONTENDERS: Final[Mapping[ProgramName, Contender]] = MappingProxyType(
             make=_ours(kernels="triton"),
             gpu=True,
         ),
+        "ours-fast": Contender(
+            description="this runtime, `pw generate --policy eager --sparse-attention 0.25 "
+            "--vae-precision bf16 --step-cache 0.1`: approximations",
+            make=_ours(sparse_attention=0.25, vae_precision="bf16", step_cache=0.1),
+            gpu=True,
+        ),
         "official": Contender(
             description="the official recipe, composed in eager PyTorch from its specification: "
             "modulation per token, texts padded to 512 rows, two passes a step one after the "

@@ -18,7 +18,7 @@ from pw_runtime.job.conv_choice import computing_as
 from pw_runtime.pipeline import generate
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import span
-from pw_runtime.types import AttentionKernel, EnginePolicy, Kernels, Prompt, Request, RunOptions
+from pw_runtime.types import EnginePolicy, Prompt, Request, RunOptions
 
 
 class Silent(Reporter):
@@ -31,14 +31,9 @@ class Silent(Reporter):
 class RuntimeProgram:
     """`pw generate` in this process. Every clip loads its networks, as every run of `pw` does."""
 
-    def __init__(
-        self,
-        policy: EnginePolicy = "eager",
-        kernels: Kernels = "auto",
-        attention: AttentionKernel | None = None,
-    ) -> None:
+    def __init__(self, policy: EnginePolicy = "eager", **options: Any) -> None:
         """Take the options of `pw generate` of these names."""
-        self._policy, self._kernels, self._attention = policy, kernels, attention
+        self._options = {"policy": policy, **options}
         self._folder = tempfile.TemporaryDirectory()
         self._in_memory: Bundle | None = None
 
@@ -53,10 +48,8 @@ class RuntimeProgram:
             options=RunOptions(
                 codec=job.codec,
                 precision=job.precision,
-                policy=self._policy,
-                kernels=self._kernels,
-                attention=self._attention,
                 device=job.device,
+                **self._options,
             ),
         )
         (outcome,) = generate(request, self._open(job), Silent(quiet=True))

@@ -85,7 +85,9 @@ def sensitivity(
         net = load_dit(bundle, stage, "fp32", torch.device("cpu"))
         exact = _latents(stage, net, renderer, preset, held_out, drafts)
         blocks = range(len(net.blocks))
-        parts = {f"block {block}": ((block,), QUANTIZED) for block in blocks}
+        parts: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+            f"block {block}": ((block,), QUANTIZED) for block in blocks
+        }
         parts |= {f"{name} of all blocks": (tuple(blocks), (name,)) for name in QUANTIZED}
         for linear in formats:
             say(f"{stage}, {linear}: {len(parts)} parts")
