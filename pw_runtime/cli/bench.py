@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from pw_bench.choices import CaseSize, ProgramName, SyntheticSize
+from pw_bench.choices import OURS, CaseSize, ProgramName, SyntheticSize
 from pw_runtime.cli.bench_networks import (
     approximations,
     cpu_conv,
@@ -87,6 +87,13 @@ def kernels(
 @click.option("--steps", type=click.IntRange(1), help="Maximum for each denoising stage.")
 @click.option("--clips", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--cold", is_flag=True, help="Count the first clip too.")
+@click.option(
+    "--side",
+    type=click.Choice([name for name in get_args(ProgramName) if name.startswith(OURS)]),
+    default=OURS,
+    show_default=True,
+    help="Which of this runtime's programs makes the clips.",
+)
 @precision_option
 @device_option
 @click.option("--out", type=FILE, required=True, help="Results file.")
@@ -97,6 +104,7 @@ def stages(
     steps: int | None,
     clips: int,
     cold: bool,
+    side: ProgramName,
     precision: Precision | None,
     device: str,
     out: Path,
@@ -113,6 +121,7 @@ def stages(
         steps=steps,
         clips=clips,
         cold=cold,
+        side=side,
         precision=precision,
         device_name=device,
     )

@@ -52,7 +52,8 @@ class Machine:
 
 
 def describe(
-    fatal: Mapping[str, str] = MappingProxyType({}), before: Callable[[str], None] = lambda name: None
+    fatal: Mapping[str, str] = MappingProxyType({}),
+    before: Callable[[str], None] = lambda name: None,
 ) -> Machine:
     """Look at this machine. Every known package is imported, to find the broken ones: this
     takes seconds.

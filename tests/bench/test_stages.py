@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pw_bench.e2e import stages
 from pw_bench.e2e.job import ClipFacts, Job
+from pw_bench.e2e.programs import CONTENDERS
 from pw_bench.e2e.stages import time_stages
 from pw_bench.results import Figure, Skipped
 from pw_runtime.system.progress import Reporter
@@ -20,7 +22,7 @@ from tests.bench.small_results import CEILINGS
 class Program:
     """Replaces `RuntimeProgram`: its second clip falls back, its fourth one is interrupted."""
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self) -> None:
         self.clips = 0
 
     def clip(self, job: Job, video: Path) -> ClipFacts:
@@ -29,13 +31,16 @@ class Program:
             raise KeyboardInterrupt
         with span("text"):
             pass
-        return ClipFacts(fallbacks=("out of memory",) if self.clips == 2 else ())
+        fallbacks = ("out of memory",) if self.clips == 2 else ()
+        return ClipFacts(fallbacks=fallbacks, peaks={"device": 10 * self.clips})
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, clips: int, skipped: list[Skipped]) -> Figure:
-    monkeypatch.setattr(stages, "RuntimeProgram", Program)
+    ours = replace(CONTENDERS["ours"], make=Program)
+    monkeypatch.setattr(stages, "CONTENDERS", {"ours": ours})
     monkeypatch.setattr(stages, "minimum_work", lambda *_: {})
-    (figure,) = time_stages(NO_JOB, clips, CEILINGS, Reporter(quiet=True), skipped)
+    figure, memory = time_stages(NO_JOB, clips, CEILINGS, Reporter(quiet=True), skipped)
+    assert (memory.name, memory.unit, memory.samples) == ("GPU memory", "B", (20.0, 30.0))
     return figure
 
 

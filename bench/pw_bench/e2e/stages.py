@@ -17,9 +17,9 @@ from typing import Final
 
 import torch
 
-from pw_bench.choices import SyntheticSize
+from pw_bench.choices import OURS, ProgramName, SyntheticSize
 from pw_bench.e2e.job import Job
-from pw_bench.e2e.runtime_program import RuntimeProgram
+from pw_bench.e2e.programs import CONTENDERS
 from pw_bench.e2e.synthetic import IN_MEMORY
 from pw_bench.e2e.weights import make_job, pick_weights, scope_of
 from pw_bench.measure.environment import envelope, identify
@@ -75,6 +75,7 @@ def measure_stages(
     cold: bool,
     precision: Precision | None,
     device_name: str,
+    side: ProgramName = OURS,
 ) -> Result:
     """Measure every stage of a clip.
 
@@ -87,6 +88,7 @@ def measure_stages(
         cold: count the first clip too.
         precision: of the transformers; None for the device's default.
         device_name: as for `pw generate`.
+        side: which of this runtime's programs makes the clips.
 
     Raises BadRequest, BadWeights.
     """
@@ -101,8 +103,8 @@ def measure_stages(
         weights = pick_weights(preset_name, checkpoint, synthetic, folder, reporter.say)
         job = make_job(weights, preset, folder, device, precision)
         ceilings = measure_ceilings(device, FULL)
-        figures = time_stages(job, clips, ceilings, reporter, skipped, cold=cold)
-    words = f"{SCOPE}, {'none' if cold else 'the first'} left out"
+        figures = time_stages(job, clips, ceilings, reporter, skipped, cold=cold, side=side)
+    words = f"{SCOPE}, {'none' if cold else 'the first'} left out: {CONTENDERS[side].description}"
     identity = replace(identity, weights={weights.name: weights.digest})
     return replace(
         envelope("stages", scope_of(job, weights) | {"words": words}, identity, ceilings, nvml),
@@ -119,13 +121,15 @@ def time_stages(
     skipped: list[Skipped],
     *,
     cold: bool = False,
+    side: ProgramName = OURS,
 ) -> list[Figure]:
     """Make clips, one more than counted unless `cold`: the first warms the process up.
 
     Ctrl-C ends the series early.
     """
-    program, device = RuntimeProgram("eager"), torch.device(job.device)
+    program, device = CONTENDERS[side].make(), torch.device(job.device)
     traces: list[list[Span]] = []
+    peaks: list[float] = []  # of the GPU's memory, where one is used
     fallbacks: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         left_out = 0 if cold else 1
@@ -142,10 +146,14 @@ def time_stages(
                 break
             traces.append(trace.spans)
             fallbacks.update(facts.fallbacks)
+            peaks += [facts.peaks["device"]] if "device" in facts.peaks else []
             reporter.say(f"clip {number + 1} of {clips + left_out}")
     networks = IN_MEMORY[job.in_memory] if job.in_memory else open_bundle(job.bundle).networks
     work = minimum_work(networks, job.preset, ceilings)
-    return figures_of(traces[left_out:], work, tuple(sorted(fallbacks)))
+    figures = figures_of(traces[left_out:], work, tuple(sorted(fallbacks)))
+    if peaks[left_out:]:
+        figures.append(Figure(name="GPU memory", unit="B", samples=tuple(peaks[left_out:])))
+    return figures
 
 
 def limit_steps(preset: Preset, steps: int) -> Preset:
