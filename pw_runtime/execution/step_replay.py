@@ -2,7 +2,9 @@
 """Replay of a step on a GPU: recorded once as a CUDA graph, with the same bits.
 
 A step of a draft is some thousand short kernels, which a GPU finishes faster than Python can start
-them. They are the same in every step of a clip, and read only the latent and the modulation anew.
+them: on an H200, 0.24 s for arithmetic of 0.1 s. They are the same in every step of a clip, and
+read only the latent and the modulation anew. What was recorded is compared with the step itself,
+once a clip, before it takes its place.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class StepReplay:
         self._outputs = []
 
     def _record(self, compute: Compute, latent: Tensor, modulation: Modulation) -> bool:
-        """Record a step; return False where that is impossible."""
+        """Record a step and compare it once; return False where it cannot be replayed."""
         graph = torch.cuda.CUDAGraph()
         inputs = (
             latent.clone(),
@@ -91,11 +93,15 @@ class StepReplay:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._refused = True
-            self._say(
-                f"steps are started kernel by kernel, as they could not be recorded as a CUDA "
-                f"graph ({str(error).splitlines()[0]})"
-            )
+            self._refuse(str(error).splitlines()[0])
+            return False
+        graph.replay()
+        if not all(map(torch.equal, outputs, compute(latent, modulation))):
+            self._refuse("a recorded step gave other numbers than the step itself")
             return False
         self._graph, self._inputs, self._outputs = graph, inputs, outputs
         return True
+
+    def _refuse(self, reason: str) -> None:
+        self._refused = True
+        self._say(f"steps are started kernel by kernel, not as a CUDA graph: {reason}")

@@ -21,9 +21,10 @@ from pw_runtime.models.embeddings import Positions
 class Recording:
     """Stand-in for a CUDA graph: computes again, into the memory of the recorded results."""
 
+    again: Any
+
     def __init__(self) -> None:
         self.replays = 0
-        self.again: Any = None
 
     def replay(self) -> None:
         self.replays += 1
@@ -67,16 +68,21 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     original = StepReplay._record
 
     def record(self: StepReplay, compute: Any, latent: Tensor, rows: Modulation) -> bool:
-        done = original(self, compute, latent, rows)
+        """Record: the first call is that of the capture, whose tensors a replay fills."""
+        calls: list[tuple[Tensor, Modulation, list[Tensor]]] = []
+
+        def captured(latent: Tensor, rows: Modulation) -> list[Tensor]:
+            outputs = compute(latent, rows)
+            calls.append((latent, rows, outputs))
+            return outputs
 
         def again() -> None:
-            assert self._inputs is not None
-            for target, value in zip(self._outputs, compute(*self._inputs), strict=True):
+            latent, rows, outputs = calls[0]
+            for target, value in zip(outputs, compute(latent, rows), strict=True):
                 target.copy_(value)
 
-        if done:
-            made[-1].again = again
-        return done
+        monkeypatch.setattr(Recording, "again", staticmethod(again), raising=False)
+        return original(self, captured, latent, rows)
 
     monkeypatch.setattr(step_replay.torch.cuda, "CUDAGraph", create)
     monkeypatch.setattr(step_replay.torch.cuda, "graph", recording)
@@ -88,7 +94,7 @@ def test_every_step_gets_its_own_numbers_and_only_the_first_is_not_replayed(reco
     replay, clip = StepReplay(print), Clip(2.0)
     for number in (1.0, 2.0, 3.0, 4.0):
         clip.step(replay, number)
-    assert [recording.replays for recording in recordings] == [3]
+    assert [recording.replays for recording in recordings] == [1 + 3]  # one to compare
 
 
 def test_another_clip_is_recorded_anew(recordings) -> None:
@@ -96,7 +102,7 @@ def test_another_clip_is_recorded_anew(recordings) -> None:
     for clip in (one, other, one):
         for number in (1.0, 2.0, 3.0):
             clip.step(replay, number)
-    assert [recording.replays for recording in recordings] == [2, 2, 2]
+    assert [recording.replays for recording in recordings] == [1 + 2] * 3
 
 
 def test_results_of_a_step_stay_when_the_next_one_is_replayed(recordings) -> None:
@@ -129,7 +135,28 @@ def test_what_cannot_be_recorded_is_computed_and_told_once(recordings, monkeypat
     for number in (1.0, 2.0, 3.0):
         clip.step(replay, number)
     assert len(said) == 1
-    assert "operation not permitted when stream is capturing)" in said[0]
+    assert said[0].endswith("operation not permitted when stream is capturing")
+
+
+def test_a_recorded_step_with_other_numbers_is_never_used(recordings, monkeypatch) -> None:
+    monkeypatch.setattr(Recording, "replay", lambda self: None)
+    said: list[str] = []
+    replay, clip = StepReplay(said.append), Clip(2.0)
+    clip.step(replay, 1.0)
+    clip.factor, before = 5.0, clip.compute
+
+    def changing(latent: Tensor, rows: Modulation) -> list[Tensor]:
+        clip.factor += 1
+        return before(latent, rows)
+
+    rows = Modulation(torch.zeros(2), torch.zeros(2))
+    latent = torch.ones(2)
+    (result,) = replay.velocities(changing, latent, clip.texts, rows, clip.layout)
+    assert torch.equal(result, clip.factor * latent)
+    assert said == [
+        "steps are started kernel by kernel, not as a CUDA graph: a recorded step gave other "
+        "numbers than the step itself"
+    ]
 
 
 def test_out_of_memory_while_recording_is_for_the_planner(recordings, monkeypatch) -> None:
