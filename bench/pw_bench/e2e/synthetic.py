@@ -20,7 +20,14 @@ from torch import Tensor
 from pw_bench.choices import SyntheticSize
 from pw_export.nano import NANO_DIT, NANO_TEXT_ENCODER, NANO_VAE, write_byte_tokenizer
 from pw_export.wan22_configs import NETWORKS
-from pw_runtime.checkpoint.bundle import TOKENIZER, Bundle, Manifest, Networks
+from pw_runtime.checkpoint.bundle import (
+    TOKENIZER,
+    Bundle,
+    FileRecord,
+    Manifest,
+    Networks,
+    sha256_of,
+)
 from pw_runtime.models import expected_shapes
 from pw_runtime.types import Network
 
@@ -55,6 +62,10 @@ def synthetic_bundle(folder: Path, networks: Networks = NETWORKS) -> Bundle:
     """
     (folder / TOKENIZER).mkdir(parents=True)
     write_byte_tokenizer(folder / TOKENIZER, networks.draft.config.text_len)
+    files = {
+        f"{TOKENIZER}/{file.name}": FileRecord(bytes=file.stat().st_size, sha256=sha256_of(file))
+        for file in (folder / TOKENIZER).iterdir()
+    }
     typed = replace(
         networks,
         draft=replace(networks.draft, dtype="BF16"),
@@ -62,7 +73,7 @@ def synthetic_bundle(folder: Path, networks: Networks = NETWORKS) -> Bundle:
         vae=replace(networks.vae, dtype="F32"),
         text_encoder=replace(networks.text_encoder, dtype="BF16"),
     )
-    manifest = Manifest(format=1, created_by="pw bench", source={}, networks=typed, files={})
+    manifest = Manifest(format=1, created_by="pw bench", source={}, networks=typed, files=files)
 
     @lru_cache
     def tensors(network: Network) -> dict[str, Tensor]:
