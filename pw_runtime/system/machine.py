@@ -59,12 +59,18 @@ def describe(
     takes seconds.
 
     Args:
-        fatal: packages that are not imported, because that ended a process; and how it ended.
-        before: called with the name of each package that is going to be imported.
+        fatal: packages that are not loaded, because that ended a process; and how it ended.
+        before: called with the name of each package that is going to be loaded.
     """
     packages = tuple(_packages(fatal, before))
-    before("torch")  # looking at a GPU may end the process too
-    gpus = () if "torch" in fatal else _gpus()
+    gpus: tuple[Gpu, ...] = ()
+    driver = None
+    if "torch" not in fatal:
+        before("torch")  # looking at a GPU may end the process too
+        gpus = _gpus()
+    if "nvidia-ml-py" not in fatal:
+        before("nvidia-ml-py")
+        driver = _driver()
     return Machine(
         python=platform.python_version(),
         os=_system(),
@@ -73,14 +79,14 @@ def describe(
         memory_bytes=_memory_bytes(),
         packages=packages,
         gpus=gpus,
-        driver=_driver(),
+        driver=driver,
     )
 
 
 def _packages(fatal: Mapping[str, str], before: Callable[[str], None]) -> Iterator[Package]:
     for name in _package_names():
         if name in fatal:
-            broken = f"importing it ends the process: {fatal[name]}"
+            broken = f"loading it ends the process: {fatal[name]}"
             yield Package(name=name, version=importlib.metadata.version(name), broken=broken)
         else:
             before(name)

@@ -335,8 +335,8 @@ sys.meta_path.insert(0, Fatal())
 @pytest.mark.slow
 def test_a_package_whose_import_ends_the_process_is_one_that_is_broken() -> None:
     report = report_of("-c", FATAL + REPORT)
-    assert "why       importing it ends the process: SIGSEGV" in report
-    assert "why       importing it ends the process: exit code 3" in report
+    assert "why       loading it ends the process: SIGSEGV" in report
+    assert "why       loading it ends the process: exit code 3" in report
     assert "encoders   unknown: the package av is missing or cannot be imported" in report
     assert report.splitlines()[-1] == "pw generate: not ready: av is broken, rich is broken"
 
