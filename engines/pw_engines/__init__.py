@@ -15,6 +15,7 @@ from pw_engines.spec import (
     digest_of,
     dtype_name,
 )
+from pw_engines.speed import Speed, measure_speed
 from pw_engines.store import EngineStore, StoreError
 
 __all__ = [
@@ -30,10 +31,12 @@ __all__ = [
     "FrontEnd",
     "Parity",
     "Platform",
+    "Speed",
     "StoreError",
     "TensorSpec",
     "check_parity",
     "digest_of",
     "dtype_name",
+    "measure_speed",
     "require_parity",
 ]

@@ -18,6 +18,7 @@ from pw_engines.engine import EngineError, Positional, random_inputs
 from pw_engines.spec import SMALLEST, Backend, EngineSpec, digest_of
 
 FILE = "engine.pt2"
+_MODEL = "model"  # name of the only one in a package
 # Code for any number of threads, however many the building process has.
 _PARALLEL = {"cpp.threads": max(2, os.cpu_count() or 1), "cpp.dynamic_threads": True}
 
@@ -27,7 +28,7 @@ def aoti_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
     facts = {
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "processor": _processor(),  # a package for a GPU has code for the CPU too
+        "processor": processor(),  # a package for a GPU has code for the CPU too
         "recipe": digest_of([Path(__file__).read_bytes()]),
     }
     if device.type == "cuda":
@@ -40,8 +41,8 @@ def aoti_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(facts.items()))
 
 
-def _processor() -> str:
-    """Compute a digest of the processor's features: code is compiled with -march=native."""
+def processor() -> str:
+    """Compute a digest of the processor's features, which compiled code is for."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -109,7 +110,10 @@ class AotiEngine:
         self.spec = spec
         index = -1 if device.index is None else device.index
         try:
-            self._model: Any = torch._inductor.aoti_load_package(str(package), device_index=index)
+            # What `torch._inductor.aoti_load_package` opens after importing a thousand modules.
+            self._model: Any = torch._C._aoti.AOTIModelPackageLoader(
+                str(package), _MODEL, False, 1, index
+            )
         except RuntimeError as error:
             raise EngineError(f"PyTorch cannot open {package}: {error}") from error
 
@@ -128,7 +132,7 @@ class AotiEngine:
                 )
         try:
             with torch.cuda.device_of(inputs[0]):
-                results = self._model(*inputs)
+                results = self._model.run(list(inputs))
         except torch.OutOfMemoryError:
             raise  # the caller may retry with less
         except RuntimeError as error:

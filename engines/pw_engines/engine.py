@@ -91,12 +91,17 @@ def check_parity(
     ]
     engine.run(inputs, outputs)
     expected = segment(*inputs)
-    dtypes: set[DType] = {tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
-    tolerance = max(TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES)
+    tolerance = tolerance_of(spec)
     return [
         Parity(output=tensor.name, error=relative_l2(*pair), tolerance=tolerance)
         for tensor, *pair in zip(spec.outputs, outputs, expected, strict=True)
     ]
+
+
+def tolerance_of(spec: EngineSpec) -> float:
+    """Return the largest relative L2 distance of an output from the segment's that is good."""
+    dtypes: set[DType] = {tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
+    return max(TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES)
 
 
 def require_parity(name: str, parities: Sequence[Parity]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 SMALLEST: Final = 2  # value of a named dimension: compilers treat 1 as broadcasting
-Backend = Literal["eager", "aoti", "tensorrt", "tensorrt-rtx"]
+Backend = Literal["eager", "aoti", "openvino", "tensorrt", "tensorrt-rtx"]
 FrontEnd = Literal["onnx", "torch-tensorrt"]  # how a segment is passed to TensorRT
 # What an engine depends on beside its spec, by name.
 Platform = tuple[tuple[str, str], ...]

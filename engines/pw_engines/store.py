@@ -15,25 +15,21 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
-import re
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
+from pw_engines.manifest import FORMAT, MANIFEST, read_manifest, speeds_of, sync, write_manifest
 from pw_engines.spec import EngineKey
+from pw_engines.speed import Speed
 from pw_engines.trust import distrust, foreign, make_private
 
-FORMAT: Final = 1
-MANIFEST: Final = "manifest.json"
-MAX_MANIFEST: Final = 4 * 2**20  # bytes
 State = Literal["fresh", "missing", "damaged"]
 
 
@@ -48,6 +44,7 @@ class Lookup:
     state: State
     path: Path | None = None
     reason: str = ""
+    speeds: tuple[Speed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +57,7 @@ class Entry:
     bytes: int
     seconds: float  # duration of its build
     key: dict[str, Any]  # as JSON; empty if the manifest cannot be read
+    speeds: tuple[Speed, ...] = ()  # beside its segment, as far as measured
     damage: str = ""
 
 
@@ -87,14 +85,15 @@ class EngineStore:
         folder = self.root / key.folder
         if not folder.is_dir():
             return Lookup(state="missing", reason="not built yet")
-        manifest, damage = _read_manifest(folder)
+        manifest, damage = read_manifest(folder)
         if not damage and manifest["key"] != _as_json(key):
             damage = "its manifest has another key"
         if not damage:
             damage = _verify(folder, manifest)
         if damage:
             return Lookup(state="damaged", reason=f"{folder}: {damage}")
-        return Lookup(state="fresh", path=folder / manifest["file"])
+        path = folder / manifest["file"]
+        return Lookup(state="fresh", path=path, speeds=speeds_of(manifest))
 
     @contextmanager
     def locked(self, key: EngineKey, *, wait: bool = True) -> Iterator[bool]:
@@ -141,6 +140,29 @@ class EngineStore:
         finally:
             shutil.rmtree(building, ignore_errors=True)
             os.close(descriptor)
+
+    def record(self, key: EngineKey, speed: Speed) -> None:
+        """Add a measurement to a built engine's manifest, in place of an earlier one of its size.
+
+        Raises StoreError where the engine is not there, or the disk fails.
+        """
+        folder = self.root / key.folder
+        with self.locked(key):
+            manifest, damage = read_manifest(folder)
+            if damage or manifest["key"] != _as_json(key):
+                raise StoreError(f"{folder}: {damage or 'its manifest has another key'}")
+            others = [known for known in speeds_of(manifest) if known.tokens != speed.tokens]
+            speeds = [asdict(known) for known in sorted([*others, speed], key=lambda s: s.tokens)]
+            partial = folder / f".{MANIFEST}.partial"
+            try:
+                write_manifest(partial, manifest | {"speeds": speeds})
+                partial.rename(folder / MANIFEST)
+                sync(folder)
+            except OSError as error:
+                raise StoreError(
+                    f"cannot write the speed of {key.folder} in {self.root}: "
+                    f"{error.strerror or error}; free some space or set PW_CACHE to another folder"
+                ) from error
 
     def entries(self, *, verify: bool) -> list[Entry]:
         """List everything in the store, by name; `verify` compares every file with its digest."""
@@ -213,69 +235,13 @@ def _publish(building: Path, folder: Path, key: EngineKey, name: str, seconds: f
         "seconds": round(seconds, 3),
         "key": asdict(key),
     }
-    (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for written in (path, building / MANIFEST, building):
-        _sync(written)
+    write_manifest(building / MANIFEST, manifest)
+    for written in (path, building):
+        sync(written)
     if folder.exists():  # damaged; rename cannot replace a folder that is not empty
         shutil.rmtree(folder)
     building.rename(folder)
-    _sync(folder.parent)
-
-
-_FILE_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
-_FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
-    "file": str,
-    "bytes": int,
-    "sha256": str,
-    "key": dict,
-    "seconds": (int, float),
-}
-
-
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the manifest, and what is wrong with it."""
-    try:
-        manifest = json.loads(_read_file(folder / MANIFEST, MAX_MANIFEST))
-    except FileNotFoundError:
-        return {}, "it has no manifest"
-    except (OSError, ValueError, RecursionError) as error:
-        return {}, f"its manifest cannot be read ({error})"
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        got = manifest.get("format") if isinstance(manifest, dict) else None
-        return {}, f"format {str(got)[:20]}, expected {FORMAT}"
-    for name, kind in _FIELDS.items():
-        if not isinstance(manifest.get(name), kind):
-            return {}, f"its manifest has no usable {name}"
-    key = manifest["key"]
-    if not isinstance(key.get("spec"), dict) or not isinstance(key.get("backend"), str):
-        return {}, "its manifest has no key"
-    if not isinstance(key["spec"].get("segment"), str):
-        return {}, "its manifest has no segment"
-    platform = key.get("platform")
-    if not isinstance(platform, list) or not all(map(_is_pair, platform)):
-        return {}, "its manifest has no usable platform"
-    if not math.isfinite(manifest["seconds"]):
-        return {}, "its manifest has no usable seconds"
-    if not _FILE_NAME.fullmatch(manifest["file"]):
-        return {}, f"its manifest names {manifest['file']}, which is not in its folder"
-    return manifest, ""
-
-
-def _is_pair(value: object) -> bool:
-    """Tell whether a value of JSON is a name with its text."""
-    return isinstance(value, list) and [type(x) for x in value] == [str, str]
-
-
-def _read_file(path: Path, most: int) -> bytes:
-    """Return the bytes of a regular file. Raises OSError, also for a pipe and for a larger one."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path.name} is not a file")
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(f"{path.name} has more than {most} bytes")
-    return content
+    sync(folder.parent)
 
 
 def _verify(folder: Path, manifest: dict[str, Any]) -> str:
@@ -297,7 +263,7 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> str:
 
 
 def _entry(folder: Path, verify: bool) -> Entry:
-    manifest, damage = _read_manifest(folder)
+    manifest, damage = read_manifest(folder)
     if verify and not damage:
         damage = _verify(folder, manifest)
     key = manifest.get("key", {})
@@ -312,6 +278,7 @@ def _entry(folder: Path, verify: bool) -> Entry:
         bytes=size,
         seconds=manifest.get("seconds", 0.0),
         key=key,
+        speeds=speeds_of(manifest),
         damage=damage,
     )
 
@@ -324,14 +291,6 @@ def _as_json(key: EngineKey) -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from pw_engines import (
     StoreError,
     aoti,
     check_parity,
+    openvino,
     require_parity,
     tensorrt,
 )
@@ -34,10 +35,8 @@ from pw_engines.store import Entry
 from pw_engines.tensorrt import rtx, torch_tensorrt
 from pw_export.build_jobs import Job
 from pw_export.onnx_export import export_segment
+from pw_runtime.execution.compilers import COMPILERS
 from pw_runtime.execution.decoder_segments import source_digest as decoder_source_digest
-from pw_runtime.execution.engine_lookup import (
-    COMPILERS,
-)
 from pw_runtime.execution.transformer_segments import Segment, source_digest
 from pw_runtime.system.places import require_temporary_room
 
@@ -215,6 +214,9 @@ def _compile(
         rtx.build(segment.spec, model, path, rtx.targets_of(job.key.platform), say, on_phase)
     elif job.compiler == "torch-tensorrt":
         torch_tensorrt.build(segment.spec, segment.module, path, device, say=say)
+    elif job.compiler == "openvino":
+        model = export_segment(segment, varying=bool(segment.spec.limits))
+        openvino.build(segment.spec, model, path)
     else:
         aoti.build(segment.spec, segment.module, path, device)
 

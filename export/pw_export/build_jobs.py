@@ -10,20 +10,15 @@ from typing import Protocol
 
 import torch
 
-from pw_engines import EngineKey, EngineStore, FrontEnd, Platform, aoti, tensorrt
+from pw_engines import EngineKey, EngineStore, FrontEnd, Platform, aoti, openvino, tensorrt
 from pw_engines.tensorrt import rtx, torch_tensorrt
-from pw_export.linear_formats import able, require_buildable
+from pw_export.linear_formats import able, has_format, require_buildable
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
+from pw_runtime.execution.compilers import COMPILERS, Compiler, CompilerName
 from pw_runtime.execution.decoder_lookup import decoder_segments
-from pw_runtime.execution.engine_lookup import (
-    COMPILERS,
-    Compiler,
-    CompilerName,
-    in_order,
-    keys_of,
-)
+from pw_runtime.execution.engine_lookup import in_order, keys_of
 from pw_runtime.execution.transformer_segments import Segment, segments_of
 from pw_runtime.types import Blocks, DitConfig, LinearFormat, Precision, Preset
 
@@ -96,20 +91,48 @@ class Job:
     key: EngineKey
 
 
+def pick_compilers(
+    backend: str,
+    frontend: FrontEnd | None,
+    device: torch.device,
+    precision: Precision,
+    linear: LinearFormat,
+) -> list[CompilerName]:
+    """Choose compilers: the best that is available, or the requested one.
+
+    For a CPU "auto" gives all that are available and have the precision and the format of linear
+    layers, for `build_speed` to compare.
+
+    Raises BadRequest with the reason if none is available.
+    """
+    first = pick_compiler(backend, frontend, device)
+    fitting = precision == "fp32" and has_format("openvino", linear)
+    if first == "openvino":
+        if precision != "fp32":
+            raise BadRequest(
+                "OpenVINO's engines are fp32: in bf16 its blocks were off by a fifth",
+                got=f"--precision {precision}",
+                do="use --precision fp32, or --backend aoti",
+            )
+        return [first]
+    several = backend == "auto" and frontend is None and device.type == "cpu" and fitting
+    return [first, "openvino"] if several and not openvino.unavailable(device) else [first]
+
+
 def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device) -> CompilerName:
     """Choose a compiler: the best that is available, or the requested one.
 
     Args:
-        backend: "tensorrt", "tensorrt-rtx", "aoti" or "auto".
+        backend: "tensorrt", "tensorrt-rtx", "aoti", "openvino" or "auto".
         frontend: front end of TensorRT, which it implies; None: ONNX if TensorRT is used.
         device: device to build for.
 
     Raises BadRequest with the reason if the compiler is not available.
     """
-    if frontend is not None and backend == "aoti":
+    if frontend is not None and backend in ("aoti", "openvino"):
         raise BadRequest(
             "--frontend is an option of TensorRT",
-            got=f"--frontend {frontend} with --backend aoti",
+            got=f"--frontend {frontend} with --backend {backend}",
             do="omit one of them",
         )
     if frontend is not None:
@@ -120,11 +143,12 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
         # By itself only for a GPU that is here; for another one it must be asked for.
         "tensorrt-rtx": rtx.cannot_run if backend == "auto" else rtx.cannot_build_for,
         "aoti": aoti.unavailable,
+        "openvino": openvino.unavailable,
     }
     builders = by_torch if frontend == "torch-tensorrt" else others
     reasons = {
         name: builders[name](device)
-        for name in in_order(device)
+        for name in (in_order(device) if backend == "auto" else COMPILERS)
         if name in builders and backend in ("auto", COMPILERS[name].backend)
     }
     for name, reason in reasons.items():

@@ -10,7 +10,7 @@ from typing import Final
 from pw_engines import Platform
 from pw_engines.tensorrt.library import RTX
 from pw_runtime.errors import BadRequest
-from pw_runtime.execution.engine_lookup import CompilerName
+from pw_runtime.execution.compilers import CompilerName
 from pw_runtime.types import LinearFormat
 
 # The first architecture whose matrix units have the format: 89 is compute capability 8.9.
@@ -21,6 +21,7 @@ _COMPILED: Final[Mapping[CompilerName, tuple[LinearFormat, ...]]] = MappingProxy
     {
         "aoti": ("exact", "int8", "int8-weight"),  # Inductor has no conversion to the others
         "torch-tensorrt": ("exact",),
+        "openvino": ("exact",),
     }
 )
 
@@ -31,16 +32,21 @@ def able(linear: LinearFormat, targets: Iterable[str]) -> tuple[str, ...]:
     return tuple(target for target in targets if int(target.removeprefix("sm_")) >= least)
 
 
+def has_format(name: CompilerName, linear: LinearFormat) -> bool:
+    """Tell whether a compiler builds engines with a format, on hardware that has it."""
+    return name not in _COMPILED or linear in _COMPILED[name]
+
+
 def require_buildable(linear: LinearFormat, name: CompilerName, platform: Platform) -> None:
     """Raise BadRequest where a compiler, or a GPU that it builds for, does not have the format."""
     compiled = _COMPILED.get(name)
+    if not has_format(name, linear):
+        raise BadRequest(
+            f"{name} builds no engines with {linear} linear layers",
+            wanted=f"--linear {' or '.join(_COMPILED[name])}",
+            do="add --backend tensorrt-rtx, or generate without engines",
+        )
     if compiled is not None:
-        if linear not in compiled:
-            raise BadRequest(
-                f"{name} builds no engines with {linear} linear layers",
-                wanted=f"--linear {' or '.join(compiled)}",
-                do="add --backend tensorrt-rtx, or generate without engines",
-            )
         return
     facts = dict(platform)
     gpus = facts["targets"].split() if name == "tensorrt-rtx" else [_architecture(facts)]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pw_export.build import Built, Event
     from pw_export.build_jobs import Job, Source
     from pw_runtime.checkpoint.bundle import Bundle
-    from pw_runtime.execution.engine_lookup import CompilerName
+    from pw_runtime.execution.compilers import CompilerName
     from pw_runtime.system.progress import Reporter
     from pw_runtime.types import Blocks, DitConfig, LinearFormat, Precision, Preset
 
@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 @click.option("--model", type=FOLDER, required=True, help="Bundle made by `pw convert`.")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "aoti"]),
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "aoti", "openvino"]),
     default="auto",
     show_default=True,
-    help="auto: TensorRT if it is installed and there is a GPU, otherwise AOTInductor; "
+    help="auto: TensorRT if it is installed and there is a GPU, otherwise AOTInductor; on a CPU "
+    "OpenVINO too, if it is installed, and each is measured; "
     "tensorrt-rtx builds for GPUs that need not be here.",
 )
 @click.option(
@@ -70,21 +71,27 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show what would be built, and build nothing.")
 @click.option("--onnx-only", type=FOLDER, help="Write ONNX models to this folder instead.")
 @click.option(
-    "--preset", type=PresetName(), help="Also build the decoder, for this preset's resolution only."
+    "--preset",
+    type=PresetName(),
+    help="Also build the decoder, for this preset's resolution only; on a CPU with --backend aoti "
+    "only. On a CPU engines are measured at the preset's sizes.",
 )
 @click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 def build(**options: Any) -> int:
     """Compile a model's transformers, once for all presets; with --preset also the decoder."""
-    from pw_export.build_jobs import pick_compiler, platform_for, require_attention_compiler
+    from pw_export.build_jobs import pick_compilers, platform_for, require_attention_compiler
     from pw_runtime.checkpoint.bundle import open_bundle
+    from pw_runtime.cli.build_speeds import NO_DECODER, show_speeds
     from pw_runtime.execution.block_division import (
         require_attention_precision,
         require_exact_attention,
     )
+    from pw_runtime.execution.compilers import COMPILERS
     from pw_runtime.job.preflight import default_precision, pick_device
     from pw_runtime.models.quantized_linear import require_quantizable
     from pw_runtime.presets import find_preset
     from pw_runtime.system.progress import Reporter
+    from pw_runtime.types import RunOptions
 
     reporter, device = Reporter(quiet=options["quiet"]), pick_device(options["device"])
     precision = default_precision(options["precision"], device)
@@ -106,29 +113,44 @@ def build(**options: Any) -> int:
     targets, backend = options["targets"], options["backend"]
     if backend == "auto" and (targets or blocks != "segments"):
         backend = "tensorrt-rtx"
-    compiler = pick_compiler(backend, options["frontend"], device)
-    platform = platform_for(compiler, device, targets, linear)
-    if compiler == "tensorrt-rtx" and options["precision"] is None:
+    compilers = pick_compilers(backend, options["frontend"], device, precision, linear)
+    if compilers[0] == "tensorrt-rtx" and options["precision"] is None:
         precision = "bf16"  # for a GPU, wherever it is built
-    require_attention_compiler(blocks, compiler, preset)
-    require_attention_precision(blocks, precision)
-    sources = _sources(bundle, precision, chunk, preset, compiler, blocks, linear)
-    where = dict(platform).get("targets", str(device)).replace(" ", ", ")
-    heading = f"{compiler} engines for {where}, {precision}, up to {chunk} tokens"
-    if linear != "exact":
-        heading += f", {linear} linear layers"
-    jobs = _pending(sources, compiler, device, platform, heading, reporter)
+    decoder = preset if device.type != "cpu" or backend != "auto" else None
+    missing: list[Job] = []
+    stored: list[Job] = []
+    for compiler in compilers:
+        platform = platform_for(compiler, device, targets, linear)
+        require_attention_compiler(blocks, compiler, preset)
+        require_attention_precision(blocks, precision)
+        sources = _sources(bundle, precision, chunk, preset, compiler, blocks, linear)
+        if decoder is not None and COMPILERS[compiler].decodes:
+            sources.append(_decoder_source(bundle, decoder, compiler))
+        where = dict(platform).get("targets", str(device)).replace(" ", ", ")
+        heading = f"{compiler} engines for {where}, {precision}, up to {chunk} tokens"
+        if linear != "exact":
+            heading += f", {linear} linear layers"
+        jobs, built = _pending(sources, compiler, device, platform, heading, reporter)
+        missing += jobs
+        stored += built
     if preset is not None:
         last = preset.highres or preset.draft
         if blocks != "segments":
             reporter.say(f"blocks as {blocks}: for clips of this preset only")
-        reporter.say(f"the decoder's engines are for {last.width}x{last.height} only")
+        if any(job.segment.startswith("vae_") for job in missing + stored):
+            reporter.say(f"the decoder's engines are for {last.width}x{last.height} only")
+        elif device.type == "cpu":
+            reporter.say(NO_DECODER)
     if options["dry_run"]:
-        for job in jobs:
+        for job in missing:
             reporter.say(f"  {job.key.folder}")
         return DONE
     workers = options["jobs"] or (1 if device.type == "cuda" else os.cpu_count() or 1)
-    return _build(jobs, workers, reporter)
+    failed = _build(missing, workers, reporter)
+    if device.type == "cpu" and compilers != ["tensorrt-rtx"]:
+        stages = RunOptions(precision=precision, device="cpu", chunk=chunk, linear=linear)
+        show_speeds([*missing, *stored], bundle, stages, preset, reporter)
+    return SOME_FAILED if failed else DONE
 
 
 def _export_onnx(
@@ -169,14 +191,12 @@ def _sources(
     blocks: Blocks,
     linear: LinearFormat,
 ) -> list[Source]:
-    """List the networks to build engines for: those of the preset's stages, if they depend on it.
+    """List the transformers to build engines for: those of the preset's stages, if it matters.
 
     Raises BadWeights where the bundle lacks one of these.
     """
-    from pw_export.build_jobs import DecoderSource, TransformerSource
-    from pw_runtime.checkpoint.bundle import verify
+    from pw_export.build_jobs import TransformerSource
     from pw_runtime.checkpoint.loader import require_dit
-    from pw_runtime.execution.engine_lookup import COMPILERS
 
     sources: list[Source]
     if blocks == "segments" or preset is None:
@@ -189,11 +209,18 @@ def _sources(
             )
             for name, stage in preset.stages().items()
         ]
-    if preset is not None:
-        if COMPILERS[compiler].bakes_weights:
-            verify(bundle, bundle.networks.vae.files)
-        sources.append(DecoderSource(bundle.root, preset))
     return sources
+
+
+def _decoder_source(bundle: Bundle, preset: Preset, compiler: CompilerName) -> Source:
+    """Return the decoder for a preset. Raises BadWeights where weights to bake are damaged."""
+    from pw_export.build_jobs import DecoderSource
+    from pw_runtime.checkpoint.bundle import verify
+    from pw_runtime.execution.compilers import COMPILERS
+
+    if COMPILERS[compiler].bakes_weights:
+        verify(bundle, bundle.networks.vae.files)
+    return DecoderSource(bundle.root, preset)
 
 
 def _pending(
@@ -203,22 +230,22 @@ def _pending(
     platform: Platform,
     heading: str,
     reporter: Reporter,
-) -> list[Job]:
-    """Return the jobs whose engines are not built yet, and report how many are."""
+) -> tuple[list[Job], list[Job]]:
+    """Return the jobs whose engines are not built yet and those that are, and report how many."""
     from pw_export.build_jobs import jobs_for
 
     store = _open_store()
     jobs, built = jobs_for(sources, compiler, device, store, platform)
     reporter.say(f"{heading}, in {store.root}: {len(built)} built, {len(jobs)} to build")
-    return jobs
+    return jobs, built
 
 
 def _build(jobs: list[Job], workers: int, reporter: Reporter) -> int:
-    """Build engines in parallel, report each, and return the exit code."""
+    """Build engines in parallel, report each, and return how many failed."""
     from pw_export.build import run_jobs
 
     if not jobs:
-        return DONE
+        return 0
     _open_store().make_root()
 
     def on_event(job: Job, event: Event) -> None:
@@ -247,8 +274,7 @@ def _build(jobs: list[Job], workers: int, reporter: Reporter) -> int:
     reporter.say(f"{len(jobs) - failed} engines in {time.monotonic() - start:.0f} s")
     if failed:
         reporter.warn(f"{failed} of {len(jobs)} engines failed; the model will run without engines")
-        return SOME_FAILED
-    return DONE
+    return failed
 
 
 def _open_store() -> EngineStore:
@@ -285,6 +311,9 @@ def _show(*, verify: bool) -> int:
         state = f"damaged: {entry.damage}" if entry.damage else f"built in {entry.seconds:.0f} s"
         if targets := dict(entry.key.get("platform", ())).get("targets"):
             state += f" for {targets.replace(' ', ', ')}"
+        if ratios := sorted(speed.ratio for speed in entry.speeds):
+            span = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
+            state += f", {span} times as fast as uncompiled"
         click.echo(printable(f"{entry.folder}  {entry.bytes / 2**20:6.1f} MiB  {state}"))
     click.echo(f"{len(entries)} engines in {store.root}")
     return SOME_FAILED if any(entry.damage for entry in entries) else DONE

@@ -14,11 +14,11 @@ import torch
 
 from pw_engines import EngineStore, digest_of
 from pw_runtime.checkpoint.bundle import Bundle
+from pw_runtime.execution.compilers import Compiler
 from pw_runtime.execution.decoder import SegmentedVae
 from pw_runtime.execution.decoder_segments import segments_of_decode
 from pw_runtime.execution.engine_lookup import (
     ASKED_FOR,
-    Compiler,
     EngineSet,
     Unavailable,
     build_command,
@@ -43,10 +43,13 @@ def decoder_segments(
     Args:
         bundle: with the decoder.
         preset: its high-res picture, or its draft where it has no other.
-        compiler: of the engines; those of TensorRT have the weights baked in.
+        compiler: of the engines; those of TensorRT have the weights baked in, and OpenVINO has
+            none.
         net: the bundle's decoder, to bake; without it such segments can be found, not built.
     """
     vae = bundle.networks.vae
+    if not compiler.decodes:
+        return {}
     if not compiler.bakes_weights:
         return unbaked_segments(vae.config, preset)
     rows, columns = _cells(preset)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Final
 
 import torch
 
@@ -20,20 +20,18 @@ from pw_engines import (
     EngineError,
     EngineKey,
     EngineStore,
-    FrontEnd,
     Platform,
-    aoti,
-    tensorrt,
 )
 from pw_engines.eager import EagerEngine
-from pw_engines.engine import SegmentFunction
 from pw_engines.spec import digest_of
 from pw_engines.store import Lookup
-from pw_engines.tensorrt import rtx, torch_tensorrt
+from pw_engines.tensorrt import rtx
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import require_dit
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.block_division import require_attention_engines, require_exact_attention
+from pw_runtime.execution.compilers import COMPILERS, Compiler, CompilerName
+from pw_runtime.execution.engine_records import built_elsewhere, step_ratio
 from pw_runtime.execution.sparse_stage import kept_fraction, sparse_approximation
 from pw_runtime.execution.transformer_segments import Segment, segments_of
 from pw_runtime.models.quantized_linear import approximation
@@ -45,87 +43,15 @@ from pw_runtime.types import CHUNK, EnginePolicy, Preset, RunOptions, StageName
 ASKED_FOR: Final = "asked for"
 NONE_BUILT: Final = "no engine is built"
 
-CompilerName = Literal["tensorrt", "torch-tensorrt", "tensorrt-rtx", "aoti"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compiler:
-    """Keys and loading of the engines of one compiler.
-
-    Attributes:
-        backend: that runs them.
-        file: name of an engine's file in the store.
-        unavailable: why they cannot be run on a device.
-        platforms: what engines that run on a device were built for, the best first; new ones for
-            that device are built for the first.
-        load: opens one.
-        check: compares one with its segment at its first run on a device; None: that was done when
-            it was built.
-        frontend: of TensorRT.
-        bakes_weights: the decoder's weights become part of its engines.
-    """
-
-    backend: Backend
-    file: str
-    unavailable: Callable[[torch.device], str | None]
-    platforms: Callable[[torch.device], Sequence[Platform]]
-    load: Callable[..., Engine]
-    check: Callable[[Any, SegmentFunction, torch.device], None] | None = None
-    frontend: FrontEnd | None = None
-    bakes_weights: bool = False
-
-    @property
-    def options(self) -> tuple[tuple[str, str], ...]:
-        """Options that are part of a key."""
-        return () if self.frontend is None else (("frontend", self.frontend),)
-
-
-COMPILERS: Mapping[CompilerName, Compiler] = MappingProxyType(
-    {  # in the order of preference; see `in_order`
-        "tensorrt": Compiler(
-            backend="tensorrt",
-            file=tensorrt.FILE,
-            unavailable=tensorrt.unavailable,
-            platforms=lambda device: [tensorrt.tensorrt_platform(device)],
-            load=tensorrt.load,
-            frontend="onnx",
-            bakes_weights=True,
-        ),
-        "torch-tensorrt": Compiler(
-            backend="tensorrt",
-            file=tensorrt.FILE,
-            unavailable=tensorrt.unavailable,  # to run: the front end only builds
-            platforms=lambda device: [torch_tensorrt.torch_platform(device)],
-            load=tensorrt.load,
-            frontend="torch-tensorrt",
-            bakes_weights=True,
-        ),
-        "tensorrt-rtx": Compiler(
-            backend="tensorrt-rtx",
-            file=rtx.FILE,
-            unavailable=rtx.cannot_run,
-            platforms=rtx.platforms_for,
-            load=rtx.load,
-            check=rtx.check_first_run,
-        ),
-        "aoti": Compiler(
-            backend="aoti",
-            file=aoti.FILE,
-            unavailable=aoti.unavailable_to_run,
-            platforms=lambda device: [aoti.aoti_platform(device)],
-            load=aoti.load,
-        ),
-    }
-)
-
-
+# Says how many times as fast as uncompiled the engines of some segments are, if that is known.
+RatioOf = Callable[[Mapping[str, Segment], Mapping[str, Lookup]], float | None]
 # Targets of TensorRT for RTX that it comes first for; data-centre GPUs are TensorRT's.
 RTX_FIRST: Final = frozenset({"sm_86", "sm_89", "sm_120", "sm_121"})
 
 
 def in_order(device: torch.device) -> tuple[CompilerName, ...]:
     """Return the compilers in the order in which they are tried for a device."""
-    names = tuple(COMPILERS)
+    names = tuple(name for name in COMPILERS if device.type == "cpu" or name != "openvino")
     if device.type != "cuda" or not torch.cuda.is_available():
         return names
     rtx_first = rtx.target_of(device) in RTX_FIRST
@@ -157,6 +83,7 @@ class EngineSet:
     digest: str = ""  # over the keys of built engines
     linear: str = ""  # what is approximate in the network's linear layers
     attention: str = ""  # and in its self-attention
+    ratio: float | None = None  # how many times as fast as uncompiled, as `pw build` measured
 
     @property
     def padded(self) -> bool:
@@ -172,6 +99,7 @@ class EngineSet:
         """Return the entry of a receipt."""
         entry = {"backend": self.backend, "reason": self.reason}
         entry |= {"digest": self.digest} if self.digest else {}
+        entry |= {"measured": f"{self.ratio:.2f}"} if self.ratio is not None else {}
         entry |= {"linear": self.linear} if self.linear else {}
         return entry | ({"attention": self.attention} if self.attention else {})
 
@@ -228,7 +156,8 @@ def select_engines(
         return choose_engines(segments, "engines", EngineStore(), device, command, option)
     # Engines contain kernels of their own: with --kernels triton, the segments run.
     policy = "eager" if options.kernels == "triton" else options.policy
-    engines = choose_engines(segments, policy, EngineStore(), device, command)
+    ratio = partial(step_ratio, layers=config.num_layers, tokens=tokens)
+    engines = choose_engines(segments, policy, EngineStore(), device, command, ratio_of=ratio)
     keep = kept_fraction(options, stage)
     return replace(
         engines,
@@ -244,6 +173,7 @@ def choose_engines(
     device: torch.device,
     command: str,
     option: str = "--policy engines",
+    ratio_of: RatioOf = lambda segments, files: None,
 ) -> EngineSet:
     """Choose engines for all segments, from one backend.
 
@@ -255,13 +185,15 @@ def choose_engines(
         device: the device that they run on.
         command: builds them.
         option: asks for engines, where `policy` is "engines".
+        ratio_of: see `find_engines`; with the policy "engines", slower ones are taken too.
 
     Raises:
         BadRequest: engines were asked for and are missing, or one cannot be opened.
     """
     reason = ASKED_FOR
     if policy != "eager":
-        result = find_engines(lambda compiler: segments, store, device, command)
+        least = 0.0 if policy == "engines" else 1.0
+        result = find_engines(lambda compiler: segments, store, device, command, ratio_of, least)
         if isinstance(result, EngineSet):
             return result
         reason = result.reason
@@ -279,59 +211,129 @@ def find_engines(
     store: EngineStore,
     device: torch.device,
     command: str,
+    ratio_of: RatioOf = lambda segments, files: None,
+    least: float = 1.0,
 ) -> EngineSet | Unavailable:
-    """Load the engines of the first compiler that has built all of them.
+    """Load the engines of the first compiler that has built all of them; on a CPU, the fastest.
 
     Args:
-        segments_for: gives the segments, by name, that a compiler's engines are made from.
+        segments_for: gives the segments, by name, that a compiler's engines are made from; none
+            where it has no engines for the network.
         store: the engines on disk.
         device: the device that they run on.
         command: builds them.
+        ratio_of: says how many times as fast as uncompiled some engines are, None if nobody
+            measured.
+        least: ratio below which engines are left out.
 
     Raises:
         BadRequest: an engine cannot be opened, the store's place is a file, or there is no room for
             temporary files.
     """
     check_cache(store.root)
+    found: list[_Built] = []
     missing: dict[str, str] = {}
     for label in in_order(device):
         compiler = COMPILERS[label]
-        reason = compiler.unavailable(device)
-        if reason:
-            if device.type != "cpu":  # what cannot run on one is for GPUs
+        segments = segments_for(compiler)
+        if not segments:
+            continue
+        if reason := compiler.unavailable(device):
+            # What cannot run on a CPU is for GPUs, unless engines of it are there.
+            if device.type != "cpu" or built_elsewhere(store, segments, compiler.backend, ()):
                 missing[compiler.backend] = reason  # once for both front ends
             continue
-        segments, platforms = segments_for(compiler), compiler.platforms(device)
-        keys, files = {}, {}
-        for name, segment in segments.items():
-            keys[name], files[name] = _first(store, keys_of(segment, label, platforms))
-        absent = [f"{name} ({file.reason})" for name, file in files.items() if file.path is None]
-        if absent:
-            none = len(absent) == len(files)
-            missing[label] = NONE_BUILT if none else f"no {', '.join(absent)}"
+        built = _built(store, label, segments, device)
+        if isinstance(built, Unavailable):
+            missing[label] = built.reason
             continue
-        if compiler.backend == "aoti":  # which PyTorch unpacks before it opens them
-            size = sum(file.path.stat().st_size for file in files.values() if file.path)
-            require_temporary_room(2 * size + 16 * 2**20, "unpacking engines")
-        try:
-            engines = {
-                name: _load(compiler, segments[name], file.path, device)
-                for name, file in files.items()
-            }
-        except EngineError as error:
-            raise BadRequest(
-                f"an engine in {store.root} cannot be opened",
-                got=error,
-                do=f"run `pw engines prune --all` and `{command}`, or add --policy eager",
-            ) from error
-        by = f", front end {compiler.frontend}" if compiler.frontend else ""
-        digest = digest_of(keys[name].digest.encode() for name in sorted(keys))
-        reason = f"built engines in {store.root}{by}"
-        return EngineSet(segments, engines, compiler.backend, reason, digest)
+        built = replace(built, ratio=ratio_of(segments, built.files))
+        if built.ratio is not None and built.ratio < least:
+            missing[label] = f"{label} engines are slower here: {built.ratio:.2f}x by `pw build`"
+            continue
+        found.append(built)
+        if device.type != "cpu":
+            break
+    if found:  # the first of equals; what nobody measured counts as no faster
+        fastest = max(found, key=lambda built: 1.0 if built.ratio is None else built.ratio)
+        return _opened(fastest, store, device, command)
+    told = {label: reason for label, reason in missing.items() if reason != NONE_BUILT}
+    if device.type == "cpu":  # where two may build, what one of them lacks is no reason
+        missing = told or {"": NONE_BUILT}
     reasons = list(missing.values())
     if len(reasons) > 1:
         reasons = [f"{label}: {reason}" for label, reason in missing.items()]
     return Unavailable("; ".join(reasons))
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """Engines of all segments of a network, by one compiler, in the store."""
+
+    label: CompilerName
+    segments: Mapping[str, Segment]
+    keys: Mapping[str, EngineKey]
+    files: Mapping[str, Lookup]
+    ratio: float | None = None
+
+
+def _built(
+    store: EngineStore, label: CompilerName, segments: Mapping[str, Segment], device: torch.device
+) -> _Built | Unavailable:
+    """Look up a compiler's engines, and say what lacks."""
+    compiler = COMPILERS[label]
+    platforms = compiler.platforms(device)
+    found = {
+        name: _first(store, keys_of(segment, label, platforms))
+        for name, segment in segments.items()
+    }
+    files = {name: file for name, (_, file) in found.items()}
+    absent = [f"{name} ({file.reason})" for name, file in files.items() if file.path is None]
+    if len(absent) == len(files):
+        elsewhere = built_elsewhere(store, segments, compiler.backend, platforms)
+        return Unavailable(f"{elsewhere}: build them again" if elsewhere else NONE_BUILT)
+    if absent:
+        return Unavailable(f"no {', '.join(absent)}")
+    return _Built(label, segments, {name: key for name, (key, _) in found.items()}, files)
+
+
+def _opened(built: _Built, store: EngineStore, device: torch.device, command: str) -> EngineSet:
+    """Open engines. Raises BadRequest where one cannot be opened, or without temporary room."""
+    compiler, files = COMPILERS[built.label], built.files
+    if compiler.backend == "aoti":  # which PyTorch unpacks before it opens them
+        size = sum(file.path.stat().st_size for file in files.values() if file.path)
+        require_temporary_room(2 * size + 16 * 2**20, "unpacking engines")
+    try:
+        engines = {
+            name: _load(compiler, built.segments[name], file.path, device)
+            for name, file in files.items()
+        }
+    except EngineError as error:
+        raise BadRequest(
+            f"an engine in {store.root} cannot be opened",
+            got=error,
+            do=f"run `pw engines prune --all` and `{command}`, or add --policy eager",
+        ) from error
+    by = f", front end {compiler.frontend}" if compiler.frontend else ""
+    digest = digest_of(built.keys[name].digest.encode() for name in sorted(built.keys))
+    reason = f"built engines in {store.root}{by}"
+    return EngineSet(built.segments, engines, compiler.backend, reason, digest, ratio=built.ratio)
+
+
+def measured_ratios(
+    segments: Mapping[str, Segment], store: EngineStore, device: torch.device, ratio_of: RatioOf
+) -> dict[CompilerName, float]:
+    """Return how many times as fast as uncompiled each compiler's engines of a network are.
+
+    Those that are not all built, or not measured, are not in it.
+    """
+    ratios: dict[CompilerName, float] = {}
+    for label in in_order(device):
+        if COMPILERS[label].unavailable(device) is None:
+            built = _built(store, label, segments, device)
+            if isinstance(built, _Built) and (ratio := ratio_of(segments, built.files)):
+                ratios[label] = ratio
+    return ratios
 
 
 def scratch_for(

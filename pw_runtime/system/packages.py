@@ -49,6 +49,7 @@ KNOWN: Final[Mapping[str, Known]] = MappingProxyType(
         "nvidia-ml-py": Known("pynvml", "the driver's version in reports"),
         "onnx": Known("onnx", "pw build --onnx-only, and engines by TensorRT"),
         "onnxscript": Known("onnxscript", "pw build --onnx-only, and engines by TensorRT"),
+        "openvino": Known("openvino", "engines by OpenVINO on a CPU; AOTInductor's remain"),
         "tensorrt": Known("tensorrt", "engines by TensorRT; pw build uses AOTInductor"),
         "torch-tensorrt": Known(
             "torch_tensorrt", "pw build --frontend torch-tensorrt; ONNX remains"

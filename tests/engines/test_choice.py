@@ -11,13 +11,21 @@ from types import MappingProxyType, SimpleNamespace
 import pytest
 import torch
 
-from pw_engines import EngineError, EngineSpec, EngineStore
+from pw_engines import EngineError, EngineSpec, EngineStore, Speed
 from pw_engines.eager import EagerEngine
+from pw_engines.store import Lookup
 from pw_engines.tensorrt import rtx
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution import engine_lookup
 from pw_runtime.execution.block_division import require_attention_engines
-from pw_runtime.execution.engine_lookup import Compiler, build_command, choose_engines, keys_of
+from pw_runtime.execution.engine_lookup import (
+    Compiler,
+    EngineSet,
+    build_command,
+    choose_engines,
+    keys_of,
+)
+from pw_runtime.execution.engine_records import step_ratio, tokens_per_call
 from pw_runtime.execution.transformer_segments import Segment, segments_of
 from pw_runtime.types import RunOptions
 from tests.engines.test_segments import DRAFT
@@ -233,6 +241,130 @@ def test_engines_without_a_temporary_folder_are_no_reason_to_remove_them(
     assert ("1.0 MiB free" if fault == "full" else "no folder") in str(refused.value)
     assert "prune" not in str(refused.value)
     assert choose_engines(segments, "eager", store, CPU, "pw build").backend == "eager"
+
+
+def put_measured(
+    store: EngineStore,
+    segments: dict[str, Segment],
+    compiler: engine_lookup.CompilerName,
+    **ratios: float,
+) -> None:
+    """Build all engines, some of them so many times as fast as their segment."""
+    for name, segment in segments.items():
+        put(store, segment, compiler=compiler)
+        tokens = 24 if dict(segment.spec.limits).get("tokens") else 0
+        speed = Speed(tokens=tokens, threads=2, seconds=1.0, eager=ratios.get(name, 1.0), error=0.0)
+        store.record(keys_of(segment, compiler, PLATFORMS)[0], speed)
+
+
+def choose(
+    store: EngineStore,
+    segments: dict[str, Segment],
+    policy: engine_lookup.EnginePolicy = "auto",
+    layers: int = 30,
+) -> EngineSet:
+    def ratio_of(found: dict[str, Segment], files: dict[str, Lookup]) -> float | None:
+        return step_ratio(found, files, layers, tokens=24)
+
+    return choose_engines(segments, policy, store, CPU, "pw build", ratio_of=ratio_of)
+
+
+def test_on_a_cpu_the_fastest_engines_run(store: EngineStore, segments: dict[str, Segment]) -> None:
+    put_measured(store, segments, "aoti", block_in=1.2, block_out=1.2)
+    put_measured(store, segments, "openvino", block_in=1.0, block_out=1.6)
+    choice = choose(store, segments)
+    assert choice.backend == "openvino"
+    assert choice.to_dict()["measured"] == "1.29"  # 81 / 63 calls of a step
+
+
+def test_blocks_count_as_often_as_they_run(
+    store: EngineStore, segments: dict[str, Segment]
+) -> None:
+    put_measured(store, segments, "aoti", embed=0.1, head=0.1, modulation=0.1, text_embed=0.1)
+    put_measured(store, segments, "openvino", block_in=0.9, block_out=0.9)
+    assert choose(store, segments, layers=30).backend == "eager"
+    chosen = choose(store, segments, "engines", layers=30)
+    assert (chosen.backend, chosen.to_dict()["measured"]) == ("aoti", "0.96")
+    assert choose(store, segments, "engines", layers=1).backend == "openvino"
+
+
+def test_engines_slower_than_uncompiled_are_left_out_and_the_reason_says_so(
+    store: EngineStore, segments: dict[str, Segment]
+) -> None:
+    put_measured(store, segments, "aoti", block_in=0.5, block_out=0.5)
+    choice = choose(store, segments)
+    assert choice.backend == "eager"
+    assert choice.reason == "aoti engines are slower here: 0.52x by `pw build`"
+    assert choose(store, segments, "engines").backend == "aoti"  # asked for
+
+
+def test_engines_that_nobody_measured_run_as_before(
+    store: EngineStore, segments: dict[str, Segment]
+) -> None:
+    for segment in segments.values():
+        put(store, segment)
+    choice = choose(store, segments)
+    assert (choice.backend, choice.ratio) == ("aoti", None)
+    assert "measured" not in choice.to_dict()
+    put_measured(store, segments, "openvino", block_in=0.9, block_out=0.9)
+    assert choose(store, segments).backend == "aoti"
+    put_measured(store, segments, "openvino", block_in=1.1, block_out=1.1)
+    assert choose(store, segments).backend == "openvino"
+
+
+def test_the_measurement_nearest_to_the_calls_of_a_clip_counts(
+    store: EngineStore, segments: dict[str, Segment]
+) -> None:
+    put_measured(store, segments, "aoti", block_in=0.5, block_out=0.5)
+    for name in ("block_in", "block_out"):
+        fast = Speed(tokens=60, threads=2, seconds=1.0, eager=2.0, error=0.0)
+        store.record(keys_of(segments[name], "aoti", PLATFORMS)[0], fast)
+    files = {
+        name: store.find(keys_of(segment, "aoti", PLATFORMS)[0])
+        for name, segment in segments.items()
+    }
+    ratios = [step_ratio(segments, files, 100, tokens) for tokens in (10, 24, 50, 64, 100_000)]
+    assert [ratio is not None and ratio > 1 for ratio in ratios] == [False, False, True, True, True]
+    assert (tokens_per_call(100, 64), tokens_per_call(64, 64), tokens_per_call(3, 64)) == (
+        50,
+        64,
+        3,
+    )
+
+
+def test_engines_of_another_version_or_processor_are_named(
+    store: EngineStore, segments: dict[str, Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for segment in segments.values():
+        put(store, segment)
+
+    def on(**facts: str) -> str:
+        compiler = replace(
+            engine_lookup.COMPILERS["aoti"], platforms=lambda device: [tuple(facts.items())]
+        )
+        monkeypatch.setattr(engine_lookup, "COMPILERS", MappingProxyType({"aoti": compiler}))
+        return choose_engines(segments, "auto", store, CPU, "pw build").reason
+
+    assert on(cpu="other") == "built with cpu any where this is other: build them again"
+    assert on(cpu="any", processor="0") == "built for another processor: build them again"
+
+
+def test_engines_of_a_backend_that_was_removed_are_named(
+    store: EngineStore, segments: dict[str, Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(device: torch.device) -> str:
+        return "OpenVINO is not installed: pip install it"
+
+    compiler = replace(engine_lookup.COMPILERS["openvino"], unavailable=missing)
+    monkeypatch.setattr(engine_lookup, "COMPILERS", MappingProxyType({"openvino": compiler}))
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
+    assert choice.reason == "no engine is built"
+    for segment in segments.values():
+        put(store, segment, compiler="openvino")
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
+    assert choice.reason == "OpenVINO is not installed: pip install it"
+    with pytest.raises(BadRequest, match="OpenVINO is not installed"):
+        choose_engines(segments, "engines", store, CPU, "pw build")
 
 
 WHOLE = RunOptions(blocks="whole", device="cuda", precision="bf16")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pw_engines import store as store_module
-from pw_engines.store import MANIFEST, EngineStore, StoreError, default_root
+from pw_engines.manifest import MANIFEST
+from pw_engines.store import EngineStore, StoreError, default_root
 from tests.engines.small import DATA, NAME, key, put
 
 

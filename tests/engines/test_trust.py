@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pw_engines.store import MANIFEST, MAX_MANIFEST, EngineStore, StoreError
+from pw_engines.manifest import MANIFEST, MAX_MANIFEST
+from pw_engines.store import EngineStore, StoreError
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.trusted_folder import trusted_folder
 from tests.engines.small import key, put

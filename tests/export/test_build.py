@@ -27,7 +27,7 @@ from pw_export.build_jobs import (
     platform_for,
 )
 from pw_runtime.errors import BadRequest
-from pw_runtime.execution.engine_lookup import COMPILERS, Compiler
+from pw_runtime.execution.compilers import COMPILERS, Compiler
 from pw_runtime.execution.transformer_segments import segments_of
 from pw_runtime.presets import NANO_CLIP, NANO_DRAFT
 from pw_runtime.types import Preset

@@ -26,7 +26,8 @@ from pw_bench.report import json_lines, markdown, write_html
 from pw_bench.report.console import show, show_comparison
 from pw_bench.report.regressions import compare_results
 from pw_bench.results import read_result, write_result
-from pw_engines.store import MANIFEST, EngineStore, StoreError
+from pw_engines.manifest import MANIFEST
+from pw_engines.store import EngineStore, StoreError
 from pw_runtime.checkpoint.bundle import check_tensors, open_bundle
 from pw_runtime.errors import PixelWizardError
 from pw_runtime.job.existing import _identity_of_receipt

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pw_runtime.execution.engine_lookup import Compiler
+from pw_runtime.execution.compilers import Compiler
 from pw_runtime.execution.transformer_segments import Segment
 
 

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts in the manifests of stored engines: their speed, and what they were built for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+from pw_engines import EngineStore, Platform, Speed
+from pw_engines.store import Lookup
+from pw_runtime.execution.transformer_segments import BLOCK_PARTS, Segment
+
+# Segments that run once per clip, and count for nothing in a step.
+ONCE_PER_CLIP = ("text_embed", "text_keys_values")
+
+
+def tokens_per_call(tokens: int, limit: int) -> int:
+    """Return how many tokens of a clip the largest of equal calls takes, each up to `limit`."""
+    return -(-tokens // -(-tokens // limit))
+
+
+def step_ratio(
+    segments: Mapping[str, Segment], files: Mapping[str, Lookup], layers: int, tokens: int
+) -> float | None:
+    """Return how many times as fast as uncompiled a network's engines compute one step.
+
+    From the measurements of `pw build`, each at the size nearest to a call's. Attention over all
+    tokens, which is the same either way, is not in it.
+
+    Args:
+        segments: of the network.
+        files: its engines in the store, all built.
+        layers: blocks of the network.
+        tokens: of the clip.
+
+    Returns:
+        The ratio, or None where an engine was not measured.
+    """
+    seconds = eager = 0.0
+    for name, segment in segments.items():
+        if name in ONCE_PER_CLIP:
+            continue
+        limit = dict(segment.spec.limits).get("tokens", 0)
+        speed = nearest(files[name].speeds, tokens_per_call(tokens, limit) if limit else 0)
+        if speed is None:
+            return None
+        calls = layers if name.startswith(BLOCK_PARTS) else 1
+        seconds += calls * speed.seconds
+        eager += calls * speed.eager
+    return eager / seconds if seconds else None
+
+
+def nearest(speeds: Iterable[Speed], tokens: int) -> Speed | None:
+    """Return the measurement of the nearest size, by ratio; None without any."""
+    target = math.log(max(1, tokens))
+    return min(speeds, key=lambda speed: abs(math.log(max(1, speed.tokens)) - target), default=None)
+
+
+def built_elsewhere(
+    store: EngineStore,
+    segments: Mapping[str, Segment],
+    backend: str,
+    platforms: Iterable[Platform],
+) -> str:
+    """Say how stored engines of these segments differ from what runs here; empty without any.
+
+    Args:
+        store: the engines on disk.
+        segments: that they would run.
+        backend: that they are of.
+        platforms: what engines that run here were built for; none: the backend cannot run here.
+    """
+    specs = [json.loads(json.dumps(asdict(segment.spec))) for segment in segments.values()]
+    here = [dict(platform) for platform in platforms][:1]
+    for entry in store.entries(verify=False):
+        if entry.backend != backend or entry.key["spec"] not in specs:
+            continue
+        other = dict(entry.key["platform"])
+        if not here:
+            return "built"
+        names = sorted(name for name in other.keys() | here[0].keys() if name not in _TOLD)
+        parts = [
+            f"with {name} {other.get(name, 'none')} where this is {here[0].get(name, 'none')}"
+            for name in names
+            if other.get(name) != here[0].get(name)
+        ]
+        parts += [text for name, text in _TOLD.items() if other.get(name) != here[0].get(name)]
+        if parts:
+            return f"built {' and '.join(parts)}"
+    return ""
+
+
+_TOLD = {  # facts that are digests
+    "processor": "for another processor",
+    "recipe": "by another version of this project",
+}
