@@ -147,6 +147,8 @@ def inspect_package(name: str) -> Package:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return Package(name=name, version=None)
+    if name == "openvino":  # whose import reports to an analytics service by this package
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         module = importlib.import_module(module_of(name))
     except Exception as error:  # whatever a package's import may raise is the finding

@@ -19,8 +19,9 @@ from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution import engine_lookup
+from pw_runtime.execution.compilers import COMPILERS
 from pw_runtime.execution.decoder_lookup import decoder_segments, select_decoder_engines
-from pw_runtime.execution.engine_lookup import COMPILERS, EngineSet, keys_of
+from pw_runtime.execution.engine_lookup import EngineSet, keys_of
 from pw_runtime.execution.engine_report import describe_engines
 from pw_runtime.presets import find_preset
 from pw_runtime.types import EnginePolicy, Prompt, Request, RunOptions

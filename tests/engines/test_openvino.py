@@ -167,6 +167,7 @@ def test_a_broken_installation_is_one_error(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(name: str) -> None:
         raise ImportError("libopenvino.so: cannot open shared object file")
 
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
     monkeypatch.setattr(openvino.importlib, "import_module", fail)
     with pytest.raises(EngineError, match=r"cannot be imported \(libopenvino\.so"):
         openvino._bindings()
@@ -178,3 +179,17 @@ def test_an_engine_is_for_this_version_and_processor(monkeypatch: pytest.MonkeyP
     facts = dict(openvino.openvino_platform(CPU))
     assert facts["openvino"] == "2026.4.1"
     assert facts.keys() == {"openvino", "torch", "machine", "processor", "recipe"}
+
+
+@needs_openvino
+def test_looking_for_packages_opens_no_connection() -> None:
+    """`pw doctor` and benchmarks import every package to see whether it works."""
+    program = (
+        "import sys\n"
+        "seen = []\n"
+        "sys.addaudithook(lambda event, args: seen.append(event))\n"
+        "from pw_runtime.system.packages import inspect_package\n"
+        "assert inspect_package('openvino').broken is None\n"
+        "assert not [event for event in seen if event.startswith('socket.')], seen\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -138,6 +138,7 @@ def test_a_backend_that_cannot_build_here_says_why(
     backend: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pw_engines.aoti.shutil.which", lambda name: None)
+    monkeypatch.setattr(builder.openvino, "unavailable", lambda device: "not installed")
     with pytest.raises(BadRequest, match=message):
         pick_compiler(backend, None, CPU)
 

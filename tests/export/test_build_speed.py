@@ -17,7 +17,7 @@ from pw_export import build_speed
 from pw_export.build_jobs import Job, TransformerSource, jobs_for, pick_compilers, platform_for
 from pw_export.build_speed import Measured, measure_jobs, sizes_of
 from pw_runtime.errors import BadRequest
-from pw_runtime.execution.engine_lookup import COMPILERS
+from pw_runtime.execution.compilers import COMPILERS
 from pw_runtime.execution.transformer_segments import segments_of
 from tests.engines.test_segments import DRAFT
 
