@@ -111,6 +111,7 @@ def denoise_highres_clips(run: Run) -> None:
     config, compat = run.request.stages.get("highres"), run.request.preset.compat
     if config is None:
         return
+    reuse = run.request.options.guidance_reuse
     with run.transformer("highres") as transformer:
         for clip, text in run.clips_with_draft():
             with run.step(clip, "highres", config.steps) as step:
@@ -118,7 +119,7 @@ def denoise_highres_clips(run: Run) -> None:
                     conditioning = resize_draft(clip.latent_of("draft"), config)
                     noise = clip.noise_for("highres")
                 inputs = (text, conditioning, noise, config, compat)
-                latent = transformer.run(step, denoise_highres, *inputs, step.advance)
+                latent = transformer.run(step, denoise_highres, *inputs, step.advance, reuse)
                 clip.highres = latent
                 del latent
                 run.save_latents(clip)

@@ -312,6 +312,7 @@ class RunOptions:
     save_latents: bool = False
     # Relative change of the draft's velocity below which a step is extrapolated; None computes all.
     step_cache: float | None = None
+    guidance_reuse: int = 0  # high-res steps after the first that run no negative pass
 
     @property
     def attention_kernel(self) -> AttentionKernel:

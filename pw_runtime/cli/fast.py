@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 from click.core import ParameterSource
 
+from pw_runtime.cli.launch import place_of_this_process
 from pw_runtime.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -35,10 +36,16 @@ def _step_cache(preset: Preset, device: torch.device) -> float | None:
     return STEP_CACHE if preset.draft.steps >= FEWEST_STEPS else None
 
 
+def _guidance_reuse(preset: Preset, device: torch.device) -> int | None:
+    """Return 1 for a high-res stage with a negative pass in a step between first and last."""
+    highres = preset.highres
+    return 1 if highres is not None and highres.steps > 2 and len(highres.passes) == 2 else None
+
+
 # Option -> its value for a preset on a device; None: it would gain nothing. What is recommended
 # stands here and nowhere else.
 FAST: Final[Mapping[str, Callable[[Preset, torch.device], object]]] = MappingProxyType(
-    {"linear": _linear, "step_cache": _step_cache}
+    {"linear": _linear, "step_cache": _step_cache, "guidance_reuse": _guidance_reuse}
 )
 
 
@@ -56,11 +63,15 @@ def fast_options(
             got=f"compat.{', compat.'.join(quirks)}",
             do="leave --fast out, or choose a preset without them",
         )
+    preset = replace(preset, highres=None) if options["draft_only"] else preset
+    # Ranks may have divided the passes among them.
+    divided = place_of_this_process() is not None or (options.get("processes_per_worker") or 1) > 1
     source = click.get_current_context().get_parameter_source
     chosen = {
         name: value
         for name, choose in FAST.items()
         if source(name) in (None, ParameterSource.DEFAULT)
+        and not (name == "guidance_reuse" and divided)
         and (value := choose(preset, device)) is not None
     }
     given = [name for name in FAST if source(name) is ParameterSource.COMMANDLINE]

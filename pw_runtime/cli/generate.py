@@ -35,6 +35,7 @@ from pw_runtime.cli.options import (
     exit_code,
     fragmented_option,
     gpu_memory_option,
+    guidance_reuse_option,
     host_memory_option,
     linear_option,
     precision_option,
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
 @precision_option
 @linear_option
 @step_cache_option
+@guidance_reuse_option
 @click.option(
     "--fast",
     is_flag=True,

@@ -126,6 +126,14 @@ sparse_attention_option = click.option(
     "stage keeps; means stand for the others: an approximation (docs/numerics.md). "
     "[default: exact]",
 )
+guidance_reuse_option = click.option(
+    "--guidance-reuse",
+    type=int,
+    default=0,
+    metavar="STEPS",
+    help="Run no negative pass in this many high-res steps after the first, but take its distance "
+    "from that: an approximation (docs/numerics.md). [default: 0]",
+)
 conv_option = click.option(
     "--conv",
     type=click.Choice(get_args(Conv)),

@@ -17,6 +17,7 @@ from pw_runtime.cli.options import (
     blocks_option,
     chunk_option,
     gpu_memory_option,
+    guidance_reuse_option,
     host_memory_option,
     linear_option,
     precision_option,
@@ -87,6 +88,7 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
 @linear_option
 @step_cache_option
 @sparse_attention_option
+@guidance_reuse_option
 @vae_precision_option
 @blocks_option
 @chunk_option
@@ -111,6 +113,7 @@ def plan(**options: Any) -> int:
     from pw_runtime.planning.time_estimate import measure_rates
     from pw_runtime.planning.workload import budget_of, workload
     from pw_runtime.presets import find_preset, preset_name
+    from pw_runtime.sampling.guidance_reuse import require_reusable
     from pw_runtime.sampling.step_cache import require_cacheable
 
     ranks, gpu_memory = _ranks_and_memory(options)
@@ -134,12 +137,15 @@ def plan(**options: Any) -> int:
         linear=options["linear"],
         step_cache=options["step_cache"],
         sparse_attention=options["sparse_attention"],
+        guidance_reuse=options["guidance_reuse"],
         draft_only=options["draft_only"],
     )
     require_attention_precision(run_options.blocks, precision)
     preset = find_preset(options["preset"])
     require_cacheable(preset.draft, run_options.step_cache)
     require_sparse_attention(run_options, preset)
+    stages = preset.stages(draft_only=run_options.draft_only)
+    require_reusable(stages.get("highres"), run_options.guidance_reuse)
     work = workload(networks, preset, run_options, ranks=ranks)
     if options["gpu"] is not None:
         work = replace(work, rates=_rates(options))

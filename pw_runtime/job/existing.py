@@ -34,9 +34,10 @@ _DECIDING = (
     "linear",
     "step_cache",
     "sparse_attention",
+    "guidance_reuse",
 )
-# What options that came later were before.
-_SINCE = {"linear": "exact", "step_cache": None, "sparse_attention": None}
+# Options that came later, as they were before.
+_SINCE = {"linear": "exact", "step_cache": None, "sparse_attention": None, "guidance_reuse": 0}
 _SHOWN = 8  # files named in an error
 
 

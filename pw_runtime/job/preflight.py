@@ -36,6 +36,7 @@ from pw_runtime.planning.exactness import approximations
 from pw_runtime.planning.oom_fallback import plan_run
 from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.prompts import check_prompts, check_text
+from pw_runtime.sampling.guidance_reuse import require_reusable
 from pw_runtime.sampling.noise import load_noise
 from pw_runtime.sampling.step_cache import require_cacheable
 from pw_runtime.stages.codecs import check_codec
@@ -165,6 +166,12 @@ def _require_divisible(options: RunOptions, *, divide_weights: bool) -> None:
             f"--blocks {options.blocks} has attention inside its engines, where it is not divided",
             do="leave --blocks out, or make the clip on one device",
         )
+    if options.guidance_reuse:
+        raise BadRequest(
+            "--guidance-reuse leaves out passes, which several ranks may have divided among them",
+            got=f"--guidance-reuse {options.guidance_reuse}",
+            do="leave it out, or make the clip on one device",
+        )
     if divide_weights and options.linear != "exact":
         raise BadRequest(
             "--dit_fsdp divides weights as the bundle has them",
@@ -225,11 +232,13 @@ def check_content(request: Request) -> None:
     check_codec(options.codec, fragmented=request.fragmented)
     _check_names(request)
     require_cacheable(request.preset.draft, options.step_cache)
+    require_reusable(request.stages.get("highres"), options.guidance_reuse)
     quirks = [name for name, on in asdict(request.preset.compat).items() if on]
     require_sparse_attention(options, request.preset)
     for flag, on in (
         (f"--linear {options.linear}", options.linear != "exact"),
         (f"--step-cache {options.step_cache}", options.step_cache is not None),
+        (f"--guidance-reuse {options.guidance_reuse}", options.guidance_reuse > 0),
     ):
         if on and quirks:
             raise BadRequest(

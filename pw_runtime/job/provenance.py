@@ -56,7 +56,7 @@ class Provenance:
     fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
     machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
     # Since 3 the file has digests; since 4 options.linear and conv, and the decode has an order;
-    # since 5 options.sparse_attention and step_cache.
+    # since 5 options.sparse_attention, step_cache and guidance_reuse.
     format: Literal[1, 2, 3, 4, 5] = 5
 
     @property
@@ -151,6 +151,8 @@ def _problems_of(provenance: Provenance) -> list[str]:
     cache = provenance.options.step_cache
     if cache is not None and not 0 < cache < 1:
         problems.append(f"options.step_cache is {cache}")
+    if provenance.options.guidance_reuse < 0:
+        problems.append(f"options.guidance_reuse is {provenance.options.guidance_reuse}")
     if not _DEVICE.fullmatch(provenance.options.device):
         problems.append(f"options.device is {provenance.options.device!r}")
     return problems

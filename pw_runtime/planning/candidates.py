@@ -217,8 +217,16 @@ def _of_rank(
         blocks=work.options.blocks,
         keep=kept_fraction(work.options, name),
         rank=rank,
+        kept=_kept_latents(work, name),
     )
     return items if gpu else _moved(items, "host")
+
+
+def _kept_latents(work: Workload, name: StageName) -> int:
+    """Count the latents that a stage keeps beside its solver's: two velocities, or a difference."""
+    if name == "draft":
+        return 2 if work.options.step_cache is not None else 0
+    return 1 if work.options.guidance_reuse else 0
 
 
 def transformer_text(

@@ -67,6 +67,9 @@ def approximations(options: RunOptions) -> tuple[str, ...]:
     if options.sparse_attention is not None:
         keep = f"{options.sparse_attention:g}"
         found.append(f"self-attention of the high-res stage (--sparse-attention {keep})")
+    if options.guidance_reuse:
+        steps = f"{options.guidance_reuse} of the high-res steps"
+        found.append(f"no negative pass in {steps} (--guidance-reuse {options.guidance_reuse})")
     if options.vae_precision != "fp32":
         found.append(f"decoder (--vae-precision {options.vae_precision})")
     return tuple(found)

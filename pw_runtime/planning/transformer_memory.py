@@ -108,6 +108,7 @@ def stage_memory(
     blocks: Blocks = "segments",
     keep: float | None = None,
     rank: int = 0,
+    kept: int = 0,
 ) -> tuple[MemoryItem, ...]:
     """List what is in memory at a stage's peak: on the device, and weights also on the host.
 
@@ -125,6 +126,7 @@ def stage_memory(
         blocks: how a block is divided among engines.
         keep: fraction of the blocks of keys that self-attention keeps; None: it is exact.
         rank: of the plan's split, whose memory it is.
+        kept: latents that approximations keep from step to step.
 
     Returns:
         Items, the largest first.
@@ -141,7 +143,7 @@ def stage_memory(
         low=4 if precision == "fp32" else 2,
         keep=keep,
     )
-    held = part.held(LATENTS[stage.solver], text_tokens)
+    held = part.held(LATENTS[stage.solver] + kept, text_tokens)
     if blocks == "whole":
         phases = [part.residual() | {"result of a block": 4 * part.stream}]
     else:

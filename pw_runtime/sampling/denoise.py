@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pw_runtime.execution.protocols import ControlInputs, Transformer
 from pw_runtime.models.finite import is_finite, overflow
+from pw_runtime.sampling.guidance_reuse import GuidanceReuse
 from pw_runtime.sampling.schedule import make_schedule, time_input
-from pw_runtime.sampling.solver import sample
+from pw_runtime.sampling.solver import Velocities, sample
 from pw_runtime.sampling.step_cache import StepCache
 from pw_runtime.types import Compat, Conditioning, Latent, StageConfig, TextContext
 
@@ -25,6 +26,7 @@ def denoise(
     on_step: Callable[[float], None],
     conditioning: Conditioning | None = None,
     step_cache: float | None = None,
+    guidance_reuse: int = 0,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Latent:
     """Denoise with classifier-free guidance.
@@ -42,6 +44,7 @@ def denoise(
             of every step (dt).
         step_cache: extrapolate velocities that change by less than this: see `StepCache`; None
             computes every step.
+        guidance_reuse: steps after the first that run no negative pass: see `GuidanceReuse`.
         notice: told how many steps were extrapolated, where step_cache is given.
 
     Returns:
@@ -57,7 +60,9 @@ def denoise(
     features = None if conditioning is None else net.control_features(conditioning.x)
     block_fraction = 1 / sum(map(len, texts))  # of a step
 
-    def velocities(x: Tensor, step: int) -> list[Tensor]:
+    texts_of = {count: texts[:count] for count in range(1, len(texts) + 1)}  # the same each step
+
+    def velocities(x: Tensor, step: int, passes: int = len(texts)) -> list[Tensor]:
         rounded, control = compat.bf16_timesteps, None
         t = time_input(schedule.timesteps[step], x.device, rounded=rounded)
         dt = None
@@ -66,19 +71,25 @@ def denoise(
             control = _control(net, features, schedule.timesteps[step], schedule.step_sizes[step])
         modulation = net.modulation(t, dt)
         results = net.velocities(
-            x, texts, modulation, layout, control, lambda: on_step(block_fraction)
+            x, texts_of[passes], modulation, layout, control, lambda: on_step(block_fraction)
         )
+        if passes < len(texts):
+            on_step(1 - passes / len(texts))
         if not all(map(is_finite, results)):
             net.check_weights()
             raise overflow(f"the velocity of step {step + 1}")
         return results
 
+    run: Velocities = velocities
+    if guidance_reuse:
+        run = GuidanceReuse(velocities, guidance_reuse).velocities
     cache = None
     if step_cache is not None:
         guidance = (schedule.sigmas, config.guidance)
-        cache = StepCache(velocities, *guidance, step_cache, partial(on_step, 1))
+        cache = StepCache(run, *guidance, step_cache, partial(on_step, 1))
+        run = cache.velocities
     x = sample(
-        velocities if cache is None else cache.velocities,
+        run,
         noise,
         schedule.sigmas,
         config.solver,

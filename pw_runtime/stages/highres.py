@@ -20,6 +20,7 @@ def denoise_highres(
     config: StageConfig,
     compat: Compat,
     on_step: Callable[[float], None],
+    guidance_reuse: int = 0,
 ) -> Latent:
     """Denoise at full resolution, steered by the draft; the network also gets each step's size.
 
@@ -31,8 +32,10 @@ def denoise_highres(
         config: sampler settings.
         compat: official quirks.
         on_step: called after each block, with the fraction of a step that it is.
+        guidance_reuse: see `denoise`.
 
     Returns:
         [C, T, H, W] fp32 latent.
     """
-    return denoise(net, text, noise, config, compat, on_step, conditioning)
+    inputs = (text, noise, config, compat, on_step, conditioning)
+    return denoise(net, *inputs, guidance_reuse=guidance_reuse)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pw_runtime.cli.fast import FAST
 from tests.e2e.pw import Pw, write_preset
 
 
@@ -79,28 +80,34 @@ def test_compare_says_where_a_receipt_is_silent(
 
 
 def test_fast_is_expanded_into_single_options(
-    pw: Pw, bundle_dir: Path, many_steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pw: Pw, bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("generate", "--model", bundle_dir, "--preset", many_steps, "--prompt", "a ball")
-    command += ("--fast", "--device", "cpu", "--draft-only")
+    preset = write_preset(tmp_path / "many.toml", draft_steps=10, highres_steps=4)
+    command = ("generate", "--model", bundle_dir, "--preset", preset, "--prompt", "a ball")
+    command += ("--fast", "--device", "cpu")
 
     def made(name: str, *more: object) -> dict[str, Any]:
         ended = pw(*command, "--out", tmp_path / name, *more)
         assert ended.code == 0, ended.err
         options: dict[str, Any] = receipt_of(tmp_path / name)["options"]
-        return {key: options[key] for key in ("step_cache", "linear")}
+        return {key: options[key] for key in FAST}
 
-    assert made("plain") == {"step_cache": 0.1, "linear": "exact"}
-    assert made("given", "--step-cache", 0.3) == {"step_cache": 0.3, "linear": "exact"}
+    plain = {"linear": "exact", "step_cache": 0.1, "guidance_reuse": 1}
+    assert made("plain") == plain
+    draft_alone = made("draft", "--draft-only", "--step-cache", 0.3)
+    assert draft_alone == {"linear": "exact", "step_cache": 0.3, "guidance_reuse": 0}
     # On a CPU with integer products int8 is part of it, unless an option says otherwise.
     monkeypatch.setattr("pw_kernels.quantized_linear.has_integer_products", lambda: True)
-    assert made("vnni") == {"step_cache": 0.1, "linear": "int8"}
-    assert made("explicit", "--linear", "exact") == {"step_cache": 0.1, "linear": "exact"}
+    assert made("vnni") == plain | {"linear": "int8"}
+    given = made("explicit", "--linear", "exact", "--guidance-reuse", 0)
+    assert given == plain | {"guidance_reuse": 0}
 
 
-@pytest.mark.parametrize("flag", [("--fast",), ("--step-cache", "0.1")])
+@pytest.mark.parametrize("flag", [("--fast",), ("--step-cache", "0.1"), ("--guidance-reuse", "1")])
 def test_official_quirks_exclude_it(pw: Pw, bundle_dir: Path, tmp_path: Path, flag) -> None:
-    preset = write_preset(tmp_path / "quirks.toml", draft_steps=10, truncating="true")
+    preset = write_preset(
+        tmp_path / "quirks.toml", draft_steps=10, highres_steps=4, truncating="true"
+    )
     command = ("generate", "--model", bundle_dir, "--prompt", "a ball", "--preset", preset)
     ended = pw(*command, "--out", tmp_path / "out", *flag)
     assert ended.code == 2
@@ -129,6 +136,9 @@ def test_the_plan_says_what_is_approximate_and_refuses_alike(pw: Pw) -> None:
     assert "approximate: some steps of the draft extrapolated (--step-cache 0.1)" in planned.out
     assert "approximate: decoder (--vae-precision bf16)" in planned.out
     assert "approximate" not in pw(*command).out
+    reused = pw(*command, "--guidance-reuse", 2)
+    assert "approximate: no negative pass in 2 of the high-res steps" in reused.out
+    assert pw(*command, "--guidance-reuse", 3).code == 2
     refused = pw(*command, "--step-cache", "nan")
     assert refused.code == 2
     assert "got: nan" in refused.err

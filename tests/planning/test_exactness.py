@@ -14,7 +14,7 @@ EAGER = {"draft": "eager", "highres": "eager", "vae": "eager"}
 
 
 def options(**changes: Any) -> RunOptions:
-    return RunOptions(device="cpu", **{"conv": "onednn", **changes})
+    return RunOptions(device="cpu", **{"kernels": "reference", "conv": "onednn", **changes})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -46,6 +46,7 @@ def test_the_same_mathematics_in_another_order_is_rounding(changes, engines, rea
     [
         ({"linear": "int8"}, "--linear int8"),
         ({"step_cache": 0.05}, "--step-cache 0.05"),
+        ({"guidance_reuse": 1}, "--guidance-reuse 1"),
         ({"vae_precision": "bf16"}, "--vae-precision bf16"),
     ],
 )
