@@ -74,7 +74,9 @@ def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) ->
     yield from plan.decisions
     yield from tail_lines(work, plan)
     if rates is not None:
-        yield f"times: {rates.source}; without loading and encoding"
+        cached = "; the draft's before what --step-cache saves"
+        more = cached if work.options.step_cache is not None else ""
+        yield f"times: {rates.source}; without loading and encoding{more}"
     for memory in plan.stages if verbose else ():
         yield f"\n{memory.stage}: at its peak"
         yield from item_lines(memory.items, gpu=gpu)

@@ -36,12 +36,15 @@ def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, f
 def transformer_seconds(
     work: Workload, name: StageName, plan: TransformerPlan, rates: Rates
 ) -> float:
-    """Estimate the seconds of a denoising stage of one clip."""
+    """Estimate the seconds of a denoising stage of one clip, with all steps of the draft."""
     config, precision = work.transformers[name], work.options.compute_precision
     sizes = weight_bytes(config, precision, work.options.linear)
     streamed = {"resident": 0, "gathered": config.num_layers * sizes.slots}
-    return denoise_seconds(
-        *(config, work.stages[name], work.preset.video, plan, rates),
+    stage, left_out = work.stages[name], 0.0  # passes
+    if name == "highres":
+        left_out = work.options.guidance_reuse / (2 * stage.steps)
+    return (1 - left_out) * denoise_seconds(
+        *(config, stage, work.preset.video, plan, rates),
         streamed=streamed.get(plan.weights, sizes.blocks),
         itemsize=4 if precision == "fp32" else 2,
         keep=kept_fraction(work.options, name),

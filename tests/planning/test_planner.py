@@ -299,3 +299,19 @@ def test_one_pass_takes_half_the_time_and_shares_no_attention(guidance: float, n
         seconds_by_stage(alone, plan, rates)["draft"] / seconds_by_stage(work, plan, rates)["draft"]
     )
     assert ratio == pytest.approx(0.5)
+
+
+def test_what_approximations_in_time_keep_and_save_is_counted() -> None:
+    work, budget = work_for("2k"), Budget(host=128 * GIB, device=141 * GIB)
+    latent = 4 * 48 * 31 * 90 * 160  # bytes of the high-res one
+    options = replace(work.options, guidance_reuse=1, step_cache=0.1)
+    changed = replace(work, options=options)
+    plans = [make_plan(candidates(one, gpu=True), budget) for one in (work, changed)]
+    before, after = ({m.stage: m.peak("device") for m in plan.stages} for plan in plans)
+    assert after["highres"] - before["highres"] == latent
+    assert after["draft"] - before["draft"] == 2 * 4 * 48 * 31 * 16 * 28
+    times = [seconds_by_stage(one, plans[0], KNOWN["H200"]) for one in (work, changed)]
+    assert times[1]["highres"] / times[0]["highres"] == pytest.approx(7 / 8)
+    assert times[1]["draft"] == times[0]["draft"]
+    report = plan_report(changed, plans[1], KNOWN["H200"], verbose=False)
+    assert "the draft's before what --step-cache saves" in report
