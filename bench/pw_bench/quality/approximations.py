@@ -51,7 +51,7 @@ _EXTRAPOLATED: Final = re.compile(r"(\d+) of \d+ steps extrapolated")
 
 @dataclass(slots=True)
 class Made:
-    """What the clips of a variant showed, caption by caption."""
+    """Figures of the clips of a variant, caption by caption."""
 
     seconds: list[float] = field(default_factory=list)  # of CPU time
     seen: list[Attributes] = field(default_factory=list)

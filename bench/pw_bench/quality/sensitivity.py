@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which quantized linear layers cost a transformer most: one block, or one kind, at a time.
+"""Sensitivity of a transformer to quantized linear layers: one block, or one kind, at a time.
 
 All layers of one block, or the layers of one name in all blocks, are quantized; the others stay
 exact. The error is that of the last latent of the stage, for whole denoising loops. The high-res
