@@ -24,7 +24,7 @@ def small_provenance(vae: str = "0" * 64) -> Provenance:
         negative="",
         preset=PRESET,
         decode=TilingConfig(),
-        options=RunOptions(),
+        options=RunOptions(kernels="reference"),
         seeds={"base": 7, "draft": seeds.draft, "highres": seeds.highres},
         noise={"draft": "0" * 64},
         noise_file=None,

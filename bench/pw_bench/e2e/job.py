@@ -27,6 +27,7 @@ class Job:
         device: name of the device in torch.
         precision: of the transformers.
         codec: of the video.
+        keep_networks: this process makes further clips, for which a program may keep networks.
     """
 
     checkpoint: Path
@@ -39,6 +40,7 @@ class Job:
     precision: Precision
     codec: Codec
     in_memory: SyntheticSize | None = None
+    keep_networks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

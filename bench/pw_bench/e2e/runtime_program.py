@@ -16,6 +16,7 @@ from pw_kernels.op import OPS, select
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.job.conv_choice import computing_as
 from pw_runtime.pipeline import generate
+from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import span
 from pw_runtime.types import EnginePolicy, Prompt, Request, RunOptions
@@ -29,13 +30,14 @@ class Silent(Reporter):
 
 
 class RuntimeProgram:
-    """`pw generate` in this process. Every clip loads its networks, as every run of `pw` does."""
+    """`pw generate` in this process; between clips, networks are kept only if the job says so."""
 
     def __init__(self, policy: EnginePolicy = "eager", **options: Any) -> None:
         """Take the options of `pw generate` of these names."""
         self._options = {"policy": policy, **options}
         self._folder = tempfile.TemporaryDirectory()
-        self._in_memory: Bundle | None = None
+        self._bundle: Bundle | None = None
+        self._warm = WarmNetworks()
 
     def clip(self, job: Job, video: Path) -> ClipFacts:
         """Generate the clip. Raises RuntimeError where it fails."""
@@ -52,7 +54,8 @@ class RuntimeProgram:
                 **self._options,
             ),
         )
-        (outcome,) = generate(request, self._open(job), Silent(quiet=True))
+        warm = self._warm if job.keep_networks else None
+        (outcome,) = generate(request, self._open(job), Silent(quiet=True), warm=warm)
         if outcome.error is not None:
             raise RuntimeError(outcome.error)
         assert outcome.video == video
@@ -63,14 +66,13 @@ class RuntimeProgram:
         return facts_of(receipt, operations)
 
     def _open(self, job: Job) -> Bundle:
-        if job.in_memory is None:
-            return open_bundle(job.bundle)
-        if self._in_memory is None:
+        if job.in_memory is None and not (job.keep_networks and self._bundle):
+            self._bundle = open_bundle(job.bundle)
+        elif self._bundle is None and job.in_memory is not None:
             with span("make weights"):
-                self._in_memory = synthetic_bundle(
-                    Path(self._folder.name), IN_MEMORY[job.in_memory]
-                )
-        return self._in_memory
+                self._bundle = synthetic_bundle(Path(self._folder.name), IN_MEMORY[job.in_memory])
+        assert self._bundle is not None
+        return self._bundle
 
 
 def facts_of(receipt: Mapping[str, Any], operations: Mapping[str, str]) -> ClipFacts:

@@ -171,7 +171,8 @@ def _run_rounds(
         for program in [program for program in samples if program not in failed]:
             folder, sample = session.folder / program, samples[program]
             folder.mkdir(exist_ok=True)
-            task = Task(program=program, job=session.job, folder=folder, clips=1 + session.warm)
+            job = replace(session.job, keep_networks=session.warm > 0)
+            task = Task(program=program, job=job, folder=folder, clips=1 + session.warm)
             try:
                 run = run_process(task, session.environment, session.nvml)
             except ProgramFailed as error:
