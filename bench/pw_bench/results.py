@@ -41,12 +41,13 @@ Kind = Literal[
     "decoder-memory",
     "quality",
     "linear-error",
+    "sparse-error",
     "cpu-conv",
     "ranks",
     "approximations",
 ]
 
-FORMAT: Final = 5  # 4 lacks the last kind, 3 one more, 2 two more, 1 six more; all are read
+FORMAT: Final = 5  # 4 lacks two kinds, 3 one more, 2 two more, 1 six more; all are read
 MAX_BYTES: Final = 64 * 2**20  # of a file that is read
 # What a machine can take or do; beyond it, nothing that is computed with it would be a number.
 Measured = Annotated[float, Field(ge=1e-12, le=1e24, allow_inf_nan=False)]

@@ -62,18 +62,20 @@ def variants_for(gpu: tuple[int, int]) -> dict[str, Variant]:
     """
     attentions: tuple[Implementation, ...] = ("triton", "gluon") if gpu == (9, 0) else ("triton",)
     nets = {config: _transformer(config) for config in (DRAFT, HIGHRES)}
+    sparse = {HIGHRES: _transformer(HIGHRES, keep=0.5)}  # kernels do not depend on the fraction
     vae = _decoder()
     with recording(gpu) as variants, torch.inference_mode():
         for attention in attentions:
             with using("triton", attention=attention), dispatch_anywhere(), _GpuResults():
                 latents = [_run_stage(replace(stage, steps=STEPS), nets) for stage in STAGES]
         with using("triton"), dispatch_anywhere(), _GpuResults():
+            _run_stage(replace(STAGES[-1], steps=1), sparse)
             for latent in latents:
                 _run_decoder(latent, vae)
     return variants
 
 
-def _transformer(config: DitConfig) -> SegmentedDiT:
+def _transformer(config: DitConfig, keep: float | None = None) -> SegmentedDiT:
     """Build a network of the published widths in bf16, as the loader does."""
     with torch.device(META):
         net = WanDiT(replace(config, num_layers=LAYERS))
@@ -83,7 +85,7 @@ def _transformer(config: DitConfig) -> SegmentedDiT:
     engines = {
         name: EagerEngine(segment.spec, segment.module) for name, segment in segments.items()
     }
-    return SegmentedDiT(net.requires_grad_(False), segments, engines)
+    return SegmentedDiT(net.requires_grad_(False), segments, engines, keep=keep)
 
 
 def _decoder() -> VaeDecoder:

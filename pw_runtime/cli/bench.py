@@ -19,6 +19,7 @@ from pw_runtime.cli.bench_networks import (
     linear_error,
     quality,
     save,
+    sparse_error,
     vae_peers,
 )
 from pw_runtime.cli.bench_ranks import ranks
@@ -284,6 +285,7 @@ for command in (
     quality,
     approximations,
     linear_error,
+    sparse_error,
     ranks,
 ):
     bench.add_command(command)

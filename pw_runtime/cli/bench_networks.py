@@ -177,6 +177,20 @@ def linear_error(model: Path, preset: str, out: Path, clips: int, tokens: int) -
     return save(result, out)
 
 
+@click.command("sparse-error")
+@click.option("--model", type=FOLDER, required=True, help="Bundle of the built-in model.")
+@click.option("--preset", default="nano-hd", show_default=True, help="As for `pw generate`.")
+@out_option
+def sparse_error(model: Path, preset: str, out: Path) -> int:
+    """Measure the errors of block-sparse attention and its CPU time."""
+    require_packages("`pw bench sparse-error`", "scikit-image")
+    from pw_bench.quality.sparse_error import measure_sparse_error
+    from pw_bench.results import require_folder
+
+    require_folder(out)
+    return save(measure_sparse_error(model, preset, click.echo), out)
+
+
 @click.command()
 @click.option("--model", type=FOLDER, required=True, help="Bundle.")
 @click.option("--preset", default="nano", show_default=True, help="As for `pw generate`.")

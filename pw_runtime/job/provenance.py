@@ -153,6 +153,9 @@ def _problems_of(provenance: Provenance) -> list[str]:
         problems.append(f"options.step_cache is {cache}")
     if provenance.options.guidance_reuse < 0:
         problems.append(f"options.guidance_reuse is {provenance.options.guidance_reuse}")
+    keep = provenance.options.sparse_attention
+    if keep is not None and not 0 < keep < 1:
+        problems.append(f"options.sparse_attention is {keep}")
     if not _DEVICE.fullmatch(provenance.options.device):
         problems.append(f"options.device is {provenance.options.device!r}")
     return problems

@@ -184,7 +184,7 @@ def test_latents_of_which_no_clip_can_be_made(decode, latents, tmp_path, change,
 
 
 def later_format(origin: dict) -> None:
-    origin["format"] = 5
+    origin["format"] = 6
 
 
 @pytest.mark.parametrize(("place", "order"), [("host", "tiles"), ("device", "frames")])
@@ -234,6 +234,10 @@ def path_as_id(origin: dict) -> None:
     origin["prompt"]["id"] = "../0"
 
 
+def keeps_nothing(origin: dict) -> None:
+    origin["options"]["sparse_attention"] = 0.0
+
+
 def odd_frames(origin: dict) -> None:
     origin["preset"]["video"]["frames"] = 6
 
@@ -245,10 +249,11 @@ def on_a_gpu(origin: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (later_format, "format 5"),
+        (later_format, "format 6"),
         (other_vae, "made for another VAE"),
         (path_as_id, "cannot name a file"),
         (odd_frames, "wanted 4n+1"),
+        (keeps_nothing, "options.sparse_attention is 0.0"),
         (on_a_gpu, "add --kernels reference"),
     ],
 )

@@ -69,6 +69,26 @@ def test_ranks_leave_out_the_steps_that_one_leaves_out(
 
 
 @pytest.mark.slow
+def test_ranks_keep_the_blocks_of_keys_that_one_device_keeps(
+    pw: Pw, bundle_dir: Path, tmp_path: Path
+) -> None:
+    """600 tokens: 4 of 5 blocks are kept. Each rank has a head."""
+    preset = write_preset(tmp_path / "larger.toml", highres_guidance=1.0, highres_steps=1)
+    larger = preset.read_text().replace("width = 192\nheight = 96", "width = 640\nheight = 480")
+    preset.write_text(larger)
+    common = ("generate", "--prompt", "a ball", "--model", bundle_dir, "--preset", preset)
+    common += ("--chunk", 128, "--sparse-attention", 0.5, "--save-latents")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert pw(*common, "--out", alone).code == 0
+    ended = run_ranks(3, *common, "--out", together, "--ulysses_size", 3)
+    assert ended.codes == (0, 0, 0), ended.stderr
+    latents, same = (load_file(x / "0.latents.safetensors") for x in (alone, together))
+    assert torch.equal(latents["highres_latent"], same["highres_latent"])
+    receipt = json.loads((together / "0.json").read_text())
+    assert "highres: 3 ranks for each pass" in str(receipt["plan"]["decisions"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "place", "what"),
     [

@@ -23,7 +23,7 @@ from pw_runtime.models.adapter import SpatialAdapter
 from pw_runtime.models.causal_cache import Seam
 from pw_runtime.models.tiling import make_bands
 from pw_runtime.models.vae_blocks import Upsample
-from pw_runtime.planning.candidates import candidates, split_text
+from pw_runtime.planning.candidates import candidates, split_text, splits
 from pw_runtime.planning.decode_choices import decode_choices
 from pw_runtime.planning.decode_memory import busiest_share, decode_memory
 from pw_runtime.planning.planner import GIB, make_plan
@@ -51,6 +51,14 @@ HIGHRES = wan22_configs.HIGHRES
 def work_for(ranks: int, preset: str = "4k", *, blocks: Blocks = "segments") -> Workload:
     options = RunOptions(precision="bf16", blocks=blocks)
     return replace(workload(NETWORKS, PRESETS[preset], options, ranks=ranks), process=GIB // 2)
+
+
+def test_sparse_attention_has_no_more_ranks_than_heads() -> None:
+    """Each rank takes all queries of a head; exact attention divides them among more ranks."""
+    for keep, ranks in ((None, 32), (0.5, HIGHRES.num_heads)):
+        options = RunOptions(precision="bf16", chunk=2048, sparse_attention=keep)
+        work = workload(NETWORKS, PRESETS["4k"], options, ranks=32, sequence=32)
+        assert splits(work, "highres") == [Split(sequence=ranks)]
 
 
 def plan_for(work: Workload, gpu: float, host: float = 256) -> RunPlan:

@@ -141,10 +141,10 @@ def load_renderer(bundle: Bundle) -> Renderer:
     cpu = torch.device("cpu")
     return Renderer(
         text=load_text_network(bundle, "fp32", cpu),
-        draft=_network(bundle, "draft"),
-        highres=_network(bundle, "highres"),
-        no_dt=_network(bundle, "highres", FixedStepSize),
-        no_adapter=_network(bundle, "highres", mute_adapter=True),
+        draft=load_network(bundle, "draft"),
+        highres=load_network(bundle, "highres"),
+        no_dt=load_network(bundle, "highres", FixedStepSize),
+        no_adapter=load_network(bundle, "highres", mute_adapter=True),
         encoder=_encoder(bundle),
         decoder=load_decoder(bundle, cpu),
         text_len=bundle.networks.draft.config.text_len,
@@ -157,7 +157,7 @@ def _encoder(bundle: Bundle) -> VaeEncoder:
     return encoder.requires_grad_(False)
 
 
-def _network(
+def load_network(
     bundle: Bundle,
     stage: StageName,
     network: type[SegmentedDiT] = SegmentedDiT,

@@ -33,6 +33,7 @@ TITLES: Final[Mapping[Kind, str]] = {
     "decoder-memory": "Memory of the decoder",
     "quality": "Quality of the built-in model",
     "linear-error": "Errors of quantized linear layers",
+    "sparse-error": "Errors of block-sparse attention",
     "cpu-conv": "Our C++ for CPUs beside oneDNN",
     "ranks": "One clip by several processes",
     "approximations": "Approximations beside the exact path",
