@@ -6,7 +6,8 @@
 Attention gets the queries, keys and values that the high-res network of the built-in model has in
 an exact clip (every third call), and smooth random fields, whose neighbours are alike in time,
 height and width. Errors are relative L2 beside exact attention. "dropped" leaves out the means that
-stand for the blocks that are not kept: what they are worth. `pw bench approximations` compares clips.
+stand for the blocks that are not kept, to show what they are worth. Clips are compared by
+`pw bench approximations`.
 """
 
 from __future__ import annotations
