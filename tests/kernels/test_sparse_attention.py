@@ -173,6 +173,7 @@ def test_kernels(width: int, tiling: Tiling, tokens: int, keep: float) -> None:
     assert_as_accurate(got, attend(*arguments), oracle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiling", [LARGE[64], HOPPER[64]], ids=NAMES[:2])
 def test_kernels_with_more_means_than_a_block(tiling: Tiling) -> None:
     """130 blocks have two blocks of means, the second of which is nearly empty."""
