@@ -12,12 +12,15 @@ ProgramName = Literal[
     "ours-cudnn",
     "ours-triton",
     "ours-fast",
+    "ours-sparse",
     "official",
     "diffusers",
     "diffusers-compiled",
 ]
 OURS: Final = "ours"  # also the prefix of every program that is this runtime
 ENGINES: Final = "ours-engines"
+FAST: Final = "ours-fast"
+SPARSE: Final = "ours-sparse"
 
 SyntheticSize = Literal["nano", "medium", "large", "5b"]
 CaseSize = Literal["tiny", "draft", "2k", "4k"]

@@ -49,9 +49,9 @@ PARTS = (
         seconds=200,
     ),
     Part(
-        name="stages-2k-fast",
+        name="stages-2k-sparse",
         arguments=("stages", "--preset", "2k", *_5B, "--clips", "1", "--cold")
-        + ("--side", "ours-fast"),
+        + ("--side", "ours-sparse"),
         seconds=110,
     ),
     Part(name="kernels-draft", arguments=("kernels", "--sizes", "draft"), seconds=40),

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -19,35 +18,6 @@ if TYPE_CHECKING:
 
     from pw_runtime.types import Preset
 
-STEP_CACHE: Final = 0.1  # docs/numerics.md has the errors
-
-
-def _linear(preset: Preset, device: torch.device) -> str | None:
-    """Return the format of linear layers that is faster here; on a GPU none was measured."""
-    from pw_kernels.quantized_linear import has_integer_products
-
-    return "int8" if device.type == "cpu" and has_integer_products() else None
-
-
-def _step_cache(preset: Preset, device: torch.device) -> float | None:
-    """Return the threshold for a draft of many steps."""
-    from pw_runtime.sampling.step_cache import FEWEST_STEPS
-
-    return STEP_CACHE if preset.draft.steps >= FEWEST_STEPS else None
-
-
-def _guidance_reuse(preset: Preset, device: torch.device) -> int | None:
-    """Return 1 for a high-res stage with a negative pass in a step between first and last."""
-    highres = preset.highres
-    return 1 if highres is not None and highres.steps > 2 and len(highres.passes) == 2 else None
-
-
-# Option -> its value for a preset on a device; None: it would gain nothing. What is recommended
-# stands here and nowhere else.
-FAST: Final[Mapping[str, Callable[[Preset, torch.device], object]]] = MappingProxyType(
-    {"linear": _linear, "step_cache": _step_cache, "guidance_reuse": _guidance_reuse}
-)
-
 
 def fast_options(
     options: Mapping[str, Any], preset: Preset, device: torch.device
@@ -56,6 +26,8 @@ def fast_options(
 
     Raises BadRequest where the preset repeats the official rounding, and where nothing is added.
     """
+    from pw_runtime.planning.fast import FAST, recommended
+
     quirks = [name for name, on in asdict(preset.compat).items() if on]
     if quirks:
         raise BadRequest(
@@ -69,10 +41,9 @@ def fast_options(
     source = click.get_current_context().get_parameter_source
     chosen = {
         name: value
-        for name, choose in FAST.items()
+        for name, value in recommended(preset, device).items()
         if source(name) in (None, ParameterSource.DEFAULT)
         and not (name == "guidance_reuse" and divided)
-        and (value := choose(preset, device)) is not None
     }
     given = [name for name in FAST if source(name) is ParameterSource.COMMANDLINE]
     if not chosen and not given:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pw_runtime.cli.fast import FAST
+from pw_runtime.planning.fast import FAST
 from tests.e2e.pw import Pw, write_preset
 
 
@@ -97,7 +97,7 @@ def test_fast_is_expanded_into_single_options(
     draft_alone = made("draft", "--draft-only", "--step-cache", 0.3)
     assert draft_alone == {"linear": "exact", "step_cache": 0.3, "guidance_reuse": 0}
     # On a CPU with integer products int8 is part of it, unless an option says otherwise.
-    monkeypatch.setattr("pw_kernels.quantized_linear.has_integer_products", lambda: True)
+    monkeypatch.setattr("pw_runtime.planning.fast.has_integer_products", lambda: True)
     assert made("vnni") == plain | {"linear": "int8"}
     given = made("explicit", "--linear", "exact", "--guidance-reuse", 0)
     assert given == plain | {"guidance_reuse": 0}

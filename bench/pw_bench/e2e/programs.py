@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Final
 
-from pw_bench.choices import ENGINES, OURS, ProgramName
+from pw_bench.choices import ENGINES, FAST, OURS, SPARSE, ProgramName
 from pw_bench.e2e.job import Program
 from pw_runtime.system.packages import pip_install
 
@@ -76,11 +76,14 @@ CONTENDERS: Final[Mapping[ProgramName, Contender]] = MappingProxyType(
             make=_ours(kernels="triton"),
             gpu=True,
         ),
-        "ours-fast": Contender(
-            description="this runtime, `pw generate --policy eager --sparse-attention 0.25 "
-            "--vae-precision bf16 --step-cache 0.1`: approximations",
-            make=_ours(sparse_attention=0.25, vae_precision="bf16", step_cache=0.1),
-            gpu=True,
+        FAST: Contender(
+            description="this runtime, `pw generate --policy eager --fast`: approximations",
+            make=_ours(fast=True),
+        ),
+        SPARSE: Contender(
+            description="this runtime, `pw generate --policy eager --sparse-attention 0.5`: an "
+            "approximation",
+            make=_ours(sparse_attention=0.5),
         ),
         "official": Contender(
             description="the official recipe, composed in eager PyTorch from its specification: "

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from pw_bench.choices import ENGINES, OURS, ProgramName, SyntheticSize
+from pw_bench.choices import ENGINES, FAST, OURS, SPARSE, ProgramName, SyntheticSize
 from pw_bench.e2e.job import Job
 from pw_bench.e2e.programs import CONTENDERS, describe, why_unavailable
 from pw_bench.e2e.session import Measurements, Session, compare_programs
@@ -135,7 +135,8 @@ def pick_programs(
 
     Raises BadRequest, MissingPackage.
     """
-    names = requested or tuple(name for name in CONTENDERS if name != ENGINES)
+    on_request = (ENGINES, FAST, SPARSE)
+    names = requested or tuple(name for name in CONTENDERS if name not in on_request)
     programs: list[ProgramName] = []
     for name in dict.fromkeys((OURS, *names)):
         reason = why_unavailable(

@@ -10,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pw_bench.e2e.job import ClipFacts, Job
 from pw_bench.e2e.synthetic import IN_MEMORY, synthetic_bundle
 from pw_kernels.op import OPS, select
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.job.conv_choice import computing_as
 from pw_runtime.pipeline import generate
+from pw_runtime.planning.fast import recommended
 from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import span
@@ -32,8 +35,11 @@ class Silent(Reporter):
 class RuntimeProgram:
     """`pw generate` in this process; between clips, networks are kept only if the job says so."""
 
-    def __init__(self, policy: EnginePolicy = "eager", **options: Any) -> None:
+    def __init__(
+        self, policy: EnginePolicy = "eager", *, fast: bool = False, **options: Any
+    ) -> None:
         """Take the options of `pw generate` of these names."""
+        self._fast = fast
         self._options = {"policy": policy, **options}
         self._folder = tempfile.TemporaryDirectory()
         self._bundle: Bundle | None = None
@@ -41,6 +47,9 @@ class RuntimeProgram:
 
     def clip(self, job: Job, video: Path) -> ClipFacts:
         """Generate the clip. Raises RuntimeError where it fails."""
+        options = dict(self._options)
+        if self._fast:
+            options |= recommended(job.preset, torch.device(job.device))
         request = Request(
             prompts=(Prompt(id=video.stem, text=job.prompt, position=1),),
             preset=job.preset,
@@ -51,7 +60,7 @@ class RuntimeProgram:
                 codec=job.codec,
                 precision=job.precision,
                 device=job.device,
-                **self._options,
+                **options,
             ),
         )
         warm = self._warm if job.keep_networks else None
