@@ -153,8 +153,8 @@ def receipt(folder: Path, bundle: Path) -> Kind:
     write_receipt(
         Receipt(
             **{name: origin[name] for name in shared}, video={"file": "0.mp4", "bytes": 5},
-            notices=[], exactness={"label": "exact"}, fallbacks=[], passes={}, versions=versions(), peak_memory_bytes=None,
-            plan=None, kernel_launches=None,
+            notices=[], fallbacks=[], passes={}, versions=versions(), peak_memory_bytes=None,
+            plan=None, kernel_launches=None, exactness={"label": "exact"},
         ),
         file,
     )  # fmt: skip
