@@ -11,11 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.forked import run_forked
+from pw_runtime.system.input_files import UnreadableInput, read_json
 from pw_runtime.system.machine import Machine, cpp_compiler, cpu_features, describe
 from pw_runtime.system.packages import (
     BASE,
@@ -25,7 +26,8 @@ from pw_runtime.system.packages import (
     declared,
     pip_install,
 )
-from pw_runtime.system.places import cache_root, check_cache, free_bytes, temporary_folder
+from pw_runtime.system.places import MEASURED, cache_root, check_cache, free_bytes, temporary_folder
+from pw_runtime.system.printable import printable
 
 NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # as Linux names them
 
@@ -65,6 +67,7 @@ def doctor_report(machine: Machine) -> str:
         f"memory     {_gib(machine.memory_bytes)}",
         *(f"gpu        {g.name}, {_gib(g.memory_bytes)}, sm {g.capability}" for g in machine.gpus),
         *([] if machine.gpus else ["gpu        none that torch can use"]),
+        *(f"attention  {line}" for line in _measured({gpu.name for gpu in machine.gpus})),
         f"driver     {machine.driver or 'unknown'}",
         f"compiler   {_compiler()}",
         f"conv       {_conv() if _works(installed.get('torch')) else _unusable('torch')}",
@@ -84,6 +87,18 @@ def doctor_report(machine: Machine) -> str:
     lines += _development_lines(groups.get(DEVELOPMENT, {}))
     lines += ["", f"pw generate: {_verdict(machine, groups[BASE])}"]
     return "\n".join(lines)
+
+
+def _measured(gpus: Collection[str]) -> Iterator[str]:
+    """Yield which attention runs on these GPUs, as measured by `pw tune` or an earlier run."""
+    for path in sorted((cache_root() / MEASURED).glob("attention-*.json")):
+        try:
+            found = read_json(path)
+            gpu, tokens, choice = found["made_of"]["gpu"], int(found["tokens"]), found["choice"]
+        except (UnreadableInput, LookupError, TypeError, ValueError):
+            continue  # why silent: the next run measures again, and says so
+        if gpu in gpus:
+            yield f"{printable(str(choice))} at {tokens:,} tokens on {gpu}, as measured"
 
 
 def _without_dev(extras: list[str]) -> list[str]:

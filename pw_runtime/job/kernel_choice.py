@@ -24,7 +24,7 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.system.atomic_files import write_text
 from pw_runtime.system.input_files import MAX_JSON, UnreadableInput, read_text
-from pw_runtime.system.places import cache_root
+from pw_runtime.system.places import MEASURED, cache_root
 from pw_runtime.system.trace import span
 from pw_runtime.system.trusted_folder import trusted_folder
 from pw_runtime.types import AttentionKernel, DitConfig, Network, Request, RunOptions, StageName
@@ -34,20 +34,14 @@ SECONDS: Final = 20.0  # most that a measurement takes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """The implementations of attention on one GPU at one size."""
+    """The implementations of attention on one GPU at one size, and the one that runs."""
 
     made_of: dict[str, str]  # what the times depend on
     tokens: int
     heads: int
     width: int
     trials: tuple[Trial, ...]
-
-    @property
-    def choice(self) -> AttentionKernel:
-        """The fastest implementation that is right."""
-        name = fastest(self.trials)
-        assert name != "cpu", "it is no implementation of attention"
-        return name
+    choice: AttentionKernel
 
 
 _MEASURED = TypeAdapter(Measured)
@@ -105,18 +99,16 @@ def measured_attention(
     made_of = facts(device)
     key = json.dumps([made_of, tokens, config.num_heads, config.head_dim], sort_keys=True)
     name = f"attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    path = trusted_folder(cache_root() / "kernels") / name
+    path = trusted_folder(cache_root() / MEASURED) / name
     if not again and (found := read_measured(path)) is not None:
         return found
     say(f"measuring attention at {tokens:,} tokens, once on this GPU: at most {SECONDS:.0f} s")
+    heads, width = config.num_heads, config.head_dim
+    trials = measure(device, tokens=tokens, heads=heads, width=width, seconds=SECONDS)
+    choice = fastest(trials)
+    assert choice != "cpu", "it is no implementation of attention"
     measured = Measured(
-        made_of=made_of,
-        tokens=tokens,
-        heads=config.num_heads,
-        width=config.head_dim,
-        trials=measure(
-            device, tokens=tokens, heads=config.num_heads, width=config.head_dim, seconds=SECONDS
-        ),
+        made_of=made_of, tokens=tokens, heads=heads, width=width, trials=trials, choice=choice
     )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the plan counts what is free

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from pw_runtime.errors import BadRequest
 
+MEASURED = "kernels"  # folder of the cache with measurements of kernels
+
 
 def cache_root() -> Path:
     """Return the folder of built engines and converted bundles: $PW_CACHE, or the user's cache."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pw_kernels.attention.trials import Trial
+from pw_runtime.cli.doctor import _measured
 from pw_runtime.cli.generate import generate
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.job import kernel_choice
@@ -25,7 +26,9 @@ TRIALS = (
     Trial(implementation="reference", seconds=2.0, error=1e-3),
     Trial(implementation="cudnn", seconds=1.0, error=1e-3),
 )
-MEASURED = Measured(made_of={"gpu": "one"}, tokens=4, heads=2, width=128, trials=TRIALS)
+MEASURED = Measured(
+    made_of={"gpu": "one"}, tokens=4, heads=2, width=128, trials=TRIALS, choice="cudnn"
+)
 
 
 def request(tmp_path: Path, **options: object) -> Request:
@@ -104,6 +107,21 @@ def test_a_measurement_is_kept_for_the_next_run_and_repeated_where_it_is_damaged
     assert measuring.call_count == 4
     assert len(said) == 4
     assert first.choice == "cudnn"
+
+
+def test_the_doctor_names_the_attention_of_the_gpus_that_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PW_CACHE", str(tmp_path))
+    with (
+        patch.object(kernel_choice, "measure", return_value=TRIALS),
+        patch.object(kernel_choice, "facts", return_value={"gpu": "GPU 1"}),
+    ):
+        measured_attention(torch.device("cpu"), TWO_K, CONFIG, print)
+    (tmp_path / "kernels" / "attention-damaged.json").write_text("{")
+    lines = ["cudnn at 111,600 tokens on GPU 1, as measured"]
+    assert list(_measured({"GPU 1", "GPU 2"})) == lines
+    assert list(_measured({"GPU 2"})) == []
 
 
 def test_the_command_line_has_the_defaults_of_the_python_interface() -> None:
