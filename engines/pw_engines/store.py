@@ -95,6 +95,10 @@ class EngineStore:
         path = folder / manifest["file"]
         return Lookup(state="fresh", path=path, speeds=speeds_of(manifest))
 
+    def holds(self, prefix: str) -> bool:
+        """Tell whether there is anything for segments whose names begin with `prefix`."""
+        return any(self.root.glob(f"{prefix}*"))
+
     @contextmanager
     def locked(self, key: EngineKey, *, wait: bool = True) -> Iterator[bool]:
         """Lock an engine for building; yields False if another process has it (wait=False).

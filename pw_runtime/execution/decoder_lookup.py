@@ -19,6 +19,7 @@ from pw_runtime.execution.decoder import SegmentedVae
 from pw_runtime.execution.decoder_segments import segments_of_decode
 from pw_runtime.execution.engine_lookup import (
     ASKED_FOR,
+    NONE_BUILT,
     EngineSet,
     Unavailable,
     build_command,
@@ -28,6 +29,7 @@ from pw_runtime.execution.protocols import Decoder
 from pw_runtime.execution.transformer_segments import Segment
 from pw_runtime.models import VaeDecoder
 from pw_runtime.presets import preset_name
+from pw_runtime.system.places import check_cache
 from pw_runtime.types import VAE_STRIDE, Preset, RunOptions, VaeConfig
 
 # Reasons why a decoder needs no engines.
@@ -88,9 +90,13 @@ def select_decoder_engines(bundle: Bundle, preset: Preset, options: RunOptions) 
     command = f"{build_command(options, bundle.root)} --preset {preset_name(preset)}"
     if options.draft_only and preset.highres is not None:
         return _eager(DRAFT_DECODED)
+    store = EngineStore()
+    check_cache(store.root)
+    if not store.holds("vae_"):  # the keys take a run for shapes, which imports a compiler
+        return _eager(NONE_BUILT)
     result = find_engines(
         lambda compiler: decoder_segments(bundle, preset, compiler),
-        EngineStore(),
+        store,
         options.torch_device,
         command,
     )

@@ -105,8 +105,7 @@ def test_generating_on_a_cpu_imports_no_compiler(
     preset = write_preset(tmp_path / "small.toml")
     modules = modules_after(
         root, "generate", "--model", str(bundle_dir), "--preset", str(preset), "--quiet",
-        "--prompt", "a cat", "--device", "cpu", "--policy", "eager", "--conv", "onednn",
-        "--out", str(tmp_path / "out"),
+        "--prompt", "a cat", "--device", "cpu", "--out", str(tmp_path / "out"),
     )  # fmt: skip
     assert {"torch", "tokenizers", "av"} <= modules
     unused = {"transformers", "sympy", "scipy", "triton", "torch._dynamo", "torch._inductor"}
