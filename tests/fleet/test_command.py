@@ -132,6 +132,14 @@ def test_the_command_that_goes_on_keeps_what_was_asked_for_and_the_drawn_seed() 
 def test_the_first_signal_is_noted_and_the_second_interrupts(
     number: signal.Signals, second: type[BaseException]
 ) -> None:
+    inherited = signal.signal(number, signal.SIG_DFL)  # ignored where tests run in the background
+    try:
+        _test_signals(number, second)
+    finally:
+        signal.signal(number, inherited)
+
+
+def _test_signals(number: signal.Signals, second: type[BaseException]) -> None:
     before = signal.getsignal(number)
     with command._stop_signals() as stopped:
         assert not stopped.is_set()
