@@ -134,20 +134,15 @@ def test_the_first_signal_is_noted_and_the_second_interrupts(
 ) -> None:
     inherited = signal.signal(number, signal.SIG_DFL)  # ignored where tests run in the background
     try:
-        _test_signals(number, second)
+        with command._stop_signals() as stopped:
+            assert not stopped.is_set()
+            signal.raise_signal(number)
+            assert (stopped.is_set(), stopped.number) == (True, number)
+            with pytest.raises(second):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, inherited)
-
-
-def _test_signals(number: signal.Signals, second: type[BaseException]) -> None:
-    before = signal.getsignal(number)
-    with command._stop_signals() as stopped:
-        assert not stopped.is_set()
-        signal.raise_signal(number)
-        assert (stopped.is_set(), stopped.number) == (True, number)
-        with pytest.raises(second):
-            signal.raise_signal(number)
-    assert signal.getsignal(number) == before
 
 
 def test_a_machine_without_this_project_is_told_apart_from_a_dead_one() -> None:
