@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,10 @@ def test_steps_that_have_nothing_to_reuse_are_refused(highres, steps, what) -> N
         require_reusable(highres, steps)
 
 
-def test_what_can_be_reused_is_accepted() -> None:
-    require_reusable(None, 0)
-    require_reusable(STAGE, 2)
+def test_every_step_between_the_first_and_the_last_may_reuse() -> None:
+    accepted = []
+    for highres, steps in ((None, 0), *((STAGE, steps) for steps in range(STAGE.steps))):
+        with suppress(BadRequest):
+            require_reusable(highres, steps)
+            accepted.append(steps)
+    assert accepted == [0, *range(STAGE.steps - 1)]
