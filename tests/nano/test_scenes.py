@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pw_bench.quality.measure import classify, matches, psnr, sharpness, ssim
-from pw_export.nano.captions import WORDS, caption, make_tokenizer
+from pw_bench.quality.gate import found_shares
+from pw_bench.quality.measure import classify, classify_each, matches, psnr, sharpness, ssim
+from pw_bench.quality.render import HARD, examples
+from pw_export.nano.captions import LATER, WORDS, caption, make_tokenizer, vocabulary
 from pw_export.nano.data import TEXT_LEN, tokens, training_scenes
-from pw_export.nano.scenes import Scene, Window, draw_scene, render
+from pw_export.nano.scenes import SQUARE, TALL, WIDE, Scene, Window, draw_scene, render
 from pw_runtime.types import OFFICIAL_NEGATIVE
 
 
@@ -42,6 +45,57 @@ def test_a_larger_picture_shows_the_same_with_sharper_edges() -> None:
     assert sharpness(large) > 1.5 * sharpness(grown)
 
 
+@pytest.mark.parametrize(
+    ("aspect", "size"), [(WIDE, (64, 32)), (SQUARE, (48, 48)), (TALL, (32, 64))]
+)
+def test_shapes_are_inside_the_picture_at_half_time(aspect: float, size: tuple[int, int]) -> None:
+    for number in range(60):
+        scene = draw_scene(number, varied=True, aspect=aspect)
+        for shape in (scene, scene.other):
+            if shape is not None:
+                assert shape.radius < shape.x < scene.width - shape.radius
+                assert shape.radius < shape.y < scene.height - shape.radius
+        assert render(scene, *size, 5).shape == (3, 5, size[1], size[0])
+
+
+def test_a_circle_is_round_in_every_aspect() -> None:
+    for aspect, size in ((WIDE, (64, 32)), (SQUARE, (48, 48)), (TALL, (32, 64))):
+        numbers = (draw_scene(number, aspect=aspect) for number in range(100))
+        circle = next(scene for scene in numbers if scene.shape == "circle")
+        still = replace(circle, camera="still", dx=0.0, dy=0.0)
+        picture = render(still, *size, 1)[:, 0]
+        mask = picture.amax(0) - picture.amin(0) > 0.9
+        assert abs(int(mask.any(0).sum()) - int(mask.any(1).sum())) <= 1
+
+
+def test_varied_scenes_have_tiny_shapes_and_pairs_that_never_overlap() -> None:
+    scenes = [draw_scene(number, varied=True) for number in range(200)]
+    assert {scene.size for scene in scenes} == {"tiny", "small", "big"}
+    pairs = [(scene, scene.other) for scene in scenes if scene.other is not None]
+    assert 0.1 < len(pairs) / len(scenes) < 0.3
+    for first, second in pairs:
+        assert first.colour != second.colour
+        assert max(abs(first.x - second.x), abs(first.y - second.y)) > first.radius + second.radius
+
+
+def test_a_caption_of_a_pair_names_both_shapes() -> None:
+    scene = next(s for s in (draw_scene(n, varied=True) for n in range(50)) if s.other is not None)
+    assert scene.other is not None
+    text = caption(scene, random.Random(0))
+    subjects = text.split(" and ")
+    assert len(subjects) == 2
+    for shape, subject in zip((scene, scene.other), subjects, strict=True):
+        assert any(way in subject for way in WORDS[shape.colour])
+        assert any(way in subject for way in WORDS[shape.motion])
+
+
+def test_words_of_the_first_version_keep_their_tokens() -> None:
+    words = vocabulary()
+    first = words[: -len(LATER)]
+    assert first == sorted(first)
+    assert len(first) == 78  # as many as its table of the first version has, without special tokens
+
+
 def test_no_training_scene_has_a_held_out_combination() -> None:
     def attributes(scene: Scene) -> tuple[str, ...]:
         return scene.colour, scene.shape, scene.motion, scene.background
@@ -58,6 +112,21 @@ def test_measurement_reads_true_scenes_without_a_mistake(size: tuple[int, int]) 
             "shape": True,
             "motion": True,
         }
+
+
+@pytest.mark.parametrize("group", HARD)
+def test_measurement_finds_every_object_of_hard_captions_and_no_other(group: str) -> None:
+    scenes = [example.scene for example in examples(12, group)]
+    seen = [classify_each(render(scene, 256, 128, 9)) for scene in scenes]
+    everything = dict.fromkeys(("present", "shape", "motion", "clip"), 1.0)
+    assert found_shares(seen, scenes) == everything
+    colour, attributes = next(iter(seen[0].items()))
+    seen[0] = seen[0] | {colour: replace(attributes, shape=None)}
+    shares = found_shares(seen, scenes)
+    assert shares["shape"] < 1 == shares["motion"]
+    assert shares["clip"] == pytest.approx(11 / 12)
+    del seen[0][colour]
+    assert found_shares(seen, scenes)["present"] == shares["shape"]
 
 
 def test_measurement_sees_nothing_in_a_landscape_alone() -> None:
@@ -77,7 +146,7 @@ def test_every_caption_is_known_to_the_tokenizer_and_fits() -> None:
     tokenizer, draw = make_tokenizer(), random.Random(0)
     unknown = tokenizer.token_to_id("<unk>")
     for number in range(200):
-        scene = draw_scene(number)
+        scene = draw_scene(number, varied=True)
         text = caption(scene, draw)
         ids = tokenizer.encode(text).ids
         assert unknown not in ids

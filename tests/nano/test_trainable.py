@@ -61,6 +61,19 @@ def test_a_batch_gives_the_velocities_of_its_clips(config: object) -> None:
         assert max_abs(batch[i], alone) < 1e-4
 
 
+def test_a_batch_of_clips_from_pictures_has_a_timestep_for_each_frame() -> None:
+    net = WanDiT(DIT).requires_grad_(False)
+    randomise(net)
+    latents, contexts = torch.randn(2, 48, 3, 4, 6), torch.randn(2, 12, 16)
+    t = torch.tensor([[0.0, 999.0, 999.0], [300.0, 300.0, 300.0]])
+    batch = velocities(net, latents, t, contexts)
+    for i in range(2):
+        text, positions = net.text_keys_values(contexts[i]), net.positions(latents[i])
+        alone = net(latents[i], text, net.modulation(t[i]), positions)
+        assert max_abs(batch[i], alone) < 1e-4
+    assert max_abs(batch[1:], velocities(net, latents[1:], t[1:, 0], contexts[1:])) < 1e-4
+
+
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_whole_clips_decode_to_what_the_runtime_streams(frames: int) -> None:
     decoder = VaeDecoder(VAE).requires_grad_(False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pw_export.nano.optimizer import orthogonal
 from pw_export.nano.pca import blocks, fit_pca, pixels
 from pw_export.nano.scenes import draw_scene, render
-from pw_export.nano.training import Recipe, train
+from pw_export.nano.training import Recipe, adopt, train
 
 RECIPE = Recipe(steps=60, matrix_lr=0.2, other_lr=0.05, warmup=5, ema=0.9)
 
@@ -84,3 +84,13 @@ def test_blocks_of_pixels_come_back_and_few_components_keep_most_of_a_scene() ->
     assert latent.shape == (48, 3, 2, 4)
     assert (pca.decode(latent) - clips[0]).square().mean() < 0.01
     assert torch.stack([pca.encode(clip) for clip in clips]).square().mean() < 2
+
+
+def test_known_weights_replace_random_ones_and_a_longer_table_keeps_its_new_rows() -> None:
+    table = nn.Embedding(5, 2)
+    new = table.weight[3:].detach().clone()
+    adopt(table, {"weight": torch.ones(3, 2)})
+    assert torch.equal(table.weight[:3], torch.ones(3, 2))
+    assert torch.equal(table.weight[3:], new)
+    with pytest.raises(ValueError, match=r"weight is \[5, 2\], known: \[3, 4\]"):
+        adopt(table, {"weight": torch.ones(3, 4)})

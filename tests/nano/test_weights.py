@@ -50,7 +50,7 @@ def bundle(work: Path) -> Bundle:
 
 def test_kept_files_are_small_and_hold_every_network(work: Path) -> None:
     files = [work / "kept" / f"{name}.safetensors" for name in FILES]
-    assert sum(file.stat().st_size for file in files) <= 24e6
+    assert sum(file.stat().st_size for file in files) <= 40e6
     tensors = read_weights(work / "kept").draft
     state = torch.load(work / "draft.pt", weights_only=True)["average"]
     for name, tensor in tensors.items():

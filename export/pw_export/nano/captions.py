@@ -30,7 +30,8 @@ WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("ball", "circle", "disc"),
     "square": ("square", "box", "block"),
     "triangle": ("triangle", "pyramid"),
-    "small": ("small", "little", "tiny"),
+    "tiny": ("tiny", "very small"),
+    "small": ("small", "little", "small"),
     "big": ("big", "large", "huge"),
     "left": ("moves left", "drifts to the left", "slides left", "glides to the left"),
     "right": ("moves right", "drifts to the right", "slides right", "glides to the right"),
@@ -42,28 +43,40 @@ WORDS: dict[str, tuple[str, ...]] = {
     "sea": ("over the sea", "above the ocean", "over calm water"),
     "desert": ("in the desert", "over sand", "over dunes"),
     "grey": ("in a grey room", "before a grey wall", "in grey fog"),
+    "forest": ("in the forest", "among trees", "in a green forest"),
+    "snow": ("over snow", "in the snow", "in winter"),
     "still": ("",),
     "zoom": ("the camera zooms in", "slow zoom in"),
     "pan": ("the camera pans", "panning shot"),
 }
+PARTS, PLACE = ("colour", "shape", "size", "motion"), ("background", "camera")  # of a Scene
+
+# Words that later versions added. Their tokens come last, so that weights can be trained on.
+LATER = ("among", "and", "forest", "snow", "trees", "very", "winter")
 
 
 def caption(scene: Scene, draw: random.Random) -> str:
     """Describe a scene in one of many ways."""
-    words = {
-        part: draw.choice(WORDS[getattr(scene, part)])
-        for part in ("colour", "shape", "size", "motion", "background", "camera")
-    }
-    subject = f"a {words['size']} {words['colour']} {words['shape']} {words['motion']}"
+    words = {part: draw.choice(WORDS[getattr(scene, part)]) for part in (*PARTS, *PLACE)}
+    subject = _subject(words)
     background = words["background"]
-    text = f"{background}, {subject}" if draw.random() < 0.25 else f"{subject} {background}"
+    background_first = draw.random() < 0.25
+    if scene.other is not None:
+        other = {part: draw.choice(WORDS[getattr(scene.other, part)]) for part in PARTS}
+        subject = f"{subject} and {_subject(other)}"
+    text = f"{background}, {subject}" if background_first else f"{subject} {background}"
     return f"{text}, {words['camera']}" if words["camera"] else text
 
 
+def _subject(words: dict[str, str]) -> str:
+    return f"a {words['size']} {words['colour']} {words['shape']} {words['motion']}"
+
+
 def vocabulary() -> list[str]:
-    """List every word of the grammar and of the default negative prompt, alphabetically."""
+    """List the words of the grammar and of the default negative prompt: by alphabet, then LATER."""
     phrases = " ".join(phrase for synonyms in WORDS.values() for phrase in synonyms)
-    return sorted({"a", *re.findall("[a-z]+", f"{phrases} {OFFICIAL_NEGATIVE.lower()}")})
+    words = {"a", *re.findall("[a-z]+", f"{phrases} {OFFICIAL_NEGATIVE.lower()}")}
+    return [*sorted(words - set(LATER)), *LATER]
 
 
 def make_tokenizer() -> Tokenizer:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pw_export.nano.captions import caption
 from pw_export.nano.pca import CHANNELS, Pca, fit_pca
-from pw_export.nano.scenes import Scene, draw_scene, render
+from pw_export.nano.scenes import SQUARE, TALL, WIDE, Scene, draw_scene, render
 from pw_runtime.system.atomic_files import atomic_file
 from pw_runtime.types import OFFICIAL_NEGATIVE
 
@@ -22,8 +22,10 @@ FRAMES = 17
 TEXT_LEN = 32  # maximum tokens of a text
 DROPOUT = 0.1  # share of texts that are replaced by an unconditional one
 UNCONDITIONAL = ("", OFFICIAL_NEGATIVE)  # guidance steers away from these: they must mean nothing
-DRAFT_SIZE = (128, 64)
-HIGHRES_SIZES = ((256, 128), (512, 256))  # presets nano and nano-hd
+Size = tuple[int, int]
+DRAFT_SIZES: dict[float, Size] = {WIDE: (192, 96), SQUARE: (128, 128), TALL: (96, 192)}
+HIGHRES_SIZES: dict[float, Size] = {WIDE: (256, 128), SQUARE: (192, 192), TALL: (128, 256)}
+HD_SIZE = (512, 256)  # of preset nano-hd
 VAE_SIZES = ((128, 64), (512, 256), (768, 384))  # sizes that the latent space is fitted to
 
 
@@ -42,21 +44,23 @@ def open_pca(folder: Path) -> Pca:
     return Pca(**torch.load(file, weights_only=True))
 
 
-def training_scenes(count: int) -> list[Scene]:
-    """Return the first `count` scenes that are not held out."""
+def training_scenes(count: int, aspect: float = WIDE) -> list[Scene]:
+    """Return the first `count` varied scenes of an aspect that are not held out."""
     scenes: list[Scene] = []
     number = 0
     while len(scenes) < count:
-        scene = draw_scene(number)
+        scene = draw_scene(number, varied=True, aspect=aspect)
         if not scene.held_out:
             scenes.append(scene)
         number += 1
     return scenes
 
 
-def open_latents(folder: Path, pca: Pca, size: tuple[int, int], scenes: list[Scene]) -> Tensor:
+def open_latents(
+    folder: Path, pca: Pca, size: Size, scenes: list[Scene], name: str = "latents"
+) -> Tensor:
     """Load [N, 48, T, H, W] fp16 latents of scenes at a size; the first time, encode them."""
-    file = folder / f"latents-{size[0]}x{size[1]}-{len(scenes)}.pt"
+    file = folder / f"{name}-{size[0]}x{size[1]}-{len(scenes)}.pt"
     if not file.exists():
         shape = (len(scenes), CHANNELS, (FRAMES - 1) // 4 + 1, size[1] // 16, size[0] // 16)
         latents = torch.empty(shape, dtype=torch.float16)

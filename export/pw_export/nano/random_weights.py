@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from pw_export.checkpoints import keymaps
 from pw_export.nano.checkpoint import (
     SPECIAL_TOKENS,
     NanoTensors,
@@ -27,6 +26,7 @@ from pw_export.nano.checkpoint import (
     write_tokenizer,
 )
 from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.models import expected_shapes
 from pw_runtime.types import PATCH, DitConfig, TextEncoderConfig, VaeConfig
 

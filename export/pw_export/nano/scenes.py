@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Procedural clips with known content: a shape that moves over a landscape.
+"""Procedural clips with known content: one or two shapes that move over a landscape.
 
-A scene is drawn from a number. Its lengths are in units of the picture's height, so that it can be
-rendered at any size, with plain tensor arithmetic on any device.
+A scene is drawn from a number. Its lengths are in units of the picture's shorter side, so that it
+can be rendered at any size of the same aspect, with plain tensor arithmetic on any device.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,15 +25,17 @@ COLOURS: dict[str, Colour] = {
     "purple": (0.62, 0.12, 0.80),
 }
 SHAPES = ("circle", "square", "triangle")
-SIZES: dict[str, float] = {"small": 0.19, "big": 0.26}  # radius of the circle
-MOTIONS: dict[str, tuple[float, float]] = {  # across the picture, rows downwards
-    "left": (-0.72, 0.0),
-    "right": (0.72, 0.0),
-    "up": (0.0, -0.40),
-    "down": (0.0, 0.40),
+SIZES: dict[str, float] = {"small": 0.19, "big": 0.26, "tiny": 0.12}  # radius of the circle
+MOTIONS: dict[str, tuple[int, int]] = {  # across the picture, rows downwards
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
 }
 CAMERAS = ("still", "zoom", "pan")
-ASPECT = 2.0  # width of the picture in units of its height
+WIDE, SQUARE, TALL = 2.0, 1.0, 0.5  # aspects: width of the picture in units of its height
+PAIRS = 0.2  # share of varied scenes with a second shape
+LANE = 0.27  # distance of the paths of two shapes from the middle of the picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,18 @@ BACKGROUNDS: dict[str, Landscape] = {
     "sea": Landscape((0.70, 0.80, 0.86), (0.88, 0.90, 0.90), (0.32, 0.46, 0.56)),
     "desert": Landscape((0.72, 0.80, 0.86), (0.90, 0.88, 0.82), (0.78, 0.68, 0.52)),
     "grey": Landscape((0.46, 0.46, 0.46), (0.62, 0.62, 0.62), (0.36, 0.36, 0.36)),
+    "forest": Landscape((0.50, 0.60, 0.54), (0.68, 0.74, 0.64), (0.14, 0.24, 0.17)),
+    "snow": Landscape((0.60, 0.68, 0.78), (0.82, 0.86, 0.90), (0.94, 0.95, 0.97)),
 }
+FIRST_SIZES, FIRST_BACKGROUNDS = list(SIZES)[:2], list(BACKGROUNDS)[:6]  # of plain scenes
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Attributes of a caption, then details it leaves open; lengths in heights of the picture."""
+    """Attributes of a caption, then details it leaves open; lengths in shorter sides of a picture.
+
+    A second shape, `other`, moves over the same landscape before the same camera.
+    """
 
     colour: str
     shape: str
@@ -71,6 +79,18 @@ class Scene:
     dy: float
     radius: float
     hills: float  # phase of the horizon
+    aspect: float = WIDE
+    other: Scene | None = None
+
+    @property
+    def width(self) -> float:
+        """Width of the picture."""
+        return max(self.aspect, 1.0)
+
+    @property
+    def height(self) -> float:
+        """Height of the picture."""
+        return max(1 / self.aspect, 1.0)
 
     @property
     def held_out(self) -> bool:
@@ -82,33 +102,88 @@ class Scene:
             list(BACKGROUNDS).index(self.background),
         )
         factors = (1, 2, 4, 3)
-        return sum(i * factor for i, factor in zip(indices, factors, strict=True)) % 9 == 0
+        held_out = sum(i * factor for i, factor in zip(indices, factors, strict=True)) % 9 == 0
+        return held_out or (self.other is not None and self.other.held_out)
 
 
-def draw_scene(number: int) -> Scene:
-    """Draw the scene of a number, the same everywhere."""
+def draw_scene(number: int, *, varied: bool = False, aspect: float = WIDE) -> Scene:
+    """Draw the scene of a number, the same everywhere.
+
+    Args:
+        number: any integer.
+        varied: draw from all sizes and landscapes, and a second shape in one of five scenes.
+        aspect: width of the picture in units of its height.
+    """
     draw = random.Random(number)
-    colour, background = draw.choice(list(COLOURS)), draw.choice(list(BACKGROUNDS))
-    shape, size = draw.choice(SHAPES), draw.choice(list(SIZES))
+    colour = draw.choice(list(COLOURS))
+    background = draw.choice(list(BACKGROUNDS) if varied else FIRST_BACKGROUNDS)
+    shape, size = draw.choice(SHAPES), draw.choice(list(SIZES) if varied else FIRST_SIZES)
     motion = draw.choice(list(MOTIONS))
     camera = draw.choices(CAMERAS, (8, 1, 1))[0]
     motion_x, motion_y = MOTIONS[motion]
+    width, height = max(aspect, 1.0), max(1 / aspect, 1.0)
     pace = draw.uniform(0.92, 1.08)
     across = draw.uniform(-1, 1)
-    return Scene(
+    sideways = _beside(width) * across if motion_x == 0 else draw.uniform(-0.04, 0.04)
+    scene = Scene(
         colour=colour,
         shape=shape,
         size=size,
         motion=motion,
         background=background,
         camera=camera,
-        x=ASPECT / 2 + (0.45 * across if motion_x == 0 else draw.uniform(-0.04, 0.04)),
-        y=0.5 + (0.14 * across if motion_y == 0 else draw.uniform(-0.02, 0.02)),
-        dx=motion_x * pace,
-        dy=motion_y * pace,
+        x=width / 2 + sideways,
+        y=height / 2 + (_beside(height) * across if motion_y == 0 else draw.uniform(-0.02, 0.02)),
+        dx=motion_x * _along(width) * pace,
+        dy=motion_y * _along(height) * pace,
         radius=SIZES[size] * draw.uniform(0.95, 1.05),
         hills=draw.uniform(0, 2 * math.pi),
+        aspect=aspect,
     )
+    return _paired(scene, draw) if varied and draw.random() < PAIRS else scene
+
+
+def _along(side: float) -> float:
+    """Return the length of a motion along a side of a picture."""
+    return 0.40 + 0.32 * (side - 1)
+
+
+def _beside(side: float) -> float:
+    """Return the largest distance of a path from the middle of a side of a picture."""
+    return 0.14 + 0.31 * (side - 1)
+
+
+def _paired(scene: Scene, draw: random.Random) -> Scene:
+    """Add a shape of another colour; both become at most small and keep to lanes of their own."""
+    colour = draw.choice([name for name in COLOURS if name != scene.colour])
+    sizes = ("small", "tiny")
+    across = MOTIONS[scene.motion][1] == 0
+    motion = draw.choice(("left", "right") if across else ("up", "down"))
+    lane = draw.choice((-LANE, LANE))
+    shapes = []
+    for name, sign in ((scene.motion, 1), (motion, -1)):
+        size, pace = draw.choice(sizes), draw.uniform(0.92, 1.08)
+        motion_x, motion_y = MOTIONS[name]
+        offset = sign * lane * (1 + draw.uniform(-0.1, 0.1))
+        shapes.append(
+            replace(
+                scene,
+                size=size,
+                motion=name,
+                x=scene.width / 2 + (0.0 if across else offset * _spread(scene.width)),
+                y=scene.height / 2 + (offset * _spread(scene.height) if across else 0.0),
+                dx=motion_x * _along(scene.width) * pace,
+                dy=motion_y * _along(scene.height) * pace,
+                radius=SIZES[size] * draw.uniform(0.95, 1.05),
+            )
+        )
+    other = replace(shapes[1], colour=colour, shape=draw.choice(SHAPES))
+    return replace(shapes[0], other=other)
+
+
+def _spread(side: float) -> float:
+    """Return how much farther apart lanes are on a longer side of a picture."""
+    return 1 + 0.6 * (side - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +203,7 @@ def render(
     frames: int,
     *,
     window: Window | None = None,
+    landscape: Landscape | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Render a clip, with edges smoothed over two pixels.
@@ -137,6 +213,7 @@ def render(
         width, height: size of the whole picture in pixels.
         frames: F, evenly spaced from the beginning of the motion to its end.
         window: render only this rectangle.
+        landscape: colours of sky and ground; None: those of the scene's background.
         device: device to render on.
 
     Returns:
@@ -146,30 +223,43 @@ def render(
     time = torch.linspace(0, 1, frames, device=device).view(-1, 1, 1)
     columns = torch.arange(window.left, window.left + window.width, device=device)
     rows = torch.arange(window.top, window.top + window.height, device=device)
-    x = ((columns + 0.5) / height * (ASPECT * height / width)).view(1, 1, -1)
-    y = ((rows + 0.5) / height).view(1, -1, 1)
+    x = ((columns + 0.5) / width * scene.width).view(1, 1, -1)
+    y = ((rows + 0.5) / height * scene.height).view(1, -1, 1)
     zoom = 1 + 0.35 * time if scene.camera == "zoom" else torch.ones_like(time)
-    x, y = ASPECT / 2 + (x - ASPECT / 2) / zoom, 0.5 + (y - 0.5) / zoom
-    pixels = zoom * height / 2  # pairs of pixels per unit of length
-    picture = _landscape(scene, x, y, time, pixels)
+    x, y = (
+        middle + (c - middle) / zoom for c, middle in ((x, scene.width / 2), (y, scene.height / 2))
+    )
+    pixels = zoom * height / scene.height / 2  # pairs of pixels per unit of length
+    colours = landscape or BACKGROUNDS[scene.background]
+    picture = _landscape(scene, colours, x, y, time, pixels)
+    for shape in (scene, scene.other):
+        if shape is not None:
+            picture = _painted(picture, shape, x, y, time, pixels)
+    return picture.clamp_(0, 1).mul_(2).sub_(1)
+
+
+def _painted(
+    picture: Tensor, scene: Scene, x: Tensor, y: Tensor, time: Tensor, pixels: Tensor
+) -> Tensor:
+    """Paint the shape of a scene over a picture, [3, F, rows, columns]."""
     offset = x - (scene.x + scene.dx * (time - 0.5)), y - (scene.y + scene.dy * (time - 0.5))
     cover = (0.5 - outside(scene.shape, *offset, scene.radius) * pixels).clamp(0, 1)
     light = 1.0 - 0.12 * (offset[1] / scene.radius).clamp(-1, 1)
     paint = picture.new_tensor(COLOURS[scene.colour]).view(3, 1, 1, 1) * light
-    picture = torch.lerp(picture, paint.expand_as(picture), cover.expand(picture.shape[1:]))
-    return picture.clamp_(0, 1).mul_(2).sub_(1)
+    return torch.lerp(picture, paint.expand_as(picture), cover.expand(picture.shape[1:]))
 
 
-def _landscape(scene: Scene, x: Tensor, y: Tensor, time: Tensor, pixels: Tensor) -> Tensor:
+def _landscape(
+    scene: Scene, colours: Landscape, x: Tensor, y: Tensor, time: Tensor, pixels: Tensor
+) -> Tensor:
     """Render sky and ground, [3, F, rows, columns]."""
-    colours = BACKGROUNDS[scene.background]
     top, horizon, ground = (
         x.new_tensor(colour).view(3, 1, 1, 1)
         for colour in (colours.top, colours.horizon, colours.ground)
     )
     along = x + 0.5 * time if scene.camera == "pan" else x
-    edge = 0.70 + 0.05 * torch.sin(2 * math.pi * along / 1.4 + scene.hills)
-    sky = top + (horizon - top) * (y / 0.7).clamp(0, 1)
+    edge = 0.70 * scene.height + 0.05 * torch.sin(2 * math.pi * along / 1.4 + scene.hills)
+    sky = top + (horizon - top) * (y / (0.7 * scene.height)).clamp(0, 1)
     cover = (0.5 + (y - edge) * pixels).clamp(0, 1)
     return torch.lerp(sky.expand(3, *cover.shape), ground.expand(3, *cover.shape), cover)
 

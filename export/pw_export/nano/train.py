@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the built-in model, or continue a training, and export its weights.
 
-python -m pw_export.nano.train --work DIR [NETWORK ...]
+python -m pw_export.nano.train --work DIR [--begin WEIGHTS] [NETWORK ...]
 
 Each network trains for the steps of its recipe; a stopped training continues where it was. Without
 names all networks are trained, and the weights are written to DIR/weights. The VAE does not depend
 on the transformers: on two cores, two such programs with one thread each are faster than one with
-two threads.
+two threads. With `--begin`, all but the encoder begin with the weights in a folder.
+The blocks of the transformers are compiled, for which a C++ compiler is needed.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ from pathlib import Path
 
 import torch
 
+from pw_export.nano.checkpoint import NanoTensors
 from pw_export.nano.train_draft import train_draft
 from pw_export.nano.train_highres import train_highres
 from pw_export.nano.train_vae import train_decoder, train_encoder
-from pw_export.nano.weights import keep_weights
+from pw_export.nano.trainable import compile_blocks
+from pw_export.nano.weights import keep_weights, read_weights
 
-TRAIN: dict[str, Callable[[Path, torch.device], object]] = {
-    "draft": lambda work, device: train_draft(work, device=device),
-    "highres": lambda work, device: train_highres(work, train_draft(work), device=device),
-    "decoder": lambda work, device: train_decoder(work, device=device),
-    "encoder": lambda work, device: train_encoder(work, device=device),
+Train = Callable[[Path, torch.device, NanoTensors | None], object]
+
+TRAIN: dict[str, Train] = {
+    "draft": lambda work, device, begin: train_draft(work, device=device, begin=begin),
+    "highres": lambda work, device, begin: train_highres(
+        work, train_draft(work), device=device, begin=begin
+    ),
+    "decoder": lambda work, device, begin: train_decoder(work, device=device, begin=begin),
+    "encoder": lambda work, device, begin: train_encoder(work, train_decoder(work), device=device),
 }
 
 
@@ -35,14 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the built-in model.")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, states and logs")
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"one of {', '.join(TRAIN)}")
+    parser.add_argument("--begin", type=Path, help="folder of weights to begin with")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
     given = parser.parse_args()
     if unknown := set(given.networks) - set(TRAIN):
         names = ", ".join(sorted(unknown))
         parser.error(f"unknown network {names}: expected one of {', '.join(TRAIN)}")
     given.work.mkdir(parents=True, exist_ok=True)
+    compile_blocks()
+    begin = None if given.begin is None else read_weights(given.begin)
     for name in given.networks or TRAIN:
-        TRAIN[name](given.work, given.device)
+        TRAIN[name](given.work, given.device, begin)
     if not given.networks:
         keep_weights(given.work, given.work / "weights")
 

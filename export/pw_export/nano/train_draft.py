@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pw_export.nano.captions import make_tokenizer
+from pw_export.nano.checkpoint import NanoTensors
 from pw_export.nano.data import (
     CPU,
-    DRAFT_SIZE,
+    DRAFT_SIZES,
     TEXT_LEN,
     draw_texts,
     noise_levels,
@@ -25,19 +25,23 @@ from pw_export.nano.data import (
     training_scenes,
 )
 from pw_export.nano.random_weights import NANO_DIT, NANO_TEXT_ENCODER
+from pw_export.nano.scenes import SQUARE, TALL, WIDE
 from pw_export.nano.trainable import encode_texts, velocities
-from pw_export.nano.training import Recipe, train
+from pw_export.nano.training import Recipe, adopt, train
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.models import TextEncoder, WanDiT, expected_shapes
 from pw_runtime.types import PATCH, DitConfig, Network, TextEncoderConfig
 
-DIT = replace(NANO_DIT, text_len=TEXT_LEN, ffn_dim=768)  # keeps all weights together below 24 MB
+DIT = replace(NANO_DIT, text_len=TEXT_LEN, ffn_dim=768)
 TEXT_ENCODER = replace(NANO_TEXT_ENCODER, vocab_size=make_tokenizer().get_vocab_size())
-SCENES = 24_000
+SCENES = {WIDE: 12_000, SQUARE: 2_000, TALL: 3_000}
+ASPECTS = (WIDE, WIDE, WIDE, SQUARE, WIDE, WIDE, WIDE, TALL)  # of the batches of eight steps
 BATCH = 48
+PICTURES = 0.25  # share of clips whose first latent frame is given, without noise
 SHIFT = 3.0  # shift of the noise levels in training
 # Layers that add to the residual stream or to the time embedding start at zero.
 ZERO_INIT = re.compile(r"\.o\.|ffn\.2\.|zero_layers\.|dt_proj\.2\.|dt_embedding\.2\.")
-RECIPE = Recipe(steps=2400, matrix_lr=0.006, other_lr=2e-3)
+RECIPE = Recipe(steps=2250, matrix_lr=0.005, other_lr=1.5e-3, decay=0.7)
 
 
 class TextToLatent(nn.Module):
@@ -109,21 +113,56 @@ def initialise_text(encoder: nn.Module, generator: torch.Generator) -> None:
 
 
 def train_draft(
-    work: Path, recipe: Recipe = RECIPE, device: torch.device = CPU
+    work: Path,
+    recipe: Recipe = RECIPE,
+    device: torch.device = CPU,
+    begin: NanoTensors | None = None,
 ) -> dict[str, Tensor]:
-    """Train, or continue a training; return the averaged weights of `TextToLatent`."""
-    pca, scenes, tokenizer = open_pca(work), training_scenes(SCENES), make_tokenizer()
-    latents = open_latents(work, pca, DRAFT_SIZE, scenes)
-    model = TextToLatent(DIT, TEXT_ENCODER).to(device)
+    """Train from random or from other weights, or continue; return the average of `TextToLatent`.
+
+    One clip in four begins with a picture: the timestep of its first latent frame is 0.
+    """
+    pca, tokenizer = open_pca(work), make_tokenizer()
+    scenes = {aspect: training_scenes(count, aspect) for aspect, count in SCENES.items()}
+    latents = {
+        aspect: open_latents(work, pca, DRAFT_SIZES[aspect], clips)
+        for aspect, clips in scenes.items()
+    }
+    model = TextToLatent(DIT, TEXT_ENCODER)
+    if begin is not None:
+        adopt(model, named(model, begin))
+    model = model.to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        indices = torch.randint(SCENES, (BATCH,), generator=generator)
-        clean = latents[indices].to(device, torch.float32)
-        texts = draw_texts([scenes[int(i)] for i in indices], generator)
+        aspect = ASPECTS[step % len(ASPECTS)]
+        indices = torch.randint(SCENES[aspect], (BATCH,), generator=generator)
+        clean = latents[aspect][indices].to(device, torch.float32)
+        texts = draw_texts([scenes[aspect][int(i)] for i in indices], generator)
         contexts = encode_texts(model.text, *tokens(tokenizer, texts, device))
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        sigma = noise_levels(BATCH, SHIFT, generator).to(device)
-        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        return F.mse_loss(velocities(model.dit, noisy, 1000 * sigma, contexts), noise - clean)
+        return flow_loss(model.dit, clean, contexts, generator)
 
     return train(work, "draft", model, loss, recipe)
+
+
+def flow_loss(net: WanDiT, clean: Tensor, contexts: Tensor, generator: torch.Generator) -> Tensor:
+    """Compute the error of velocities, also of clips that begin with a picture."""
+    count, device = len(clean), clean.device
+    noise = torch.randn(clean.shape, generator=generator).to(device)
+    sigma = noise_levels(count, SHIFT, generator)[:, None].repeat(1, clean.shape[2])  # [B, T]
+    given = torch.rand(count, generator=generator) < PICTURES
+    sigma[given, 0] = 0.0
+    sigma = sigma.to(device)
+    free = (sigma > 0).to(clean)[:, None, :, None, None]
+    noisy = torch.lerp(clean, noise, sigma[:, None, :, None, None])
+    error = velocities(net, noisy, 1000 * sigma, contexts) - (noise - clean)
+    return (error * free).square().mean() / free.mean()
+
+
+def named(model: TextToLatent, tensors: NanoTensors) -> dict[str, Tensor]:
+    """Name the weights of a checkpoint as `TextToLatent` does."""
+    named = {f"dit.{name}": tensor for name, tensor in tensors.draft.items()}
+    for name in model.text.state_dict():
+        official = keymaps.text_encoder_from_transformers(name)
+        assert official is not None
+        named[f"text.{name}"] = tensors.text_encoder[official]
+    return named

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the high-res transformer from the draft transformer, as PixelWizard does.
+"""Train the high-res transformer from the draft transformer, as PixelWizard does, at four sizes.
 
 It is conditioned on the size of a step (dt) and on the draft latent, resized to its token grid.
 Most clips of a batch train the velocity itself, with the smallest dt; the others train one step of
@@ -19,10 +19,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pw_export.nano.captions import make_tokenizer
+from pw_export.nano.checkpoint import NanoTensors, Tensors
 from pw_export.nano.data import (
     CPU,
-    DRAFT_SIZE,
+    DRAFT_SIZES,
+    HD_SIZE,
     HIGHRES_SIZES,
+    Size,
     draw_texts,
     noise_levels,
     open_latents,
@@ -30,23 +33,36 @@ from pw_export.nano.data import (
     tokens,
     training_scenes,
 )
-from pw_export.nano.scenes import SHAPES, Scene
+from pw_export.nano.pca import Pca
+from pw_export.nano.scenes import SHAPES, SQUARE, TALL, WIDE, Scene
 from pw_export.nano.train_draft import DIT, TEXT_ENCODER, TextToLatent, initial_dit
 from pw_export.nano.trainable import encode_texts, velocities
-from pw_export.nano.training import Recipe, train
+from pw_export.nano.training import Recipe, adopt, train
 from pw_runtime.models import WanDiT
 from pw_runtime.types import PATCH
 
 HIGHRES = replace(DIT, has_dt=True, adapter_dim=48, control_blocks=(1,))
-SCENES = 2_400
-BATCH, LARGE_BATCH = 12, 3
-LARGE_EVERY = 4  # steps; one of them uses the size of nano-hd
+SCENES = {WIDE: 2_400, SQUARE: 400, TALL: 400}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Clips of a step: their number, and the size that they all have."""
+
+    count: int
+    aspect: float
+    size: Size
+
+
+USUAL, HD = Batch(12, WIDE, HIGHRES_SIZES[WIDE]), Batch(3, WIDE, HD_SIZE)
+SQUARES, TALLS = (Batch(12, aspect, HIGHRES_SIZES[aspect]) for aspect in (SQUARE, TALL))
+BATCHES = (USUAL, HD, USUAL, SQUARES, USUAL, HD, USUAL, TALLS)  # of eight steps
 JUMPS = 0.25  # share of clips that train long steps
 ASTRAY = 0.3  # share of drafts that show another shape, so that the text decides the shape
 SHIFT = 3.0
 SMALLEST = 2.0  # dt of all other clips, in thousandths
 BLUR = 0.8  # maximum noise that the draft network removes from a latent before it conditions
-RECIPE = Recipe(steps=2000, matrix_lr=0.004, other_lr=1e-3, seed=4)
+RECIPE = Recipe(steps=2250, matrix_lr=0.003, other_lr=8e-4, decay=1.0, seed=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +87,7 @@ class Teacher:
         return noisy - sigma * velocities(self.model.dit, noisy, 1000 * sigma.flatten(), texts)
 
 
-def initial_highres(draft: dict[str, Tensor]) -> WanDiT:
+def initial_highres(draft: Tensors) -> WanDiT:
     """Return the draft network with an adapter and a dt embedding that have no effect yet."""
     net = WanDiT(HIGHRES)
     fresh = initial_dit(HIGHRES, torch.Generator().manual_seed(5), "highres")
@@ -90,7 +106,7 @@ def jump_targets(
         return (first + velocities(net, middle, t - half, texts, plain, drafts)) / 2
 
 
-def on_token_grid(drafts: Tensor, size: tuple[int, int]) -> Tensor:
+def on_token_grid(drafts: Tensor, size: Size) -> Tensor:
     """Resize [B, C, T, h, w] to the token grid, as `stages.condition` does."""
     grid = (size[1] // (16 * PATCH), size[0] // (16 * PATCH))
     frames = drafts.transpose(1, 2).flatten(0, 1)
@@ -106,8 +122,12 @@ def draft_shapes(scenes: list[Scene], generator: torch.Generator) -> Tensor:
 
 
 def train_highres(
-    work: Path, draft: dict[str, Tensor], recipe: Recipe = RECIPE, device: torch.device = CPU
-) -> dict[str, Tensor]:
+    work: Path,
+    draft: Tensors,
+    recipe: Recipe = RECIPE,
+    device: torch.device = CPU,
+    begin: NanoTensors | None = None,
+) -> Tensors:
     """Train, or continue a training; return the averaged weights.
 
     Args:
@@ -115,30 +135,38 @@ def train_highres(
         draft: averaged weights of `TextToLatent`.
         recipe: steps and learning rates.
         device: device to train on.
+        begin: weights to begin with, instead of those of the draft network.
     """
-    pca, scenes = open_pca(work), training_scenes(SCENES)
-    in_all_shapes = [replace(scene, shape=shape) for scene in scenes for shape in SHAPES]
-    draft_latents = open_latents(work, pca, DRAFT_SIZE, in_all_shapes)
-    draft_latents = draft_latents.unflatten(0, (SCENES, len(SHAPES)))
-    small, large = (open_latents(work, pca, size, scenes) for size in HIGHRES_SIZES)
+    pca = open_pca(work)
+    scenes = {aspect: training_scenes(count, aspect) for aspect, count in SCENES.items()}
+    lows = {aspect: _in_all_shapes(work, pca, aspect, clips) for aspect, clips in scenes.items()}
+    highs = {b.size: open_latents(work, pca, b.size, scenes[b.aspect]) for b in BATCHES}
     teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER).to(device), make_tokenizer(), device)
     teacher.model.load_state_dict(draft)
     teacher.model.requires_grad_(False)
-    net = initial_highres(teacher.model.dit.state_dict()).to(device)
+    net = initial_highres(teacher.model.dit.state_dict())
+    if begin is not None:
+        adopt(net, begin.highres)
+    net = net.to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        latents, count, size = small, BATCH, HIGHRES_SIZES[0]
-        if step % LARGE_EVERY == LARGE_EVERY - 1:
-            latents, count, size = large, LARGE_BATCH, HIGHRES_SIZES[1]
-        indices = torch.randint(SCENES, (count,), generator=generator)
-        batch = [scenes[int(i)] for i in indices]
-        texts = teacher.texts(batch, generator)
-        low = draft_latents[indices, draft_shapes(batch, generator)].to(device, torch.float32)
-        drafts = on_token_grid(teacher.drafts(low, texts, generator), size)
-        clean = latents[indices].to(device, torch.float32)
+        batch = BATCHES[step % len(BATCHES)]
+        indices = torch.randint(SCENES[batch.aspect], (batch.count,), generator=generator)
+        clips = [scenes[batch.aspect][int(i)] for i in indices]
+        texts = teacher.texts(clips, generator)
+        low = lows[batch.aspect][indices, draft_shapes(clips, generator)].to(device, torch.float32)
+        drafts = on_token_grid(teacher.drafts(low, texts, generator), batch.size)
+        clean = highs[batch.size][indices].to(device, torch.float32)
         return shortcut_loss(net, clean, texts, drafts, generator)
 
     return train(work, "highres", net, loss, recipe)
+
+
+def _in_all_shapes(work: Path, pca: Pca, aspect: float, scenes: list[Scene]) -> Tensor:
+    """Load drafts of scenes in which the (first) shape is each of SHAPES, [N, 3, C, T, h, w]."""
+    clips = [replace(scene, shape=shape) for scene in scenes for shape in SHAPES]
+    latents = open_latents(work, pca, DRAFT_SIZES[aspect], clips, "drafts")
+    return latents.unflatten(0, (len(scenes), len(SHAPES)))
 
 
 def shortcut_loss(
@@ -151,10 +179,12 @@ def shortcut_loss(
     sigma = sigma[torch.randperm(count, generator=generator)].to(device)
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
     t, target = 1000 * sigma, noise - clean
-    jumps = torch.rand(count, generator=generator).to(device) < JUMPS
+    # The first clips, whose sigma is as random as that of others. A compiled block is one for their
+    # number, so that it should not vary much.
+    jumps = int(JUMPS * count + torch.rand((), generator=generator))
     length = torch.rand(count, generator=generator).to(device)  # as a fraction of t
-    dt = SMALLEST + jumps * length * (t - SMALLEST).clamp_min(0)
-    if jumps.any():
-        args = (x[jumps] for x in (noisy, t, dt, texts, drafts))
-        target[jumps] = jump_targets(net, *args)
+    length[jumps:] = 0
+    dt = SMALLEST + length * (t - SMALLEST).clamp_min(0)
+    if jumps:
+        target[:jumps] = jump_targets(net, *(x[:jumps] for x in (noisy, t, dt, texts, drafts)))
     return F.mse_loss(velocities(net, noisy, t, texts, dt, drafts), target)

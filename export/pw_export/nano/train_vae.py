@@ -12,25 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pw_export.nano import data
-from pw_export.nano.data import CPU, VAE_SIZES, open_pca
+from pw_export.nano.checkpoint import NanoTensors, Tensors
+from pw_export.nano.data import CPU, FRAMES, open_pca
 from pw_export.nano.pca import Pca
 from pw_export.nano.random_weights import NANO_VAE
-from pw_export.nano.scenes import ASPECT, Scene, Window, draw_scene, render
+from pw_export.nano.scenes import Scene, Window, draw_scene, render
 from pw_export.nano.trainable_vae import decode_clips, encode_clips
-from pw_export.nano.training import Recipe, train
+from pw_export.nano.training import Recipe, adopt, train
 from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.vae import VaeEncoder
 
-VAE = replace(NANO_VAE, encoder_dims=(16, 16, 16, 32, 32), decoder_dims=(64, 64, 32, 32, 16))
-BATCH = 3
-FRAMES = 9  # per training clip
+VAE = replace(NANO_VAE, encoder_dims=(16, 16, 32, 64, 64), decoder_dims=(64, 64, 32, 32, 16))
+BATCH = 2  # whole clips: of short ones, it is not learned what later frames see of earlier ones
 SIDE = 64  # pixels; training clips are square
+SIZES = ((192, 96), (256, 128), (512, 256), (768, 384))  # of the pictures that they are cut from
+SHARES = (3, 4, 3, 1)
 CELL = 16
+NEAR = 8  # pixels; side of the squares in which edges are as steep as the true ones
 ERROR = 0.1  # maximum noise in the decoder's training latents; transformers leave some, too
-DECODER = Recipe(steps=3500, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=1)
-ENCODER = Recipe(steps=2000, matrix_lr=3e-3, other_lr=2e-3, ema=0.995, seed=2)
+# The decoder goes on from the weights of the first version: rates as high as from random weights
+# would undo what it knows.
+DECODER = Recipe(steps=5300, matrix_lr=8e-4, other_lr=6e-4, decay=1.0, ema=0.998, seed=1)
+ENCODER = Recipe(steps=3400, matrix_lr=3e-3, other_lr=2e-3, decay=1.0, ema=0.998, seed=2)
+
+
+LATENTS_ALONE = 2000  # steps of the encoder before its latents are judged by what is decoded
+ANCHOR = 0.5  # then weight of the error of the latents, from which the transformers learn
 
 
 def initialise(net: nn.Module, generator: torch.Generator) -> None:
@@ -58,19 +66,17 @@ def draw_clips(generator: torch.Generator) -> Tensor:
     draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
     clips = []
     for _ in range(BATCH):
-        width, height = draw.choices(VAE_SIZES, (1, 4, 2))[0]
-        scene = draw_scene(draw.randrange(10**9))
+        width, height = draw.choices(SIZES, SHARES)[0]
+        scene = draw_scene(draw.randrange(10**9), varied=True)
         window = _window(scene, width, height, draw)
-        crop = render(scene, width, height, data.FRAMES, window=window)
-        start = draw.randrange(data.FRAMES - FRAMES + 1)
-        clips.append(crop[:, start : start + FRAMES])
+        clips.append(render(scene, width, height, FRAMES, window=window))
     return torch.stack(clips)
 
 
 def _window(scene: Scene, width: int, height: int, draw: random.Random) -> Window:
     moment = draw.uniform(-0.5, 0.5)
-    x = (scene.x + scene.dx * moment + draw.uniform(-0.3, 0.3)) / ASPECT * width
-    y = (scene.y + scene.dy * moment + draw.uniform(-0.3, 0.3)) * height
+    x = (scene.x + scene.dx * moment + draw.uniform(-0.3, 0.3)) / scene.width * width
+    y = (scene.y + scene.dy * moment + draw.uniform(-0.3, 0.3)) / scene.height * height
     left, top = (
         min(max(round((centre - SIDE / 2) / CELL), 0), (size - SIDE) // CELL) * CELL
         for centre, size in ((x, width), (y, height))
@@ -83,12 +89,37 @@ def encode_batch(pca: Pca, clips: Tensor) -> Tensor:
     return torch.stack([pca.encode(clip) for clip in clips])
 
 
+def picture_loss(clips: Tensor, true: Tensor) -> Tensor:
+    """Compute the error of decoded clips [B, 3, F, height, width] and of their edges.
+
+    Mostly absolute: where an edge could be in two places, the mean of both, which has the smallest
+    squared error, is a blur. The last term wants edges as steep as the true ones, within squares.
+    """
+    error = clips - true
+    across, down = error.diff(dim=-1).abs().mean(), error.diff(dim=-2).abs().mean()
+    steepness = (edge_strength(clips) - edge_strength(true)).abs().mean()
+    return error.abs().mean() + error.square().mean() + 0.5 * (across + down) + 4 * steepness
+
+
+def edge_strength(clips: Tensor) -> Tensor:
+    """Return the root of the gradient energy of squares, [B F, 3, height / NEAR, width / NEAR]."""
+    frames = clips.transpose(1, 2).flatten(0, 1)
+    across = frames.diff(dim=-1, append=frames[..., -1:])
+    down = frames.diff(dim=-2, append=frames[..., -1:, :])
+    return (F.avg_pool2d(across.square() + down.square(), NEAR) + 1e-6).sqrt()
+
+
 def train_decoder(
-    work: Path, recipe: Recipe = DECODER, device: torch.device = CPU
-) -> dict[str, Tensor]:
-    """Train, or continue a training; return the averaged weights."""
+    work: Path,
+    recipe: Recipe = DECODER,
+    device: torch.device = CPU,
+    begin: NanoTensors | None = None,
+) -> Tensors:
+    """Train from random or from other weights, or continue; return the averaged weights."""
     pca, decoder = open_pca(work), VaeDecoder(VAE)
     initialise(decoder, torch.Generator().manual_seed(2))
+    if begin is not None:
+        adopt(decoder, {n: x for n, x in begin.vae.items() if n.startswith(("decoder.", "conv2."))})
     decoder = decoder.to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -96,23 +127,35 @@ def train_decoder(
         latents = encode_batch(pca, clips)
         error = ERROR * torch.rand(BATCH, 1, 1, 1, 1, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
-        difference = decode_clips(decoder, (latents + error * noise).to(device)) - clips.to(device)
-        return difference.abs().mean() + 4 * difference.square().mean()
+        return picture_loss(
+            decode_clips(decoder, (latents + error * noise).to(device)), clips.to(device)
+        )
 
     return train(work, "decoder", decoder, loss, recipe)
 
 
 def train_encoder(
-    work: Path, recipe: Recipe = ENCODER, device: torch.device = CPU
+    work: Path, decoder: Tensors, recipe: Recipe = ENCODER, device: torch.device = CPU
 ) -> dict[str, Tensor]:
-    """Train, or continue a training; return the averaged weights."""
-    pca, encoder = open_pca(work), VaeEncoder(VAE)
+    """Train, or continue a training; return the averaged weights.
+
+    Args:
+        work: folder for data, states and logs.
+        decoder: averaged weights of the decoder, through which the last steps are judged.
+        recipe: steps and learning rates.
+        device: device to train on.
+    """
+    pca, encoder, frozen = open_pca(work), VaeEncoder(VAE), VaeDecoder(VAE)
     initialise(encoder, torch.Generator().manual_seed(3))
-    encoder = encoder.to(device)
+    frozen.load_state_dict(decoder)
+    encoder, frozen = encoder.to(device), frozen.to(device).requires_grad_(False)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         clips = draw_clips(generator)
-        latents = encode_batch(pca, clips).to(device)
-        return F.mse_loss(encode_clips(encoder, clips.to(device)), latents)
+        latents, true = encode_clips(encoder, clips.to(device)), encode_batch(pca, clips).to(device)
+        error = F.mse_loss(latents, true)
+        if step < LATENTS_ALONE:
+            return error
+        return ANCHOR * error + picture_loss(decode_clips(frozen, latents), clips.to(device))
 
     return train(work, "encoder", encoder, loss, recipe)

@@ -45,7 +45,7 @@ def velocities(
     Args:
         net: draft or high-res network, in fp32.
         latents: [B, C, T, H, W].
-        t: [B] timesteps, in thousandths.
+        t: [B] timesteps, in thousandths; or [B, T], for the draft network only: of each frame.
         contexts: [B, text_len, text_dim], zero rows after each text.
         dt: [B] step sizes, for the high-res network only.
         drafts: [B, C, T, H/2, W/2] resized draft latents, for the high-res network only.
@@ -55,7 +55,7 @@ def velocities(
     """
     batch, _, frames, height, width = latents.shape
     grid = (frames, height // PATCH, width // PATCH)
-    steps = [sinusoid(x, net.config.freq_dim) for x in (t, dt) if x is not None]
+    steps = [sinusoid(x.flatten(), net.config.freq_dim) for x in (t, dt) if x is not None]
     modulation = net.block_rows(*net.time_rows(*steps))
     x = net.embed(patchify(latents.transpose(0, 1).flatten(1, 2))).unflatten(0, (batch, -1))
     tables = rope_tables(max(grid), net.config.head_dim, x.device)
@@ -68,7 +68,7 @@ def velocities(
         assert isinstance(block, Block)
         if index in added:
             x = x + added[index]
-        x = _block(block, x, modulation.blocks[index], cos, sin, text)
+        x = run_block(block, x, modulation.blocks[index], cos, sin, text)
     out = unpatchify(net.head(x.flatten(0, 1), modulation.head), (batch * frames, *grid[1:]))
     return out.unflatten(1, (batch, frames)).transpose(0, 1)
 
@@ -83,19 +83,34 @@ def _control(net: WanDiT, drafts: Tensor, steps: list[Tensor]) -> tuple[Tensor, 
 
 
 def _block(block: Block, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, text: Tensor) -> Tensor:
-    """Run a block on tokens [B, S, D] with rows [B, 6, D] and texts [B, E, D]."""
+    """Run a block on tokens [B, S, D] with rows [B R, 6, D], R dividing S, and texts [B, E, D]."""
     shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
     attention, cross, norm3 = block.self_attn, block.cross_attn, block.norm3
     h = _modulated(x, shift1, scale1, block.eps)
     q = _rotated(attention.queries(h), cos, sin)
     k, v = attention.keys_values(h)
     y = _attend(q, _rotated(k, cos, sin), v)
-    x = x + project(attention.o, y) * gate1[:, None]
+    x = x + _gated(project(attention.o, y), gate1)
     h = F.layer_norm(x, x.shape[-1:], norm3.weight, norm3.bias, block.eps)
     y = _attend(cross.queries(h), *cross.keys_values(text))
     x = x + project(cross.o, y)
     h = _modulated(x, shift2, scale2, block.eps)
-    return x + run_mlp(block.ffn, h) * gate2[:, None]
+    return x + _gated(run_mlp(block.ffn, h), gate2)
+
+
+run_block = _block
+
+
+def compile_blocks() -> None:
+    """Compile the blocks: a training takes a quarter less time. Needs a C++ compiler on a CPU."""
+    global run_block
+    torch._dynamo.config.recompile_limit = 64  # one graph a size of batch
+    run_block = torch.compile(_block, dynamic=False)
+
+
+def _gated(y: Tensor, gate: Tensor) -> Tensor:
+    """Multiply tokens [B, S, D] with the gates [B R, D] of their frames."""
+    return (y.flatten(0, 1).unflatten(0, (len(gate), -1)) * gate[:, None]).view_as(y)
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -44,6 +44,20 @@ class Recipe:
         return min(1.0, (step + 1) / self.warmup, max(falling, 0.0))
 
 
+def adopt(modules: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Begin with known weights instead of random ones, where `modules` has them.
+
+    Of a table that has grown, the known rows are taken. Weights that only `modules` has stay as
+    they are. Raises ValueError where the sizes of a weight differ otherwise.
+    """
+    own = modules.state_dict()
+    for name, tensor in tensors.items():
+        rows = own[name][: len(tensor)]
+        if rows.shape != tensor.shape:
+            raise ValueError(f"{name} is {list(own[name].shape)}, known: {list(tensor.shape)}")
+        rows.copy_(tensor)
+
+
 class Run:
     """A training in progress: its modules, its state, its files."""
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pw_export.checkpoints import keymaps
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.checkpoint import NanoTensors, Tensors, write_checkpoint
 from pw_export.nano.train_draft import DIT
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.errors import BadWeights
 from pw_runtime.system.atomic_files import write_tensors, write_text
 
