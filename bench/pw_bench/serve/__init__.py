@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load on `pw serve`: clients that poll, event streams, a long queue, many jobs in a row."""
