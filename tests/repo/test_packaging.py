@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,8 +90,10 @@ def test_wheel_is_pure_and_holds_the_five_packages_whole(
         for file in files
         if file.is_relative_to(package)
     }
-    assert names - info == wanted
+    pages = {name for name in names if name.startswith("pw_runtime/docs/")}
+    assert names - info - pages == wanted
     assert "pw_runtime/data/demo_prompts.txt" in names
+    assert "pw_runtime/server/page/index.html" in names
     assert "pw_export/nano/trained/highres.safetensors" in names
     assert any(name.endswith("licenses/LICENSE") for name in info)
 
@@ -105,9 +108,33 @@ def test_wheel_states_its_licence_python_and_program(wheel: Path) -> None:
     metadata = message_from_string(texts["METADATA"])
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Author"]
+    assert metadata["Keywords"]
+    addresses = [line.partition(", ")[2] for line in metadata.get_all("Project-URL", [])]
+    assert addresses
+    assert all(address.startswith("https://") for address in addresses)
     programs = ConfigParser()
     programs.read_string(texts["entry_points.txt"])
     assert dict(programs["console_scripts"]) == {"pw": "pw_runtime.cli.main:main"}
+
+
+def test_description_shows_everything_it_refers_to(wheel: Path) -> None:
+    """An index has neither the repository's files nor its pictures."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = message_from_string(archive.read(name).decode())
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload()
+    assert isinstance(text, str)
+    assert "pw demo" in text
+    assert re.findall(r"\]\((?!https:)[^)]*\)", text) == []
+
+
+def test_wheel_holds_every_page_and_nothing_else_of_docs(wheel: Path, files: list[Path]) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith("pw_runtime/docs/")}
+    written = [file for file in files if file.is_relative_to("docs") and file.suffix == ".md"]
+    assert names == {f"pw_runtime/{file}" for file in written if "reference" not in file.parts}
 
 
 def test_installed_packages_do_not_come_from_the_tree(clean_bin: Path, tmp_path: Path) -> None:
@@ -124,6 +151,8 @@ def test_installed_program_runs_from_anywhere(clean_bin: Path, tmp_path: Path) -
     assert asked.returncode == 0, asked.stderr
     for verb in ("generate", "convert", "doctor"):
         assert verb in asked.stdout
+    page = run(clean_bin / "pw", "docs", "presets", cwd=tmp_path)
+    assert page.stdout.startswith("# Presets\n"), page.stderr
     report = run(clean_bin / "pw", "doctor", cwd=tmp_path)
     assert report.returncode == 0, report.stderr
     assert "pw generate: ready on " in report.stdout.splitlines()[-1]

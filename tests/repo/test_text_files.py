@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-PLACES = ("pw_runtime/", "kernels/", "export/", "engines/", "bench/", "requirements/", "findings/")
+PLACES = (
+    "pw_runtime/",
+    "kernels/",
+    "export/",
+    "engines/",
+    "bench/",
+    "requirements/",
+    "findings/",
+    "docs/",
+    "examples/",
+)
 RUNS = ("run", "Popen", "check_output", "check_call", "call")
 
 
