@@ -120,6 +120,29 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kills:
+    """Runs that were killed, and went on.
+
+    Attributes:
+        kills: how many.
+        processes: that were started, the killed ones included.
+        batches: that were made in spite of them, all complete.
+        files: of these batches, compared with those of a run that was not killed.
+        altered: names of files that differ.
+        killed_in: stage -> kills in it; "start" is before the first.
+        again: stage -> steps, or frames of the decode, that were computed again after each kill.
+    """
+
+    kills: int
+    processes: int
+    batches: int
+    files: int
+    altered: tuple[str, ...]
+    killed_in: Mapping[str, int]
+    again: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDifference:
     """Difference between the tensors that two programs compute from the same inputs.
 
@@ -167,6 +190,24 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HardCaptions:
+    """Objects found in the clips of held-out captions of one kind.
+
+    Attributes:
+        group: "tiny" or "pairs".
+        variant: as of `Variant`.
+        captions: how many.
+        shares: of the objects that are "present", in the right "shape" and "motion", and of the
+            "clip"s with all of that and no other object.
+    """
+
+    group: str
+    variant: str
+    captions: int
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Likeness:
     """Similarity of a variant's clips to the true renderings, clip by clip. PSNR is in dB."""
 
@@ -189,6 +230,8 @@ class Quality:
         variants: clips of the captions, by variant.
         reconstruction: true renderings through encoder and decoder, by size.
         from_true_drafts: high-res clips whose drafts are true renderings.
+        fewer_steps: high-res clips in few steps, as like those in 16.
+        hard_captions: captions of tiny shapes and of pairs, by variant.
     """
 
     preset: Preset
@@ -197,3 +240,5 @@ class Quality:
     variants: tuple[Variant, ...]
     reconstruction: tuple[Likeness, ...]
     from_true_drafts: tuple[Likeness, ...]
+    fewer_steps: tuple[Likeness, ...] = ()
+    hard_captions: tuple[HardCaptions, ...] = ()

@@ -21,6 +21,7 @@ from pw_bench.result_sections import (
     Clip,
     Equivalence,
     KernelRow,
+    Kills,
     OutputDifference,
     Quality,
     Ratio,
@@ -45,9 +46,11 @@ Kind = Literal[
     "cpu-conv",
     "ranks",
     "approximations",
+    "serve",
+    "kills",
 ]
 
-FORMAT: Final = 5  # 4 lacks two kinds, 3 one more, 2 two more, 1 six more; all are read
+FORMAT: Final = 6  # 5 lacks two kinds, 4 two more, 3 one, 2 two, 1 six more; all are read
 MAX_BYTES: Final = 64 * 2**20  # of a file that is read
 # What a machine can take or do; beyond it, nothing that is computed with it would be a number.
 Measured = Annotated[float, Field(ge=1e-12, le=1e24, allow_inf_nan=False)]
@@ -190,6 +193,7 @@ class Result:
     ratios: tuple[Ratio, ...] = ()
     differences: tuple[OutputDifference, ...] = ()
     quality: Quality | None = None
+    kills: Kills | None = None
     skipped: tuple[Skipped, ...] = ()
 
 

@@ -22,7 +22,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from pw_bench.clips.equivalence import FrameDifference, compare_frames
-from pw_bench.clips.video import count_frames, video_frames
 from pw_engines.engine import relative_l2
 from pw_runtime.errors import BadRequest
 from pw_runtime.job.contact_sheet import (
@@ -36,13 +35,14 @@ from pw_runtime.job.contact_sheet import (
 from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.receipt import read_receipt
 from pw_runtime.planning.exactness import Exactness
+from pw_runtime.stages.codecs import PICTURE, VIDEOS
 from pw_runtime.system.atomic_files import write_text
 from pw_runtime.system.input_files import UnreadableInput, kind_of
 from pw_runtime.system.printable import printable
 from pw_runtime.system.tensor_file import TensorFile
+from pw_runtime.system.video_input import count_frames, video_frames
 from pw_runtime.types import FrameChunk
 
-VIDEOS: Final = (".mp4", ".mkv")
 THUMBNAILS: Final = 5
 GAIN: Final = 8  # of the differences in the contact sheet
 _EXACTNESS: Final[TypeAdapter[Exactness]] = TypeAdapter(Exactness)
@@ -70,7 +70,7 @@ def compare_pair(name: str, clip: Path, reference: Path) -> Pair:
         labels=(label_of(clip), label_of(reference)),
         settings=_changed_settings(clip, reference),
         frames=compare_frames(clip, reference),
-        latents=_latent_differences(clip, reference),
+        latents=latent_differences(clip, reference),
     )
 
 
@@ -94,8 +94,7 @@ def find_pairs(a: Path, b: Path) -> dict[str, tuple[Path, Path]]:
             wanted="two clips, or two folders",
         )
     left, right = (
-        {x.stem: x for x in sorted(folder.iterdir()) if x.suffix in VIDEOS and x.is_file()}
-        for folder in (a, b)
+        {x.stem: x for x in sorted(folder.iterdir()) if _is_clip(x)} for folder in (a, b)
     )
     if unpaired := left.keys() ^ right.keys():
         raise BadRequest(
@@ -104,8 +103,16 @@ def find_pairs(a: Path, b: Path) -> dict[str, tuple[Path, Path]]:
             do="compare single clips, or make the missing ones",
         )
     if not left:
-        raise BadRequest(f"no clips in {a}", wanted=f"files ending in {' or '.join(VIDEOS)}")
+        raise BadRequest(
+            f"no clips in {a}", wanted=f"files ending in {' or '.join((*VIDEOS, PICTURE))}"
+        )
     return {name: (left[name], right[name]) for name in left}
+
+
+def _is_clip(path: Path) -> bool:
+    """Tell whether a file is a clip; a picture is one where it has a receipt."""
+    picture = path.suffix == PICTURE and path.with_suffix(".json").is_file()
+    return (path.suffix in VIDEOS or picture) and path.is_file()
 
 
 def label_of(clip: Path) -> str | None:
@@ -146,7 +153,8 @@ def _flatten(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, content
 
 
-def _latent_differences(clip: Path, reference: Path) -> dict[str, float]:
+def latent_differences(clip: Path, reference: Path) -> dict[str, float]:
+    """Return the relative L2 of two clips' latents, by name; empty where one kept no file."""
     files = [video.with_name(video.stem + SUFFIX) for video in (clip, reference)]
     if not all(file.exists() for file in files):
         return {}

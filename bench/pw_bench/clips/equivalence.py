@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pw_bench.clips.seams import seam_index
-from pw_bench.clips.video import video_frames
 from pw_bench.result_sections import Equivalence, Label, StepDifference
 from pw_engines.engine import relative_l2
 from pw_runtime.errors import BadResult
 from pw_runtime.models.tiling import make_strips
+from pw_runtime.system.video_input import video_frames
 from pw_runtime.types import VAE_STRIDE, Precision, Preset
 
 # Largest relative L2 of the last latent that counts as rounding. Our transformer differs from
@@ -158,6 +158,29 @@ def compare_frames(video: Path, reference: Path, borders: Sequence[int] = ()) ->
         seam_index=float(np.mean(seams)) if seams and np.isfinite(seams).all() else None,
         flicker_ratio=flicker / reference_flicker if reference_flicker else None,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelDifference:
+    """Difference between two videos: PSNR in dB (None where no byte differs), and of 255."""
+
+    psnr: float | None
+    max_difference: int
+
+
+def pixel_difference(video: Path, reference: Path) -> PixelDifference:
+    """Compare two videos pixel by pixel, without what `compare_frames` needs to be installed.
+
+    Raises BadResult where they differ in length or size, BadRequest where one is no video.
+    """
+    squares, largest = [], 0
+    for x, y in _frame_pairs(video, reference):
+        apart = np.abs(x.astype(np.int16) - y)
+        squares.append(float(np.square(apart, dtype=np.float64).mean()))
+        largest = max(largest, int(apart.max()))
+    error = float(np.mean(squares))
+    psnr = None if error == 0 else 10 * math.log10(255**2 / error)
+    return PixelDifference(psnr=psnr, max_difference=largest)
 
 
 def _frame_pairs(video: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:

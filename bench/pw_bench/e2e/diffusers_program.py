@@ -32,10 +32,10 @@ from pw_bench.e2e.diffusers_networks import (
     wan_transformer,
 )
 from pw_bench.e2e.job import ClipFacts, Job
-from pw_export.checkpoints import keymaps
 from pw_export.checkpoints.parts import Part
 from pw_export.checkpoints.published import open_checkpoint
 from pw_export.checkpoints.tensor_refs import Refs
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.errors import BadRequest
 from pw_runtime.sampling.schedule import UNIPC_SIGMA_MAX
 from pw_runtime.stages.write import write_video

@@ -31,7 +31,7 @@ from pw_bench.measure.timing import FULL
 from pw_bench.results import Figure, Result, Skipped
 from pw_engines.child import child_environment
 from pw_runtime.errors import BadRequest, BadResult
-from pw_runtime.job.preflight import pick_device
+from pw_runtime.job.checks import pick_device
 from pw_runtime.presets import find_preset
 from pw_runtime.system.packages import require_packages
 from pw_runtime.system.progress import Reporter

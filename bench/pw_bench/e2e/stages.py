@@ -28,7 +28,7 @@ from pw_bench.measure.peaks import measure_ceilings
 from pw_bench.measure.timing import FULL
 from pw_bench.results import Ceilings, Figure, Result, Skipped
 from pw_runtime.checkpoint.bundle import Networks, open_bundle
-from pw_runtime.job.preflight import pick_device
+from pw_runtime.job.checks import pick_device
 from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
 from pw_runtime.presets import find_preset
 from pw_runtime.system.progress import Reporter

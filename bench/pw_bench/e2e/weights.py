@@ -26,7 +26,7 @@ from pw_export.nano import (
 )
 from pw_export.nano.weights import write_trained_checkpoint
 from pw_runtime.errors import BadRequest
-from pw_runtime.job.preflight import default_precision
+from pw_runtime.job.checks import default_precision
 from pw_runtime.sampling.noise import draw_noise, latent_shape, seeds_for
 from pw_runtime.system.atomic_files import write_tensors
 from pw_runtime.types import OFFICIAL_NEGATIVE, Precision, Preset

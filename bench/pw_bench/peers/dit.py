@@ -29,7 +29,7 @@ from pw_bench.peers.subprocess_ab import Run, figures_of, ratios_of, run_in_turn
 from pw_bench.result_sections import OutputDifference
 from pw_bench.results import Result
 from pw_engines.engine import relative_l2
-from pw_export.checkpoints import keymaps
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import eager_engines
 from pw_runtime.execution.transformer import SegmentedDiT

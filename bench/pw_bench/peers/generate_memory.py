@@ -27,7 +27,7 @@ from pw_bench.result_sections import Clip
 from pw_bench.results import Figure, Result
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.errors import BadResult
-from pw_runtime.job.preflight import default_precision, pick_device
+from pw_runtime.job.checks import default_precision, pick_device
 from pw_runtime.types import OFFICIAL_NEGATIVE, Preset, StageConfig, VideoConfig
 
 DRAFT = StageConfig(width=320, height=192, steps=1, shift=5.0, guidance=5.0)

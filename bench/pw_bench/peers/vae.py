@@ -23,8 +23,8 @@ from pw_bench.measure.environment import envelope, identify
 from pw_bench.peers.subprocess_ab import Run, figures_of, ratios_of, run_in_turns, serve
 from pw_bench.result_sections import OutputDifference
 from pw_bench.results import Result
-from pw_export.checkpoints import keymaps
 from pw_export.nano import NANO_VAE
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.checkpoint.loader import channels_last
 from pw_runtime.models import VaeDecoder
 from pw_runtime.stages.decode import decode_frames

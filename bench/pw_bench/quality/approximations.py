@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pw_bench.clips.compare import compare_pair
-from pw_bench.clips.video import video_frames
 from pw_bench.e2e.runtime_program import Silent
 from pw_bench.measure.environment import envelope, identify
 from pw_bench.quality.gate import TRUE, highres_of, mean, shares, true_video
@@ -40,6 +39,7 @@ from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.errors import BadRequest
 from pw_runtime.job.receipt import read_receipt
 from pw_runtime.planning.exactness import approximations
+from pw_runtime.system.video_input import video_frames
 from pw_runtime.types import Preset
 
 EXACT: Final = "exact"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Colour, shape and direction of the salient object in a clip, by plain measurement.
+"""Colour, shape and direction of the salient objects in a clip, by plain measurement.
 
 The shapes have strong colours and the landscapes do not, so that saturation finds the shape.
 Nothing here is learned. Also PSNR, SSIM and sharpness of frames. All videos are [3, F, height,
@@ -20,14 +20,14 @@ from pw_export.nano.scenes import COLOURS, SHAPES, Scene, outside
 ATTRIBUTES: Final = ("colour", "shape", "motion")
 PALE, STRONG = 0.40, 0.52  # difference between the largest and the smallest of R, G, B
 MIN_AREA = 0.004  # share of the frame that a visible shape covers
+MIN_OBJECT = 0.008  # the same of an object of one colour: more than the mixed colours of an edge
 MIN_MOTION = 0.06  # in frame heights; a smaller displacement is no motion
 
 
 def classify(video: Tensor) -> Attributes:
     """Determine colour, shape and motion of a video."""
     rgb = (video.clamp(-1, 1) + 1) / 2
-    saturation = rgb.amax(0) - rgb.amin(0)  # [F, height, width]
-    mask = ((saturation - PALE) / (STRONG - PALE)).clamp(0, 1)
+    mask = _salient(rgb)
     area = mask.sum((1, 2))
     visible = area > MIN_AREA * mask[0].numel()
     if visible.sum() < 2:
@@ -35,6 +35,30 @@ def classify(video: Tensor) -> Attributes:
     centres = torch.stack([_centre(frame) for frame in mask[visible]])  # [n, 2]
     motion = _motion(centres / mask.shape[1])
     return Attributes(_colour(rgb, mask), _shape(mask[visible]), motion)
+
+
+def classify_each(video: Tensor) -> dict[str, Attributes]:
+    """Determine shape and motion of the object of each colour in a video, by colour."""
+    rgb = (video.clamp(-1, 1) + 1) / 2
+    salient, hues = _salient(rgb), _hues(rgb)
+    own = torch.stack([_hues(torch.tensor(colour)) for colour in COLOURS.values()])
+    turns = (hues[None] - own.view(-1, 1, 1, 1) + 0.5).remainder(1.0) - 0.5  # [6, F, h, w]
+    nearest = turns.abs().argmin(0)
+    found = {}
+    for index, colour in enumerate(COLOURS):
+        mask = salient * (nearest == index)
+        visible = mask.sum((1, 2)) > MIN_OBJECT * mask[0].numel()
+        if visible.sum() >= 2:
+            centres = torch.stack([_centre(frame) for frame in mask[visible]])
+            motion = _motion(centres / mask.shape[1])
+            found[colour] = Attributes(colour, _shape(mask[visible]), motion)
+    return found
+
+
+def _salient(rgb: Tensor) -> Tensor:
+    """Return how much each pixel of [3, F, height, width] belongs to an object, 0 to 1."""
+    saturation = rgb.amax(0) - rgb.amin(0)  # [F, height, width]
+    return ((saturation - PALE) / (STRONG - PALE)).clamp(0, 1)
 
 
 def matches(attributes: Attributes, scene: Scene) -> dict[str, bool]:
@@ -61,8 +85,14 @@ def _colour(rgb: Tensor, mask: Tensor) -> str:
 
 def _hue(colour: Tensor) -> float:
     """Return the angle on the colour circle, in turns."""
-    red, green, blue = colour.tolist()
-    return math.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue) / (2 * math.pi)
+    return _hues(colour).item()
+
+
+def _hues(rgb: Tensor) -> Tensor:
+    """Return the angles of colours [3, ...] on the colour circle, in turns, [...]."""
+    red, green, blue = rgb
+    angles = torch.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)
+    return angles / (2 * math.pi)
 
 
 def _shape(masks: Tensor) -> str:

@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from torch import Tensor
 
-from pw_bench.quality.gate import enlarge, highres_of, highres_variants, true_video
+from pw_bench.quality.gate import USUAL, enlarge, highres_of, highres_variants, true_video
 from pw_bench.quality.measure import ATTRIBUTES
 from pw_bench.quality.render import Example, Renderer
 from pw_bench.result_sections import Variant
@@ -23,7 +23,6 @@ from pw_runtime.job.contact_sheet import (
 from pw_runtime.types import FrameChunk, Preset
 
 THUMBNAILS = 4
-STANDARD = "4 steps"
 
 # pixels
 LABEL, BAR, STEP, GAP, WIDTH = 130, 9, 11, 12, 640
@@ -41,7 +40,7 @@ def write_sheets(
         held_out: captions; the second sheet has the first half of them.
         path: of the first sheet, .png; the second one has "-true" in its name.
     """
-    config, highres = highres_of(preset), highres_variants(renderer, preset)[STANDARD]
+    config, highres = highres_of(preset), highres_variants(renderer, preset)[USUAL]
     generated, true = [], []
     for example in held_out:
         low = renderer.draft_latent(example, preset)

@@ -7,7 +7,9 @@ Videos are [3, F, height, width] in [-1, 1].
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -54,13 +56,22 @@ class Example:
     position: int  # as of a prompt: it determines the seeds
 
 
-def examples(count: int) -> list[Example]:
-    """Return the first held-out scenes, of combinations that no training clip has."""
+HARD: Final[dict[str, Callable[[Scene], bool]]] = {  # of the varied scenes
+    "tiny": lambda scene: scene.size == "tiny" and scene.other is None,
+    "pairs": lambda scene: scene.other is not None,
+}
+
+
+def examples(count: int, group: str | None = None) -> list[Example]:
+    """Return the first held-out scenes, of combinations that no training clip has.
+
+    A group of HARD has more than the one shape, small or big, of the others.
+    """
     held_out: list[Example] = []
     number = FIRST_HELD_OUT
     while len(held_out) < count:
-        scene = draw_scene(number)
-        if scene.held_out:
+        scene = draw_scene(number, varied=group is not None)
+        if scene.held_out and (group is None or HARD[group](scene)):
             text = caption(scene, random.Random(number))
             held_out.append(Example(scene, text, len(held_out) + 1))
         number += 1

@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 
 from pw_bench.measure.environment import envelope, identify
-from pw_bench.quality.gate import adherence, from_true_drafts, reconstruction
+from pw_bench.quality.gate import (
+    USUAL,
+    adherence,
+    fewer_steps,
+    from_true_drafts,
+    hard_captions,
+    highres_variants,
+    reconstruction,
+)
 from pw_bench.quality.plots import write_sheets
 from pw_bench.quality.render import examples, load_renderer
 from pw_bench.result_sections import Attributes, Quality
@@ -22,7 +30,13 @@ from pw_runtime.presets import find_preset
 
 
 def measure_quality(
-    model: Path, preset_name: str, *, captions: int, clips: int, sheet: Path | None
+    model: Path,
+    preset_name: str,
+    *,
+    captions: int,
+    clips: int,
+    sheet: Path | None,
+    usual_only: bool = False,
 ) -> Result:
     """Measure what clips of the built-in model show.
 
@@ -32,6 +46,8 @@ def measure_quality(
         captions: number of held-out captions.
         clips: number of true renderings, for what has a ground truth.
         sheet: PNG to write, with frames of eight captions.
+        usual_only: high-res clips as `pw generate` makes them, in no other number of steps and with
+            all parts.
 
     Raises BadRequest, BadWeights.
     """
@@ -40,6 +56,9 @@ def measure_quality(
     held_out = examples(captions)
     with torch.inference_mode():
         renderer = load_renderer(bundle)
+        variants = highres_variants(renderer, preset)
+        if usual_only:
+            variants = {USUAL: variants[USUAL]}
         if sheet is not None:
             write_sheets(renderer, preset, held_out[:8], sheet)
         quality = Quality(
@@ -49,9 +68,11 @@ def measure_quality(
                 Attributes(scene.colour, scene.shape, scene.motion)
                 for scene in (example.scene for example in held_out)
             ),
-            variants=adherence(renderer, preset, held_out),
+            variants=adherence(renderer, preset, held_out, variants),
             reconstruction=reconstruction(renderer, preset, clips),
-            from_true_drafts=from_true_drafts(renderer, preset, clips),
+            hard_captions=hard_captions(renderer, preset, (captions + 1) // 2),
+            fewer_steps=() if usual_only else fewer_steps(renderer, preset, clips),
+            from_true_drafts=from_true_drafts(renderer, preset, clips, variants),
         )
     scope = {
         "words": "clips of held-out captions and scenes, by the stages of the runtime, eager",

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pw_bench.choices import SyntheticSize
-from pw_bench.clips.video import video_frames
 from pw_bench.e2e.stages import limit_steps
 from pw_bench.e2e.weights import Weights, make_job, pick_weights, scope_of
 from pw_bench.measure.environment import envelope, identify
@@ -33,10 +32,11 @@ from pw_bench.result_sections import OutputDifference, Ratio
 from pw_bench.results import Figure, Result
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.errors import BadRequest
+from pw_runtime.job.checks import pick_device
 from pw_runtime.job.latents import SUFFIX
-from pw_runtime.job.preflight import pick_device
 from pw_runtime.presets import find_preset
 from pw_runtime.stages.codecs import suffix
+from pw_runtime.system.video_input import video_frames
 from pw_runtime.types import Precision
 
 

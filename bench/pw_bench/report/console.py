@@ -37,6 +37,9 @@ def show(result: Result) -> None:
     if result.quality is not None:
         for table in tables.quality_tables(result.quality):
             console.print(_rich_table(table))
+    if result.kills is not None:
+        for table in tables.kills_tables(result.kills):
+            console.print(_rich_table(table))
     for part in result.skipped:
         console.print(f"skipped: {part.part} ({part.reason})")
     if result.identity.nvml:

@@ -37,6 +37,8 @@ TITLES: Final[Mapping[Kind, str]] = {
     "cpu-conv": "Our C++ for CPUs beside oneDNN",
     "ranks": "One clip by several processes",
     "approximations": "Approximations beside the exact path",
+    "serve": "A server under load",
+    "kills": "Runs that were killed and went on",
 }
 
 

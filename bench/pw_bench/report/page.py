@@ -93,7 +93,10 @@ def _section(result: Result, id_: str) -> Section:
         peaks=tables.peaks_table(result) if result.clips else None,
         kernels=tables.kernels_table(result) if result.kernels else None,
         roofline=roofline.roofline(result),
-        quality=[] if quality is None else tables.quality_tables(quality),
+        quality=[
+            *([] if quality is None else tables.quality_tables(quality)),
+            *([] if result.kills is None else tables.kills_tables(result.kills)),
+        ],
         equivalence=tables.equivalence_table(result) if result.equivalence else None,
         steps=[(same, tables.steps_table(same)) for same in result.equivalence if same.steps],
         differences=tables.differences_table(result) if result.differences else None,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 from pw_bench.report import findings
@@ -12,6 +13,7 @@ from pw_bench.result_sections import (
     Clip,
     Equivalence,
     KernelRow,
+    Kills,
     OutputDifference,
     Quality,
     Ratio,
@@ -261,8 +263,37 @@ def peaks_table(result: Result) -> Table:
 
 def quality_tables(quality: Quality) -> list[Table]:
     """Return what clips show, and how near those are to their true renderings where any are."""
-    likeness = likeness_table(quality)
-    return [adherence_table(quality), *([likeness] if likeness.rows else [])]
+    tables = (adherence_table(quality), hard_captions_table(quality), likeness_table(quality))
+    return [table for table in tables if table.rows]
+
+
+def kills_tables(kills: Kills) -> list[Table]:
+    """Return how killed runs ended, and what was computed again after each kill, by stage."""
+    equal = kills.files - len(kills.altered)
+    ended = Table(
+        columns=("kills", "processes", "batches, all complete", "files", "of them byte-identical"),
+        numbers=(0, 1, 2, 3, 4),
+        rows=(tuple(map(str, (kills.kills, kills.processes, kills.batches, kills.files, equal))),),
+    )
+    stages = ("start", "text", "draft", "highres", "decode")
+    again = Table(
+        columns=("stage", "kills in it", "computed again", "times", "mean", "most"),
+        numbers=(1, 3, 4, 5),
+        rows=tuple(
+            (
+                stage,
+                str(kills.killed_in.get(stage, 0)),
+                {"decode": "frames", "text": "prompts"}.get(stage, "steps"),
+                str(len(samples)),
+                f"{statistics.fmean(samples):.2f}" if samples else "",
+                f"{max(samples):.2f}" if samples else "",
+            )
+            for stage in stages
+            for samples in (kills.again.get(stage, ()),)
+            if samples or stage in kills.killed_in
+        ),
+    )
+    return [ended, again]
 
 
 def adherence_table(quality: Quality) -> Table:
@@ -283,11 +314,25 @@ def adherence_table(quality: Quality) -> Table:
     )
 
 
+def hard_captions_table(quality: Quality) -> Table:
+    """Return the shares of the objects of hard captions that clips show."""
+    columns = ("present", "shape", "motion", "clip")
+    return Table(
+        columns=("", *columns),
+        numbers=tuple(range(1, len(columns) + 1)),
+        rows=tuple(
+            (f"{x.group}, {x.variant}", *(f"{x.shares[column]:.0%}" for column in columns))
+            for x in quality.hard_captions
+        ),
+    )
+
+
 def likeness_table(quality: Quality) -> Table:
-    """Return PSNR, SSIM and gradient energy of clips whose true rendering is known."""
+    """Return PSNR, SSIM and gradient energy of clips that others are a reference for."""
     groups = (
         ("through encoder and decoder", quality.reconstruction),
         ("from true drafts", quality.from_true_drafts),
+        ("of 16 steps", quality.fewer_steps),
     )
     return Table(
         columns=("", "PSNR", "SSIM", "sharpness"),
