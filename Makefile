@@ -9,6 +9,7 @@
 #   make test-latest  the tests on the newest versions that pyproject.toml allows
 #   make lock         renew requirements/*.txt
 #   make wheel        dist/*.whl
+#   make docs         the documentation as a site: build/site/index.html
 #   make clean        remove what the others made, requirements/*.txt excepted
 #
 # Each sets up what it needs with Python 3.11 or newer and, the first time, the network.
@@ -43,12 +44,12 @@ $(BIN)/python -m pip check
 touch $@
 endef
 
-.PHONY: demo test fix check quick test-latest lock wheel clean FORCE
+.PHONY: demo test fix check quick test-latest lock wheel docs clean FORCE
 .NOTPARALLEL:
 
 demo: $(VENV)/runtime.stamp $(DEMO)/nano/bundle.json
 	$(BIN)/pw generate --model $(DEMO)/nano --prompts pw_runtime/data/demo_prompts.txt \
-		--preset nano --out outputs/demo --contact-sheet --overwrite
+		--preset nano --out outputs/demo --contact-sheet --overwrite --fresh
 	@echo
 	@echo "clips and contact sheet:"
 	@ls outputs/demo/*.mp4 outputs/demo/*.png
@@ -83,6 +84,10 @@ lock:
 
 wheel: $(VENV)/dev.stamp
 	$(BIN)/python -m build --wheel --no-isolation
+
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	@echo build/site/index.html
 
 clean:
 	rm -rf $(VENV) $(LATEST) build dist outputs/demo

@@ -53,3 +53,7 @@ class MissingPackage(PixelWizardError):
 
 class WriteFailed(PixelWizardError):
     """The disk or the encoder refused a file; nothing stands under its final name."""
+
+
+class Cancelled(PixelWizardError):
+    """The caller of `Pipeline` ended a call; nothing went wrong."""

@@ -8,6 +8,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
@@ -17,6 +18,7 @@ from pw_runtime.types import Prompt
 
 ID_KEYS = ("id", "prompt_id")
 TEXT_KEYS = ("text", "prompt", "caption")
+SOURCE_KEYS = ("image", "draft_video")
 SAFE_ID = re.compile(r"(?!\.)[^/\\\t\n\u2028\u2029]+")
 MAX_ID_BYTES = 200  # file systems take 255, and we add endings
 MAX_FILE_BYTES = 256 * 2**20
@@ -54,14 +56,14 @@ def read_prompts(
         )
     as_json = path.suffix == ".jsonl" or filled[0][1].startswith("{")
     unused: dict[str, None] = {}
-    pairs = [
-        _from_json(line, number, path, unused) if as_json else (str(number), line)
+    prompts = [
+        _from_json(line, number, path, unused) if as_json else Prompt(id=str(number), text=line)
         for number, line in filled
     ]
     if unused:
         names = ", ".join(printable(name) for name in unused)
         notice(f"{path} has keys that are not used: {names}")
-    return make_prompts(pairs)
+    return _numbered(prompts)
 
 
 def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
@@ -69,12 +71,14 @@ def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:
 
     Raises BadRequest as `check_prompts` does.
     """
-    prompts = tuple(
-        Prompt(id=prompt_id, text=text, position=position)
-        for position, (prompt_id, text) in enumerate(pairs, start=1)
-    )
-    check_prompts(prompts)
-    return prompts
+    return _numbered([Prompt(id=prompt_id, text=text) for prompt_id, text in pairs])
+
+
+def _numbered(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """Return prompts with their positions, from 1. Raises BadRequest as `check_prompts` does."""
+    numbered = tuple(replace(prompt, position=i) for i, prompt in enumerate(prompts, start=1))
+    check_prompts(numbered)
+    return numbered
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
@@ -135,8 +139,8 @@ def check_text(name: str, text: str) -> None:
         )
 
 
-def _from_json(line: str, number: int, path: Path, unused: dict[str, None]) -> tuple[str, str]:
-    """Return id and text of a line; add the keys that it has beside them to `unused`."""
+def _from_json(line: str, number: int, path: Path, unused: dict[str, None]) -> Prompt:
+    """Return the prompt of a line; add the keys that it has beside those of one to `unused`."""
     where = f"{path}, line {number + 1}"
     try:
         entry = parse_json(line)
@@ -163,8 +167,26 @@ def _from_json(line: str, number: int, path: Path, unused: dict[str, None]) -> t
             do="give the prompt another id, or leave it out: then it is the line's number",
         )
     used = {next(k for k in TEXT_KEYS if k in entry), *[k for k in ID_KEYS if k in entry][:1]}
+    used |= {*SOURCE_KEYS}
     unused.update(dict.fromkeys(key for key in entry if key not in used))
-    return str(ids[0]), texts[0].strip()
+    sources = {
+        key: _source(entry[key], key, path, where)
+        for key in SOURCE_KEYS
+        if entry.get(key) is not None  # null, as tools write a column without a value
+    }
+    prompt = Prompt(id=str(ids[0]), text=texts[0].strip())
+    return replace(prompt, image=sources.get("image"), draft_video=sources.get("draft_video"))
+
+
+def _source(name: object, key: str, path: Path, where: str) -> Path:
+    """Return the path of what a prompt starts from; a relative one is beside the prompt file."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise BadRequest(
+            f"{where} has an unusable {key}",
+            got=ascii(name)[:60],
+            wanted="the path of a file, relative to the prompt file",
+        )
+    return path.parent / name
 
 
 def _can_name_a_file(prompt_id: str) -> bool:

@@ -8,8 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from pw_kernels.launcher import tally
 from pw_runtime.checkpoint.bundle import Bundle, load_tensors, verify
@@ -17,23 +16,24 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.engine_report import describe_engines
+from pw_runtime.job.checks import check_request
 from pw_runtime.job.clip import TILES, Clip, resume_clip
 from pw_runtime.job.conv_choice import settle_conv
 from pw_runtime.job.existing import require_one_container
 from pw_runtime.job.failures import report_on_abort
-from pw_runtime.job.latents import NO_DIGESTS, check_latents, read_latent
-from pw_runtime.job.preflight import check_request, computing
+from pw_runtime.job.journal import Journal
+from pw_runtime.job.latents import NO_DIGESTS, check_latents
+from pw_runtime.job.preflight import computing
 from pw_runtime.job.provenance import Provenance
+from pw_runtime.job.restore import earlier_tiling
 from pw_runtime.job.run import Run
 from pw_runtime.pipeline import decode_clips
 from pw_runtime.planning.oom_fallback import plan_run
-from pw_runtime.presets import check_preset
-from pw_runtime.sampling.noise import tensor_digest
 from pw_runtime.system.atomic_files import require_replaceable
 from pw_runtime.system.folder_lock import locked_folder
-from pw_runtime.system.input_files import UnreadableInput
 from pw_runtime.system.progress import Reporter
-from pw_runtime.system.tile_store import read_state
+from pw_runtime.system.run_progress import RunProgress
+from pw_runtime.system.stop import StopRequest
 from pw_runtime.system.trace import Stopwatch
 from pw_runtime.types import (
     Codec,
@@ -84,6 +84,7 @@ def finish(
     overrides: Overrides,
     *,
     overwrite: bool = False,
+    stop: StopRequest | None = None,
 ) -> tuple[Outcome, ...]:
     """Decode and encode clips whose latents are on the disk, where they stay.
 
@@ -97,13 +98,14 @@ def finish(
         reporter: shows progress.
         overrides: what differs from that run.
         overwrite: replace clips that exist.
+        stop: with which another thread or a signal handler asks the run to stop.
 
     Returns:
         One outcome per file, in order.
 
     Raises:
         BadRequest, BadWeights: nothing was decoded.
-        KeyboardInterrupt: finished clips are on disk.
+        KeyboardInterrupt, Stopped: finished clips are on disk.
     """
     clips = []
     for file in files:
@@ -122,7 +124,10 @@ def finish(
         load_tensors(bundle, "vae")
         verify(bundle, bundle.networks.vae.files)
         tally.clear()
-        runs = [_run(group, bundle, reporter) for group in _groups(clips)]
+        stop, progress = stop or StopRequest(), RunProgress(reporter.progress)
+        runs = [_run(group, bundle, reporter, stop, progress) for group in _groups(clips)]
+        for run in runs:
+            locks.callback(run.journal.close)
         with report_on_abort(clips, reporter):
             for run in runs:
                 with computing(run.request.options), run.fallback.track_peak("decode"):
@@ -168,33 +173,31 @@ def _preset(file: Path, provenance: Provenance, out: Path) -> Preset:
 
     They differ where that run ran out of memory and went on with more tiles.
     """
-    # Tile by tile, some may be finished; otherwise the memory that is free now decides again.
-    in_turn = provenance.decode.order == "tiles"
-    order = "tiles" if in_turn else provenance.preset.decode.order
-    planned = replace(provenance.preset, decode=replace(provenance.decode, order=order))
-    try:
-        made_of = read_state(out / f"{provenance.prompt.id}{TILES}")
-        tiling = _TILING.validate_json(made_of["tiling"])
-        finished = replace(provenance.preset, decode=tiling)
-        check_preset(finished, str(file))
-    except (UnreadableInput, ValidationError, KeyError, BadRequest):
-        return planned  # why silent: none are there, or the decode tells that it cannot take them
-    stage = list(provenance.stages)[-1]
-    latent = read_latent(file, provenance, stage, torch.device("cpu"))
-    same_kind = (tiling.tiling, tiling.order) == (provenance.decode.tiling, "tiles")
-    return finished if same_kind and made_of.get("latent") == tensor_digest(latent.x) else planned
+    return replace(
+        provenance.preset,
+        decode=earlier_tiling(file, provenance, out / f"{provenance.prompt.id}{TILES}"),
+    )
 
 
-def _run(group: Sequence[Clip], bundle: Bundle, reporter: Reporter) -> Run:
+def _run(
+    group: Sequence[Clip],
+    bundle: Bundle,
+    reporter: Reporter,
+    stop: StopRequest,
+    progress: RunProgress,
+) -> Run:
     """Plan the decode of clips that have their settings in common."""
     request = group[0].request
     say: Callable[[str], None] = reporter.say
     engine_set = select_decoder_engines(bundle, request.preset, request.options)
     engines: dict[Network, EngineSet] = {"vae": engine_set}
     say(describe_engines(engines, bundle, request.preset, request.options))
-    fallback = plan_run(request, bundle, say, engines, decode_only=True)
+    fallback = plan_run(request, bundle, say, engines, needed=())
     clips, loading = tuple(group), Stopwatch(request.device)
-    return Run(request, bundle, clips, reporter, engines, fallback, loading)
+    for clip in clips:
+        progress.expect(clip.target, clip.prompt.id, fallback.expected)
+    shared = (request, bundle, clips, reporter, engines, fallback, loading)
+    return Run(*shared, Journal(reporter.warn), stop=stop, progress=progress)
 
 
 def _groups(clips: Sequence[Clip]) -> list[list[Clip]]:

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 Solver = Literal["unipc", "dpm++"]
 Tiling = Literal["exact", "official"]
 StageName = Literal["draft", "highres"]
+SourceKind = Literal["image", "draft_video"]
 Network = Literal["draft", "highres", "vae", "text_encoder"]
 Pass = Literal["cond", "uncond"]  # of a transformer, with the prompt or with its negative
 Precision = Literal["fp32", "bf16"]
-Codec = Literal["h264", "hevc", "av1", "ffv1"]
+Codec = Literal["h264", "hevc", "av1", "ffv1", "png"]
 DecodeOrder = Literal["auto", "frames", "tiles"]
 PixelFormat = Literal["rgb24", "yuv420p"]  # as libavutil names them
 Place = Literal["device", "host"]
@@ -36,7 +37,6 @@ EnginePolicy = Literal["auto", "engines", "eager"]
 # Division of a transformer block among engines: parts around our attention, attention as an engine
 # of its own between them, or one engine for all of it.
 Blocks = Literal["segments", "attention", "whole"]
-Existing = Literal["refuse", "overwrite", "skip"]  # files of an earlier run
 AttentionKernel = Literal[
     "auto", "reference", "triton", "gluon", "cudnn", "flash", "flash-attn", "flash-attn-4"
 ]
@@ -44,7 +44,7 @@ AttentionKernel = Literal[
 Residency = Literal["resident", "gathered", "streamed", "mapped"]
 # "staging" are weights on their way to where the stage computes, "scratch" is memory of engines.
 MemoryKind = Literal["weights", "staging", "caches", "activations", "scratch", "process"]
-NoticeKind = Literal["fallback", "text", "noise", "disk", "approximation"]
+NoticeKind = Literal["fallback", "text", "noise", "disk", "approximation", "draft", "source"]
 
 VAE_STRIDE = (4, 16, 16)  # frames, rows, columns of pixels in one latent cell
 CHUNK = 8192  # most tokens in one call of an engine
@@ -93,6 +93,11 @@ class VideoConfig:
 
     frames: int
     fps: int = 24
+
+    @property
+    def usual_codec(self) -> Codec:
+        """The codec of a clip for which none is named."""
+        return "png" if self.frames == 1 else "h264"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +156,37 @@ class Preset:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One line of a prompt file; `position` (1-based) fixes its seeds, `id` names its files."""
+    """One line of a prompt file; `position` (1-based) fixes its seeds, `id` names its files.
+
+    A clip may start from a picture, which is its first frame, or from a video in place of a draft.
+    """
 
     text: str
     id: str = "0"
     position: int = 1
+    image: Path | None = None
+    draft_video: Path | None = None
+
+    @property
+    def sources(self) -> dict[SourceKind, Path]:
+        """The files that the clip starts from."""
+        found = {"image": self.image, "draft_video": self.draft_video}
+        return {kind: path for kind, path in found.items() if path is not None}  # type: ignore[misc]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A file that a clip was started from: its name without a folder, its SHA-256."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSource(Source):
+    """A LoRA that a network was run with."""
+
+    scale: float
 
 
 # ---- what flows between the stages ------------------------------------------------------------
@@ -288,6 +319,18 @@ OFFICIAL_NEGATIVE = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA that a user names for a network."""
+
+    path: Path
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        """Return it as --lora takes it."""
+        return f"{self.path}:{self.scale!r}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """Options for computing and encoding; receipts and latents files store them by name."""
@@ -313,6 +356,9 @@ class RunOptions:
     # Relative change of the draft's velocity below which a step is extrapolated; None computes all.
     step_cache: float | None = None
     guidance_reuse: int = 0  # high-res steps after the first that run no negative pass
+    image_highres: bool = False  # the picture is the first frame of the high-res stage, too
+    # Noise level, 0 to 1, at which the draft begins with a video; at 0 the video is the draft.
+    draft_strength: float = 0.0
 
     @property
     def attention_kernel(self) -> AttentionKernel:
@@ -357,7 +403,9 @@ class Request:
     seed: int = 0  # base seed, not negative
     noise: Path | None = None  # safetensors file that replaces the drawn noise
     options: RunOptions = field(default_factory=RunOptions)
-    existing: Existing = "refuse"
+    drafts: Path | None = None  # folder with latents whose drafts are finished, not made
+    overwrite: bool = False  # replace files of other clips in `out`, which are refused otherwise
+    fresh: bool = False  # take over nothing that earlier runs made of the same clips
     spill: Path | None = None  # folder for latents that `out` refuses
     wait_for_disk: bool = False  # where the disk refuses them, instead of ending
     fragmented: bool = False  # also write an mp4 that can be played while it is encoded
@@ -369,7 +417,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Take paths that are given as text."""
-        for name in ("out", "noise", "spill"):
+        for name in ("out", "noise", "spill", "drafts"):
             if isinstance(path := getattr(self, name), str):
                 object.__setattr__(self, name, Path(path))
 
@@ -383,10 +431,36 @@ class Request:
         """The denoising stages to run, in order; the last one's latent becomes the clip."""
         return self.preset.stages(draft_only=self.options.draft_only)
 
+    def encoded(self, prompt: Prompt) -> tuple[StageName, ...]:
+        """Return the stages for which the prompt's picture or video is encoded."""
+        if prompt.image is not None and self.options.image_highres:
+            return tuple(self.stages)
+        if prompt.draft_video is not None and self.options.draft_strength == 1:
+            return ()  # nothing of it would be left
+        return ("draft",) if prompt.sources else ()
+
+    @property
+    def computed(self) -> dict[StageName, StageConfig]:
+        """The stages whose network runs for at least one of the prompts."""
+        names = {name for prompt in self.prompts for name in self.computed_for(prompt)}
+        return {name: config for name, config in self.stages.items() if name in names}
+
+    def computed_for(self, prompt: Prompt) -> dict[StageName, StageConfig]:
+        """Return the stages whose network runs for a prompt."""
+        return computed_stages(self.stages, prompt, self.options)
+
     @property
     def passes(self) -> frozenset[Pass]:
-        """The passes of all its stages."""
-        return frozenset(name for stage in self.stages.values() for name in stage.passes)
+        """The passes of all stages that are computed."""
+        return frozenset(name for stage in self.computed.values() for name in stage.passes)
+
+
+def computed_stages(
+    stages: Mapping[StageName, StageConfig], prompt: Prompt, options: RunOptions
+) -> dict[StageName, StageConfig]:
+    """Return the stages whose network runs for a prompt: not the draft's, where a video is it."""
+    given = prompt.draft_video is not None and options.draft_strength == 0
+    return {name: config for name, config in stages.items() if not (given and name == "draft")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -487,6 +561,7 @@ class RunPlan:
 
     budget: Budget
     text: Place | None  # None: another run has encoded the text
+    encode: Place | None  # None: no clip starts from a picture or a video
     transformers: Mapping[StageName, TransformerPlan]
     decode: DecodePlan
     stages: tuple[StageMemory, ...]

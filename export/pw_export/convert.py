@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+from pw_export.baked_loras import BAKED, with_baked
 from pw_export.checkpoints.parts import Part
 from pw_export.checkpoints.published import Checkpoint, open_checkpoint
 from pw_export.checkpoints.tensor_refs import Refs
@@ -37,7 +38,7 @@ from pw_runtime.system.atomic_files import (
     write_tensors,
     write_text,
 )
-from pw_runtime.types import Network
+from pw_runtime.types import LoraFile, Network
 
 SHARD_BYTES = 2 * 2**30  # also the most tensor data in memory, unless a single tensor is larger
 _GIB = 2**30
@@ -50,11 +51,14 @@ def convert(
     draft: Path | None = None,
     highres: Path | None = None,
     ema: bool = False,
+    loras: Sequence[LoraFile] = (),
+    loras_highres: Sequence[LoraFile] | None = None,
     say: Callable[[str], None] = print,
 ) -> Bundle:
     """Create the bundle `out` from a Wan2.2-TI2V-5B folder and PixelWizard's checkpoints.
 
-    Every tensor is used exactly once and keeps its dtype; fp8 weights with scales become fp32. All
+    Every tensor is used exactly once and keeps its dtype; fp8 weights with scales become fp32, and
+    so do weights that a LoRA is baked into. All
     names and shapes are checked before the first byte is written, and `out` appears only when it is
     complete and on disk. Where another process makes `out` from the same files meanwhile, its
     bundle is verified and taken.
@@ -65,6 +69,8 @@ def convert(
         draft: checkpoint that replaces the transformer of `wan`, which is then not read.
         highres: checkpoint of the second stage.
         ema: use the `generator_ema` of `draft` and `highres`.
+        loras: baked into both transformers.
+        loras_highres: baked into the high-res one in place of these; None: the same.
         say: called with lines of progress.
 
     Raises BadRequest (`out` exists, `wan` is not a checkpoint), BadWeights (missing, unknown,
@@ -72,7 +78,16 @@ def convert(
     failing).
     """
     require_absent(out)
-    return convert_once(wan=wan, out=out, draft=draft, highres=highres, ema=ema, say=say)
+    return convert_once(
+        wan=wan,
+        out=out,
+        draft=draft,
+        highres=highres,
+        ema=ema,
+        loras=loras,
+        loras_highres=loras_highres,
+        say=say,
+    )
 
 
 def convert_once(
@@ -82,6 +97,8 @@ def convert_once(
     draft: Path | None,
     highres: Path | None,
     ema: bool,
+    loras: Sequence[LoraFile] = (),
+    loras_highres: Sequence[LoraFile] | None = None,
     say: Callable[[str], None],
 ) -> Bundle:
     """Return the bundle `out`, made now or by a process that was faster; else as `convert`."""
@@ -92,7 +109,9 @@ def convert_once(
             do="omit --ema, or pass the checkpoint",
         )
     checkpoint = open_checkpoint(wan, draft, highres, ema=ema, say=say)
-    sources = f"{fingerprint(wan, draft, highres)}{'-ema' if ema else ''}"
+    checkpoint = with_baked(checkpoint, loras, loras_highres, say)
+    baked = [text for name, text in checkpoint.source.items() if name.startswith(BAKED)]
+    sources = "-".join((fingerprint(wan, draft, highres), *["ema"] * ema, *baked))
     with one_conversion(out, sources, say):
         if (out / MANIFEST).exists():
             return _taken(out, checkpoint, say)

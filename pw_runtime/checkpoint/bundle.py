@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,7 +41,10 @@ from pw_runtime.checkpoint.manifest import (
 from pw_runtime.errors import BadWeights
 from pw_runtime.system.input_files import MAX_JSON, UnreadableInput, open_input, read_input
 from pw_runtime.system.tensor_file import TensorFile
-from pw_runtime.types import Network
+from pw_runtime.types import LoraFile, LoraSource, Network, StageName
+
+if TYPE_CHECKING:
+    from pw_runtime.checkpoint.lora import Lora
 
 __all__ = [  # with what `manifest` has for others
     "FORMAT",
@@ -89,6 +92,7 @@ class Bundle:
         manifest: the content of bundle.json.
         synthetic_tensors: returns the tensors of a network, for benchmarks without weight files.
         opened: its shards by name, each opened once: what is hashed is what is computed with.
+        loras: what is added to the weights of its transformers (`lora.with_loras`).
     """
 
     root: Path
@@ -96,6 +100,30 @@ class Bundle:
     manifest: Manifest
     synthetic_tensors: Callable[[Network], dict[str, torch.Tensor]] | None = None
     opened: dict[str, TensorFile] = field(default_factory=dict, compare=False, repr=False)
+    loras: Mapping[StageName, tuple[Lora, ...]] = field(default_factory=dict)
+
+    @property
+    def lora_sources(self) -> dict[StageName, tuple[LoraSource, ...]]:
+        """File, digest and scale of every LoRA, by network."""
+        return {stage: tuple(x.source for x in loras) for stage, loras in self.loras.items()}
+
+    @property
+    def lora_files(self) -> dict[StageName, tuple[LoraFile, ...]]:
+        """Path and scale of every LoRA, by network, for other processes that open the bundle."""
+        return {
+            stage: tuple(LoraFile(x.path, x.source.scale) for x in loras)
+            for stage, loras in self.loras.items()
+        }
+
+    @property
+    def weights_digest(self) -> str:
+        """A text that is equal for equal weights: `digest`, and LoRAs with their scales."""
+        used = [
+            f"{stage}:{x.sha256}*{x.scale!r}"
+            for stage, sources in self.lora_sources.items()
+            for x in sources
+        ]
+        return " + ".join((self.digest, *used))
 
     @property
     def networks(self) -> Networks:

@@ -17,9 +17,10 @@ from pw_runtime.checkpoint.bundle import (
     read_verified,
     require_unchanged,
 )
+from pw_runtime.checkpoint.lora import merged
 from pw_runtime.checkpoint.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, parse_tokenizer
 from pw_runtime.errors import BadRequest, BadWeights
-from pw_runtime.models import TextEncoder, VaeDecoder, WanDiT
+from pw_runtime.models import TextEncoder, VaeDecoder, VaeEncoder, WanDiT
 from pw_runtime.models.precision import store_dit_weight
 from pw_runtime.models.quantized_linear import (
     is_quantized,
@@ -82,30 +83,46 @@ def load_dit(
 
     Resident weights are converted and moved to `device`, streamed ones converted and kept in host
     memory, mapped ones left in the bundle's files until a block needs them (see `TransformerPlan`).
-    Weights of quantized layers are quantized from the bundle's values, one after the other.
+    The bundle's LoRAs are merged into each weight before that; into mapped ones by those who read
+    them. Weights of quantized layers are quantized from the merged values, one after the other.
 
     Raises BadWeights for a file that is missing, damaged or of other shapes, and for weights that
     cannot be quantized.
     """
     config = require_dit(bundle, network)
+    assert weights != "mapped" or linear == "exact", "the planner offers no quantizing at every use"
     with torch.device("meta"):
         net = WanDiT(config)
     stored = load_tensors(bundle, network)
     for name, weight in list(stored.items()):
+        if weights == "mapped" and is_streamed(name):
+            continue
+        weight = merged(bundle.loras.get(network, ()), name, weight)
         if linear != "exact" and is_quantized(name, config.num_layers, linear):
-            assert weights != "mapped", "the planner leaves out what would quantize at every call"
             place = device if weights == "resident" else weight.device
             parts = quantized_weights(name, weight.to(device), linear)
             stored |= {part: tensor.to(place) for part, tensor in parts}
-        elif weights == "resident" or not is_streamed(name):
+        elif not is_streamed(name):
+            stored[name] = aligned(store_dit_weight(name, weight.to(device), precision))
+        elif weights == "resident":
             stored[name] = store_dit_weight(name, weight.to(device), precision)
-        elif weights == "streamed":
+        else:
             stored[name] = store_dit_weight(name, weight, precision)
     if linear != "exact":
         net.prepare_quantized(linear)
     require_unchanged(bundle, network)  # meanwhile most of the weights were copied
     net.load_state_dict(stored, assign=True)
     return net.eval().requires_grad_(False)
+
+
+def aligned(weight: Tensor) -> Tensor:
+    """Return a weight in memory that begins at a multiple of 64 bytes, as PyTorch's own does.
+
+    In a file it may begin at any multiple of 8, and what MKL makes of one row, such as that of a
+    timestep, depends on that: the same weights in two files would give two clips. For the weights
+    outside the blocks, which are few; those of blocks multiply many rows.
+    """
+    return weight if weight.data_ptr() % 64 == 0 else weight.clone()
 
 
 def load_decoder(bundle: Bundle, device: torch.device, precision: Precision = "fp32") -> VaeDecoder:
@@ -126,6 +143,18 @@ def load_decoder(bundle: Bundle, device: torch.device, precision: Precision = "f
     )
     require_unchanged(bundle, "vae")
     return decoder.eval().requires_grad_(False)
+
+
+def load_encoder(bundle: Bundle, device: torch.device) -> VaeEncoder:
+    """Load the encoder of the VAE in fp32. Raises BadWeights as `load_dit` does."""
+    with torch.device("meta"):
+        encoder = VaeEncoder(bundle.networks.vae.config)
+    weights = load_tensors(bundle, "vae", prefix=("encoder.", "conv1."))
+    encoder.load_state_dict(
+        {name: w.to(device, torch.float32) for name, w in weights.items()}, assign=True
+    )
+    require_unchanged(bundle, "vae")
+    return encoder.eval().requires_grad_(False)
 
 
 def decoder_weight(name: str, weight: Tensor, precision: Precision) -> Tensor:

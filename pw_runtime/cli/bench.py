@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from pw_bench.choices import OURS, CaseSize, ProgramName, SyntheticSize
+from pw_runtime.cli.bench_kills import kills
 from pw_runtime.cli.bench_networks import (
     approximations,
     cpu_conv,
@@ -23,6 +24,7 @@ from pw_runtime.cli.bench_networks import (
     vae_peers,
 )
 from pw_runtime.cli.bench_ranks import ranks
+from pw_runtime.cli.bench_serve import serve
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.cli.options import (
     FILE,
@@ -54,7 +56,7 @@ def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group()
 def bench() -> None:
-    """Measure latency and memory, compare, report (docs/benchmarks.md)."""
+    """Measure latency and memory, compare, report (`pw docs benchmarks`)."""
 
 
 @bench.command()
@@ -287,6 +289,8 @@ for command in (
     linear_error,
     sparse_error,
     ranks,
+    serve,
+    kills,
 ):
     bench.add_command(command)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pw_runtime.cli.exit_codes import DONE
-from pw_runtime.cli.options import FILE, FOLDER
+from pw_runtime.cli.options import FILE, MODEL
 from pw_runtime.system.packages import require_packages
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def cpu_conv(out: Path, rounds: int) -> int:
 
 
 @click.command("generate-memory")
-@click.option("--model", type=FOLDER, required=True, help="Bundle made by `pw convert`.")
+@click.option("--model", type=MODEL, required=True, help="Bundle made by `pw convert`.")
 @out_option
 @click.option("--width", default=1280, show_default=True, help="In pixels.")
 @click.option("--height", default=704, show_default=True, help="In pixels.")
@@ -155,7 +155,7 @@ def decoder_memory(out: Path, rows: int, columns: int, frames: int, strips: int)
 
 
 @click.command("linear-error")
-@click.option("--model", type=FOLDER, required=True, help="Bundle of the built-in model.")
+@click.option("--model", type=MODEL, required=True, help="Bundle of the built-in model.")
 @click.option("--preset", default="nano", show_default=True, help="As for `pw generate`.")
 @out_option
 @click.option("--clips", type=click.IntRange(1), default=4, show_default=True)
@@ -178,7 +178,7 @@ def linear_error(model: Path, preset: str, out: Path, clips: int, tokens: int) -
 
 
 @click.command("sparse-error")
-@click.option("--model", type=FOLDER, required=True, help="Bundle of the built-in model.")
+@click.option("--model", type=MODEL, required=True, help="Bundle of the built-in model.")
 @click.option("--preset", default="nano-hd", show_default=True, help="As for `pw generate`.")
 @out_option
 def sparse_error(model: Path, preset: str, out: Path) -> int:
@@ -192,7 +192,7 @@ def sparse_error(model: Path, preset: str, out: Path) -> int:
 
 
 @click.command()
-@click.option("--model", type=FOLDER, required=True, help="Bundle.")
+@click.option("--model", type=MODEL, required=True, help="Bundle.")
 @click.option("--preset", default="nano", show_default=True, help="As for `pw generate`.")
 @out_option
 @click.option(
@@ -224,11 +224,15 @@ def approximations(
 
 
 @click.command()
-@click.option("--model", type=FOLDER, required=True, help="Bundle of the built-in model.")
+@click.option("--model", type=MODEL, required=True, help="Bundle of the built-in model.")
 @click.option("--preset", default="nano", show_default=True, help="As for `pw generate`.")
 @out_option
 @click.option(
-    "--captions", type=click.IntRange(1), default=64, show_default=True, help="Held-out captions."
+    "--captions",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Held-out captions; half as many of each hard kind.",
 )
 @click.option(
     "--clips",
@@ -239,6 +243,9 @@ def approximations(
 )
 @click.option("--plot", type=FILE, help="Bars of the shares (.svg).")
 @click.option("--sheet", type=FILE, help="Frames of eight captions (.png).")
+@click.option(
+    "--usual-only", is_flag=True, help="No other numbers of steps, and nothing without a part."
+)
 def quality(
     model: Path,
     preset: str,
@@ -247,8 +254,10 @@ def quality(
     clips: int,
     plot: Path | None,
     sheet: Path | None,
+    *,
+    usual_only: bool,
 ) -> int:
-    """Measure what clips of the built-in model show (docs/quality.md)."""
+    """Measure what clips of the built-in model show (`pw docs quality`)."""
     require_packages("`pw bench quality`", "scikit-image", "scipy")
     from pw_bench.quality.plots import bars
     from pw_bench.quality.run import measure_quality
@@ -256,7 +265,8 @@ def quality(
     from pw_runtime.system.atomic_files import write_text
 
     require_folder(out)
-    result = measure_quality(model, preset, captions=captions, clips=clips, sheet=sheet)
+    numbers = {"captions": captions, "clips": clips}
+    result = measure_quality(model, preset, **numbers, sheet=sheet, usual_only=usual_only)
     if plot is not None and result.quality is not None:
         write_text(plot, bars(result.quality.variants))
     return save(result, out)

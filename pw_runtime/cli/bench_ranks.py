@@ -11,7 +11,7 @@ import click
 from pw_bench.choices import SyntheticSize
 from pw_runtime.cli.bench_networks import out_option, save
 from pw_runtime.cli.options import (
-    FOLDER,
+    MODEL,
     PresetName,
     chunk_option,
     device_option,
@@ -38,7 +38,7 @@ def numbers(
 
 @click.command()
 @click.option("--preset", type=PresetName(), required=True, help="As for `pw generate`.")
-@click.option("--model", type=FOLDER, help="Bundle made by `pw convert`.")
+@click.option("--model", type=MODEL, help="Bundle made by `pw convert`.")
 @click.option(
     "--synthetic",
     type=click.Choice(get_args(SyntheticSize)),

@@ -11,15 +11,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
+from pw_runtime.cli.json_output import json_text
+from pw_runtime.cli.log import logging_options
 from pw_runtime.cli.options import (
     FOLDER,
+    MODEL,
     PresetName,
     blocks_option,
     chunk_option,
     device_option,
+    json_option,
     linear_option,
     precision_option,
+    set_option,
 )
+from pw_runtime.cli.sizes import preset_of, size_options
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.printable import printable
 
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from pw_engines import EngineStore, Platform
+    from pw_engines.store import Entry
     from pw_export.build import Built, Event
     from pw_export.build_jobs import Job, Source
     from pw_runtime.checkpoint.bundle import Bundle
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--model", type=FOLDER, required=True, help="Bundle made by `pw convert`.")
+@click.option("--model", type=MODEL, required=True, help="Bundle made by `pw convert`.")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "aoti", "openvino"]),
@@ -76,6 +83,9 @@ if TYPE_CHECKING:
     help="Also build the decoder, for this preset's resolution only; on a CPU with --backend aoti "
     "only. On a CPU engines are measured at the preset's sizes.",
 )
+@set_option
+@size_options
+@logging_options
 @click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
 def build(**options: Any) -> int:
     """Compile a model's transformers, once for all presets; with --preset also the decoder."""
@@ -87,16 +97,20 @@ def build(**options: Any) -> int:
         require_exact_attention,
     )
     from pw_runtime.execution.compilers import COMPILERS
-    from pw_runtime.job.preflight import default_precision, pick_device
+    from pw_runtime.job.checks import default_precision, pick_device
     from pw_runtime.models.quantized_linear import require_quantizable
-    from pw_runtime.presets import find_preset
     from pw_runtime.system.progress import Reporter
     from pw_runtime.types import RunOptions
 
     reporter, device = Reporter(quiet=options["quiet"]), pick_device(options["device"])
     precision = default_precision(options["precision"], device)
     bundle = open_bundle(options["model"])
-    preset = None if options["preset"] is None else find_preset(options["preset"])
+    preset = None
+    if options["preset"] is not None:
+        preset = preset_of(options)
+    elif given := [name for name in ("changes", "size", "frames") if options[name]]:
+        option = given[0].replace("changes", "set")
+        raise BadRequest(f"--{option} changes a preset, and none is named", do="add --preset NAME")
     chunk, folder, blocks = options["chunk"], options["onnx_only"], options["blocks"]
     linear = options["linear"]
     for config in _configs(bundle).values():
@@ -293,30 +307,58 @@ def engines() -> None:
 
 
 @engines.command("list")
-def list_engines() -> int:
+@json_option
+def list_engines(as_json: bool) -> int:
     """List the engines, with size and build time."""
-    return _show(verify=False)
+    return _show(verify=False, as_json=as_json)
 
 
 @engines.command("verify")
-def verify_engines() -> int:
+@json_option
+def verify_engines(as_json: bool) -> int:
     """Read every engine and check its digest."""
-    return _show(verify=True)
+    return _show(verify=True, as_json=as_json)
 
 
-def _show(*, verify: bool) -> int:
+def _show(*, verify: bool, as_json: bool) -> int:
     store = _open_store()
     entries = store.entries(verify=verify)
+    code = SOME_FAILED if any(entry.damage for entry in entries) else DONE
+    if as_json:
+        document = {
+            "folder": str(store.root),
+            "verified": verify,
+            "engines": [
+                {
+                    "folder": entry.folder,
+                    "segment": entry.segment,
+                    "backend": entry.backend,
+                    "bytes": entry.bytes,
+                    "build_seconds": entry.seconds,
+                    "targets": _targets(entry),
+                    "times_as_fast": sorted(speed.ratio for speed in entry.speeds),
+                    "damage": entry.damage or None,
+                }
+                for entry in entries
+            ],
+        }
+        click.echo(json_text(document))
+        return code
     for entry in entries:
         state = f"damaged: {entry.damage}" if entry.damage else f"built in {entry.seconds:.0f} s"
-        if targets := dict(entry.key.get("platform", ())).get("targets"):
-            state += f" for {targets.replace(' ', ', ')}"
+        if targets := _targets(entry):
+            state += f" for {', '.join(targets)}"
         if ratios := sorted(speed.ratio for speed in entry.speeds):
             span = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
             state += f", {span} times as fast as uncompiled"
         click.echo(printable(f"{entry.folder}  {entry.bytes / 2**20:6.1f} MiB  {state}"))
     click.echo(f"{len(entries)} engines in {store.root}")
-    return SOME_FAILED if any(entry.damage for entry in entries) else DONE
+    return code
+
+
+def _targets(entry: Entry) -> list[str]:
+    """Return the GPU architectures that an engine was built for, where it names some."""
+    return str(dict(entry.key.get("platform", ())).get("targets", "")).split()
 
 
 @engines.command("prune")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any, get_args
 
 import click
 
+from pw_runtime.cli.log import logging_options
 from pw_runtime.cli.options import (
     CODECS,
     FILE,
     FOLDER,
+    MODEL,
     PRECISIONS,
     device_option,
     exit_code,
@@ -23,12 +26,13 @@ from pw_runtime.cli.options import (
     trace_option,
     traced,
 )
-from pw_runtime.types import Conv, Kernels
+from pw_runtime.cli.stopping import command_again, stopping
+from pw_runtime.types import Conv, Kernels, Outcome
 
 
 @click.command()
 @click.argument("latents", nargs=-1, required=True, type=FILE)
-@click.option("--model", type=FOLDER, required=True, help="Bundle with the VAE of that run.")
+@click.option("--model", type=MODEL, required=True, help="Bundle with the VAE of that run.")
 @click.option("--out", type=FOLDER, help="Output folder. [default: that of each file]")
 @click.option("--codec", type=CODECS, help="Video codec. [default: as in the earlier run]")
 @gpu_memory_option
@@ -54,17 +58,24 @@ from pw_runtime.types import Conv, Kernels
 @fragmented_option
 @trace_option
 @click.option("--overwrite", is_flag=True, help="Replace clips that exist.")
+@logging_options
 @click.option("--quiet", is_flag=True, help="Print only warnings, errors and finished clips.")
 def decode(latents: tuple[Path, ...], **options: Any) -> int:
     """Finish clips from the <id>.latents.safetensors that an earlier `pw generate` left."""
     from pw_runtime.checkpoint.bundle import open_bundle
-    from pw_runtime.job.preflight import pick_device
+    from pw_runtime.job.checks import pick_device
     from pw_runtime.resume import Overrides, finish
     from pw_runtime.system.progress import Reporter
+    from pw_runtime.system.stop import StopRequest
 
     reporter, device = Reporter(quiet=options["quiet"]), pick_device(options["device"])
     resolved = options | {"device": str(device)}
     overrides = Overrides(**{field.name: resolved[field.name] for field in fields(Overrides)})
     bundle, overwrite = open_bundle(options["model"]), options["overwrite"]
-    run = partial(finish, latents, bundle, reporter, overrides, overwrite=overwrite)
+
+    def run() -> Sequence[Outcome]:
+        stop = StopRequest()
+        with stopping(stop, reporter, command_again(None)):
+            return finish(latents, bundle, reporter, overrides, overwrite=overwrite, stop=stop)
+
     return traced(partial(exit_code, run, reporter), options["trace"], device)

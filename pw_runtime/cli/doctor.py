@@ -14,6 +14,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from pw_runtime.cli.json_output import json_text
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.forked import run_forked
 from pw_runtime.system.input_files import UnreadableInput, read_json
@@ -32,21 +33,28 @@ from pw_runtime.system.printable import printable
 NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # as Linux names them
 
 
-def report() -> str:
-    """Look at this machine, which takes seconds, and describe it.
+def report(*, as_json: bool = False) -> str:
+    """Look at this machine, which takes seconds, and describe it, in words or as JSON.
 
     A forked process imports the packages, as a broken one may end the process that imports it.
     """
+    described = _json if as_json else doctor_report
     if "torch" in sys.modules:  # nothing to protect, and its threads do not survive a fork
-        return doctor_report(describe())
+        return described(describe())
     fatal: dict[str, str] = {}
     while True:
-        ended = run_forked(lambda note: doctor_report(describe(fatal, note)))
+        ended = run_forked(lambda note: described(describe(fatal, note)))
         if ended.result is not None:
             return ended.result
         if ended.note is None or ended.note in fatal:
             raise RuntimeError(f"the process that looks at this machine ended: {ended.how}")
         fatal[ended.note] = ended.how
+
+
+def _json(machine: Machine) -> str:
+    from pw_runtime.cli.doctor_document import doctor_document
+
+    return json_text(doctor_document(machine))
 
 
 def _bf16() -> str:
@@ -69,9 +77,9 @@ def doctor_report(machine: Machine) -> str:
         *([] if machine.gpus else ["gpu        none that torch can use"]),
         *(f"attention  {line}" for line in _measured({gpu.name for gpu in machine.gpus})),
         f"driver     {machine.driver or 'unknown'}",
-        f"compiler   {_compiler()}",
-        f"conv       {_conv() if _works(installed.get('torch')) else _unusable('torch')}",
-        f"encoders   {_encoders() if _works(installed.get('av')) else _unusable('av')}",
+        f"compiler   {compiler_text()}",
+        f"conv       {conv_text() if is_usable(installed.get('torch')) else _unusable('torch')}",
+        f"encoders   {encoders_text() if is_usable(installed.get('av')) else _unusable('av')}",
         f"cache      {_cache()}",
         f"temporary  {_temporary()}",
         "",
@@ -105,7 +113,8 @@ def _without_dev(extras: list[str]) -> list[str]:
     return [extra for extra in extras if extra != f"[{DEVELOPMENT}]"]
 
 
-def _works(package: Package | None) -> bool:
+def is_usable(package: Package | None) -> bool:
+    """Return whether a package is installed and can be imported."""
     return package is not None and package.version is not None and package.broken is None
 
 
@@ -123,7 +132,7 @@ def _package_lines(
     """Describe a package; the command that mends it also installs what its group lacks besides."""
     state = "broken" if package.broken else "ok" if package.version else "missing"
     yield f"{state:<8} {package.name:<15} {package.version or '-':<16} {purpose}"
-    if package.version and _is_outside(package.version, requirement):
+    if package.version and is_outside(package.version, requirement):
         yield f"{'':9}warning   {package.version} is outside the supported range {requirement}"
     if state == "ok":
         return
@@ -156,6 +165,13 @@ def _is_installed(name: str) -> bool:
 
 
 def _verdict(machine: Machine, base: Mapping[str, str]) -> str:
+    if wrong := wrong_packages(machine, base):
+        return f"not ready: {', '.join(wrong)}"
+    return f"ready on cuda ({machine.gpus[0].name})" if machine.gpus else "ready on cpu"
+
+
+def wrong_packages(machine: Machine, base: Mapping[str, str]) -> list[str]:
+    """List the packages without which nothing runs, and what is wrong with each."""
     installed = {package.name: package for package in machine.packages}
     wrong = []
     for name in base:
@@ -164,12 +180,11 @@ def _verdict(machine: Machine, base: Mapping[str, str]) -> str:
             wrong.append(f"{name} is missing")
         elif package.broken:
             wrong.append(f"{name} is broken")
-    if wrong:
-        return f"not ready: {', '.join(wrong)}"
-    return f"ready on cuda ({machine.gpus[0].name})" if machine.gpus else "ready on cpu"
+    return wrong
 
 
-def _compiler() -> str:
+def compiler_text() -> str:
+    """Describe the C++ compiler, or what is missing without it."""
     name = cpp_compiler()
     path = shutil.which(name)
     if path is None:
@@ -185,7 +200,7 @@ def _compiler() -> str:
     return f"{run.stdout.splitlines()[0]}, {path}"
 
 
-def _conv() -> str:
+def conv_text() -> str:
     """Say which convolution the decoder uses on this CPU."""
     try:
         from pw_runtime.system.cpu_kernels import status
@@ -194,7 +209,8 @@ def _conv() -> str:
     return status()
 
 
-def _encoders() -> str:
+def encoders_text() -> str:
+    """List the codecs that can be written, and those that cannot."""
     try:
         import av
 
@@ -204,7 +220,8 @@ def _encoders() -> str:
     found, lacking = [], []
     for codec, recipe in RECIPES.items():
         try:
-            av.Codec(recipe.encoder, "w")
+            if recipe.encoder is not None:
+                av.Codec(recipe.encoder, "w")
             found.append(codec)
         except av.codec.codec.UnknownCodecError:
             lacking.append(f"{codec} ({recipe.encoder})")
@@ -235,7 +252,7 @@ def _free(path: Path) -> str:
     return f"{size} free"
 
 
-def _is_outside(version: str, requirement: str) -> bool:
+def is_outside(version: str, requirement: str) -> bool:
     """Return whether a version breaks a bound of a requirement such as "torch<2.14,>=2.11".
 
     Compares release numbers; of the operators only >= and <, which are all that we declare.

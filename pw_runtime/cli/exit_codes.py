@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exit codes of `pw`, which are those of every verb (README.md)."""
+"""Exit codes of `pw`, which are those of every verb (docs/exit_codes.md)."""
 
 from __future__ import annotations
 

@@ -50,6 +50,6 @@ def fast_options(
         raise BadRequest(
             "--fast has nothing to approximate here",
             got=f"a draft of {preset.draft.steps} steps on {device}",
-            do="leave --fast out, or choose options of docs/numerics.md yourself",
+            do="leave --fast out, or choose options of `pw docs numerics` yourself",
         )
     return chosen

@@ -10,33 +10,36 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
-from pw_runtime.cli.generate import generate, read_request
+from pw_runtime.cli.generate import generate
 from pw_runtime.cli.launch import MOST
-from pw_runtime.cli.options import FOLDER, exit_code
+from pw_runtime.cli.options import MODEL, exit_code, with_chosen_loras
+from pw_runtime.cli.request import read_request, require_lora_stages
 from pw_runtime.cli.trained_size import beyond_training
 from pw_runtime.system.packages import require_packages
 
 if TYPE_CHECKING:
     from pw_runtime.fleet.layout import Node
-    from pw_runtime.types import Outcome
+    from pw_runtime.types import LoraFile, Outcome
 
 # Options of `pw generate` that a fleet does not have, and the values that it runs with. All others
 # are options of `pw fleet run` too, and mean the same.
 LEFT_OUT: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "noise": None,
+        "drafts": None,
         "spill_dir": None,
         "wait_for_disk": False,
         "fragmented": False,
         "contact_sheet": False,
         "trace": None,
+        "as_json": False,
         "device": "auto",  # a GPU where workers have one
         "processes": None,
         "devices": None,
@@ -58,7 +61,7 @@ def fleet() -> None:
 
 @fleet.command()
 @click.option(
-    "--model", type=FOLDER, required=True, help="Bundle, under this path on every machine."
+    "--model", type=MODEL, required=True, help="Bundle, under this path on every machine."
 )
 @click.option(
     "--address",
@@ -100,10 +103,11 @@ def run(**options: Any) -> int:
     from pw_runtime.fleet.cluster import RayCluster, connected, nodes
     from pw_runtime.fleet.layout import lay_out
     from pw_runtime.fleet.run import dry_run, run_fleet
+    from pw_runtime.job.sources import located
     from pw_runtime.system.progress import Reporter
 
     reporter = Reporter(quiet=options["quiet"])
-    bundle = open_bundle(options["model"].absolute())
+    bundle = with_chosen_loras(open_bundle(options["model"].absolute()), _absolute(options))
     with connected(options["address"], may_start=not options["dry_run"]) as there:
         layout = lay_out(
             nodes() if there else (_this_machine(),),
@@ -115,6 +119,8 @@ def run(**options: Any) -> int:
         device = torch.device("cuda" if layout.gpus else "cpu")
         absolute = {"out": options["out"].absolute()}
         request = read_request({**options, **LEFT_OUT, **absolute}, reporter.warn, device)
+        request = replace(request, prompts=located(request.prompts))
+        require_lora_stages(options, request)
         if options["dry_run"]:
             if not there:
                 click.echo("no Ray cluster runs here: this machine alone would be used")
@@ -153,10 +159,21 @@ run.params += [  # shown after those above
 ]
 
 
+def _absolute(options: Mapping[str, Any]) -> dict[str, tuple[LoraFile, ...]]:
+    """Return the LoRAs under the paths that they have on every machine."""
+    return {
+        name: tuple(
+            lora if str(lora.path) == "none" else replace(lora, path=lora.path.absolute())
+            for lora in options[name]
+        )
+        for name in ("loras", "loras_highres")
+    }
+
+
 def _continuing(arguments: list[str], seed: list[str]) -> str:
     """Return the command that makes the clips that are missing."""
-    words = [word for word in arguments if word not in ("--overwrite", "--skip-existing")]
-    return shlex.join(["pw", *words, *seed, "--skip-existing"])
+    words = [word for word in arguments if word != "--fresh"]
+    return shlex.join(["pw", *words, *seed])
 
 
 def _this_machine() -> Node:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import click
 
-from pw_runtime.cli.fast import fast_options
+from pw_runtime.cli.json_output import one_document
 from pw_runtime.cli.launch import (
     devices_of,
     devices_option,
@@ -23,10 +24,12 @@ from pw_runtime.cli.launch import (
     t5_fsdp_option,
     ulysses_option,
 )
+from pw_runtime.cli.log import logging_options
 from pw_runtime.cli.options import (
     CODECS,
     FILE,
     FOLDER,
+    MODEL,
     PresetName,
     blocks_option,
     chunk_option,
@@ -37,40 +40,54 @@ from pw_runtime.cli.options import (
     gpu_memory_option,
     guidance_reuse_option,
     host_memory_option,
+    json_option,
     linear_option,
+    lora_highres_option,
+    lora_option,
     precision_option,
+    set_option,
     sparse_attention_option,
     step_cache_option,
     trace_option,
     traced,
     vae_precision_option,
+    with_chosen_loras,
 )
+from pw_runtime.cli.request import open_model, read_request, require_lora_stages
+from pw_runtime.cli.sizes import size_options
+from pw_runtime.cli.stopping import command_again, stopping
 from pw_runtime.cli.trained_size import beyond_training
-from pw_runtime.errors import BadRequest
 from pw_runtime.system.packages import require_packages
-from pw_runtime.system.places import cache_root, check_cache
-from pw_runtime.types import (
-    OFFICIAL_NEGATIVE,
-    AttentionKernel,
-    EnginePolicy,
-    Existing,
-    Kernels,
-    Request,
-    RunOptions,
-)
+from pw_runtime.types import AttentionKernel, EnginePolicy, Kernels, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
+    from collections.abc import Callable, Sequence
 
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.system.progress import Reporter
     from pw_runtime.system.ranks import Ranks
+    from pw_runtime.types import Outcome
+
+# The summary of --json, where nothing was made.
+NO_CLIPS: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "out": None,
+        "seed": None,
+        "seconds": None,
+        "finished": 0,
+        "failed": 0,
+        "error": None,
+        "clips": [],
+    }
+)
 
 
 @click.command()
-@click.option("--model", type=FOLDER, help="Bundle made by `pw convert`.")
+@click.option(
+    "--model",
+    type=MODEL,
+    help="Bundle made by `pw convert`, or ORG/NAME in the local cache of Hugging Face's hub.",
+)
 @click.option(
     "--prompts", "--prompt_file", "prompt_file", type=FILE, help="Prompt file, .txt or .jsonl."
 )
@@ -80,8 +97,11 @@ if TYPE_CHECKING:
     "--resolution",
     type=PresetName(),
     required=True,
-    help="draft, 2k, 4k, 4k-5step, nano, nano-hd, or a preset file (.toml).",
+    help="draft, 2k, 4k, 4k-5step, 2k-portrait, 2k-square, 4k-portrait, 4k-square, nano, nano-hd, "
+    "nano-portrait, nano-square, or a preset file (.toml).",
 )
+@set_option
+@size_options
 @click.option("--out", "--video_dir", type=FOLDER, required=True, help="Output folder.")
 @click.option(
     "--seed",
@@ -91,19 +111,44 @@ if TYPE_CHECKING:
     show_default=True,
     help="Base seed; negative: a random one.",
 )
-@click.option("--negative", help="Negative prompt. [default: the official one]")
-@click.option("--noise", type=FILE, help="Safetensors file with draft_noise and highres_noise.")
+@click.option("--negative", help='Negative prompt; "" is an empty one. [default: the official one]')
+@click.option("--image", type=FILE, help="Picture that is the first frame of every clip.")
+@click.option(
+    "--image-highres",
+    is_flag=True,
+    help="Fix the first frame in the high-res stage, too: its network was not trained for that.",
+)
+@click.option("--draft-video", type=FILE, help="Video that takes the place of the draft.")
+@click.option(
+    "--draft-strength",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Noise level, 0 to 1, at which the draft begins with --draft-video; at 0 the video is the "
+    "draft, at 1 nothing of it is left.",
+)
+@lora_option
+@lora_highres_option
+@click.option(
+    "--noise",
+    type=FILE,
+    help="Safetensors file with draft_noise and highres_noise, kept latents of another machine for "
+    "instance, in place of what the seed draws.",
+)
 @click.option(
     "--codec",
     type=CODECS,
-    default="h264",
-    show_default=True,
-    help="ffv1 is lossless RGB in .mkv.",
+    help="ffv1 is lossless RGB in .mkv; png takes one frame. [default: h264, or png for one frame]",
 )
 @fragmented_option
-@click.option("--overwrite", is_flag=True, help="Replace files of an earlier run.")
 @click.option(
-    "--skip-existing", is_flag=True, help="Skip clips whose receipt describes the same clip."
+    "--drafts",
+    type=FOLDER,
+    help="Finish the drafts in this folder, which --draft-only --save-latents left there.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace files of other clips.")
+@click.option(
+    "--fresh", is_flag=True, help="Make clips again that are finished, or that were begun."
 )
 @click.option("--spill-dir", type=FOLDER, help="Folder for latents that the output folder refuses.")
 @click.option(
@@ -120,7 +165,7 @@ if TYPE_CHECKING:
     "--fast",
     is_flag=True,
     help="The approximations that measurements recommend here, where no option says otherwise "
-    "(docs/numerics.md).",
+    "(`pw docs numerics`).",
 )
 @sparse_attention_option
 @vae_precision_option
@@ -156,46 +201,85 @@ if TYPE_CHECKING:
 @blocks_option
 @chunk_option
 @trace_option
+@logging_options
+@json_option
 @click.option("--quiet", is_flag=True, help="Print only warnings, errors and finished clips.")
 @click.option(
-    "--ckpt_dir", type=FOLDER, help="Official flag: checkpoint folder, converted on first use."
+    "--ckpt_dir", type=MODEL, help="Official flag: checkpoint folder, converted on first use."
 )
-@click.option("--lr_ckpt", type=FILE, help="Official flag: draft checkpoint, with --ckpt_dir.")
-@click.option("--hr_ckpt", type=FILE, help="Official flag: high-res checkpoint, with --ckpt_dir.")
+@click.option("--lr_ckpt", type=MODEL, help="Official flag: draft checkpoint, with --ckpt_dir.")
+@click.option("--hr_ckpt", type=MODEL, help="Official flag: high-res checkpoint, with --ckpt_dir.")
 @ulysses_option
 @dit_fsdp_option
 @t5_fsdp_option
 def generate(**options: Any) -> int:
     """Make one clip per prompt: <id>.mp4 and its receipt <id>.json."""
+    return make_clips("generate", options, read_request)
+
+
+def make_clips(
+    verb: str,
+    options: dict[str, Any],
+    read: Callable[[dict[str, Any], Callable[[str], None]], Request],
+    then: Callable[[Request, Sequence[Outcome], Reporter], None] | None = None,
+) -> int:
+    """Make clips, with all that surrounds that on a command line; return the exit code.
+
+    Args:
+        verb: of `pw`.
+        options: those of `pw generate`.
+        read: turns them into a request; its second argument warns the user.
+        then: is called with the result, by the process that tells the user of it.
+
+    Raises what ends the program.
+    """
     place = place_of_this_process()
     devices = devices_of(options) if place is None else None
     if devices is not None and len(devices) > 1:
         return start_ranks(devices)
-    run = _run(options)
-    require_packages("`pw generate`", "tokenizers")  # used after minutes
-    if place is not None:
-        return run_as_rank(place, options, partial(_prepared, quiet=place.rank > 0), run)
-    require_alone(options)
-    request, bundle = _prepared(options | ({"device": devices[0]} if devices else {}))
-    return run(request, bundle, None)
+    first = place is None or place.rank == 0
+    with one_document(NO_CLIPS, enabled=options["as_json"] and first) as document:
+        run = _run(options, document, then)
+        require_packages(f"`pw {verb}`", "tokenizers")  # used after minutes
+        if place is not None:
+            return run_as_rank(place, options, partial(_prepared, read, quiet=not first), run)
+        require_alone(options)
+        request, bundle = _prepared(read, options | ({"device": devices[0]} if devices else {}))
+        return run(request, bundle, None)
 
 
-def _prepared(options: dict[str, Any], *, quiet: bool = False) -> tuple[Request, Bundle]:
+def _prepared(
+    read: Callable[[dict[str, Any], Callable[[str], None]], Request],
+    options: dict[str, Any],
+    *,
+    quiet: bool = False,
+) -> tuple[Request, Bundle]:
     """Read the request and open the bundle; a quiet one says nothing about either."""
     from pw_runtime.system.progress import Reporter
 
     reporter = Reporter(quiet=options["quiet"] or quiet)
-    request = read_request(options, reporter.say if quiet else reporter.warn)
-    return request, open_model(options, reporter)
+    request = read(options, reporter.say if quiet else reporter.warn)
+    bundle = with_chosen_loras(open_model(options, reporter), options)
+    require_lora_stages(options, request)
+    return request, bundle
 
 
-def _run(options: dict[str, Any]) -> Callable[[Request, Bundle, Ranks | None], int]:
-    """Return the program of a process that runs alone, or that is the first of several."""
+def _run(
+    options: dict[str, Any],
+    document: dict[str, Any],
+    then: Callable[[Request, Sequence[Outcome], Reporter], None] | None,
+) -> Callable[[Request, Bundle, Ranks | None], int]:
+    """Return the program of a process that runs alone, or that is the first of several.
+
+    With --json it fills the document.
+    """
+    from pw_runtime.cli.summary import SummaryReporter, summarised
     from pw_runtime.pipeline import generate
     from pw_runtime.system.progress import Reporter
+    from pw_runtime.system.stop import StopRequest
 
     def run(request: Request, bundle: Bundle, ranks: Ranks | None) -> int:
-        reporter = Reporter(quiet=options["quiet"])
+        reporter = (SummaryReporter if options["as_json"] else Reporter)(quiet=options["quiet"])
         if options["seed"] < 0:
             seed = request.seed
             reporter.say(f"seed {seed} was drawn: --seed {seed} makes this clip again")
@@ -203,95 +287,19 @@ def _run(options: dict[str, Any]) -> Callable[[Request, Bundle, Ranks | None], i
             reporter.warn(warning)
         if ranks is not None and options["t5_fsdp"]:
             reporter.say("--t5_fsdp: the text encoder is on rank 0 alone, and gone before the rest")
-        made = partial(generate, request, bundle, reporter, ranks)
-        return traced(partial(exit_code, made, reporter), options["trace"], request.device)
+        drawn = request.seed if options["seed"] < 0 else None
+
+        def made() -> Sequence[Outcome]:
+            stop = StopRequest()
+            with stopping(stop, reporter, command_again(drawn)):
+                outcomes = generate(request, bundle, reporter, ranks, stop=stop)
+            if then is not None:
+                then(request, outcomes, reporter)
+            return outcomes
+
+        make: Callable[[], Sequence[Outcome]] = made
+        if isinstance(reporter, SummaryReporter):
+            make = summarised(made, request, reporter, document)
+        return traced(partial(exit_code, make, reporter), options["trace"], request.device)
 
     return run
-
-
-def read_request(
-    options: dict[str, Any], warn: Callable[[str], None], device: torch.device | None = None
-) -> Request:
-    """Turn the options of `pw generate` into a Request.
-
-    With `device`, which may be absent here, the run is for that one instead of --device.
-
-    Raises BadRequest.
-    """
-    from pw_runtime.job.preflight import default_precision, pick_device
-    from pw_runtime.presets import find_preset
-    from pw_runtime.prompts import make_prompts, read_prompts
-    from pw_runtime.sampling.noise import resolve_base_seed
-
-    texts: tuple[str, ...] = options["prompt_texts"]
-    if (options["prompt_file"] is None) == (not texts):
-        raise BadRequest(
-            "there are prompts on the command line and in a file"
-            if texts
-            else "there is no prompt",
-            do="give one of --prompts FILE and --prompt TEXT, which may be repeated",
-        )
-    if any(not text.strip() for text in texts):
-        raise BadRequest("--prompt is empty", do="describe what the clip should show")
-    prompts = (
-        make_prompts([(str(i), text.strip()) for i, text in enumerate(texts)])
-        if texts
-        else read_prompts(options["prompt_file"], warn)
-    )
-    if options["overwrite"] and options["skip_existing"]:
-        raise BadRequest(
-            "--overwrite and --skip-existing contradict each other", do="leave one of them out"
-        )
-    existing: Existing = "refuse"
-    if options["overwrite"] or options["skip_existing"]:
-        existing = "overwrite" if options["overwrite"] else "skip"
-    device, preset = device or pick_device(options["device"]), find_preset(options["preset"])
-    if options["fast"]:
-        options = options | fast_options(options, preset, device)
-    precision = default_precision(options["precision"], device)
-    resolved = options | {"device": str(device), "precision": precision}
-    return Request(
-        prompts=prompts,
-        preset=preset,
-        out=options["out"],
-        negative=OFFICIAL_NEGATIVE if options["negative"] is None else options["negative"],
-        seed=resolve_base_seed(options["seed"]),
-        noise=options["noise"],
-        options=RunOptions(**{field.name: resolved[field.name] for field in fields(RunOptions)}),
-        existing=existing,
-        spill=options["spill_dir"],
-        wait_for_disk=options["wait_for_disk"],
-        fragmented=options["fragmented"],
-        contact_sheet=options["contact_sheet"],
-        divide_weights=options["dit_fsdp"],
-        sequence=options["ulysses_size"],
-        gpu_memory=options["gpu_memory"],
-        host_memory=options["host_memory"],
-    )
-
-
-def open_model(options: dict[str, Any], reporter: Reporter) -> Bundle:
-    """Open the bundle of --model, or the one converted for the official flags.
-
-    Raises BadRequest, BadWeights.
-    """
-    from pw_runtime.checkpoint.bundle import open_bundle
-
-    model, checkpoint = options["model"], options["ckpt_dir"]
-    draft, highres = options["lr_ckpt"], options["hr_ckpt"]
-    if (model is None) == (checkpoint is None):
-        raise BadRequest(
-            "no model is named" if model is None else "--model and --ckpt_dir both name a model",
-            do="give --model BUNDLE, a folder made by `pw convert`, or else --ckpt_dir CHECKPOINT",
-        )
-    if model is None:
-        from pw_export.bundle_cache import cached_bundle
-
-        check_cache(cache_root() / "bundles")
-        model = cached_bundle(wan=checkpoint, draft=draft, highres=highres, say=reporter.say)
-    elif draft or highres:
-        raise BadRequest(
-            "--lr_ckpt and --hr_ckpt belong to --ckpt_dir: a bundle has its weights already",
-            do="leave --lr_ckpt and --hr_ckpt out, or give --ckpt_dir instead of --model",
-        )
-    return open_bundle(model)

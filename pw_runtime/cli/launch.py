@@ -28,7 +28,7 @@ processes_option = click.option(
     "--processes",
     type=click.IntRange(1, MOST),
     help="Make each clip on this many devices of this machine, with a process each: GPUs 0 to N-1, "
-    "or on a CPU its cores (docs/parallel.md).",
+    "or on a CPU its cores (`pw docs parallel`).",
 )
 devices_option = click.option("--devices", help="The same on these GPUs, for instance 0,1,2,3.")
 ulysses_option = click.option(
@@ -123,7 +123,7 @@ def require_alone(options: dict[str, Any]) -> None:
     if given:
         raise BadRequest(
             f"--{given[0]} is for several devices, and this is one process",
-            do="add --processes N, 2 or more, or start with torchrun (docs/parallel.md)",
+            do="add --processes N, 2 or more, or start with torchrun (`pw docs parallel`)",
         )
 
 

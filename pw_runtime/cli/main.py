@@ -51,6 +51,8 @@ def main() -> None:
         code = 1
     finally:
         sys.stdout, sys.stderr = before
+        if log := sys.modules.get("pw_runtime.cli.log"):
+            log.close()
     if _waits_for_a_rank():
         for stream in before:
             stream.flush()
@@ -102,11 +104,12 @@ def _run() -> int:
 
         from pw_runtime.cli.verbs import cli
     except ModuleNotFoundError as error:
-        if sys.argv[1:] != ["doctor"] or missing_package(error) is None:
+        as_json = sys.argv[1:] == ["doctor", "--json"]
+        if not (as_json or sys.argv[1:] == ["doctor"]) or missing_package(error) is None:
             raise
         from pw_runtime.cli.doctor import report  # it does without the package
 
-        print(report())
+        print(report(as_json=as_json))
         return DONE
     try:
         code = cli.main(standalone_mode=False)
@@ -131,7 +134,10 @@ def _require_current_folder() -> None:
 
 
 def _say(text: str) -> None:
+    """Print a line on stderr, and write it to the log, if there is one."""
     print(printable(text), file=sys.stderr, flush=True)
+    if log := sys.modules.get("pw_runtime.cli.log"):
+        log.error(text)
 
 
 def _print_everything(stream: TextIO) -> None:

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.shell_completion import CompletionItem
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
-from pw_runtime.errors import BadResult, WriteFailed
-from pw_runtime.types import CHUNK, CHUNKS, Blocks, Codec, Conv, LinearFormat, Precision
+from pw_runtime.errors import BadRequest, BadResult, WriteFailed
+from pw_runtime.types import CHUNK, CHUNKS, Blocks, Codec, Conv, LinearFormat, LoraFile, Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
+    from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.system.progress import Reporter
     from pw_runtime.types import Outcome
 
@@ -33,6 +35,37 @@ class NonEmptyPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class ModelPath(NonEmptyPath):
+    """A path of a model, or its name in the local cache of Hugging Face's hub: ORG/NAME."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Turn the text of an option into the path that it means. Raises BadRequest."""
+        from pw_runtime.system.hub_cache import find_model
+
+        path = super().convert(value, param, ctx)
+        return find_model(os.fspath(path))
+
+
+class LoraParam(click.ParamType):  # type: ignore[type-arg]
+    """A LoRA: FILE or FILE:SCALE."""
+
+    name = "file[:scale]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> LoraFile:
+        """Turn the text of an option into a file and a scale. Raises BadRequest."""
+        from pw_runtime.checkpoint.lora_choice import parse_lora
+
+        return value if isinstance(value, LoraFile) else parse_lora(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return files."""
+        return [CompletionItem(incomplete, type="file")]
+
+
 class PresetName(click.ParamType):  # type: ignore[type-arg]
     """The name of a preset in any case, or a preset file."""
 
@@ -42,6 +75,15 @@ class PresetName(click.ParamType):  # type: ignore[type-arg]
         """Return the name as the presets have it; that of a file unchanged."""
         name = str(value)
         return name if Path(name).suffix or os.sep in name else name.strip().lower()
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the built-in presets that begin so, or where there are none, files."""
+        from pw_runtime.presets import PRESETS
+
+        known = [CompletionItem(name) for name in PRESETS if name.startswith(incomplete.lower())]
+        return known or [CompletionItem(incomplete, type="file")]
 
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -72,6 +114,7 @@ host_memory_option = click.option(
 )
 FOLDER = NonEmptyPath(path_type=Path)
 FILE = NonEmptyPath(path_type=Path)
+MODEL = ModelPath(path_type=Path)
 CODECS = click.Choice(get_args(Codec))
 PRECISIONS = click.Choice(get_args(Precision))
 
@@ -109,21 +152,21 @@ linear_option = click.option(
     default="exact",
     show_default=True,
     help="Format of the transformers' large linear layers; all but exact are approximations "
-    "(docs/numerics.md). Must match between `pw build` and `pw generate`.",
+    "(`pw docs numerics`). Must match between `pw build` and `pw generate`.",
 )
 step_cache_option = click.option(
     "--step-cache",
     type=float,
     metavar="THRESHOLD",
     help="Extrapolate steps of the draft where its velocity changes by less than this, 0.05 for "
-    "instance: an approximation (docs/numerics.md). [default: compute every step]",
+    "instance: an approximation (`pw docs numerics`). [default: compute every step]",
 )
 sparse_attention_option = click.option(
     "--sparse-attention",
     type=float,
     metavar="KEEP",
     help="Fraction of the blocks of keys, between 0 and 1, that self-attention of the high-res "
-    "stage keeps; means stand for the others: an approximation (docs/numerics.md). "
+    "stage keeps; means stand for the others: an approximation (`pw docs numerics`). "
     "[default: exact]",
 )
 guidance_reuse_option = click.option(
@@ -132,7 +175,7 @@ guidance_reuse_option = click.option(
     default=0,
     metavar="STEPS",
     help="Run no negative pass in this many high-res steps after the first, but take its distance "
-    "from that: an approximation (docs/numerics.md). [default: 0]",
+    "from that: an approximation (`pw docs numerics`). [default: 0]",
 )
 conv_option = click.option(
     "--conv",
@@ -144,6 +187,33 @@ conv_option = click.option(
 )
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+set_option = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another value of a key of the preset, such as highres.steps=5; may be repeated.",
+)
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON document on stdout instead (`pw docs json`).",
+)
+lora_option = click.option(
+    "--lora",
+    "loras",
+    type=LoraParam(),
+    multiple=True,
+    help="LoRA for both transformers; may be repeated (`pw docs conditioning`). [default scale: 1]",
+)
+lora_highres_option = click.option(
+    "--lora-highres",
+    "loras_highres",
+    type=LoraParam(),
+    multiple=True,
+    help="LoRA for the high-res transformer, in place of --lora; may be repeated. none: no LoRA.",
 )
 fragmented_option = click.option(
     "--fragmented",
@@ -157,6 +227,34 @@ trace_option = click.option(
     type=FILE,
     help="Write a timeline to this file (Chrome trace format, for Perfetto).",
 )
+
+
+def with_chosen_loras(bundle: Bundle, options: Mapping[str, Any]) -> Bundle:
+    """Return the bundle with the LoRAs of --lora and --lora-highres. Raises BadRequest, BadWeights.
+
+    Those of a bundle with neither option are none.
+    """
+    both, highres = options["loras"], options["loras_highres"]
+    if not both and not highres:
+        return bundle
+    from pw_runtime.checkpoint.lora_choice import choose_loras
+
+    return choose_loras(bundle, both, own_loras(highres))
+
+
+def own_loras(highres: Sequence[LoraFile]) -> list[LoraFile] | None:
+    """Return the LoRAs of --lora-highres; None where the option was not given.
+
+    `none` is the one name that is no file. Raises BadRequest where another one is named beside it.
+    """
+    none = LoraFile(Path("none"))
+    if none in highres and len(highres) > 1:
+        raise BadRequest(
+            "--lora-highres none means no LoRA, and another one is named",
+            got=", ".join(str(lora.path) for lora in highres),
+            do="leave one of them out",
+        )
+    return [lora for lora in highres if lora != none] if highres else None
 
 
 def traced(run: Callable[[], int], file: Path | None, device: torch.device) -> int:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from pw_runtime.cli.exit_codes import DONE
+from pw_runtime.cli.json_output import json_text
 from pw_runtime.cli.options import (
     CODECS,
-    FOLDER,
+    MODEL,
     Bytes,
     PresetName,
     blocks_option,
@@ -19,16 +20,25 @@ from pw_runtime.cli.options import (
     gpu_memory_option,
     guidance_reuse_option,
     host_memory_option,
+    json_option,
     linear_option,
+    lora_highres_option,
+    lora_option,
+    own_loras,
     precision_option,
+    set_option,
     sparse_attention_option,
     step_cache_option,
     vae_precision_option,
 )
+from pw_runtime.cli.sizes import preset_of, size_options
+from pw_runtime.cli.trained_size import untrained
 from pw_runtime.errors import BadRequest
-from pw_runtime.types import Blocks, Network, RunOptions
+from pw_runtime.types import Blocks, Network, RunOptions, StageName
 
 if TYPE_CHECKING:
+    from pw_runtime.checkpoint.lora import Lora
+    from pw_runtime.checkpoint.manifest import Networks
     from pw_runtime.planning.time_estimate import Rates
     from pw_runtime.planning.workload import Workload
 
@@ -54,10 +64,12 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command()
-@click.option("--model", type=FOLDER, help="Bundle. [default: the published 5B networks]")
+@click.option("--model", type=MODEL, help="Bundle. [default: the published 5B networks]")
 @click.option(
     "--preset", "--resolution", type=PresetName(), required=True, help="As for `pw generate`."
 )
+@set_option
+@size_options
 @gpu_memory_option
 @host_memory_option
 @click.option(
@@ -82,8 +94,10 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
     help="Plan with the engines that `pw build --target` made for this GPU architecture, sm_89 for "
     "instance. [default: without engines]",
 )
-@click.option("--codec", type=CODECS, default="h264", show_default=True, help="Video codec.")
+@click.option("--codec", type=CODECS, help="Video codec. [default: as for `pw generate`]")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft.")
+@lora_option
+@lora_highres_option
 @precision_option
 @linear_option
 @step_cache_option
@@ -92,6 +106,7 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
 @vae_precision_option
 @blocks_option
 @chunk_option
+@json_option
 @click.option("--verbose", is_flag=True, help="List what is in memory at each stage's peak.")
 def plan(**options: Any) -> int:
     """Show how a clip would be made within a memory budget, and what each stage takes."""
@@ -104,15 +119,16 @@ def plan(**options: Any) -> int:
         require_exact_attention,
     )
     from pw_runtime.execution.sparse_stage import require_sparse_attention
-    from pw_runtime.job.preflight import default_precision
+    from pw_runtime.job.checks import default_precision
     from pw_runtime.models.quantized_linear import require_quantizable
     from pw_runtime.planning.candidates import candidates
+    from pw_runtime.planning.plan_document import plan_document
     from pw_runtime.planning.planner import make_plan
     from pw_runtime.planning.rank_report import ranks_report
     from pw_runtime.planning.report import division_report, plan_report
     from pw_runtime.planning.time_estimate import measure_rates
     from pw_runtime.planning.workload import budget_of, workload
-    from pw_runtime.presets import find_preset, preset_name
+    from pw_runtime.presets import preset_name
     from pw_runtime.sampling.guidance_reuse import require_reusable
     from pw_runtime.sampling.step_cache import require_cacheable
 
@@ -127,8 +143,9 @@ def plan(**options: Any) -> int:
         )
     precision = default_precision(options["precision"], device)
     networks = NETWORKS if options["model"] is None else open_bundle(options["model"]).networks
+    preset = preset_of(options)
     run_options = RunOptions(
-        codec=options["codec"],
+        codec=options["codec"] or preset.video.usual_codec,
         precision=precision,
         vae_precision=options["vae_precision"],
         device=str(device),
@@ -141,24 +158,27 @@ def plan(**options: Any) -> int:
         draft_only=options["draft_only"],
     )
     require_attention_precision(run_options.blocks, precision)
-    preset = find_preset(options["preset"])
     require_cacheable(preset.draft, run_options.step_cache)
     require_sparse_attention(run_options, preset)
     stages = preset.stages(draft_only=run_options.draft_only)
     require_reusable(stages.get("highres"), run_options.guidance_reuse)
-    work = workload(networks, preset, run_options, ranks=ranks)
+    loras = _loras(networks, options)
+    work = workload(networks, preset, run_options, loras=loras, ranks=ranks)
     if options["gpu"] is not None:
         work = replace(work, rates=_rates(options))
     budget = budget_of(device, gpu_memory, options["host_memory"], ranks=ranks)
     for config in work.transformers.values():
         require_quantizable(config, run_options.linear)
     require_exact_attention(run_options.blocks, run_options.linear)
+    compared: tuple[str, ...] = ()
     if options["target"] is not None:
         if device.type == "cpu":
             raise BadRequest("--target is for a GPU", do="add its memory: --gpu-memory 16GiB")
         divisions = _divisions(work, options["target"])
-        for line in division_report(divisions, budget, run_options.blocks):
-            click.echo(line)
+        compared = tuple(division_report(divisions, budget, run_options.blocks))
+        if not options["as_json"]:  # before the error that there are none
+            for line in compared:
+                click.echo(line)
         work = _chosen(divisions, options["target"], preset_name(preset), run_options.blocks)
     elif run_options.blocks != "segments":
         raise BadRequest(
@@ -178,9 +198,26 @@ def plan(**options: Any) -> int:
         rates = work.rates
     elif ranks == 1 and (device.type == "cpu" or not budgeted):
         rates = measure_rates(device, precision)
+    warning = untrained(networks.draft.config, preset, draft_only=run_options.draft_only)
+    if options["as_json"]:
+        document = plan_document(work, run_plan, rates, verbose=options["verbose"])
+        click.echo(json_text({**document, "divisions": compared, "warning": warning}))
+        return DONE
     report = plan_report if ranks == 1 else ranks_report
     click.echo(report(work, run_plan, rates, verbose=options["verbose"]))
+    if warning is not None:
+        click.echo(warning)
     return DONE
+
+
+def _loras(networks: Networks, options: dict[str, Any]) -> dict[StageName, tuple[Lora, ...]]:
+    """Return the LoRAs, each checked against its network. Raises BadRequest, BadWeights."""
+    from pw_runtime.checkpoint.lora import read_loras, transformer_configs
+    from pw_runtime.checkpoint.lora_choice import lora_choice
+
+    both, own = options["loras"], own_loras(options["loras_highres"])
+    chosen = lora_choice(both, own, has_highres=networks.highres is not None)
+    return read_loras(chosen, transformer_configs(networks))
 
 
 def _ranks_and_memory(options: dict[str, Any]) -> tuple[int, int | None]:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pw_engines import DTYPES, Engine
 from pw_runtime.execution.decoder_segments import (
@@ -59,6 +59,10 @@ class SegmentedVae:
         """Run the fine part of some columns. Raises ValueError for a size without an engine."""
         frames = self._run("fine", x, cache).split(1, dim=2)
         return torch.cat([self._run("frame", frame, cache)[0] for frame in frames], dim=1)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield the layers of the eager decoder; see `protocols.Decoder`."""
+        return self._net.modules()
 
     def check_weights(self) -> None:
         """Raise BadWeights for weights that are not finite; see `protocols.Decoder`."""

@@ -21,7 +21,7 @@ from pw_runtime.errors import RankFailed
 from pw_runtime.execution.division import attention_shares, owned_slices
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.gathered_weights import GatheredWeights
-from pw_runtime.execution.protocols import ControlInputs, TokenLayout, TokenSlice
+from pw_runtime.execution.protocols import ControlInputs, TokenLayout
 from pw_runtime.execution.sparse_stage import kept_fraction
 from pw_runtime.execution.token_exchange import Division, Exchange
 from pw_runtime.execution.transformer import SegmentedDiT, outputs_of, padded_rows
@@ -57,13 +57,14 @@ def load_divided(
     device, precision = options.torch_device, options.compute_precision
     kept = "mapped" if plan.weights == "gathered" else plan.weights
     net = load_dit(bundle, stage, precision, device, kept, options.linear)
+    loras = bundle.loras.get(stage, ()) if kept == "mapped" else ()
     weights: Weights
     if plan.weights == "gathered":
-        weights = GatheredWeights(net, engines.segments, precision, ranks, groups[0])
+        weights = GatheredWeights(net, engines.segments, precision, ranks, groups[0], loras)
     elif plan.weights == "resident":
         weights = ResidentWeights(net, engines.segments)
     else:
-        weights = StreamedWeights(net, engines.segments, precision, device)
+        weights = StreamedWeights(net, engines.segments, precision, device, loras)
     return DividedDiT(
         net,
         engines.segments,
@@ -136,14 +137,14 @@ class DividedDiT(SegmentedDiT):
         return self._text(context)
 
     def modulation(self, t: Tensor, dt: Tensor | None = None) -> Modulation:
-        """Compute one modulation row; see `protocols.Transformer`."""
+        """Compute the modulation rows; see `protocols.Transformer`."""
         self._stepped = (t, dt)
         return super().modulation(t, dt)
 
-    def layout(self, latent: Tensor) -> TokenLayout:
+    def layout(self, latent: Tensor, clean: int = 0) -> TokenLayout:
         """Divide the tokens of a latent; return those of this rank."""
-        self._tell("layout", shape=list(latent.shape))
-        return self._divide(latent)
+        self._tell("layout", shape=list(latent.shape), clean=clean)
+        return self._divide(latent, clean)
 
     def control_features(self, draft: Tensor) -> Tensor:
         """Compute the adapter's features, [C, T, H/2, W/2] -> [this rank's tokens, D].
@@ -186,7 +187,7 @@ class DividedDiT(SegmentedDiT):
         except Exception as error:
             self._ranks.fail(error)
             text = f"rank 0 failed in the middle of a step: {error}"
-            raise RankFailed(text, do="see docs/parallel.md; for memory: a smaller plan") from None
+            raise RankFailed(text, do="`pw docs parallel`; for memory: a smaller plan") from None
         except BaseException as error:  # an interrupt; the others are in the middle of the step
             self._ranks.fail(error)
             raise
@@ -205,7 +206,8 @@ class DividedDiT(SegmentedDiT):
             case "text":
                 self._text(self._told(command, "context"))
             case "layout":
-                self._divide(torch.empty(command["shape"], device=self._ranks.device))
+                latent = torch.empty(command["shape"], device=self._ranks.device)
+                self._divide(latent, command["clean"])
             case "features":
                 self._features = self._own_features(self._told(command, "draft"))
             case "velocities":
@@ -272,8 +274,8 @@ class DividedDiT(SegmentedDiT):
         self._texts.append(text if mine else ())
         return self._texts[-1]
 
-    def _divide(self, latent: Tensor) -> TokenLayout:
-        whole = super().layout(latent)
+    def _divide(self, latent: Tensor, clean: int) -> TokenLayout:
+        whole = super().layout(latent, clean)
         count, own = len(whole.slices), self._group.rank
         owned = owned_slices(count, self._split.sequence)
         shares = attention_shares(self.net.config.num_heads, count, self._split.sequence)
@@ -286,7 +288,7 @@ class DividedDiT(SegmentedDiT):
             tokens=min(slices[-1].rows.stop, whole.tokens) - first,
             padded=slices[-1].rows.stop - first,
             slices=tuple(
-                TokenSlice(slice(part.rows.start - first, part.rows.stop - first), part.origin)
+                replace(part, rows=slice(part.rows.start - first, part.rows.stop - first))
                 for part in slices
             ),
             first=first,
@@ -362,14 +364,14 @@ class DividedDiT(SegmentedDiT):
         name = "block_in" if x.dtype == torch.float32 else "block_in_first"
         engine = self._engines[segment_of_block(self.net, name, block)]
         positions = layout.positions
-        shared_inputs = [modulation.blocks[block], positions.cos, positions.sin]
         weights = self._weights.acquire(name, block)
         for index in range(exchange.rounds):
             if index < len(layout.slices):
                 part = layout.slices[index]
-                size = part.rows.stop - part.rows.start
-                q, k, v = outputs_of(engine, {"tokens": size}, x.device)
-                engine.run([x[part.rows], *shared_inputs, part.origin, *weights], [q, k, v])
+                q, k, v = outputs_of(engine, {"tokens": part.size}, x.device)
+                rows = modulation.blocks[block][part.row : part.row + 1]
+                inputs = [part.of(x), rows, positions.cos, positions.sin, part.origin]
+                engine.run(inputs + weights, [q, k, v])
                 exchange.send(index, q, k, v)
                 del q, k, v
             else:

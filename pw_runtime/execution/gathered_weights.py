@@ -7,13 +7,14 @@ shares. While a block runs, the next one is gathered into the slot of its segmen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pw_runtime.checkpoint.loader import is_streamed
+from pw_runtime.checkpoint.lora import Lora, merged
 from pw_runtime.execution.transformer_segments import (
     BLOCK_PARTS,
     FIRST_BLOCK,
@@ -64,6 +65,7 @@ class GatheredWeights:
         precision: Precision,
         ranks: Ranks,
         group: Group,
+        loras: Iterable[Lora] = (),
     ) -> None:
         """Keep this rank's share of the blocks; nothing is gathered yet.
 
@@ -73,7 +75,9 @@ class GatheredWeights:
             precision: of the weights.
             ranks: this process among all.
             group: the ranks that divide the weights.
+            loras: merged into the weights before they are divided.
         """
+        self._loras = tuple(loras)
         self._stored, self._segments = dict(net.named_parameters()), dict(segments)
         self._precision, self._ranks, self._group = precision, ranks, group
         self._layouts: dict[str, PackedLayout] = {}
@@ -147,7 +151,8 @@ class GatheredWeights:
             size = shape.numel() * dtype.itemsize
             begin, end = max(start, first), min(start + size, last)
             if begin < end:
-                weight = store_dit_weight(name, self._stored[name], self._precision)
+                weight = merged(self._loras, name, self._stored[name])
+                weight = store_dit_weight(name, weight, self._precision)
                 data = weight.contiguous().view(-1).view(torch.uint8)
                 share[begin - first : end - first] = data[begin - start : end - start]
         return share.to(self._ranks.device)

@@ -18,10 +18,27 @@ from pw_runtime.types import VaeConfig
 
 @dataclass(frozen=True, slots=True)
 class TokenSlice:
-    """Consecutive tokens of a clip, as many as one engine call takes."""
+    """Consecutive tokens of a clip, for one engine call."""
 
-    rows: slice
+    rows: slice  # of every token buffer
     origin: Tensor  # [3] int64, see `pw_kernels.qk_norm_rope`
+    row: int = 0  # of the modulation, for all of them
+    # Rows of the call, which takes a padded copy of these; None: it takes them where they lie.
+    copied: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Rows of the call."""
+        return self.rows.stop - self.rows.start if self.copied is None else self.copied
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return what the call takes of a token buffer."""
+        part = x[self.rows]
+        if self.copied is None:
+            return part
+        taken = x.new_zeros(self.copied, *x.shape[1:])
+        taken[: len(part)] = part
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +47,7 @@ class TokenLayout:
 
     positions: Positions
     tokens: int
-    padded: int  # rows of every token buffer: the engines' limit, a whole number of times
+    padded: int  # rows of every token buffer: those of the tokens and of what engines pad
     slices: tuple[TokenSlice, ...]
     first: int = 0  # of the clip's tokens
 
@@ -58,13 +75,22 @@ class Transformer(Protocol):
         """Compute the modulation rows of one step.
 
         Args:
-            t: [1] timestep.
-            dt: [1] step size, for the high-res network.
+            t: [R] timestep; R is 1, or 2 where the layout has clean frames: theirs is the first.
+            dt: [R] step size, for the high-res network.
         """
         ...
 
-    def layout(self, latent: Tensor) -> TokenLayout:
-        """Divide the tokens of a latent, [C, T, H, W], for the engines."""
+    def layout(self, latent: Tensor, clean: int = 0) -> TokenLayout:
+        """Divide the tokens of a latent for the engines.
+
+        Args:
+            latent: [C, T, H, W].
+            clean: latent frames at the beginning that are known: no call takes tokens of these
+                and of others.
+
+        Raises:
+            ValueError: clean frames for engines that take all tokens at once.
+        """
         ...
 
     def control_features(self, draft: Tensor) -> Tensor:
@@ -133,6 +159,10 @@ class _Decoder(Protocol):
         """Run the rest, for some columns; see `pw_runtime.models.VaeDecoder.fine`."""
         ...
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield its layers, always in the same order: past frames and rows are kept by layer."""
+        ...
+
     def check_weights(self) -> None:
         """Raise BadWeights naming the weights that hold NaN or infinity."""
         ...
@@ -142,10 +172,6 @@ class BandDecoder(_Decoder, Protocol):
     """A decoder whose exact decode is divided into bands of rows; see `VaeDecoder`."""
 
     exact_tiling: Literal["bands"]
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Yield its layers, always in the same order: rows between bands are kept by layer."""
-        ...
 
     def global_part(self, frame: Tensor, cache: CausalCache) -> Tensor:
         """Run what must see the whole of a latent frame, [C, 1, H, W] -> [1, C', 1, H, W]."""

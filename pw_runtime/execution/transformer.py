@@ -49,10 +49,11 @@ def load_transformer(
     """Load a transformer as the plan places its weights, on the engines selected for it."""
     device, precision = options.torch_device, options.compute_precision
     net = load_dit(bundle, stage, precision, device, plan.weights, options.linear)
+    loras = bundle.loras.get(stage, ()) if plan.weights == "mapped" else ()
     weights: Weights = (
         ResidentWeights(net, engines.segments)
         if plan.weights == "resident"
-        else StreamedWeights(net, engines.segments, precision, device)
+        else StreamedWeights(net, engines.segments, precision, device, loras)
     )
     resident_eager = plan.weights == "resident" and engines.backend == "eager"
     return SegmentedDiT(
@@ -134,23 +135,29 @@ class SegmentedDiT:
         return tuple(text)
 
     def modulation(self, t: Tensor, dt: Tensor | None = None) -> Modulation:
-        """Compute one modulation row (text-to-video); see `protocols.Transformer`."""
+        """Compute the modulation rows, each in a call; see `protocols.Transformer`."""
         steps = [sinusoid(x, self.net.config.freq_dim) for x in (t, dt) if x is not None]
-        rows, e = self._run("modulation", steps)
+        by_row = zip(*(step.split(1) for step in steps), strict=True)
+        results = [self._run("modulation", list(inputs)) for inputs in by_row]
+        rows, e = (torch.cat(parts) for parts in zip(*results, strict=True))
         return self.net.block_rows(rows, e)
 
-    def layout(self, latent: Tensor) -> TokenLayout:
+    def layout(self, latent: Tensor, clean: int = 0) -> TokenLayout:
         """Divide the tokens of a latent; see `protocols.Transformer`."""
+        if clean and self._whole_blocks:
+            raise ValueError("engines of whole blocks take all tokens with one timestep")
         positions = self.net.positions(latent)
         tables = rope_tables(POSITIONS, self.net.config.head_dim, latent.device)
         tokens = math.prod(positions.grid)
-        slices, first = [], 0
-        for size in self._slice_sizes("embed", tokens):
-            origin = positions.place + positions.place.new_tensor([first, 0, 0])
-            slices.append(TokenSlice(slice(first, first + size), origin))
-            first += size
+        border = tokens // positions.grid[0] * clean
+        parts = [(0, border), (border, tokens)] if clean else [(0, tokens)]
+        slices = []
+        for row, (start, stop) in enumerate(parts):
+            for rows, copied in self._calls("embed", start, stop, apart=bool(clean)):
+                origin = positions.place + positions.place.new_tensor([rows.start, 0, 0])
+                slices.append(TokenSlice(rows, origin, row, copied))
         padded = Positions(positions.grid, *tables, positions.place)
-        return TokenLayout(padded, tokens, first, tuple(slices))
+        return TokenLayout(padded, tokens, slices[-1].rows.stop, tuple(slices))
 
     def control_features(self, draft: Tensor) -> Tensor:
         """Compute the adapter's features of a draft; see `protocols.Transformer`."""
@@ -179,6 +186,10 @@ class SegmentedDiT:
         """
         if (control is not None) != bool(self.net.config.adapter_dim):
             raise ValueError("the high-res network needs control, the draft network takes none")
+        rows = max(part.row for part in layout.slices) + 1
+        if modulation.head.shape[0] != rows:
+            got = modulation.head.shape[0]
+            raise ValueError(f"the layout is for {rows} modulation rows, got {got}")
         if self._replay is None or control is not None:
             return self._step(latent, texts, modulation, layout, control, on_block)
         results = self._replay.velocities(
@@ -224,7 +235,7 @@ class SegmentedDiT:
             share = self._share_attention and index + 1 < len(texts)
             next_pass_block = int(share)  # where the next pass, or the next step, begins
             patches = padded_rows(patchify(latent)[tokens], layout.padded)
-            x = self._run_sliced(layout, "embed", [patches])[0]
+            x = self._run_sliced(layout, "embed", patches)[0]
             del patches
             for block, keys_values in enumerate(text):
                 x = self._add_control(block, x, control, layout)
@@ -241,7 +252,7 @@ class SegmentedDiT:
                 self._after_attention(layout, x, y, modulation, keys_values, block)
                 del y
                 on_block()
-            out = self._run_sliced(layout, "head", [x], [modulation.head])[0]
+            out = self._run_sliced(layout, "head", x, modulation.head)[0]
             del x
             yield out[: layout.tokens]
             del out
@@ -256,11 +267,11 @@ class SegmentedDiT:
         x = x.float()
         for token_slice in layout.slices:
             rows = token_slice.rows
-            features = control.features[rows]
-            padded = padded_rows(features, rows.stop - rows.start)
-            controls = self._run("control", [padded, *control.steps])
+            count = len(control.features[rows])
+            features = padded_rows(token_slice.of(control.features), token_slice.size)
+            controls = self._run("control", [features, *control.steps])
             added = controls[controlled.index(block)]
-            x[rows.start : rows.start + len(features)] += added[: len(features)]
+            x[rows.start : rows.start + count] += added[:count]
         return x
 
     def _self_attention(
@@ -277,10 +288,11 @@ class SegmentedDiT:
         """
         name = "block_in" if x.dtype == torch.float32 else "block_in_first"
         positions = layout.positions
-        shared_inputs = [modulation.blocks[block], positions.cos, positions.sin]
+        rotary = (positions.cos, positions.sin)
         last = block + 1 == self.net.config.num_layers
         blocks = (block, next_pass_block if last else block + 1)
-        q, k, v = self._run_sliced(layout, name, [x], shared_inputs, blocks=blocks, origins=True)
+        rows = modulation.blocks[block]
+        q, k, v = self._run_sliced(layout, name, x, rows, rotary, blocks=blocks)
         # Padding rows stay out of the attention, and nothing reads them afterwards.
         result = q
         q, k, v = (tensor[: layout.tokens] for tensor in (q, k, v))
@@ -333,13 +345,32 @@ class SegmentedDiT:
         """Run block_out over all slices; each result takes the place of its input in x."""
         engine = self._engines[segment_of_block(self.net, "block_out", block)]
         weights = self._weights.acquire("block_out", block)
-        shared_inputs = [modulation.blocks[block], text.keys, text.values, text.bias]
-        for token_slice in layout.slices:
-            rows = token_slice.rows
-            (out,) = outputs_of(engine, {"tokens": rows.stop - rows.start}, x.device)
-            engine.run([x[rows], y[rows], *shared_inputs, *weights], [out])
-            x[rows] = out
+        for part in layout.slices:
+            (out,) = outputs_of(engine, {"tokens": part.size}, x.device)
+            rows = modulation.blocks[block][part.row : part.row + 1]
+            inputs = [part.of(x), part.of(y), rows, text.keys, text.values, text.bias]
+            engine.run(inputs + weights, [out])
+            x[part.rows] = out[: part.rows.stop - part.rows.start]
         self._weights.release("block_out", block, (block + 1) % self.net.config.num_layers)
+
+    def _calls(
+        self, name: str, start: int, stop: int, *, apart: bool
+    ) -> Iterator[tuple[slice, int | None]]:
+        """Yield the rows of each call of an engine, and its size where it takes a copy of them.
+
+        Args:
+            name: of the engine.
+            start: first token of those that it takes.
+            stop: end of these.
+            apart: the rows around them are not of these calls. Else they are all tokens, and the
+                engine's padding follows in every token buffer.
+        """
+        granularity = self._engines[name].granularity
+        for size in self._slice_sizes(name, stop - start):
+            rows = slice(start, min(start + size, stop) if apart else start + size)
+            fits = rows.stop - rows.start == size and rows.start % granularity == 0
+            yield rows, None if fits else size
+            start = rows.stop
 
     def _slice_sizes(self, name: str, tokens: int) -> list[int]:
         """Return how many tokens each call of an engine takes: nearly equal, or whole chunks."""
@@ -358,25 +389,31 @@ class SegmentedDiT:
         self,
         layout: TokenLayout,
         name: str,
-        tokens: list[Tensor],
-        shared_inputs: list[Tensor] | None = None,
+        tokens: Tensor,
+        rows: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
         *,
         blocks: tuple[int, int] = (0, 0),
-        origins: bool = False,
     ) -> list[Tensor]:
-        """Run an engine over all slices of `tokens`, with the same `shared_inputs` for each.
+        """Run an engine over all slices of `tokens`, each with its row of the modulation.
 
-        `blocks` are the block whose weights it takes and the block that it will run for next;
-        `origins` adds each slice's origin to the inputs.
+        `rotary` are the tables, which each slice's origin follows; `blocks` are the block whose
+        weights it takes and the block that it will run for next.
         """
         engine = self._engines[segment_of_block(self.net, name, blocks[0])]
-        outputs = outputs_of(engine, {"tokens": layout.padded}, tokens[0].device)
+        outputs = outputs_of(engine, {"tokens": layout.padded}, tokens.device)
         weights = self._weights.acquire(name, blocks[0])
-        for token_slice in layout.slices:
-            rows = token_slice.rows
-            inputs = [tensor[rows] for tensor in tokens] + (shared_inputs or [])
-            inputs += [token_slice.origin] if origins else []
-            engine.run(inputs + weights, [tensor[rows] for tensor in outputs])
+        for part in layout.slices:
+            inputs = [part.of(tokens)]
+            inputs += [] if rows is None else [rows[part.row : part.row + 1]]
+            inputs += [] if rotary is None else [*rotary, part.origin]
+            if part.copied is None:
+                engine.run(inputs + weights, [x[part.rows] for x in outputs])
+                continue
+            results = outputs_of(engine, {"tokens": part.size}, tokens.device)
+            engine.run(inputs + weights, results)
+            for x, result in zip(outputs, results, strict=True):
+                x[part.rows] = result[: part.rows.stop - part.rows.start]
         self._weights.release(name, *blocks)
         return outputs
 

@@ -9,7 +9,7 @@ slot, which is filled between its calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pw_runtime.checkpoint.loader import is_streamed
+from pw_runtime.checkpoint.lora import Lora, merged
 from pw_runtime.execution.transformer_segments import (
     BLOCK_PARTS,
     FIRST_BLOCK,
@@ -92,9 +93,14 @@ class StreamedWeights:
         segments: Mapping[str, Segment],
         precision: Precision,
         device: torch.device,
+        loras: Iterable[Lora] = (),
     ) -> None:
-        """Stream the blocks of a network whose weights are in host memory, in any float dtype."""
+        """Stream the blocks of a network whose weights are in host memory, in any float dtype.
+
+        `loras` are merged into each weight whenever it is copied: where the weights are mapped.
+        """
         self._net, self._stored = net, dict(net.named_parameters())
+        self._loras = tuple(loras)
         self._segments, self._precision, self._device = dict(segments), precision, device
         self._thread = ThreadPoolExecutor(1, "weights")
         self._slots: dict[str, _Slot] = {}
@@ -156,7 +162,8 @@ class StreamedWeights:
         return self._converted(name).to(self._device) if is_streamed(name) else self._stored[name]
 
     def _converted(self, name: str) -> Tensor:
-        return store_dit_weight(name, self._stored[name], self._precision)
+        weight = merged(self._loras, name, self._stored[name])
+        return store_dit_weight(name, weight, self._precision)
 
 
 class _Slot:

@@ -157,7 +157,7 @@ def _require_listener(address: str) -> None:
             f"no Ray cluster answers at {address}",
             got=error,
             wanted="ray://HOST:10001 from anywhere, or HOST:6379 from a node of the cluster",
-            do="start one with `ray start --head` (docs/fleet.md), or correct --address",
+            do="start one with `ray start --head` (`pw docs fleet`), or correct --address",
         ) from error
 
 

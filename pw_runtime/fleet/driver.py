@@ -255,10 +255,11 @@ class Fleet:
         joined: Joined = handle.call(
             "join",
             str(self._bundle.root),
-            self._bundle.digest,
+            self._bundle.weights_digest,
             self._request.options,
             str(self._folder.staging),
             self._folder.token,
+            self._bundle.lora_files,
         )
         with self._lock:
             self._first_join = self._first_join or time.monotonic()

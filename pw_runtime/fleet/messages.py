@@ -6,10 +6,11 @@ Importing this does not import torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pw_runtime.types import Request, RunOptions
+from pw_runtime.types import LoraFile, Request, RunOptions, StageName
 
 PIECE_BYTES = 8 * 2**20  # most bytes of a file in one message
 
@@ -90,6 +91,7 @@ class Part:
 
     model: str  # folder of the bundle
     options: RunOptions  # of the run; a rank takes the GPU of its number
+    loras: Mapping[StageName, tuple[LoraFile, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,12 +67,13 @@ def main() -> None:
 def _live(place: Place, tell: Tell) -> None:
     """Prepare, and make batches until there is no further order."""
     from pw_runtime.checkpoint.bundle import open_bundle
-    from pw_runtime.job.preflight import pick_device
+    from pw_runtime.checkpoint.lora import with_loras
+    from pw_runtime.job.checks import pick_device
     from pw_runtime.job.take_part import take_part, tells
 
     part: Part = pickle.load(sys.stdin.buffer)
     try:
-        bundle = open_bundle(part.model)
+        bundle = with_loras(open_bundle(part.model), part.loras)
         device = pick_device(part.options.device)
         own = f"cuda:{place.local}" if device.type == "cuda" else str(device)
         tell(found_here(pick_device(own)))

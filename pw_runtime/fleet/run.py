@@ -13,11 +13,12 @@ from pw_runtime.fleet.cluster import Cluster
 from pw_runtime.fleet.driver import Fleet
 from pw_runtime.fleet.layout import Layout
 from pw_runtime.fleet.output_folder import OutputFolder
+from pw_runtime.job.checks import check_content, make_output_folder
 from pw_runtime.job.clip import start_clip
 from pw_runtime.job.conv_choice import settle_conv
 from pw_runtime.job.existing import settle_existing
-from pw_runtime.job.preflight import check_content, make_output_folder
 from pw_runtime.job.provenance import require_storable
+from pw_runtime.job.sources import examine_pictures, examine_videos, read_sources
 from pw_runtime.models.quantized_linear import require_quantizable
 from pw_runtime.planning.candidates import candidates
 from pw_runtime.planning.planner import make_plan
@@ -96,11 +97,14 @@ def finished_clips(request: Request, bundle: Bundle) -> dict[str, Path]:
     # and the GPU of a worker is not here to be asked for its name
     local = replace(request, options=replace(request.options, device="cpu"))
     clips = [
-        start_clip(local, prompt, {}, bundle, {}, local.preset.decode) for prompt in local.prompts
+        start_clip(local, prompt, {}, read_sources([prompt]), bundle, {}, local.preset.decode)
+        for prompt in local.prompts
     ]
     for clip in clips:
         require_storable(clip.provenance)
-    settle_existing(clips, local)
+    settle_existing(clips, local, elsewhere=True)
+    examine_pictures(clips)
+    examine_videos(clips)
     return {clip.prompt.id: clip.video for clip in clips if clip.video is not None}
 
 
@@ -129,6 +133,7 @@ def dry_run(request: Request, bundle: Bundle, layout: Layout) -> Iterator[str]:
         bundle.networks,
         request.preset,
         request.options,
+        loras=bundle.loras,
         prompts=layout.batch(rest),
         ranks=layout.processes,
     )

@@ -13,11 +13,11 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pw_runtime.errors import BadRequest, BadWeights, PixelWizardError
 from pw_runtime.fleet.batch import found_here, make_batch
@@ -25,12 +25,15 @@ from pw_runtime.fleet.group import Group
 from pw_runtime.fleet.messages import PIECE_BYTES, Event, Joined, Order, Part, Said
 from pw_runtime.system.atomic_files import partial_name, remove, stale_partials
 from pw_runtime.system.packages import require_packages
-from pw_runtime.types import Request, RunOptions
+from pw_runtime.types import LoraFile, Request, RunOptions, StageName
 
 if TYPE_CHECKING:
     from pw_runtime.checkpoint.bundle import Bundle
     from pw_runtime.planning.warm_networks import WarmNetworks
 
+NO_LORAS: Final[
+    Mapping[StageName, tuple[LoraFile, ...]]
+] = {}  # messages take a copy, which a proxy has none of
 LOCAL_STAGING = "pw-fleet"  # in the folder for temporary files, where the output is not shared
 
 
@@ -62,34 +65,41 @@ class Worker:
         return {**versions(), "host": socket.gethostname()}
 
     def join(
-        self, model: str, digest: str, options: RunOptions, staging: str, token: str
+        self,
+        model: str,
+        digest: str,
+        options: RunOptions,
+        staging: str,
+        token: str,
+        loras: Mapping[StageName, tuple[LoraFile, ...]] = NO_LORAS,
     ) -> Joined:
         """Open the bundle and find out what is here.
 
         Args:
             model: folder of the bundle, as the driver names it.
-            digest: of the driver's bundle.
+            digest: of the driver's weights: its bundle and LoRAs.
             options: of the run.
             staging: folder of the driver, in which a worker that sees it makes its own.
             token: content of the file `token` there.
+            loras: by network, under the paths that they have on every machine.
 
         Raises:
             BadRequest: this machine cannot take part, with the reason and the remedy.
         """
+        from pw_runtime.job.checks import pick_device
         from pw_runtime.job.conv_choice import settle_conv
-        from pw_runtime.job.preflight import pick_device
         from pw_runtime.planning.warm_networks import WarmNetworks
         from pw_runtime.system.machine import available_memory_bytes
 
         with self._named():
             require_packages("a worker of a fleet", "tokenizers", "av")
-            self._bundle = self._open(model, digest)
+            self._bundle = self._open(model, digest, loras)
             device = pick_device(options.device)
             settle_conv(options, self._say)  # the driver chose one, which must run here
             self._root, self._shared = self._staging(Path(staging), token)
             if self._processes > 1:
                 self._group = Group(self._processes, self._events.put)
-                found = self._group.join(Part(model=model, options=options))
+                found = self._group.join(Part(model=model, loras=loras, options=options))
             else:
                 self._warm = WarmNetworks()
                 found = (found_here(device),)
@@ -115,7 +125,7 @@ class Worker:
         self._batches += 1
         folder = self._folder = self._root / str(self._batches)
         folder.mkdir(parents=True)
-        own = replace(request, out=folder, existing="refuse")
+        own = replace(request, out=folder, overwrite=False, fresh=False)
         order = Order(request=own, out=request.out, shared=self._shared)
         if self._group is None:
             threading.Thread(target=self._make, args=(order, self._bundle), daemon=True).start()
@@ -154,8 +164,11 @@ class Worker:
         """Make a batch in this process."""
         self._events.put(make_batch(order, bundle, self._events.put, warm=self._warm))
 
-    def _open(self, model: str, digest: str) -> Bundle:
+    def _open(
+        self, model: str, digest: str, loras: Mapping[StageName, tuple[LoraFile, ...]]
+    ) -> Bundle:
         from pw_runtime.checkpoint.bundle import open_bundle
+        from pw_runtime.checkpoint.lora import with_loras
 
         try:
             bundle = open_bundle(model)
@@ -166,12 +179,20 @@ class Worker:
                 wanted=f"the same bundle under the same path on every machine, {digest[:12]}...",
                 do="mount the folder that holds it there, or copy it there",
             ) from error
-        if bundle.digest != digest:
+        if not digest.startswith(bundle.digest):
             raise BadRequest(
                 f"the bundle {model} is another one than the driver's",
                 got=f"bundle.json with SHA-256 {bundle.digest[:12]}...",
                 wanted=f"{digest[:12]}...",
                 do="copy the driver's bundle there, or give --model a path that is shared",
+            )
+        bundle = with_loras(bundle, loras)
+        if bundle.weights_digest != digest:
+            raise BadRequest(
+                "a LoRA is another one than the driver's",
+                got=f"SHA-256 {bundle.weights_digest}",
+                wanted=f"SHA-256 {digest}",
+                do="copy the driver's files there, or give --lora paths that are shared",
             )
         return bundle
 

@@ -21,13 +21,13 @@ from pw_runtime.job.latents import (
     write_latents,
 )
 from pw_runtime.job.provenance import Provenance
-from pw_runtime.job.receipt import Receipt, kernel_launches, machine, versions, write_receipt
-from pw_runtime.planning.exactness import exactness
-from pw_runtime.planning.oom_fallback import OomFallback
+from pw_runtime.job.receipt import machine, versions
 from pw_runtime.sampling.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
+from pw_runtime.sampling.schedule import steps_left
 from pw_runtime.stages.codecs import suffix
 from pw_runtime.stages.fragmented_mp4 import partial_path
 from pw_runtime.system.trace import Stopwatch
+from pw_runtime.system.video_source import SourceVideo
 from pw_runtime.types import (
     Latent,
     Network,
@@ -35,12 +35,16 @@ from pw_runtime.types import (
     Outcome,
     Prompt,
     Request,
+    RunOptions,
+    Source,
     StageName,
     TextContext,
     TilingConfig,
 )
 
 TILES = ".tiles"  # ending of the file with the finished tiles of a decode in progress
+STEPS = ".steps.safetensors"  # ending of the file with the state between two denoising steps
+FRAMES = ".frames.safetensors"  # ending of the file with the state between two decoded chunks
 
 
 @dataclass(slots=True)
@@ -56,11 +60,15 @@ class Clip:
     stopwatch: Stopwatch
     notices: list[Notice] = field(default_factory=list)
     text: TextContext | None = None
+    fixed: dict[StageName, Latent] = field(default_factory=dict)  # [C, 1, H, W]: first frames
+    begun: Latent | None = None  # of a video, from which the draft stage starts
+    video_source: SourceVideo | None = None  # that will be encoded
     draft: Latent | None = None
     highres: Latent | None = None
     kept: Path | None = None  # file with everything computed so far
     latents: Path | None = None  # the same, once it has the last stage's latent
-    resumed: bool = False  # an earlier run made that file
+    resumed: bool = False  # `pw decode` finishes it from that file
+    earlier: Provenance | None = None  # of the run of the same clip that this one goes on with
     filmstrips: tuple[Filmstrip, ...] = ()
     video: Path | None = None
     error: str | None = None
@@ -83,18 +91,60 @@ class Clip:
             return drawn
         return self.noise[stage].to(self.request.device)
 
+    def fixed_for(self, stage: StageName) -> Tensor | None:
+        """Return the stage's first latent frame on the device, where a picture gives it."""
+        known = self.fixed.get(stage)
+        return None if known is None else known.x.to(self.request.device)
+
     def latent_of(self, stage: StageName) -> Latent:
         """Return a stage's latent on the device: from the latents file, else from memory."""
         if self.latents is not None:
             return read_latent(self.latents, self.provenance, stage, self.request.device)
-        latent = self.draft if stage == "draft" else self.highres
+        latent = self.latent_in_memory(stage)
         assert latent is not None
         return Latent(x=latent.x.to(self.request.device))
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Tell whether this run, or the one that it goes on with, was asked to keep the file."""
+        options = self.provenance.options if self.earlier is None else self.earlier.options
+        return self.request.options.save_latents or options.save_latents
+
+    @property
+    def needs(self) -> str | None:
+        """Name the stage that comes next; None for a clip that is finished or has failed."""
+        if self.video is not None or self.error is not None:
+            return None
+        if self.latents is not None:
+            return "decode"
+        if self.text is None:
+            return "text"
+        missing = [s for s in self.request.stages if self.latent_in_memory(s) is None]
+        if not missing:
+            return "decode"
+        return "encode" if self._unencoded(missing[0]) else missing[0]
+
+    def _unencoded(self, stage: StageName) -> bool:
+        """Tell whether a stage needs a picture or a video that has not been encoded."""
+        if stage not in self.request.encoded(self.prompt):
+            return False
+        return stage not in self.fixed if self.prompt.image is not None else self.begun is None
+
+    @property
+    def draft_steps(self) -> int:
+        """Steps of the draft that are computed."""
+        config, strength = self.request.stages["draft"], self.request.options.draft_strength
+        return steps_left(config, strength if self.prompt.draft_video is not None else 1)
+
+    def latent_in_memory(self, stage: StageName) -> Latent | None:
+        """Return a stage's latent where it is in memory."""
+        return self.draft if stage == "draft" else self.highres
 
     def release_tensors(self) -> None:
         """Free the memory of the clip's tensors."""
         self.noise.clear()
-        self.text = self.draft = self.highres = None
+        self.fixed.clear()
+        self.text = self.begun = self.draft = self.highres = None
 
     def outcome(self) -> Outcome:
         """Return the result for the prompt."""
@@ -123,11 +173,22 @@ def start_clip(
     request: Request,
     prompt: Prompt,
     noise: Mapping[StageName, Tensor],
+    sources: Mapping[Path, Source],
     bundle: Bundle,
     engines: Mapping[Network, EngineSet],
     tiling: TilingConfig,
 ) -> Clip:
-    """Return a clip with nothing computed; `noise` by stage replaces what the seeds would draw."""
+    """Return a clip with nothing computed.
+
+    Args:
+        request: what to make.
+        prompt: of the clip.
+        noise: by stage; replaces what the seeds would draw.
+        sources: the pictures and videos of all prompts, by path.
+        bundle: the converted checkpoint.
+        engines: that were selected.
+        tiling: of the decode.
+    """
     seeds = seeds_for(request.seed, prompt.position)
     files = {name: record.sha256 for name, record in bundle.files.items()}
     provenance = Provenance(
@@ -135,7 +196,7 @@ def start_clip(
         negative=request.negative,
         preset=request.preset,
         decode=tiling,
-        options=request.options.resolved(),
+        options=_options_for(prompt, request.options),
         seeds={"base": request.seed, **asdict(seeds)},
         noise={},
         noise_file=str(request.noise) if request.noise else None,
@@ -147,6 +208,8 @@ def start_clip(
         seconds={},
         versions=versions(),
         machine=machine(request.device),
+        sources={kind: sources[path] for kind, path in prompt.sources.items()},
+        loras={x: found for x, found in bundle.lora_sources.items() if x in request.stages},
     )
     return Clip(
         prompt=prompt,
@@ -156,7 +219,14 @@ def start_clip(
         provenance=provenance,
         noise=dict(noise),
         stopwatch=Stopwatch(request.device),
+        text=None if request.passes else TextContext(cond=None, uncond=None),
     )
+
+
+def _options_for(prompt: Prompt, options: RunOptions) -> RunOptions:
+    """Return the options as they concern a clip: one without a picture does not fix it."""
+    fixes = options.image_highres and prompt.image is not None
+    return replace(options.resolved(), image_highres=fixes)
 
 
 def resume_clip(file: Path, provenance: Provenance, request: Request, bundle: Bundle) -> Clip:
@@ -232,65 +302,3 @@ def resume_command(clip: Clip) -> str:
     words += ["--fragmented"] if request.fragmented else []
     words += ["--overwrite"] if clip.target.exists() else []
     return shlex.join(words)
-
-
-def write_clip_receipt(clip: Clip, loading: float, video_bytes: int, fallback: OomFallback) -> None:
-    """Write `<id>.json` for a finished clip. Raises WriteFailed.
-
-    For a clip finished from its latents, fields that only the earlier run could fill are absent.
-
-    Args:
-        clip: the clip.
-        loading: seconds that loading the networks took.
-        video_bytes: size of the video file.
-        fallback: the plan of the run.
-    """
-    provenance, options = clip.provenance, clip.request.options
-    seconds = {name: round(value, 4) for name, value in clip.stopwatch.seconds.items()}
-    peaks, launches, plan = fallback.peaks(), kernel_launches(), fallback.memory_report()
-    finished = None
-    if clip.resumed:
-        assert clip.latents is not None
-        finished = {
-            "latents": clip.latents.name,
-            "codec": options.codec,
-            "device": options.device,
-            "kernels": options.kernels,
-            "conv": options.conv,
-            "vae_precision": options.vae_precision,
-            "load_seconds": round(loading, 4),
-            "peak_memory_bytes": peaks,
-            "plan": plan,
-            "kernel_launches": launches,
-            "versions": versions(),
-            "machine": machine(clip.request.device),
-        }
-    else:
-        seconds = {"load_all_networks": round(loading, 4), **seconds}
-    # The transformers ran as the provenance says, the decoder as this run has it.
-    ran = replace(provenance.options, vae_precision=options.vae_precision, conv=options.conv)
-    backends = {network: entry["backend"] for network, entry in provenance.engines.items()}
-    receipt = Receipt(
-        prompt=asdict(provenance.prompt),
-        negative=provenance.negative,
-        seeds=provenance.seeds,
-        noise=provenance.noise,
-        noise_file=provenance.noise_file,
-        preset=asdict(provenance.preset),
-        passes={name: list(config.passes) for name, config in clip.request.stages.items()},
-        options=asdict(provenance.options),
-        exactness=asdict(exactness(backends, ran, replace(ran, kernels=options.kernels))),
-        bundle=provenance.bundle,
-        video={"file": clip.target.name, "bytes": video_bytes},
-        seconds=seconds,
-        engines=provenance.engines,
-        notices=[notice.text for notice in clip.notices],
-        fallbacks=[notice.text for notice in clip.notices if notice.kind == "fallback"],
-        versions=provenance.versions,
-        machine=provenance.machine,
-        peak_memory_bytes=None if finished else peaks,
-        plan=None if finished else plan,
-        kernel_launches=None if finished else launches,
-        finished_from_latents=finished,
-    )
-    write_receipt(receipt, clip.path(".json"))

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pw_runtime.system.atomic_files import atomic_file
 from pw_runtime.types import FrameChunk, PixelFormat
 
+SHEET: Final = "contact_sheet.png"
 # pixels
 THUMB_WIDTH: Final = 240
 GAP: Final = 8  # between thumbs

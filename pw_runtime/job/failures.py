@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
@@ -64,12 +65,16 @@ def _rescue(clip: Clip, reporter: Reporter) -> None:
         try:
             save_latents(clip, clip.request.spill or clip.request.out)
         except Exception as refused:
+            folder = Path(tempfile.mkdtemp(prefix="pw-latents-"))
             try:
-                save_latents(clip, Path(tempfile.mkdtemp(prefix="pw-latents-")))
+                save_latents(clip, folder)
             except Exception as unsaved:
                 reporter.warn(f"its latents could not be kept: {refused}\n{unsaved}")
+                shutil.rmtree(folder, ignore_errors=True)
     if clip.latents is None and clip.kept is not None:
-        reporter.warn(f"the results so far of {clip.prompt.id} are kept in {clip.kept}")
+        found = clip.kept.parent in (clip.request.out, clip.request.spill)
+        how = "" if found else f"; to go on from them, move the file to {clip.request.out}"
+        reporter.warn(f"the results so far of {clip.prompt.id} are kept in {clip.kept}{how}")
 
 
 def report_resumable(clip: Clip, reporter: Reporter) -> None:

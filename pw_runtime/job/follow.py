@@ -58,7 +58,7 @@ def identity_of(request: Request, bundle: Bundle) -> dict[str, str]:
         device = torch.cuda.get_device_name(request.device)
     preset = hashlib.sha256(json.dumps(asdict(request.preset), sort_keys=True).encode())
     return {
-        "bundle": bundle.digest,
+        "bundle": bundle.weights_digest,
         "preset": preset.hexdigest()[:16],
         "options": json.dumps(options, sort_keys=True),
         "device": device,

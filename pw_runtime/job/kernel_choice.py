@@ -63,7 +63,7 @@ def settle_kernels(
     """
     options = request.options
     if options.kernels == "auto":
-        compiled = any(engines[stage].backend != "eager" for stage in request.stages)
+        compiled = any(engines[stage].backend != "eager" for stage in request.computed)
         reason = _why_reference(request, compiled=compiled)
         options = replace(
             options,
@@ -74,10 +74,11 @@ def settle_kernels(
             say(f"operations run on PyTorch: {reason}")
     if options.attention_kernel != "auto":
         return options
-    if options.blocks != "segments" or options.compute_precision != "bf16":
+    stages = request.computed
+    if options.blocks != "segments" or options.compute_precision != "bf16" or not stages:
         return replace(options, attention="reference")
-    stage = max(request.stages, key=lambda name: request.stages[name].tokens(request.preset.video))
-    tokens = request.stages[stage].tokens(request.preset.video)
+    stage = max(stages, key=lambda name: stages[name].tokens(request.preset.video))
+    tokens = stages[stage].tokens(request.preset.video)
     with span("measure attention"):
         measured = measured_attention(request.device, tokens, configs[stage], say)
     say(f"attention runs on {measured.choice}, the fastest here at {tokens:,} tokens")

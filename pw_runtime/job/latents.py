@@ -60,14 +60,19 @@ def read_provenance(path: Path) -> Provenance:
 def is_resumable(path: Path) -> bool:
     """Tell whether `pw decode` could finish a clip from this file."""
     try:
-        file = _open(path)
-        return f"{list(_provenance(path, file).stages)[-1]}_latent" in file.shapes
+        return list(_provenance(path, _open(path)).stages)[-1] in stages_of(path)
     except BadRequest:
         return False
 
 
-def check_latents(path: Path, bundle: Bundle) -> Provenance:
-    """Read a latents file completely and check that `bundle` can finish its clip.
+def stages_of(path: Path) -> list[StageName]:
+    """List the stages whose latents a file has, in order. Raises BadRequest."""
+    file = _open(path)
+    return [x for x in _provenance(path, file).stages if f"{x}_latent" in file.shapes]
+
+
+def check_latents(path: Path, bundle: Bundle | None) -> Provenance:
+    """Read a latents file completely and check that `bundle`, if one is given, can finish its clip.
 
     The provenance of a file without digests has NO_DIGESTS among its notices.
 
@@ -75,7 +80,7 @@ def check_latents(path: Path, bundle: Bundle) -> Provenance:
     """
     file = _open(path)
     provenance = _provenance(path, file)
-    if provenance.vae != vae_digest(bundle):
+    if bundle is not None and provenance.vae != vae_digest(bundle):
         raise BadRequest(
             f"{path} was made for another VAE",
             got=f"{bundle.root}, whose VAE has the digest {vae_digest(bundle)[:16]}",
@@ -107,6 +112,30 @@ def read_latent(
             do="give two runs two --out folders, and run this one again",
         )
     return Latent(x=_latent(path, provenance, stage, _tensors(path, file)).to(device))
+
+
+def read_sound(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Map the tensors of a latents file that are as they were written.
+
+    Returns:
+        These tensors by name, and the names of the others.
+
+    Raises BadRequest where it cannot be read at all.
+    """
+    file = _open(path)
+    text = file.metadata.get(METADATA, "")
+    try:
+        tensors = file.tensors()
+        expected = parse_json(file.metadata.get(DIGESTS, "null"))
+    except UnreadableInput as error:
+        raise _altered(path, str(error)) from error
+    if expected is None:
+        return tensors, []
+    found = digests_of(text, tensors)
+    if not isinstance(expected, dict) or found[METADATA] != expected.get(METADATA):
+        return {}, sorted(tensors)
+    sound = {name: x for name, x in tensors.items() if found[name] == expected.get(name)}
+    return sound, sorted(expected.keys() - sound.keys() - {METADATA})
 
 
 def _open(path: Path) -> TensorFile:

@@ -19,9 +19,12 @@ from pw_runtime.sampling.noise import MAX_SEED, seeds_for
 from pw_runtime.system.input_files import UnreadableInput, parse_json
 from pw_runtime.types import (
     CHUNKS,
+    LoraSource,
     Preset,
     Prompt,
     RunOptions,
+    Source,
+    SourceKind,
     StageConfig,
     StageName,
     TilingConfig,
@@ -55,9 +58,12 @@ class Provenance:
     versions: dict[str, str]
     fallbacks: tuple[str, ...] = ()  # those of the notices; since format 2
     machine: dict[str, str | int] = field(default_factory=dict)  # absent in older files
+    sources: dict[SourceKind, Source] = field(default_factory=dict)
+    loras: dict[StageName, tuple[LoraSource, ...]] = field(default_factory=dict)
     # Since 3 the file has digests; since 4 options.linear and conv, and the decode has an order;
-    # since 5 options.sparse_attention, step_cache and guidance_reuse.
-    format: Literal[1, 2, 3, 4, 5] = 5
+    # since 5 options.sparse_attention, step_cache and guidance_reuse; since 6 sources and loras,
+    # prompt.image and draft_video, options.image_highres and draft_strength.
+    format: Literal[1, 2, 3, 4, 5, 6] = 6
 
     @property
     def stages(self) -> dict[StageName, StageConfig]:
@@ -97,7 +103,7 @@ def parse_provenance(text: str, path: Path) -> Provenance:
         content = parse_json(text)
         version = content.get("format") if isinstance(content, dict) else None
         if version in (1, 2, 3):
-            text = json.dumps(_with_order(content))
+            text = json.dumps(with_order(content))
     except UnreadableInput as error:
         raise _foreign(path, str(error)) from error
     try:
@@ -118,7 +124,7 @@ def parse_provenance(text: str, path: Path) -> Provenance:
     return provenance
 
 
-def _with_order(content: dict[str, Any]) -> dict[str, Any]:
+def with_order(content: dict[str, Any]) -> dict[str, Any]:
     """Return the text of a format before 4, whose decode says where its past frames were."""
     tables = (content, content.get("preset"))
     for table in [one.get("decode") for one in tables if isinstance(one, dict)]:
@@ -141,6 +147,12 @@ def _problems_of(provenance: Provenance) -> list[str]:
         problems.append("bundle.digest is missing")
     digests = {"vae": provenance.vae}
     digests |= {f"noise.{stage}": digest for stage, digest in provenance.noise.items()}
+    digests |= {kind: source.sha256 for kind, source in provenance.sources.items()}
+    loras = {
+        f"loras.{x}.{lora.file}": lora for x, all_ in provenance.loras.items() for lora in all_
+    }
+    digests |= {name: lora.sha256 for name, lora in loras.items()}
+    problems += [f"{x}.scale is {y.scale}" for x, y in loras.items() if not math.isfinite(y.scale)]
     problems += [f"{name} is no SHA-256" for name, x in digests.items() if not _SHA256.fullmatch(x)]
     if not all(math.isfinite(x) and x >= 0 for x in provenance.seconds.values()):
         problems.append("seconds are not all finite and at least 0")
@@ -153,6 +165,10 @@ def _problems_of(provenance: Provenance) -> list[str]:
         problems.append(f"options.step_cache is {cache}")
     if provenance.options.guidance_reuse < 0:
         problems.append(f"options.guidance_reuse is {provenance.options.guidance_reuse}")
+    if not 0 <= provenance.options.draft_strength <= 1:
+        problems.append(f"options.draft_strength is {provenance.options.draft_strength}")
+    if provenance.sources.keys() != provenance.prompt.sources.keys():
+        problems.append("sources are not those of the prompt")
     keep = provenance.options.sparse_attention
     if keep is not None and not 0 < keep < 1:
         problems.append(f"options.sparse_attention is {keep}")
@@ -167,6 +183,6 @@ def _foreign(
     return BadRequest(
         f"{path} has metadata that this version cannot read",
         got=got,
-        wanted="format 1 to 5, as `pw generate` writes it",
+        wanted="format 1 to 6, as `pw generate` writes it",
         do=do,
     )

@@ -37,7 +37,8 @@ class Receipt:
     options: dict[str, Any]
     exactness: dict[str, Any]  # label, and why; absent in older files
     bundle: dict[str, str]
-    video: dict[str, Any]
+    video: dict[str, Any]  # name, bytes and SHA-256 of the file; the last is absent in older files
+    tiling: dict[str, Any]  # of the decode, as it ran; absent in older files
     seconds: dict[str, float]
     engines: dict[str, dict[str, str]]  # network -> backend and reason
     notices: list[str]
@@ -50,10 +51,21 @@ class Receipt:
     plan: dict[str, Any] | None  # decisions; by stage predicted and measured peaks, in bytes
     kernel_launches: dict[str, dict[str, int]] | None  # kernel -> library or jit -> so far
     finished_from_latents: dict[str, Any] | None = None
+    sources: dict[str, Any] | None = None  # picture or video that the clip starts from: SHA-256
+    loras: dict[str, Any] | None = None  # network -> file, SHA-256 and scale of each
+    latents: dict[str, str | int] | None = None  # the file, where it was kept; as for the video
     format: int = FORMAT
 
 
-_ABSENT_IF_NONE = ("peak_memory_bytes", "plan", "kernel_launches", "finished_from_latents")
+_ABSENT_IF_NONE = (
+    "peak_memory_bytes",
+    "plan",
+    "kernel_launches",
+    "finished_from_latents",
+    "sources",
+    "loras",
+    "latents",
+)
 
 
 def write_receipt(receipt: Receipt, path: Path) -> None:

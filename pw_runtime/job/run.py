@@ -5,36 +5,45 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from pw_runtime.checkpoint.bundle import Bundle
-from pw_runtime.checkpoint.loader import load_decoder, load_text_network
 from pw_runtime.errors import WriteFailed
 from pw_runtime.execution.decoder_lookup import on_engines
-from pw_runtime.execution.divided_transformer import load_divided
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.execution.protocols import Decoder
-from pw_runtime.execution.transformer import SegmentedDiT, load_transformer
-from pw_runtime.job.clip import TILES, Clip, latents_bytes, save_latents, write_clip_receipt
-from pw_runtime.job.contact_sheet import write_contact_sheet
+from pw_runtime.job.clip import (
+    FRAMES,
+    STEPS,
+    TILES,
+    Clip,
+    latents_bytes,
+    save_latents,
+)
+from pw_runtime.job.clip_receipt import write_clip_receipt
+from pw_runtime.job.contact_sheet import SHEET, write_contact_sheet
 from pw_runtime.job.failures import isolate_failure
-from pw_runtime.job.follow import on_all_ranks, tell_of_decode
+from pw_runtime.job.follow import tell_of_decode
+from pw_runtime.job.frame_log import FrameLog
+from pw_runtime.job.journal import ClipLog, Journal
 from pw_runtime.job.receipt import versions
+from pw_runtime.job.sources import sound_of
 from pw_runtime.models import VaeDecoder
-from pw_runtime.models.text_encoder import TextNetwork
-from pw_runtime.planning.oom_fallback import LazyNetwork, OomFallback
+from pw_runtime.planning.oom_fallback import OomFallback
 from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.sampling.noise import tensor_digest
+from pw_runtime.stages.write import VideoFile
 from pw_runtime.system.atomic_files import require_room
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.ranks import Ranks
+from pw_runtime.system.run_progress import RunProgress
 from pw_runtime.system.step import Step
+from pw_runtime.system.stop import StopRequest
 from pw_runtime.system.tile_store import TileStore, allocated_bytes, remove_tiles
 from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import (
@@ -46,7 +55,6 @@ from pw_runtime.types import (
     Outcome,
     PixelFormat,
     Request,
-    RunPlan,
     StageName,
     TextContext,
 )
@@ -67,69 +75,11 @@ class Run:
     engines: Mapping[Network, EngineSet]
     fallback: OomFallback
     loading: Stopwatch
+    journal: Journal
     ranks: Ranks | None = None  # that make a clip together; this one is the first
     warm: WarmNetworks | None = None  # of the process, where it makes more runs than this one
-
-    def text_network(self) -> LazyNetwork[TextNetwork]:
-        """Return the tokenizer and the text encoder, on the planned device."""
-
-        def load(plan: RunPlan) -> TextNetwork:
-            device = self.request.device if plan.text == "device" else torch.device("cpu")
-            return load_text_network(self.bundle, self.request.options.compute_precision, device)
-
-        return self._lazy("text", load, "text encoder")
-
-    def transformer(self, stage: StageName) -> LazyNetwork[SegmentedDiT]:
-        """Return a stage's transformer, its weights as planned, on the selected engines."""
-
-        def load(plan: RunPlan) -> SegmentedDiT:
-            engines, options = self.engines[stage], self.request.options
-            chosen = plan.transformers[stage]
-            if self.ranks is None or chosen.split.ranks == 1:
-                say = self.reporter.say
-                return load_transformer(self.bundle, stage, engines, chosen, options, say)
-            with on_all_ranks(
-                self.ranks, "load", stage=stage, plan=asdict(chosen), engines=engines.digest
-            ):
-                net = load_divided(self.bundle, stage, engines, chosen, options, self.ranks)
-            assert net is not None, "rank 0 is among the ranks of every split"
-            return net
-
-        return self._lazy(stage, load, stage, lambda net: net.close())
-
-    def decoder(self) -> LazyNetwork[VaeDecoder]:
-        """Return the VAE decoder."""
-
-        def load(plan: RunPlan) -> VaeDecoder:
-            device, precision = self.request.device, self.request.options.vae_precision
-            if self.ranks is None or plan.decode.ranks == 1:
-                return load_decoder(self.bundle, device, precision)
-            with on_all_ranks(self.ranks, "load decoder"):
-                return load_decoder(self.bundle, device, precision)
-
-        def close(vae: VaeDecoder) -> None:
-            if self.ranks is not None and not self.ranks.failed:
-                self.ranks.command("release")
-
-        return self._lazy("decode", load, "vae", close)
-
-    def _lazy(
-        self,
-        stage: str,
-        load: Callable[[RunPlan], Net],
-        label: str,
-        close: Callable[[Net], None] = lambda net: None,
-    ) -> LazyNetwork[Net]:
-        return LazyNetwork(
-            stage,
-            load,
-            self.fallback,
-            self.loading,
-            label=label,
-            close=close,
-            warm=self.warm,
-            made_of=(self.bundle.digest, self.request.options, self.request.preset),
-        )
+    stop: StopRequest = field(default_factory=StopRequest)
+    progress: RunProgress = field(default_factory=RunProgress)  # expects the unfinished clips
 
     def shared_decode(
         self,
@@ -160,10 +110,33 @@ class Run:
 
         None where the current plan decodes frame by frame.
         """
-        plan, options, preset = self.fallback.plan.decode, clip.request.options, self.request.preset
-        if plan.tiling.order != "tiles":
+        if self.fallback.plan.decode.tiling.order != "tiles":
             return None
-        made_of = {
+        made_of = self._made_of(clip, latent, pixels)
+        return TileStore(clip.path(TILES), made_of, self.reporter.say)
+
+    def frame_log(
+        self, clip: Clip, latent: Latent, pixels: PixelFormat, step: Step
+    ) -> FrameLog | None:
+        """Return what keeps a clip's finished frames; an earlier decode may have left some.
+
+        None where the current plan decodes tile by tile, or on several ranks.
+        """
+        plan = self.fallback.plan.decode
+        if plan.tiling.order == "tiles" or plan.ranks > 1:
+            return None
+        return FrameLog(
+            path=clip.path(FRAMES),
+            made_of=self._made_of(clip, latent, pixels),
+            journal=self.journal,
+            step=step,
+            spare=self.fallback.spare_host("decode"),
+        )
+
+    def _made_of(self, clip: Clip, latent: Latent, pixels: PixelFormat) -> dict[str, str]:
+        """Return everything that decides the pixels of a clip's tiles."""
+        plan, options, preset = self.fallback.plan.decode, clip.request.options, self.request.preset
+        return {
             "latent": tensor_digest(latent.x),
             "decoder": clip.provenance.vae,
             "engines": self.engines["vae"].digest if plan.engines else "none",
@@ -175,19 +148,22 @@ class Run:
             "pixels": pixels,
             **versions(),
         }
-        return TileStore(clip.path(TILES), made_of, self.reporter.say)
 
-    def clips_with_text(self) -> Iterator[tuple[Clip, TextContext]]:
-        """Yield the clips whose text is encoded."""
+    def clips_for(self, stage: StageName) -> Iterator[tuple[Clip, TextContext]]:
+        """Yield the clips that come to a denoising stage next, with their text."""
         for clip in self.clips:
-            if clip.text is not None and clip.error is None:
+            if clip.needs == stage and clip.text is not None:
                 yield clip, clip.text
 
-    def clips_with_draft(self) -> Iterator[tuple[Clip, TextContext]]:
-        """Yield the clips whose draft is finished."""
-        for clip, text in self.clips_with_text():
-            if clip.draft is not None:
-                yield clip, text
+    def step_log(self, clip: Clip, stage: StageName, step: Step) -> ClipLog:
+        """Return what keeps the clip's steps in a stage."""
+        return ClipLog(
+            clip=clip,
+            stage=stage,
+            chunk=lambda: self.fallback.plan.transformers[stage].chunk,
+            journal=self.journal,
+            step=step,
+        )
 
     def unfinished(self) -> Iterator[Clip]:
         """Yield the clips that have not failed and have no video yet."""
@@ -208,6 +184,7 @@ class Run:
             timed: count the whole step's time under the stage's name.
         """
         with isolate_failure(clip, self.reporter):
+            self.progress.enter(clip.target, stage, total or 1)
             yield Step(
                 label=f"{stage} {clip.prompt.id}",
                 reporter=self.reporter,
@@ -215,28 +192,44 @@ class Run:
                 stopwatch=clip.stopwatch,
                 timed_as=stage if timed else None,
                 add_notice=partial(self.add_notice, (clip,)),
+                stop=self.stop,
+                progress=self.progress,
             )
+            self.progress.finish()
         if clip.error is not None:
+            self.progress.drop(clip.target)
             clip.release_tensors()
 
-    def shared_step(self, label: str) -> Step:
-        """Return a step that concerns all clips; its time counts as loading."""
+    def shared_step(self, label: str, clips: Sequence[Clip]) -> Step:
+        """Return a step that concerns several clips; its time counts as loading."""
         return Step(
             label=label,
             reporter=self.reporter,
             stopwatch=self.loading,
             timed_as="load",
-            add_notice=lambda kind, text: self.add_notice(self.clips, kind, f"{label}: {text}"),
+            add_notice=lambda kind, text: self.add_notice(clips, kind, f"{label}: {text}"),
+            stop=self.stop,
         )
 
     def add_notice(self, clips: Iterable[Clip], kind: NoticeKind, text: str) -> None:
         """Tell the user something once, and record it in the receipts of `clips`."""
         clips = tuple(clips)
         for clip in clips:
-            clip.notices.append(Notice(kind=kind, text=text))
+            if all(text != known.text for known in clip.notices):  # an earlier run may have it
+                clip.notices.append(Notice(kind=kind, text=text))
         prefix = f"prompt {clips[0].prompt.id}: " if len(clips) == 1 else ""
-        tell = self.reporter.say if kind == "approximation" else self.reporter.warn
+        tell = self.reporter.say if kind in ("approximation", "source") else self.reporter.warn
         tell(prefix + text)
+
+    def keep_text(self, clip: Clip) -> None:
+        """Write the clip's text contexts to the disk; where that fails, they are only in memory."""
+        if self.journal.refused:
+            return
+        try:
+            with clip.stopwatch.stage("latents"):
+                save_latents(clip, self.request.out)
+        except WriteFailed as error:
+            self.journal.refuse(error)
 
     def save_latents(self, clip: Clip) -> None:
         """Write the clip's tensors to the disk; after its last stage they wait there alone.
@@ -259,15 +252,30 @@ class Run:
             with clip.stopwatch.stage("latents"):
                 path = self._retrying(partial(save_latents, clip, spill))
             self.add_notice((clip,), "disk", f"its latents are in {path}: {error}")
+        self._drop_earlier(clip)
+        self.journal.drop(clip)
         if clip.latents is not None:
             clip.release_tensors()
+
+    def _drop_earlier(self, clip: Clip) -> None:
+        """Remove what the other one of output and spill folder has of the clip's earlier stages."""
+        out, spill = self.request.out, self.request.spill
+        if clip.kept is None or spill is None:
+            return
+        try:
+            if not out.samefile(spill):
+                other = spill if clip.kept.parent == out else out
+                (other / clip.kept.name).unlink(missing_ok=True)
+        except OSError as error:
+            self.reporter.warn(f"could not remove {error.filename}: {error.strerror}")
 
     def _stop_before_next(self, clip: Clip) -> None:
         """Fail every clip that would be computed after this one in the current stage."""
         for other in self.clips[self.clips.index(clip) + 1 :]:
-            if other.error is None and other.video is None:
+            if other.needs not in (None, "decode"):
                 other.error = f"not computed: the latents of {clip.prompt.id} could not be written"
                 self.reporter.warn(f"prompt {other.prompt.id} {other.error}")
+                self.progress.drop(other.target)
                 other.release_tensors()
 
     def require_room(self) -> None:
@@ -305,19 +313,29 @@ class Run:
                 told = True
             time.sleep(RETRY_SECONDS)
 
-    def write_receipt(self, clip: Clip, video_bytes: int) -> None:
+    def sound_of(self, clip: Clip) -> Path | None:
+        """Return the file whose sound the clip gets, and tell the user what becomes of it."""
+        path, told = sound_of(clip)
+        if told is not None:
+            self.add_notice((clip,), "source", told)
+        return path
+
+    def write_receipt(self, clip: Clip, video: VideoFile) -> None:
         """Write the receipt of a video that is complete but for its name. Raises WriteFailed."""
         self.fallback.record_peak("decode")
         with span("receipt"):
-            write_clip_receipt(clip, self.loading.seconds["load"], video_bytes, self.fallback)
+            write_clip_receipt(clip, self.loading.seconds.get("load", 0.0), video, self.fallback)
 
     def finish(self, clip: Clip) -> None:
         """Report a finished video, and remove latents that nobody asked to keep."""
         clip.video = clip.target
         self.reporter.finished(clip.video)
+        self.journal.drop(clip)
         try:
             remove_tiles(clip.path(TILES))
-            if clip.latents is not None and not clip.request.options.save_latents:
+            for ending in (STEPS, FRAMES):
+                clip.path(ending).unlink(missing_ok=True)
+            if clip.latents is not None and not clip.keeps_latents:
                 clip.latents.unlink(missing_ok=True)
         except OSError as error:
             self.reporter.warn(f"could not remove {error.filename}: {error.strerror}")
@@ -326,9 +344,16 @@ class Run:
     def write_contact_sheet(self) -> None:
         """Write the contact sheet of the finished clips, if asked for. Raises WriteFailed."""
         rows = [clip.sheet_row() for clip in self.clips if clip.filmstrips]
-        if self.request.contact_sheet and rows:
+        if self.request.contact_sheet and 0 < len(rows) < len(self.clips):
+            missing = [clip.prompt.id for clip in self.clips if not clip.filmstrips]
+            self.reporter.say(f"the contact sheet lacks clips not made in this run: {missing}")
+        if self.request.contact_sheet and not rows:
+            self.reporter.warn(
+                "no contact sheet: it shows the clips that a run makes, and this one made none"
+            )
+        elif self.request.contact_sheet:
             with span("contact sheet"):
-                path = self.request.out / "contact_sheet.png"
+                path = self.request.out / SHEET
                 write_contact_sheet(rows, path)
                 self.reporter.say(f"contact sheet: {path}")
 

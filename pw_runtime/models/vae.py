@@ -230,7 +230,7 @@ class EncoderLayers(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Pixel frames to latent frames; used for tests and training, not for text-to-video."""
+    """Pixel frames to latent frames, for clips that start from a picture or a video; all fp32."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -248,19 +248,31 @@ class VaeEncoder(nn.Module):
             [C, T, H, W] normalised mean of the latent distribution.
         """
         cache = CausalCache()
-        video = self._patchify(video)
-        latents = []
-        for frames in (video[:, :, :1], *video[:, :, 1:].split(VAE_STRIDE[0], dim=2)):
-            if frames.shape[2] == 0:  # a clip of one frame
-                continue
-            x = self.encoder.conv1(frames, cache)
-            for stage in self.encoder.downsamples:
-                x = stage(x, cache)
-            x = self.encoder.head(self.encoder.middle(x, cache), cache)
-            latents.append(self.conv1(x, cache))
-        mean = video.new_tensor(self.config.latent_mean).view(-1, 1, 1, 1)
-        std = video.new_tensor(self.config.latent_std).view(-1, 1, 1, 1)
-        return (torch.cat(latents, dim=2)[0, : self.config.z_dim] - mean) * (1 / std)
+        parts = (video[:, :1], *video[:, 1:].split(VAE_STRIDE[0], dim=1))
+        latents = [self.latent_frame(part, cache) for part in parts if part.shape[1]]
+        return torch.cat(latents, dim=1)
+
+    def latent_frame(self, pixels: Tensor, cache: CausalCache) -> Tensor:
+        """Encode the frames of one latent frame.
+
+        Args:
+            pixels: [3, 1, height, width] in [-1, 1] first, then [3, 4, height, width].
+            cache: of the clip.
+
+        Returns:
+            [C, 1, H, W] normalised mean of the latent distribution.
+        """
+        x = self.encoder.conv1(self._patchify(pixels), cache)
+        for stage in self.encoder.downsamples:
+            x = stage(x, cache)
+        x = self.conv1(self.encoder.head(self.encoder.middle(x, cache), cache), cache)
+        mean = x.new_tensor(self.config.latent_mean).view(-1, 1, 1, 1)
+        std = x.new_tensor(self.config.latent_std).view(-1, 1, 1, 1)
+        return (x[0, : self.config.z_dim] - mean) * (1 / std)
+
+    def check_weights(self) -> None:
+        """Raise BadWeights naming the weights that hold NaN or infinity."""
+        require_finite_weights(self)
 
     @staticmethod
     def _patchify(video: Tensor) -> Tensor:

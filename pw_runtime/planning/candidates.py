@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.sparse_stage import kept_fraction
 from pw_runtime.planning.decode_choices import decode_choices, decode_text, process_item
+from pw_runtime.planning.encode_memory import encode_memory
 from pw_runtime.planning.stage_times import transformer_seconds
 from pw_runtime.planning.transformer_memory import stage_memory, stage_slices, text_memory
 from pw_runtime.planning.workload import Workload
@@ -55,15 +56,19 @@ Candidates = Mapping[str, tuple[Candidate[Any], ...]]
 """Stage -> its candidates, the fastest first."""
 
 
-def candidates(work: Workload, *, gpu: bool, decode_only: bool = False) -> Candidates:
-    """List the candidates of every stage of a run, or of the decode alone.
+def candidates(work: Workload, *, gpu: bool, needed: Collection[str] | None = None) -> Candidates:
+    """List the candidates of every stage of a run, or of those `needed` and the decode.
 
     Raises BadRequest for more ranks than any stage can use.
     """
     stages: dict[str, tuple[Candidate[Any], ...]] = {}
-    if not decode_only:
+    if needed is None or "text" in needed:
         stages["text"] = text_candidates(work, gpu=gpu)
-        stages |= {name: transformer_candidates(work, name, gpu=gpu) for name in work.stages}
+    if work.encoded and (needed is None or "encode" in needed):
+        stages["encode"] = encode_candidates(work, gpu=gpu)
+    for name in work.stages:
+        if needed is None or name in needed:
+            stages[name] = transformer_candidates(work, name, gpu=gpu)
     stages["decode"] = decode_candidates(work, gpu=gpu)
     _require_useful_ranks(work, stages)
     return stages
@@ -97,11 +102,31 @@ def computing_ranks(choice: Place | TransformerPlan | DecodePlan) -> int:
 def text_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[Place], ...]:
     """List the candidates of the text stage: on the GPU, on the CPU."""
     items = text_memory(work.text_encoder, work.options.compute_precision)
-    moved = _stage("text", [_moved(items, "host")], work)
+    return _on_gpu_or_cpu("text", items, work, gpu=gpu)
+
+
+def encode_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[Place], ...]:
+    """List the candidates of the stage that encodes pictures and videos: on the GPU, on the CPU."""
+    encoded = [(stage, False) for stage in work.encoded]
+    encoded += [(work.stages["draft"], True)] * work.video
+    items = max(
+        (
+            encode_memory(work.vae, width=stage.width, height=stage.height, video=video)
+            for stage, video in encoded
+        ),
+        key=lambda items: sum(item.bytes for item in items),
+    )
+    return _on_gpu_or_cpu("encode", items, work, gpu=gpu)
+
+
+def _on_gpu_or_cpu(
+    name: str, items: tuple[MemoryItem, ...], work: Workload, *, gpu: bool
+) -> tuple[Candidate[Place], ...]:
+    """List both places of a stage that is `items` on either."""
+    moved = _stage(name, [_moved(items, "host")], work)
     options: list[Candidate[Place]] = [Candidate("host", "on the CPU", moved)]
     if gpu:
-        on_gpu = _stage("text", [items], work, gpu=True)
-        options.insert(0, Candidate("device", "on the GPU", on_gpu))
+        options.insert(0, Candidate("device", "on the GPU", _stage(name, [items], work, gpu=True)))
     return tuple(options)
 
 
@@ -134,7 +159,13 @@ def transformer_candidates(
     return tuple(
         Candidate(
             plan,
-            transformer_text(plan, work.stages[name].passes, work.options.blocks, work.ranks),
+            transformer_text(
+                plan,
+                work.stages[name].passes,
+                work.options.blocks,
+                work.ranks,
+                merges=name in work.loras,
+            ),
             _stage(
                 name,
                 [_of_rank(work, name, plan, rank, gpu=gpu) for rank in range(plan.split.ranks)],
@@ -154,8 +185,8 @@ def _residencies(work: Workload, name: StageName, *, gpu: bool) -> tuple[Residen
     if work.options.linear != "exact":
         # The files do not have the quantized weights, and no block waits for them to be made.
         return ("resident", "streamed") if gpu else ("resident",)
-    if gpu and work.stored[name] != work.options.compute_precision:
-        # Converted once into host memory; where the precision matches, the files are as good.
+    if gpu and (name in work.loras or work.stored[name] != work.options.compute_precision):
+        # Converted and merged once into host memory; without either, the files are as good.
         off_device = ("streamed", "mapped")
     return ("resident", *(("gathered",) if work.ranks > 1 else ()), *off_device)
 
@@ -205,19 +236,28 @@ def _of_rank(
     work: Workload, name: StageName, plan: TransformerPlan, rank: int, *, gpu: bool
 ) -> tuple[MemoryItem, ...]:
     """List what a rank has at the peak of a denoising stage."""
-    items = stage_memory(
-        work.transformers[name],
-        work.stages[name],
-        work.preset.video,
-        work.options.compute_precision,
-        plan,
-        linear=work.options.linear,
-        padded=work.padded,
-        on_engines=bool(work.scratch.get(name)),
-        blocks=work.options.blocks,
-        keep=kept_fraction(work.options, name),
-        rank=rank,
-        kept=_kept_latents(work, name),
+    ways = [False, True] if work.stages[name] in work.encoded else [False]  # the clips may differ
+    items = max(
+        (
+            stage_memory(
+                work.transformers[name],
+                work.stages[name],
+                work.preset.video,
+                work.options.compute_precision,
+                plan,
+                linear=work.options.linear,
+                padded=work.padded,
+                on_engines=bool(work.scratch.get(name)),
+                blocks=work.options.blocks,
+                keep=kept_fraction(work.options, name),
+                rank=rank,
+                kept=_kept_latents(work, name),
+                merges=name in work.loras,
+                clean=clean,
+            )
+            for clean in ways
+        ),
+        key=lambda items: sum(item.bytes for item in items),
     )
     return items if gpu else _moved(items, "host")
 
@@ -230,15 +270,22 @@ def _kept_latents(work: Workload, name: StageName) -> int:
 
 
 def transformer_text(
-    plan: TransformerPlan, passes: tuple[Pass, ...], blocks: Blocks, ranks: int = 1
+    plan: TransformerPlan,
+    passes: tuple[Pass, ...],
+    blocks: Blocks,
+    ranks: int = 1,
+    *,
+    merges: bool = False,
 ) -> str:
-    """Describe how a transformer runs, on one of several ranks too."""
+    """Describe how a transformer runs, on one of several ranks too, with LoRAs if it `merges`."""
     weights = {
         "resident": "weights resident",
         "gathered": "weights divided among the ranks",
         "streamed": "weights streamed from host memory",
         "mapped": "weights streamed from the bundle's files",
     }[plan.weights]
+    if merges and plan.weights == "mapped":
+        weights += " with the LoRA merged at every use"
     if ranks > 1:
         weights = f"{split_text(plan.split)}, {weights}"
     share = "first attention shared" if plan.share_attention else "first attention not shared"
@@ -283,6 +330,16 @@ def waiting_bytes(work: Workload) -> int:
     return work.prompts * each + context * ("uncond" in passes)
 
 
+def journal_bytes(work: Workload, name: StageName) -> int:
+    """Return the bytes on the host that the state between two steps takes while it is written.
+
+    That is the state itself, and the file's content.
+    """
+    solver = 4 if work.stages[name].solver == "unipc" else 2  # latents of `sampling/solver.py`
+    latent = 4 * math.prod(latent_shape(work.stages[name], work.preset.video))
+    return 2 * (solver + _kept_latents(work, name)) * latent
+
+
 def _moved(items: Iterable[MemoryItem], place: Place) -> tuple[MemoryItem, ...]:
     return tuple(replace(item, place=place) for item in items)
 
@@ -302,6 +359,9 @@ def _stage(
                 f"text and drafts of {work.prompts} prompt{'s' * (work.prompts > 1)}", size
             )
         )
+    if name in work.stages:
+        size = journal_bytes(work, cast(StageName, name))
+        waiting.append(process_item("the state between two steps, while it is written", size))
     on_device = []
     if gpu:
         on_device.append(process_item("CUDA (estimate)", DEVICE_RESERVE, "device"))

@@ -42,8 +42,9 @@ HEAP_GAPS = 20  # a twentieth of the tensors: 3 to 7 % were measured
 LIBRARIES = 80 * 2**20  # measured: code first used by the decode, and oneDNN's own buffers
 # Frames of 1.5 bytes a pixel that an encoder holds with the threads of stages/codecs.py: at most
 # 84, 123, 182 and 70 were measured at 3840x2144, packets and frames in production included.
+# A PNG has one frame of 3 bytes a pixel, its copies and its bytes (by count).
 ENCODER_FRAMES: Mapping[Codec, int] = MappingProxyType(
-    {"h264": 110, "hevc": 150, "av1": 210, "ffv1": 80}
+    {"h264": 110, "hevc": 150, "av1": 210, "ffv1": 80, "png": 8}
 )
 
 
@@ -170,7 +171,7 @@ def _pixels(work: Workload) -> int:
 
 def _store_bytes(work: Workload) -> int:
     """Return the bytes of a clip's finished tiles on the disk; see `stages.codecs`."""
-    rgb = work.options.codec == "ffv1" or work.preset.compat.truncating_uint8
+    rgb = work.options.codec in ("ffv1", "png") or work.preset.compat.truncating_uint8
     return work.preset.video.frames * _pixels(work) * (6 if rgb else 3) // 2
 
 

@@ -70,6 +70,10 @@ def approximations(options: RunOptions) -> tuple[str, ...]:
     if options.guidance_reuse:
         steps = f"{options.guidance_reuse} of the high-res steps"
         found.append(f"no negative pass in {steps} (--guidance-reuse {options.guidance_reuse})")
+    if options.image_highres:
+        found.append(
+            "a first frame that the high-res network was not trained for (--image-highres)"
+        )
     if options.vae_precision != "fp32":
         found.append(f"decoder (--vae-precision {options.vae_precision})")
     return tuple(found)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from pw_runtime.errors import BadResult
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.planning.candidates import Candidate, Candidates, candidates
 from pw_runtime.planning.planner import fits, gib, make_plan, plan_of
+from pw_runtime.planning.stage_times import expected_seconds
 from pw_runtime.planning.time_estimate import A_CPU
 from pw_runtime.planning.warm_networks import (
     PLACES,
@@ -27,12 +29,18 @@ from pw_runtime.planning.warm_networks import (
     kept_bytes,
     stages_to_keep,
 )
-from pw_runtime.planning.workload import budget_of, workload
+from pw_runtime.planning.workload import (
+    budget_of,
+    computed_draft,
+    encoded_stages,
+    workload,
+)
 from pw_runtime.system.machine import peak_memory, reset_peak_memory, return_freed_memory
 from pw_runtime.system.step import Step
 from pw_runtime.system.trace import Stopwatch, span
 from pw_runtime.types import Budget, Network, Place, Request, RunPlan
 
+LOG: Final = logging.getLogger("pw_runtime")
 Net = TypeVar("Net")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -45,6 +53,7 @@ class OomFallback:
         plan: the current plan.
         kept: stages whose networks stay loaded after them; none in a run of its own.
         measured: peak bytes by stage, of the process and of the device's allocator.
+        expected: seconds of one clip by stage, of which only the ratios count.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class OomFallback:
         """Make the plan; `warm` keeps networks loaded. Raises BadRequest where nothing fits."""
         self.plan: RunPlan = make_plan(stages, budget)
         self.measured: dict[str, dict[str, int]] = {}
+        self.expected: Mapping[str, float] = {}
         self._stages = stages
         self._index = {
             stage: next(i for i, option in enumerate(options) if fits(option.memory, budget))
@@ -67,6 +77,12 @@ class OomFallback:
         choice: Hashable = self._stages[stage][self._index[stage]].choice
         return choice
 
+    def spare_host(self, stage: str) -> int:
+        """Return the bytes of the host budget that the current plan of a stage leaves."""
+        memory = next(memory for memory in self.plan.stages if memory.stage == stage)
+        beside = bytes_beside(self.plan, self.kept, stage, "host")
+        return self.plan.budget.host - memory.required("host") - beside
+
     @contextmanager
     def track_peak(self, stage: str) -> Iterator[None]:
         """Record the peak memory inside the block as the stage's."""
@@ -80,6 +96,7 @@ class OomFallback:
     def record_peak(self, stage: str) -> None:
         """Record the peak since the stage began."""
         self.measured[stage] = peak_memory(self._device)
+        LOG.debug("peak memory of %s, bytes: %s", stage, self.measured[stage])
 
     def peaks(self) -> dict[str, int]:
         """Return the highest peak of all stages, by place."""
@@ -294,7 +311,7 @@ def plan_run(
     say: Callable[[str], None],
     engines: Mapping[Network, EngineSet],
     *,
-    decode_only: bool = False,
+    needed: Collection[str] | None = None,
     ranks: int = 1,
     budget: Budget | None = None,
     warm: WarmNetworks | None = None,
@@ -306,22 +323,27 @@ def plan_run(
         bundle: the converted checkpoint.
         say: takes the decisions.
         engines: that were selected.
-        decode_only: of latents that are there.
+        needed: the stages that run beside the decode; None: all of them.
         ranks: that make a clip together.
         budget: of each of them; None: of this process.
         warm: keeps networks loaded for the next run where that fits.
 
     Raises BadRequest where nothing fits.
     """
+    strength = request.options.draft_strength
+    draft = computed_draft(request.preset.draft, request.prompts, strength)
     work = workload(
         bundle.networks,
-        request.preset,
+        replace(request.preset, draft=draft),
         request.options,
+        loras=bundle.loras,
+        encoded=encoded_stages(request),
+        video=any(prompt.draft_video is not None for prompt in request.prompts),
         prompts=len(request.prompts),
         padded=any(engines[stage].padded for stage in request.stages if stage in engines),
         decoder_engines=engines["vae"].backend != "eager",
         scratch={network: engine_set.scratch for network, engine_set in engines.items()},
-        decode_only=decode_only,
+        needed=needed,
         ranks=ranks,
         divide_weights=request.divide_weights,
         sequence=request.sequence,
@@ -331,8 +353,9 @@ def plan_run(
     if warm is not None:
         work = replace(work, process=warm.process_bytes(work.process))
     budget = budget or budget_of(request.device, request.gpu_memory, request.host_memory)
-    stages = candidates(work, gpu=budget.device is not None, decode_only=decode_only)
+    stages = candidates(work, gpu=budget.device is not None, needed=needed)
     fallback = OomFallback(stages, budget, request.device, warm=warm is not None)
+    fallback.expected = expected_seconds(work, fallback.plan)
     if fallback.kept:
         decisions = (*fallback.plan.decisions, _kept_text(fallback))
         fallback.plan = replace(fallback.plan, decisions=decisions)

@@ -33,11 +33,12 @@ def plan_of(
 ) -> RunPlan:
     """Return the plan with one chosen candidate for each stage."""
     transformers = {
-        name: option.choice for name, option in chosen.items() if name not in ("text", "decode")
+        name: option.choice for name, option in chosen.items() if name in ("draft", "highres")
     }
     return RunPlan(
         budget=budget,
         text=chosen["text"].choice if "text" in chosen else None,
+        encode=chosen["encode"].choice if "encode" in chosen else None,
         transformers=cast(dict[StageName, TransformerPlan], transformers),
         decode=chosen["decode"].choice,
         stages=tuple(option.memory for option in chosen.values()),

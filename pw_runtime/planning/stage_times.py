@@ -10,8 +10,9 @@ from pw_runtime.execution.division import StepTraffic, run_of, step_traffic
 from pw_runtime.execution.sparse_stage import kept_fraction
 from pw_runtime.models.tiling import make_bands
 from pw_runtime.planning.decode_choices import decode_traffic
-from pw_runtime.planning.decode_layers import SEAMS
+from pw_runtime.planning.decode_layers import SEAMS, PeakCounter
 from pw_runtime.planning.decode_memory import busiest_share, waiting_sizes
+from pw_runtime.planning.encode_memory import encode_flop
 from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
 from pw_runtime.planning.transformer_memory import stage_slices, weight_bytes
 from pw_runtime.planning.workload import Workload
@@ -21,6 +22,7 @@ from pw_runtime.types import DecodePlan, RunPlan, StageConfig, StageName, Transf
 # Latent frames by which a rank of a divided decode is behind the one before it: the rows that it
 # needs are there when that one has computed its largest block.
 RANK_LAG = 0.11
+PROMPT_TOKENS = 128  # of a text, roughly: it costs little beside anything else
 
 
 def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, float]:
@@ -31,6 +33,28 @@ def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, f
     }
     copied = 0 if plan.budget.device is None else decode_traffic(work, plan.decode)
     return times | {"decode": _decode_seconds(work, plan.decode, rates, copied)}
+
+
+def expected_seconds(work: Workload, plan: RunPlan) -> dict[str, float]:
+    """Estimate one clip's seconds by stage, for their ratios: rates and decode are approximate.
+
+    Unlike `seconds_by_stage` it runs nothing, also not on meta tensors, and it has the text.
+    """
+    text, rates = work.text_encoder, work.rates
+    weights = text.num_layers * text.dim * (4 * text.attention_dim + 3 * text.ffn_dim)
+    times: dict[str, float] = {}
+    if plan.text is not None:
+        times["text"] = 2 * PROMPT_TOKENS * weights / rates.matmul
+    if plan.encode is not None:
+        flop = sum(_encode_flop(work, stage) for stage in work.encoded)
+        times["encode"] = flop / rates.conv
+    for name, chosen in plan.transformers.items():
+        times[name] = transformer_seconds(work, name, chosen, rates)
+    _, frames, rows, columns = latent_shape(_last(work), work.preset.video)
+    frame = PeakCounter(work.vae, 4)
+    frame.global_part(rows, columns)
+    frame.local_part([rows], 0, columns)
+    return times | {"decode": frames * frame.flop / plan.decode.ranks / rates.conv}
 
 
 def transformer_seconds(
@@ -118,6 +142,12 @@ def _decode_seconds(work: Workload, plan: DecodePlan, rates: Rates, copied: int)
         waited=0 if plan.engines else RANK_LAG * (plan.ranks - 1),
         sent=traffic.border + traffic.pixels + traffic.latents,
     )
+
+
+def _encode_flop(work: Workload, stage: StageConfig) -> float:
+    """Return the arithmetic of encoding a clip, or a picture."""
+    frames = work.preset.video.frames if work.video else 1
+    return encode_flop(work.vae, width=stage.width, height=stage.height, frames=frames)
 
 
 def _last(work: Workload) -> StageConfig:

@@ -109,6 +109,8 @@ def stage_memory(
     keep: float | None = None,
     rank: int = 0,
     kept: int = 0,
+    merges: bool = False,
+    clean: bool = False,
 ) -> tuple[MemoryItem, ...]:
     """List what is in memory at a stage's peak: on the device, and weights also on the host.
 
@@ -127,11 +129,13 @@ def stage_memory(
         keep: fraction of the blocks of keys that self-attention keeps; None: it is exact.
         rank: of the plan's split, whose memory it is.
         kept: latents that approximations keep from step to step.
+        merges: a LoRA is merged into the weights, one after the other.
+        clean: the first latent frame is known, and its tokens have a timestep of their own.
 
     Returns:
         Items, the largest first.
     """
-    sizes = stage_slices(stage, video, plan.chunk, padded=padded)
+    sizes = stage_slices(stage, video, plan.chunk, padded=padded, clean=clean)
     part = _Part(
         config=config,
         plan=plan,
@@ -142,6 +146,7 @@ def stage_memory(
         latent=4 * math.prod(latent_shape(stage, video)),
         low=4 if precision == "fp32" else 2,
         keep=keep,
+        clean=clean,
     )
     held = part.held(LATENTS[stage.solver] + kept, text_tokens)
     if blocks == "whole":
@@ -154,6 +159,8 @@ def stage_memory(
         phases.append(part.all_features())
     largest = max(phases, key=lambda phase: sum((held | phase).values()))
     items = _weights(config, precision, plan, linear)
+    if merges:
+        items.append(_item("LoRA merged into a weight", "activations", _merging(config), "host"))
     items += [
         MemoryItem(name=name, kind="activations", bytes=size, place="device")
         for name, size in (held | largest).items()
@@ -162,10 +169,22 @@ def stage_memory(
 
 
 def stage_slices(
-    stage: StageConfig, video: VideoConfig, chunk: int, *, padded: bool = False
+    stage: StageConfig,
+    video: VideoConfig,
+    chunk: int,
+    *,
+    padded: bool = False,
+    clean: bool = False,
 ) -> tuple[int, ...]:
-    """Return the tokens of each engine call in a stage."""
-    return slice_sizes(stage.tokens(video), chunk, padded=padded)
+    """Return the tokens of each engine call in a stage.
+
+    Where the first latent frame is known, its calls are apart, and take copies if they pad.
+    """
+    tokens = stage.tokens(video)
+    if clean:
+        first = tokens // latent_shape(stage, video)[1]
+        return slice_sizes(first, chunk) + slice_sizes(tokens - first, chunk)
+    return slice_sizes(tokens, chunk, padded=padded)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +200,7 @@ class _Part:
     latent: int  # bytes
     low: int  # bytes of an activation
     keep: float | None  # fraction of the blocks of keys; None: exact attention
+    clean: bool  # the first latent frame is known
 
     @property
     def stream(self) -> int:
@@ -191,11 +211,11 @@ class _Part:
         """List what is there during the whole stage."""
         config = self.config
         # Further ranks get the latent of each step.
-        solver = {"latents of the solver": latents * self.latent}
+        solver = {"latents of the solver": (latents + self.clean) * self.latent}
         held = solver if self.first else {"latent": self.latent}
         held |= {
             "text keys and values": _text(config, self.low, text_tokens, self.share.passes),
-            "modulation": 4 * (config.num_layers + 1) * 6 * config.dim,
+            "modulation": 4 * (config.num_layers + 1) * 6 * config.dim * (1 + self.clean),
             "rotary tables": 8 * POSITIONS * (config.head_dim // 2),
         }
         if config.adapter_dim:
@@ -229,6 +249,8 @@ class _Part:
         before, after = config.dim * (3 * low + 4 + low), 8 * config.dim + max(feed_forward, norms)
         if on_engines:  # results are written where they belong, or take the place of their input
             before, after = 0, 4 * config.dim
+            if self.clean:  # they take copies of slices that begin or end anywhere
+                before, after = config.dim * (4 + 3 * low), config.dim * (8 + low)
         heads = heads_at_once(self.tokens, share.heads, config.head_dim, low)
         some = share.queries * heads * config.head_dim
         attention = low * some + 4 * share.queries * heads
@@ -281,6 +303,11 @@ def _weights(
     if plan.weights == "streamed":
         items.append(_item("weights of the blocks", "staging", sizes.blocks, "host"))
     return items
+
+
+def _merging(config: DitConfig) -> int:
+    """Return the bytes of the largest weight and of what is added to it, in fp32."""
+    return 2 * 4 * max(math.prod(shape) for shape in expected_shapes("draft", config).values())
 
 
 def _quantizing(config: DitConfig, low: int, linear: LinearFormat) -> int:

@@ -8,11 +8,11 @@ runs that differ by their prompts alone: what fits beside the largest stage is t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, get_args
 
 from pw_runtime.execution.engine_lookup import EngineSet
-from pw_runtime.types import Network, Place, RunPlan, StageMemory
+from pw_runtime.types import Network, Place, RunOptions, RunPlan, StageMemory
 
 PLACES: Final[tuple[Place, ...]] = get_args(Place)
 
@@ -21,6 +21,14 @@ def kept_bytes(memory: StageMemory, place: Place) -> int:
     """Return the bytes of a stage's weights, which remain in memory if its network is kept."""
     kinds = ("weights", "staging")
     return sum(item.bytes for item in memory.items if item.place == place and item.kind in kinds)
+
+
+def loading_options(options: RunOptions) -> RunOptions:
+    """Return the options without those that no network's loading depends on.
+
+    So a run that ends with the draft and one that goes on from it share what is loaded.
+    """
+    return replace(options, draft_only=False, save_latents=False, codec="h264")
 
 
 def stages_to_keep(plan: RunPlan) -> frozenset[str]:
@@ -64,10 +72,16 @@ class _Kept:
 
 
 class WarmNetworks:
-    """Holds the networks and the engines that the next run of this process will want again."""
+    """Holds the networks and the engines that the next run of this process will want again.
+
+    Attributes:
+        only: stages that are kept, of those that a run's own plan keeps; None: all. For a clip that
+            is made in two runs, none of which plans for the networks of the other.
+    """
 
     def __init__(self) -> None:
         """Hold nothing yet."""
+        self.only: frozenset[str] | None = None
         self._networks: dict[str, _Kept] = {}
         self._engines: dict[Network, tuple[Hashable, EngineSet]] = {}
         self._process: int | None = None
@@ -106,6 +120,9 @@ class WarmNetworks:
 
     def keep(self, stage: str, made_of: Hashable, net: Any, close: Callable[[Any], None]) -> None:
         """Keep a network until `take` or `release`, which closes it."""
+        if self.only is not None and stage not in self.only:
+            close(net)
+            return
         self._networks[stage] = _Kept(made_of, net, close)
 
     @property
@@ -115,6 +132,10 @@ class WarmNetworks:
 
     def release(self) -> None:
         """Release all networks that are kept."""
-        while self._networks:
-            _, kept = self._networks.popitem()
+        self.keep_only(frozenset())
+
+    def keep_only(self, stages: frozenset[str]) -> None:
+        """Release the networks of all other stages."""
+        for stage in self._networks.keys() - stages:
+            kept = self._networks.pop(stage)
             kept.close(kept.net)

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from pw_runtime.checkpoint.bundle import Networks
 from pw_runtime.errors import BadRequest
 from pw_runtime.planning.time_estimate import KNOWN, Rates
+from pw_runtime.sampling.schedule import steps_left
 from pw_runtime.system.machine import available_memory_bytes, rss_bytes
 from pw_runtime.types import (
     Budget,
@@ -18,6 +19,8 @@ from pw_runtime.types import (
     Network,
     Precision,
     Preset,
+    Prompt,
+    Request,
     RunOptions,
     StageConfig,
     StageName,
@@ -26,8 +29,8 @@ from pw_runtime.types import (
     VaeConfig,
 )
 
-# dtype in a safetensors header -> precision
-_PRECISIONS: Mapping[str, Precision] = {"F32": "fp32", "BF16": "bf16"}
+# dtype of a network in a bundle -> precision
+_PRECISIONS: Mapping[str, Precision] = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,9 @@ class Workload:
     vae: VaeConfig
     text_encoder: TextEncoderConfig
     options: RunOptions
+    loras: frozenset[StageName] = frozenset()  # networks that a LoRA is merged into
+    encoded: tuple[StageConfig, ...] = ()  # stages for whose sizes pictures or videos are encoded
+    video: bool = False  # videos are among them
     prompts: int = 1  # whose text and drafts wait between the stages
     ranks: int = 1  # processes with a device each
     divide_weights: bool = False  # among the ranks, also where they would fit whole
@@ -63,7 +69,7 @@ class Workload:
     def tiling(self) -> TilingConfig:
         """The requested tiling; the draft of a high-res preset is decoded in one piece."""
         draft = "highres" not in self.stages and self.preset.highres is not None
-        return TilingConfig() if draft else self.preset.decode
+        return TilingConfig(overlap=self.preset.decode.overlap) if draft else self.preset.decode
 
 
 def workload(
@@ -71,6 +77,9 @@ def workload(
     preset: Preset,
     options: RunOptions,
     *,
+    loras: Collection[StageName] = (),
+    encoded: tuple[StageConfig, ...] = (),
+    video: bool = False,
     prompts: int = 1,
     ranks: int = 1,
     divide_weights: bool = False,
@@ -78,13 +87,17 @@ def workload(
     padded: bool = False,
     decoder_engines: bool = False,
     scratch: Mapping[Network, int] | None = None,
-    decode_only: bool = False,
+    needed: Collection[str] | None = None,
 ) -> Workload:
-    """Collect what a plan depends on. Raises BadRequest where a stage has no network."""
+    """Collect what a plan depends on; `needed` are the stages that run, None: all.
+
+    Raises BadRequest where one of them has no network.
+    """
     stages = preset.stages(draft_only=options.draft_only)
     entries = {"draft": networks.draft, "highres": networks.highres}
     transformers = {name: entry for name in stages if (entry := entries[name]) is not None}
-    if not decode_only and (missing := stages.keys() - transformers.keys()):
+    running = stages.keys() if needed is None else stages.keys() & needed
+    if missing := running - transformers.keys():
         raise BadRequest(
             f"the preset has a {missing.pop()} stage, and the model has no network for it",
             do="add --draft-only, or convert the checkpoints again with --highres",
@@ -97,6 +110,9 @@ def workload(
         vae=networks.vae.config,
         text_encoder=networks.text_encoder.config,
         options=options,
+        loras=frozenset(loras),
+        encoded=encoded,
+        video=video,
         prompts=prompts,
         ranks=ranks,
         divide_weights=divide_weights,
@@ -106,6 +122,18 @@ def workload(
         scratch=scratch or {},
         process=rss_bytes(),
     )
+
+
+def encoded_stages(request: Request) -> tuple[StageConfig, ...]:
+    """List the stages for whose sizes a run encodes pictures or videos."""
+    names = {name for prompt in request.prompts for name in request.encoded(prompt)}
+    return tuple(config for name, config in request.stages.items() if name in names)
+
+
+def computed_draft(draft: StageConfig, prompts: Iterable[Prompt], strength: float) -> StageConfig:
+    """Return the draft with the steps that are computed: those of the prompt with the most."""
+    begun = all(prompt.draft_video is not None for prompt in prompts)
+    return replace(draft, steps=steps_left(draft, strength)) if begun else draft
 
 
 def budget_of(device: torch.device, gpu: int | None, host: int | None, *, ranks: int = 1) -> Budget:

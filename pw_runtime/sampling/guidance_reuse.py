@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.sampling.loop_state import LoopState
 from pw_runtime.types import StageConfig
 
 Passes = Callable[[Tensor, int, int], list[Tensor]]
@@ -56,3 +57,11 @@ class GuidanceReuse:
         results = self._compute(x, step, 2)
         self._difference = results[0] - results[1] if step < self._steps else None
         return results
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return what the next step takes over, by name."""
+        return ({} if self._difference is None else {"reuse.difference": self._difference}), {}
+
+    def restore(self, state: LoopState) -> None:
+        """Go on from the state of an earlier loop."""
+        self._difference = state.tensors.get("reuse.difference")

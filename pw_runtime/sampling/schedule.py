@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pw_runtime.types import TRAIN_STEPS, Solver
+from pw_runtime.types import TRAIN_STEPS, Solver, StageConfig
 
 # 1 - 1/1000 in fp32, as the official scheduler stores it.
 UNIPC_SIGMA_MAX = float(np.float32(0.999))
@@ -43,6 +44,24 @@ def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
             even_step(t - t_next) for t, t_next in zip(timesteps, (*timesteps[1:], 0), strict=True)
         ),
     )
+
+
+def first_step(sigmas: Sequence[float], strength: float) -> int:
+    """Return the first step that begins at a noise level of at most `strength`.
+
+    Args:
+        sigmas: noise levels, one more than there are steps; the last is 0.
+        strength: 0 to 1; at 1 it is step 0, at 0 the number of steps: none is left.
+    """
+    if strength == 1:
+        return 0
+    return next(step for step, sigma in enumerate(sigmas) if sigma <= strength)
+
+
+def steps_left(config: StageConfig, strength: float) -> int:
+    """Return how many steps of a stage begin at a noise level of at most `strength`."""
+    schedule = make_schedule(config.solver, config.steps, config.shift)
+    return config.steps - first_step(schedule.sigmas, strength)
 
 
 def even_step(dt: int) -> int:

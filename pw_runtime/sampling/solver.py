@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from pw_kernels import Update, guided_update
+from pw_runtime.sampling.loop_state import LoopState
 from pw_runtime.system.trace import observe, span
 from pw_runtime.types import Solver
 
@@ -32,6 +33,9 @@ def sample(
     guidance: float,
     *,
     bf16_einsum: bool = False,
+    start: LoopState | None = None,
+    between_steps: Callable[[LoopState], None] = lambda state: None,
+    settle: Callable[[Tensor], None] = lambda x: None,
 ) -> Tensor:
     """Denoise from pure noise to x0.
 
@@ -43,6 +47,9 @@ def sample(
         guidance: scale of classifier-free guidance.
         bf16_einsum: round UniPC's second-order terms to bf16, as the official loop does
             under autocast.
+        start: where an earlier loop was ended; None: the loop begins with the noise.
+        between_steps: called after each step but the last.
+        settle: called with the latent after each step, and may write into it.
 
     Returns:
         [C, T, H, W] fp32.
@@ -50,7 +57,12 @@ def sample(
     x = corrected = noise
     before: Tensor | None = None  # data prediction of the previous step
     earlier: Tensor | None = None  # and of the step before that
-    for i in range(len(sigmas) - 1):
+    first = 0
+    if start is not None:
+        first, kept = start.steps, start.tensors
+        x, before, earlier = kept["x"], kept.get("before"), kept.get("earlier")
+        corrected = kept.get("corrected", x)
+    for i in range(first, len(sigmas) - 1):
         if solver == "unipc":
             corrector, predictor = unipc_corrector(sigmas, i), unipc_predictor(sigmas, i)
         else:
@@ -70,9 +82,17 @@ def sample(
                 predictor,
                 bf16_einsum=bf16_einsum and solver == "unipc",
             )
+            settle(x)
         observe("latent", x)
         del results  # free the memory for the next pass of the network
         before, earlier = m, before
+        if i < len(sigmas) - 2:
+            named = {"x": x, "before": before}
+            if solver == "unipc":  # only a corrector reads these
+                named |= {"corrected": corrected, "earlier": earlier}
+            tensors = {name: y for name, y in named.items() if y is not None}
+            between_steps(LoopState(steps=i + 1, tensors=tensors))
+            del named, tensors
     return x
 
 

@@ -20,6 +20,7 @@ from typing import Final
 from torch import Tensor
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.sampling.loop_state import LoopState
 from pw_runtime.sampling.solver import Velocities
 from pw_runtime.types import StageConfig
 
@@ -86,6 +87,20 @@ class StepCache:
         cond, uncond = results[0], results[-1]  # with one pass the same
         self._keep(sigma, uncond + self._guidance * (cond - uncond))
         return results
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return what the next step takes over, by name."""
+        numbers = {"cache.rate": self._rate, "cache.skipped": float(self.skipped)}
+        numbers |= {f"cache.sigma{i}": sigma for i, (sigma, _) in enumerate(self._computed)}
+        return {f"cache.v{i}": v for i, (_, v) in enumerate(self._computed)}, numbers
+
+    def restore(self, state: LoopState) -> None:
+        """Go on from the state of an earlier loop."""
+        self._rate, self.skipped = state.numbers["cache.rate"], int(state.numbers["cache.skipped"])
+        count = sum(name.startswith("cache.v") for name in state.tensors)
+        self._computed = [
+            (state.numbers[f"cache.sigma{i}"], state.tensors[f"cache.v{i}"]) for i in range(count)
+        ]
 
     def _keep(self, sigma: float, v: Tensor) -> None:
         if self._computed:

@@ -14,15 +14,22 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.system.machine import cpu_features
 from pw_runtime.types import Codec, Compat, PixelFormat
 
+Suffix = Literal[".mp4", ".mkv", ".png"]
+VIDEOS: Final = (".mp4", ".mkv")
+PICTURE: Final = ".png"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Settings of a codec: libavcodec's encoder, its options, the file."""
+    """Settings of a codec: libavcodec's encoder, its options, the file.
 
-    encoder: str
+    No encoder: a picture, which stages/picture.py writes.
+    """
+
+    encoder: str | None
     options: Mapping[str, str]
     pix_fmt: str = "yuv420p"
-    suffix: Literal[".mp4", ".mkv"] = ".mp4"
+    suffix: Suffix = ".mp4"
     tag: str | None = None  # four-letter code, if the muxer's default does not play everywhere
 
 
@@ -53,6 +60,7 @@ RECIPES: Final[Mapping[Codec, Recipe]] = MappingProxyType(
             pix_fmt="bgr0",  # the only 8-bit RGB format of ffv1
             suffix=".mkv",
         ),
+        "png": Recipe(encoder=None, options={}, pix_fmt="rgb24", suffix=".png"),
     }
 )
 
@@ -71,7 +79,7 @@ def encoder_options(recipe: Recipe) -> dict[str, str]:
     return options
 
 
-def suffix(codec: Codec) -> Literal[".mp4", ".mkv"]:
+def suffix(codec: Codec) -> Suffix:
     """Return the file name suffix of `codec`."""
     return RECIPES[codec].suffix
 
@@ -86,8 +94,8 @@ def pixel_format_for(codec: Codec, compat: Compat) -> PixelFormat:
     return "yuv420p" if planes else "rgb24"
 
 
-def check_codec(codec: Codec, *, fragmented: bool = False) -> None:
-    """Raise BadRequest if the installed PyAV cannot encode `codec` or fragment its file.
+def check_codec(codec: Codec, *, frames: int, fragmented: bool = False) -> None:
+    """Raise BadRequest if the installed PyAV cannot encode so many frames or fragment their file.
 
     Cheap: call it before anything is computed.
     """
@@ -98,6 +106,14 @@ def check_codec(codec: Codec, *, fragmented: bool = False) -> None:
             do="choose another codec, or omit --fragmented",
         )
     encoder = RECIPES[codec].encoder
+    if encoder is None:
+        if frames != 1:
+            raise BadRequest(
+                f"{codec} holds one frame",
+                got=f"a clip of {frames} frames",
+                do="add --frames 1, or choose another --codec: ffv1 is lossless",
+            )
+        return
     try:
         av.Codec(encoder, "w")
     except av.codec.codec.UnknownCodecError as error:

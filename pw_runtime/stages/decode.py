@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pw_kernels import pack_frames, pack_yuv
 from pw_runtime.errors import BadResult
@@ -17,6 +17,7 @@ from pw_runtime.execution.protocols import Decoder
 from pw_runtime.models.causal_cache import Allocate
 from pw_runtime.models.finite import is_finite, overflow
 from pw_runtime.models.tiling import Rect
+from pw_runtime.stages.decode_past import FrameLog, Past, caches_of, past_of
 from pw_runtime.stages.decode_ranks import follow, lead
 from pw_runtime.stages.decode_tiles import Bands, BlendedStrips, HaloStrips, Tiles, make_tiles
 from pw_runtime.system.pinned_memory import PinnedMemory
@@ -68,7 +69,9 @@ def decode_frames(
     pixel_format: PixelFormat = "rgb24",
     *,
     store: TileStore | None = None,
+    log: FrameLog | None = None,
     advance: Advance = lambda frames: None,
+    skip: Advance | None = None,
     ranks: Ranks | None = None,
 ) -> Generator[FrameChunk, None, None]:
     """Decode a clip, yielding its frames in order: one first, then four at a time.
@@ -81,7 +84,10 @@ def decode_frames(
         pixel_format: what the frames are packed as, on the decoder's device.
         store: of finished tiles, for the order `tiles`. Those that are complete in it are not
             computed again.
+        log: of finished frames, for the order `frames` on one rank. Those that it has kept are not
+            computed again; None keeps none.
         advance: called with the number of frames that were made, or the share of them in a tile.
+        skip: called instead for tiles and frames that were complete; None: `advance` is.
         ranks: this one is rank 0 and decodes with the others, which call `decode_share`: the same
             frames, bit for bit. They hear nothing before the first chunk is asked for; after that,
             close this generator where it is not used up, so that they return.
@@ -100,12 +106,13 @@ def decode_frames(
     if in_turn and device.type == "cuda":
         kept = PinnedMemory().like
     tiles = make_tiles(vae, tiling, latent.x.shape, device, kept)
-    clip = _Clip(vae, latent, tiles, pixel_format, _truncating(compat, pixel_format), advance)
+    truncating = _truncating(compat, pixel_format)
+    clip = _Clip(vae, latent, tiles, pixel_format, truncating, advance, skip or advance)
     if ranks is not None and ranks.size > 1:
         with closing(lead(clip, _divisible(tiles, tiling), ranks)) as frames:
             yield from clip.collected(frames)
     elif not in_turn:
-        yield from clip.frame_by_frame()
+        yield from clip.frame_by_frame(log)
     elif store is None:
         raise ValueError("decoding tile by tile takes a store for the finished tiles")
     else:
@@ -139,7 +146,7 @@ def decode_share(
     """
     tiles = make_tiles(vae, tiling, latent.x.shape, latent.x.device, torch.empty_like)
     truncating = _truncating(compat, pixel_format)
-    clip = _Clip(vae, latent, tiles, pixel_format, truncating, lambda frames: None)
+    clip = _Clip(vae, latent, tiles, pixel_format, truncating, _untold, _untold)
     follow(clip, _divisible(tiles, tiling), ranks)
 
 
@@ -172,16 +179,23 @@ class _Clip:
         pixel_format: PixelFormat,
         truncate: bool,
         advance: Advance,
+        skip: Advance,
     ) -> None:
         self._vae, self._latent, self._tiles = vae, latent, tiles
-        self._format, self._truncate, self._advance = pixel_format, truncate, advance
+        self._format, self._truncate = pixel_format, truncate
+        self._advance, self._skip = advance, skip
         self._height, self._width = (VAE_STRIDE[1] * n for n in latent.x.shape[2:])
         self.frames = latent.x.shape[1]  # latent ones
 
-    def frame_by_frame(self) -> Iterator[FrameChunk]:
+    def frame_by_frame(self, log: FrameLog | None) -> Iterator[FrameChunk]:
         """Compute all tiles of a latent frame, then those of the next. One chunk is held."""
-        start = 0
-        for t, frame in enumerate(self._latent.x.split(1, dim=1)):  # [C, 1, H, W]
+        kept = None if log is None else log.begin()
+        if kept is not None:
+            yield from self._go_on(*kept)
+        first = 0 if kept is None else len(kept[0])
+        del kept
+        for t in range(first, self.frames):
+            start, frame = _frames_of(t)[0], self._latent.x[:, t : t + 1]  # [C, 1, H, W]
             picture = torch.empty(0)
             with torch.inference_mode(), span("chunk" if start else "first chunk"):
                 shared = self._tiles.shared(frame)
@@ -190,12 +204,22 @@ class _Clip:
                     if index == 0:
                         picture = self._picture(len(pixels))
                     self._place(pixels, picture, rect)
-                    self._count(len(pixels), rect)
+                    self._advance(self._share(len(pixels), rect))
                 del shared, pixels
-            frames = len(picture)
+            if log is not None and t < self.frames - 1:
+                log.keep(picture, past_of(self._tiles.past, self._layers))
             yield FrameChunk(start=start, pixel_format=self._format, frames=picture)
             del picture  # while the next chunk is made, this one must be free
-            start += frames
+
+    def _go_on(self, pictures: list[Tensor], past: Past) -> Iterator[FrameChunk]:
+        """Yield finished frames, after which the tiles go on."""
+        device = self._latent.x.device
+        on_device = {name: x.to(device) for name, x in past.items()}
+        self._tiles.past.update(caches_of(on_device, self._layers))
+        self._tiles.skip(len(pictures))
+        self._skip(sum(map(len, pictures)))
+        for t, picture in enumerate(pictures):
+            yield FrameChunk(start=_frames_of(t)[0], pixel_format=self._format, frames=picture)
 
     def collected(self, frames: Iterator[list[Tensor]]) -> Iterator[FrameChunk]:
         """Put together frames of which other ranks have computed some tiles."""
@@ -204,6 +228,10 @@ class _Clip:
             self._advance(len(chunk.frames))
             yield chunk
             del chunk
+
+    @property
+    def _layers(self) -> tuple[nn.Module, ...]:
+        return tuple(self._vae.modules())
 
     def compute(self, t: int, own: range) -> list[Tensor]:
         """Compute some tiles of latent frame t; see `DividedClip.compute`."""
@@ -229,7 +257,7 @@ class _Clip:
         store.open([self._shape(rect.height, rect.width) for rect in self._tiles.rects], frames)
         last, finished = len(self._tiles.rects) - 1, store.finished
         for rect in self._tiles.rects[:finished]:
-            self._count(frames, rect)
+            self._skip(self._share(frames, rect))
         if finished > last:
             for t in range(self._latent.x.shape[1]):
                 yield self._from_store(store, t, None)
@@ -245,7 +273,7 @@ class _Clip:
                     if pixels is None:  # only what the tile hands on was missing
                         continue
                     store.write(pixels)
-                    self._count(len(pixels), self._tiles.rects[index])
+                    self._advance(self._share(len(pixels), self._tiles.rects[index]))
                 if index == last:
                     yield self._from_store(store, t, pixels)
                 del pixels
@@ -304,9 +332,13 @@ class _Clip:
             rows = slice(rect.top // size, rect.bottom // size)
             target[:, rows, rect.left // size : rect.right // size] = source
 
-    def _count(self, frames: int, rect: Rect) -> None:
-        """Report that a tile of some frames is made."""
-        self._advance(frames * rect.height * rect.width / (self._height * self._width))
+    def _share(self, frames: int, rect: Rect) -> float:
+        """Return how many whole frames a tile of some frames makes up."""
+        return frames * rect.height * rect.width / (self._height * self._width)
+
+
+def _untold(frames: float) -> None:
+    """Tell nobody about frames: rank 0 counts them."""
 
 
 def _frames_of(t: int) -> tuple[int, int]:

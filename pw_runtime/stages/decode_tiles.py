@@ -40,9 +40,15 @@ class Tiles(Protocol):
 
     Attributes:
         rects: the pixels of each tile, in the order in which they must be computed.
+        past: what is carried from one latent frame to the next, by the part that it is of.
     """
 
     rects: tuple[Rect, ...]
+    past: dict[str, CausalCache]
+
+    def skip(self, frames: int) -> None:
+        """Begin after so many latent frames, whose past the caller puts into `past`."""
+        ...
 
     def shared(self, frame: Tensor) -> Tensor:
         """Compute what all tiles of a latent frame share, [C, 1, H, W] -> [..., H', W'].
@@ -130,8 +136,8 @@ class Bands:
         self.rects = band_rects(bands, columns, vae.config)
         self._vae, self._bands, self._last_frame = vae, bands, frames - 1
         self._device, self._kept = device, kept
-        self._global, self._to_share = CausalCache(), frames
-        self._caches: dict[int, CausalCache] = {}  # by band
+        self.past: dict[str, CausalCache] = {}
+        self._to_share = frames
         self._seams: dict[int, Seam] = {}  # by latent frame
         self._own = range(len(bands))
         self._neighbours: Neighbours | None = None
@@ -142,17 +148,21 @@ class Bands:
         """Compute a run of the bands; see `DividedTiles.divide`."""
         self._own, self._neighbours = own, neighbours
 
+    def skip(self, frames: int) -> None:
+        """Begin after so many latent frames; see `Tiles.skip`."""
+        self._to_share -= frames
+
     def shared(self, frame: Tensor) -> Tensor:
         """Run the global part; see `Tiles.shared`."""
-        x = self._vae.global_part(frame, self._global)
+        x = self._vae.global_part(frame, self.past.setdefault("global", CausalCache()))
         self._to_share -= 1
         if not self._to_share:
-            self._global = CausalCache()
+            del self.past["global"]
         return x
 
     def tile(self, index: int, t: int, x: Tensor) -> Colours:
         """Run the local part on a band; see `Tiles.tile`."""
-        cache, bands = self._caches.setdefault(index, CausalCache()), self._bands
+        cache, bands = self.past.setdefault(f"band {index}", CausalCache()), self._bands
         if len(bands) > 1:
             seam = self._seams.setdefault(t, Seam(allocate=self._kept))
             seam.top, seam.bottom = index == 0, index == len(bands) - 1
@@ -163,7 +173,7 @@ class Bands:
         colours = self._vae.local_part(rows, cache)
         cache.seam = None
         if t == self._last_frame:
-            del self._caches[index]
+            del self.past[f"band {index}"]
         if index == self._own.stop - 1:
             self._seams.pop(t, None)
         return colours, None
@@ -206,25 +216,30 @@ class HaloStrips:
         self.rects = tuple(_rect(rows, strip.start, strip.stop) for strip in strips)
         self._vae, self._strips, self._last_frame = vae, strips, frames - 1
         self._device = device
-        self._coarse, self._to_share = CausalCache(), frames
-        self._caches: dict[int, CausalCache] = {}  # by strip
+        self.past: dict[str, CausalCache] = {}
+        self._to_share = frames
+
+    def skip(self, frames: int) -> None:
+        """Begin after so many latent frames; see `Tiles.skip`."""
+        self._to_share -= frames
 
     def shared(self, frame: Tensor) -> Tensor:
         """Run the coarse part; see `Tiles.shared`."""
-        x = self._vae.coarse(frame, self._coarse)
+        x = self._vae.coarse(frame, self.past.setdefault("coarse", CausalCache()))
         self._to_share -= 1
         if not self._to_share:
-            self._coarse = CausalCache()
+            del self.past["coarse"]
         return x
 
     def tile(self, index: int, t: int, x: Tensor) -> Colours:
         """Run the fine part on a strip; see `Tiles.tile`."""
-        strip, cache = self._strips[index], self._caches.setdefault(index, CausalCache())
+        strip = self._strips[index]
+        cache = self.past.setdefault(f"strip {index}", CausalCache())
         columns = x[..., strip.first * COARSE_STRIDE : strip.last * COARSE_STRIDE]
         dense = columns.contiguous(memory_format=torch.channels_last_3d)  # crosses as it is
         part = self._vae.fine(dense.to(self._device), cache)
         if t == self._last_frame:
-            del self._caches[index]
+            del self.past[f"strip {index}"]
         skip = (strip.start - strip.first) * BLOCK_STRIDE
         return part[..., skip : skip + (strip.stop - strip.start) * BLOCK_STRIDE], None
 
@@ -264,8 +279,11 @@ class BlendedStrips:
         self._weight = torch.zeros(width * BLOCK_STRIDE, 2)
         for strip, ramp in zip(strips, self._ramps, strict=True):
             self._weight[strip.first * BLOCK_STRIDE : strip.last * BLOCK_STRIDE] += ramp
-        self._caches: dict[int, tuple[CausalCache, CausalCache]] = {}  # by strip
+        self.past: dict[str, CausalCache] = {}
         self._begun: dict[int, Tensor] = {}  # by latent frame: sums of columns not yet finished
+
+    def skip(self, frames: int) -> None:
+        """Do nothing: strips share the latent alone."""
 
     def shared(self, frame: Tensor) -> Tensor:
         """Return the latent frame itself."""
@@ -274,11 +292,13 @@ class BlendedStrips:
     def tile(self, index: int, t: int, x: Tensor) -> Colours:
         """Decode a strip and add it to those before it; see `Tiles.tile`."""
         strip, (first, end) = self._strips[index], self._spans[index]
-        coarse, fine = self._caches.setdefault(index, (CausalCache(), CausalCache()))
+        names = [f"{part} {index}" for part in ("coarse", "fine")]
+        coarse, fine = (self.past.setdefault(name, CausalCache()) for name in names)
         columns = x[..., strip.first : strip.last].to(self._device)
         part = self._vae.fine(self._vae.coarse(columns, coarse), fine)
         if t == self._last_frame:
-            del self._caches[index]
+            for name in names:
+                del self.past[name]
         begun = self._begun.pop(t, None)
         width = max(part.shape[-1], 0 if begun is None else begun.shape[-1])
         total = part.new_zeros(*part.shape[:-1], width)

@@ -10,6 +10,7 @@ from typing import Any, Final
 import av
 from av.video.stream import VideoStream
 
+PARTIAL: Final = ".partial"  # before the ending of the file to watch
 # Fragments of half a second, each on disk as soon as it is complete. The header waits for the first
 # fragment: without it, the reordering of B-frames would shift all timestamps.
 _OPTIONS: Final = {
@@ -21,7 +22,7 @@ _OPTIONS: Final = {
 
 def partial_path(path: Path) -> Path:
     """Return the path of the video to watch while `path` is being encoded."""
-    return path.with_name(f"{path.stem}.partial{path.suffix}")
+    return path.with_name(f"{path.stem}{PARTIAL}{path.suffix}")
 
 
 class FragmentedMp4:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pw_runtime.execution.protocols import Transformer
 from pw_runtime.sampling.denoise import denoise
+from pw_runtime.sampling.loop_state import StepLog
 from pw_runtime.types import Compat, Conditioning, Latent, StageConfig, TextContext
 
 
@@ -21,6 +22,8 @@ def denoise_highres(
     compat: Compat,
     on_step: Callable[[float], None],
     guidance_reuse: int = 0,
+    log: StepLog | None = None,
+    fixed: Tensor | None = None,
 ) -> Latent:
     """Denoise at full resolution, steered by the draft; the network also gets each step's size.
 
@@ -33,9 +36,11 @@ def denoise_highres(
         compat: official quirks.
         on_step: called after each block, with the fraction of a step that it is.
         guidance_reuse: see `denoise`.
+        log: keeps the state between steps, and has the one to go on from.
+        fixed: see `denoise`; this network was not trained with a first frame that is known.
 
     Returns:
         [C, T, H, W] fp32 latent.
     """
     inputs = (text, noise, config, compat, on_step, conditioning)
-    return denoise(net, *inputs, guidance_reuse=guidance_reuse)
+    return denoise(net, *inputs, guidance_reuse=guidance_reuse, log=log, fixed=fixed)

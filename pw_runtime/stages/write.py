@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import av
@@ -27,12 +29,23 @@ from av.video.stream import VideoStream
 from pw_runtime.errors import WriteFailed
 from pw_runtime.stages.codecs import RECIPES, Recipe, check_codec, encoder_options
 from pw_runtime.stages.fragmented_mp4 import FragmentedMp4
+from pw_runtime.stages.picture import write_png
 from pw_runtime.system.atomic_files import atomic_file, require_replaceable, write_failed
 from pw_runtime.system.overlap import overlap
+from pw_runtime.system.sound_copy import add_sound, copy_sound
 from pw_runtime.system.trace import span
 from pw_runtime.types import Codec, FrameChunk, PixelFormat
 
 MATRIX_RGB: Final = 0  # AVCOL_SPC_RGB, for which PyAV has no name
+NO_TAGS: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoFile:
+    """A complete video file: its size, and its SHA-256 as 64 hex digits."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +54,7 @@ class _Format:
     height: int
     frames: int
     fps: int
+    tags: Mapping[str, str]
 
 
 def write_video(
@@ -52,9 +66,11 @@ def write_video(
     frames: int,
     fps: int,
     codec: Codec,
+    tags: Mapping[str, str] = NO_TAGS,
     partial_video: Path | None = None,
-) -> int:
-    """Encode a video into `path`; return its size in bytes. See `encoded_video`."""
+    audio: Path | None = None,
+) -> VideoFile:
+    """Encode a video into `path`; return its size and digest. See `encoded_video`."""
     with encoded_video(
         chunks,
         path,
@@ -63,9 +79,11 @@ def write_video(
         frames=frames,
         fps=fps,
         codec=codec,
+        tags=tags,
         partial_video=partial_video,
-    ) as size:
-        return size
+        audio=audio,
+    ) as written:
+        return written
 
 
 @contextmanager
@@ -78,46 +96,57 @@ def encoded_video(
     frames: int,
     fps: int,
     codec: Codec,
+    tags: Mapping[str, str] = NO_TAGS,
     partial_video: Path | None = None,
-) -> Iterator[int]:
-    """Encode `frames` frames of `width` x `height` pixels; yield the size of the file in bytes.
+    audio: Path | None = None,
+) -> Iterator[VideoFile]:
+    """Encode `frames` frames of `width` x `height` pixels; yield the file's size and digest.
 
     Inside the block the file is complete, but has a temporary name; it becomes `path` when the
     block ends well, and is removed otherwise.
 
     h264, hevc and av1 are BT.709 limited-range yuv420p in an mp4 that starts playing before it is
     completely loaded; ffv1 is lossless RGB in Matroska. libswscale converts chunks of rgb24 to
-    that; chunks of yuv420p go to the encoder unchanged. The encoder runs in a separate thread while
-    `chunks` produces the next one; at most three chunks are alive, including the one in production.
-    Equal frames give equal files (docs/numerics.md).
+    that; chunks of yuv420p go to the encoder unchanged. png is one lossless RGB frame. The encoder
+    runs in a separate thread while `chunks` produces the next one; at most three chunks are alive,
+    including the one in production. Equal frames with equal tags give equal files
+    (docs/numerics.md).
+
+    `tags` are the file's metadata by their names in libavformat: title, comment, description. Their
+    text must have no NUL, which would end it.
 
     `partial_video`, for the mp4 codecs, gets the same packets as a fragmented mp4, which any player
     can open in the meantime. It is removed once `path` is complete, and stays when writing fails.
+    The sound of the file `audio` is copied into `path`.
 
     Raises WriteFailed when the disk or the encoder fails, ValueError when the chunks are not the
     announced frames, BadRequest for a codec that is not available or cannot be fragmented. Errors
     of `chunks` are passed on.
     """
-    check_codec(codec, fragmented=partial_video is not None)
-    clip = _Format(width=width, height=height, frames=frames, fps=fps)
+    check_codec(codec, frames=frames, fragmented=partial_video is not None)
+    clip = _Format(width=width, height=height, frames=frames, fps=fps, tags=tags)
     if partial_video is not None:
         require_replaceable(partial_video)
     with atomic_file(path) as partial:
         try:
             overlap(
-                chunks, lambda ready: _encode(ready, partial, RECIPES[codec], clip, partial_video)
+                chunks,
+                lambda ready: _encode(ready, partial, RECIPES[codec], clip, partial_video, audio),
             )
-            written = _packets(partial)
+            packets = _packets(partial)
         except av.FFmpegError as error:
             raise write_failed(path, error) from error
-        if written != frames:
+        if packets != frames:
             raise WriteFailed(
                 f"{path} is incomplete",
-                got=f"{written} frames in the file",
+                got=f"{packets} frames in the file",
                 wanted=f"{frames} frames",
                 do="run the same command again, with another codec if it happens again",
             )
-        yield partial.stat().st_size
+        # At the end, because the muxer moves the index of an mp4 to its front.
+        with partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        yield VideoFile(bytes=partial.stat().st_size, sha256=digest)
     if partial_video is not None:
         partial_video.unlink(missing_ok=True)
 
@@ -128,7 +157,13 @@ def _encode(
     recipe: Recipe,
     clip: _Format,
     partial_video: Path | None = None,
+    audio: Path | None = None,
 ) -> None:
+    if recipe.encoder is None:
+        for pixels in _pictures(chunks, clip):
+            with span("encode"):
+                write_png(pixels, path, clip.tags)
+        return
     mp4 = recipe.suffix == ".mp4"
     container = av.open(
         os.fspath(path),
@@ -137,9 +172,10 @@ def _encode(
         # A Matroska file has random identifiers unless it is to be bit-exact.
         options={"movflags": "+faststart"} if mp4 else {"fflags": "+bitexact"},
     )
+    container.metadata.update(clip.tags)
     copy: FragmentedMp4 | None = None
     try:
-        stream = _open_stream(container, recipe, clip)
+        stream = _open_stream(container, recipe, clip, audio)
         if partial_video is not None:
             copy = FragmentedMp4(partial_video, stream, recipe.tag)
         for frame in _video_frames(chunks, clip, recipe.pix_fmt):
@@ -170,7 +206,10 @@ def _mux(
         container.mux(packet)
 
 
-def _open_stream(container: OutputContainer, recipe: Recipe, clip: _Format) -> VideoStream:
+def _open_stream(
+    container: OutputContainer, recipe: Recipe, clip: _Format, audio: Path | None
+) -> VideoStream:
+    assert recipe.encoder is not None
     stream = container.add_stream(recipe.encoder, rate=clip.fps, options=encoder_options(recipe))
     assert isinstance(stream, VideoStream)
     stream.width, stream.height = clip.width, clip.height
@@ -185,8 +224,12 @@ def _open_stream(container: OutputContainer, recipe: Recipe, clip: _Format) -> V
     context.color_trc = ColorTrc.BT709
     if recipe.tag is not None:
         context.codec_tag = recipe.tag
+    if audio is not None:
+        add_sound(container, audio)
     with _svt_banner_off():
         container.start_encoding()
+    if audio is not None:
+        copy_sound(container, audio)
     return stream
 
 
@@ -220,6 +263,21 @@ def _video_frames(
             position += 1
             yield frame
         del chunk, pixels, frame  # free this chunk while the next one is produced
+    _require_all(position, clip)
+
+
+def _pictures(chunks: Iterable[FrameChunk], clip: _Format) -> Iterator[np.ndarray]:
+    """Yield the pixels of frames in RGB, [height, width, 3] uint8."""
+    position = 0
+    for chunk in chunks:
+        _check_chunk(chunk, position, clip, "rgb24")
+        for pixels in chunk.frames:
+            position += 1
+            yield pixels.numpy()
+    _require_all(position, clip)
+
+
+def _require_all(position: int, clip: _Format) -> None:
     if position != clip.frames:
         raise ValueError(f"the frames ended after {position} of {clip.frames}")
 

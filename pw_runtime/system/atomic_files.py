@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _GIB = 2**30
+_PARTIAL = re.compile(r"\.(.+)\.(\d+)(?:\.folder)?\.partial", re.DOTALL)  # `partial_name`
 _ROOM_BYTES = 16 * 2**20  # for headers, indices and the file system's own use
 
 
@@ -198,13 +199,18 @@ def partial_name(path: Path) -> Path:
 
 def stale_partials(path: Path) -> list[Path]:
     """List the temporary files and folders of `path` that killed processes left."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)(?:\.folder)?\.partial")
     stale = []
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
-        match = pattern.fullmatch(entry.name)
-        if match and not _alive(int(match[1])):
+        match = _PARTIAL.fullmatch(entry.name)
+        if match and match[1] == path.name and not _alive(int(match[2])):
             stale.append(entry)
     return stale
+
+
+def partial_of(name: str) -> str | None:
+    """Return the name that a temporary file or folder would get; None for any other name."""
+    match = _PARTIAL.fullmatch(name)
+    return match[1] if match else None
 
 
 def remove(path: Path) -> None:

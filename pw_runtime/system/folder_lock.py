@@ -29,8 +29,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
     path = folder / NAME
     descriptor = _acquire(path)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with suppress(OSError):  # why silent: a full disk; it only names the holder to others
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         # Removed while it is held: whoever opened it before finds that its name is gone.
@@ -54,7 +55,7 @@ def _acquire(path: Path) -> int:
             raise BadRequest(
                 f"another run is writing into {path.parent}",
                 got=owner,
-                do="wait until it has ended, or choose another --out",
+                do="wait until it has ended, or choose another folder",
             ) from error
         except OSError as error:
             raise BadRequest(

@@ -13,8 +13,9 @@ import os
 import stat
 import sys
 import tomllib
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 MAX_JSON: Final = 16 * 2**20  # bytes of a manifest, a receipt, a line of prompts
 MAX_TOML: Final = 64 * 2**10  # bytes of a preset
@@ -39,7 +40,7 @@ def kind_of(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "something that is no regular file")
 
 
-def open_input(path: Path) -> BinaryIO:
+def open_input(path: Path) -> BufferedReader:
     """Open a regular file for reading; pipes, sockets and devices are never waited for.
 
     Raises UnreadableInput.

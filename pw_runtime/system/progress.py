@@ -3,28 +3,56 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
-    Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
+from rich.text import Text
 
 from pw_runtime.system.printable import printable
 
+LOG: Final = logging.getLogger("pw_runtime")
+LOG.addHandler(logging.NullHandler())  # without it, Python prints warnings a second time
 LINE_INTERVAL = 10.0  # seconds between plain lines of one stage
+STARTED = "started"  # field of a bar that only the whole run's has: when it began
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A run in progress.
+
+    Attributes:
+        clip: id of the prompt in progress.
+        stage: text, draft, highres or decode.
+        done: steps or frames of the stage for that clip, also parts of one.
+        total: all of them.
+        fraction: of the whole run, 0 to 1; it never falls.
+        seconds_left: of the whole run; None while unknown.
+    """
+
+    clip: str
+    stage: str
+    done: float
+    total: int
+    fraction: float
+    seconds_left: float | None
 
 
 class Tasks(Protocol):
@@ -47,6 +75,8 @@ class Advance(Protocol):
 class Reporter:
     """Prints progress on stderr, only warnings when quiet, and finished clips on stdout.
 
+    All of it also goes to the logger `pw_runtime`, which has no handler of its own.
+
     That is the stdout of when it was made: what replaces it later, such as a progress bar that
     catches what others print, does not get the clips.
     """
@@ -55,23 +85,44 @@ class Reporter:
         self._quiet = quiet
         self._stdout = sys.stdout
         self._console = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
+        self._run: Progress | None = None
+        self._started = self._logged = time.monotonic()
+        self._bars: Bars | None = None  # while a stage shows its own
+        self._run_bar: TaskID | None = None
 
     def say(self, text: str) -> None:
         """Print a line, unless quiet."""
-        if not self._quiet:
-            self._console.print(printable(text))
+        LOG.info(printable(text))
+        self._print(text)
 
     def warn(self, text: str) -> None:
         """Print a line even when quiet."""
+        LOG.warning(printable(text))
         self._console.print(printable(text))
 
     def finished(self, path: Path) -> None:
         """Print the path of a complete clip on stdout, for scripts, also when quiet."""
         name = str(path)
+        LOG.info("finished: %s", printable(name))
         if self._stdout.isatty():
             print(printable(name), flush=True)
         else:
             print(name, file=self._stdout, flush=True)
+
+    def progress(self, progress: Progress) -> None:
+        """Show how far the run is, beside the stage in progress; called after every block."""
+        before, now = self._run, time.monotonic()
+        if before is None:
+            self._started = now
+        self._run = progress
+        begins = before is None or (before.stage, before.clip) != (progress.stage, progress.clip)
+        if begins or now - self._logged >= LINE_INTERVAL:
+            self._logged = now
+            done = f"{whole(progress.done)}/{progress.total}"
+            clip = printable(progress.clip)
+            LOG.info("%s %s: %s%s", progress.stage, clip, done, self._run_words())
+        if self._bars is not None:
+            self._show_run(self._bars, progress)
 
     @contextmanager
     def steps(self, label: str | Callable[[], str], total: int) -> Iterator[Advance]:
@@ -94,21 +145,35 @@ class Reporter:
             yield _TaskLines(self.say)
             return
         columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            yield _LiveTasks(progress)
+        with Bars(*columns, console=self._console, transient=True) as bars:
+            yield _LiveTasks(bars)
 
     def _bar(self, label: Callable[[], str], total: int) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description:<24}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            _Count(),
+            _Elapsed(),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            _Remaining(),
         )
-        with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(printable(label()), total=total)
-            yield lambda done=1: progress.update(task, advance=done, description=printable(label()))
+        with Bars(*columns, console=self._console) as bars:
+            task = bars.add_task(printable(label()), total=total)
+            self._bars = bars
+            try:
+                if self._run is not None:
+                    self._show_run(bars, self._run)
+                yield lambda done=1: bars.update(task, advance=done, description=printable(label()))
+            finally:
+                self._bars = None
+                if self._run_bar is not None:  # the stage's own bar stays
+                    bars.remove_task(self._run_bar)
+                    self._run_bar = None
+
+    def _show_run(self, bars: Bars, run: Progress) -> None:
+        if self._run_bar is None:
+            self._run_bar = bars.add_task("whole run", total=1.0, started=self._started, left=None)
+        bars.update(self._run_bar, completed=run.fraction, left=run.seconds_left)
 
     def _lines(self, label: Callable[[], str], total: int) -> Iterator[Advance]:
         start = last = time.monotonic()
@@ -121,17 +186,63 @@ class Reporter:
             if now - last >= LINE_INTERVAL and count < total:
                 last = now
                 eta = f", ETA {(now - start) / count * (total - count):.0f} s" if count else ""
-                self.say(f"{label()}: {whole(count)}/{total}{eta}")
+                self._print(f"{label()}: {whole(count)}/{total}{eta}{self._run_words()}")
 
         yield advance
-        self.say(f"{label()}: {whole(count)}/{total} in {time.monotonic() - start:.1f} s")
+        self._print(f"{label()}: {whole(count)}/{total} in {time.monotonic() - start:.1f} s")
+
+    def _print(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(printable(text))
+
+    def _run_words(self) -> str:
+        """Return how far the whole run is, as the end of a line; empty where nobody told."""
+        if self._run is None:
+            return ""
+        left = self._run.seconds_left
+        eta = "" if left is None else f", ETA {left:.0f} s"
+        return f"; whole run: {int(100 * self._run.fraction)} %{eta}"
+
+
+class _Count(ProgressColumn):
+    """Steps of a stage; the percentage of the whole run."""
+
+    def render(self, task: Task) -> Text:
+        if STARTED in task.fields:
+            return Text(f"{int(task.percentage)} %", style="progress.download")
+        return Text(f"{whole(task.completed)}/{task.total:g}", style="progress.download")
+
+
+class _Elapsed(TimeElapsedColumn):
+    """Time of a stage, or since the run began."""
+
+    def render(self, task: Task) -> Text:
+        if STARTED not in task.fields:
+            return super().render(task)
+        return Text(_clock(time.monotonic() - task.fields[STARTED]), style="progress.elapsed")
+
+
+class _Remaining(TimeRemainingColumn):
+    """Time left of a stage by its own pace, or that of the whole run as it was told."""
+
+    def render(self, task: Task) -> Text:
+        if STARTED not in task.fields:
+            return super().render(task)
+        left = task.fields["left"]
+        return Text("-:--:--" if left is None else _clock(left), style="progress.remaining")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 class _LiveTasks:
     """Tasks on a terminal."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
         self._ids: dict[str, TaskID] = {}
         self._lock = threading.Lock()
 
@@ -139,14 +250,14 @@ class _LiveTasks:
         text = printable(f"{name}: {doing}")
         with self._lock:
             if name in self._ids:
-                self._progress.update(self._ids[name], description=text)
+                self._bars.update(self._ids[name], description=text)
             else:
-                self._ids[name] = self._progress.add_task(text, total=None)
+                self._ids[name] = self._bars.add_task(text, total=None)
 
     def end(self, name: str) -> None:
         with self._lock:
             if name in self._ids:
-                self._progress.remove_task(self._ids.pop(name))
+                self._bars.remove_task(self._ids.pop(name))
 
 
 class _TaskLines:

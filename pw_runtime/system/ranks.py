@@ -29,7 +29,7 @@ _LOOK: Final = 0.2  # seconds between two looks at the watch while waiting
 _LIBRARY: Final = timedelta(days=20)  # the libraries' own deadline: ours comes first
 _GO_ON: Final = (
     "see what that rank printed and whether its device works; finish clips by the commands above, "
-    "if there are any, and make the others again: the same command, with --overwrite"
+    "if there are any, and the same command again goes on with the others"
 )
 
 

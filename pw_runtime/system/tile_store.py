@@ -26,6 +26,7 @@ from pw_runtime.system.atomic_files import require_room, write_failed, write_tex
 from pw_runtime.system.input_files import UnreadableInput, kind_of, parse_json
 
 FORMAT: Final = 1
+STATE: Final = ".state"  # after the name of the file of tiles
 MAX_STATE: Final = 2**20  # bytes of a state file
 _PIECE: Final = 2**24  # bytes read at once
 
@@ -227,7 +228,7 @@ class TileStore:
 
 def state_of(path: Path) -> Path:
     """Return the path of the file that says which tiles of `path` are complete."""
-    return path.with_name(path.name + ".state")
+    return path.with_name(path.name + STATE)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,13 +15,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from pw_runtime.system.atomic_files import write_text
 
+LOG: Final = logging.getLogger("pw_runtime")
 Item = TypeVar("Item")
 
 
@@ -136,13 +138,14 @@ class Stopwatch:
     def stage(self, name: str, what: str = "") -> Iterator[None]:
         """Count the time inside the block, also when it fails; `what` extends the span's name."""
         before, self._inside = self._inside, 0.0
-        start = now(self._device)
+        start, label = now(self._device), f"{name} {what}".rstrip()
         try:
-            with span(f"{name} {what}".rstrip()):
+            with span(label):
                 yield
         finally:
             total = now(self._device) - start
             self.seconds[name] = self.seconds.get(name, 0.0) + total - self._inside
+            LOG.debug("%s took %.4f s", label, total)
             self._inside = before + total
 
     def time_items(self, name: str, items: Iterable[Item]) -> Iterator[Item]:

@@ -80,6 +80,19 @@ def test_every_variant_makes_every_clip_and_true_ones_are_classified_correctly(
     assert all(len(variant.seen) == 1 for variant in quality.variants)
 
 
+def test_the_usual_clips_alone_are_made_on_demand(
+    bundle_dir: Path, small: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "find_preset", lambda name: small)
+    measured = run.measure_quality(
+        bundle_dir, "nano", captions=1, clips=1, sheet=None, usual_only=True
+    ).quality
+    assert measured is not None
+    assert [x.name for x in measured.variants] == ["true renderings", "draft", "4 steps"]
+    assert [x.name for x in measured.from_true_drafts] == ["draft enlarged", "4 steps"]
+    assert measured.fewer_steps == ()
+
+
 def test_network_without_its_adapter_or_step_size_makes_another_clip(
     renderer: Renderer, small: Preset
 ) -> None:
@@ -102,6 +115,27 @@ def test_clips_with_a_ground_truth_are_compared_with_it(quality: Quality) -> Non
     assert [likeness.name for likeness in through] == ["64x32", "128x64"]
     assert [likeness.name for likeness in highres][:2] == ["draft enlarged", "4 steps"]
     assert all(len(same.psnr) == len(same.ssim) == 1 for same in (*through, *highres))
+
+
+def test_clips_in_few_steps_are_compared_with_those_in_many(quality: Quality) -> None:
+    names = [
+        f"{n}{end}"
+        for end in ("", ", no dt")
+        for n in ("1 step", *map("{} steps".format, (2, 4, 8)))
+    ]
+    assert [likeness.name for likeness in quality.fewer_steps] == names
+    near = {likeness.name: likeness.mean_psnr for likeness in quality.fewer_steps}
+    assert near["1 step"] < near["8 steps"] < 100
+    assert near["1 step"] != near["1 step, no dt"]
+
+
+def test_every_object_of_hard_captions_is_looked_for(quality: Quality) -> None:
+    groups = [(x.group, x.variant, x.captions) for x in quality.hard_captions]
+    variants = ("true renderings", "draft", "4 steps")
+    assert groups == [(group, name, 1) for group in ("tiny", "pairs") for name in variants]
+    for x in quality.hard_captions:
+        if x.variant == "true renderings":
+            assert set(x.shares.values()) == {1.0}
 
 
 def test_sheets_and_bars_are_written_beside_the_result(folder: Path) -> None:

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pw_export.checkpoints import keymaps
 from pw_export.convert import convert
 from pw_export.wan22_configs import LATENT_MEAN, LATENT_STD
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.checkpoint.bundle import Bundle, load_tensors
 
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pw_export.checkpoints import keymaps
 from pw_export.checkpoints.configs import (
     dit_config,
     text_encoder_config,
@@ -20,6 +19,7 @@ from pw_export.checkpoints.configs import (
 )
 from pw_export.checkpoints.tensor_refs import Ref
 from pw_export.wan22_configs import DRAFT, HIGHRES, TEXT_ENCODER, VAE
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.models import expected_shapes
 from pw_runtime.types import Config, Network
 

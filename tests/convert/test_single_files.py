@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pw_export.checkpoints import keymaps
 from pw_export.convert import convert
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.errors import BadRequest, BadWeights
 from tests.convert.layouts import (
     INDEX,

@@ -42,10 +42,10 @@ def test_a_cached_clip_says_so_everywhere(
     assert receipt["fallbacks"] == []
 
     # A clip of another threshold is another clip; the same one is finished.
-    other = pw(*command, "--skip-existing", "--step-cache", 0.1)
+    other = pw(*command, "--step-cache", 0.1)
     assert other.code == 2
-    assert "another options" in other.err
-    assert pw(*command, "--skip-existing", "--step-cache", 0.9).code == 0
+    assert "options.step_cache is 0.9, wanted 0.1" in other.err
+    assert pw(*command, "--step-cache", 0.9).code == 0
 
     # One that is finished from its latents stays what it is.
     decoded = pw("decode", out / "0.latents.safetensors", "--model", bundle_dir, "--overwrite")

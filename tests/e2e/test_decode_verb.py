@@ -184,7 +184,7 @@ def test_latents_of_which_no_clip_can_be_made(decode, latents, tmp_path, change,
 
 
 def later_format(origin: dict) -> None:
-    origin["format"] = 6
+    origin["format"] = 7
 
 
 @pytest.mark.parametrize(("place", "order"), [("host", "tiles"), ("device", "frames")])
@@ -249,7 +249,7 @@ def on_a_gpu(origin: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (later_format, "format 6"),
+        (later_format, "format 7"),
         (other_vae, "made for another VAE"),
         (path_as_id, "cannot name a file"),
         (odd_frames, "wanted 4n+1"),

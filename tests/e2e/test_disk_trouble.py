@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import tempfile
@@ -13,9 +15,11 @@ import pytest
 from safetensors.torch import load_file
 
 from pw_runtime import pipeline
-from pw_runtime.errors import WriteFailed
+from pw_runtime.errors import BadRequest, WriteFailed
 from pw_runtime.job import clip as clip_module
+from pw_runtime.job import clip_receipt as receipt_module
 from pw_runtime.job import run as run_module
+from pw_runtime.system.folder_lock import locked_folder
 from tests.e2e.pw import Ended, Pw
 
 LATENTS = "0.latents.safetensors"
@@ -41,14 +45,14 @@ def names(folder: Path) -> list[str]:
 def test_a_receipt_that_cannot_be_written_leaves_no_video_without_one(
     generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_receipt = clip_module.write_receipt
+    write_receipt = receipt_module.write_receipt
 
     def refused(receipt, path):
         if path.name == "0.json":
             raise FULL
         write_receipt(receipt, path)
 
-    monkeypatch.setattr(clip_module, "write_receipt", refused)
+    monkeypatch.setattr(receipt_module, "write_receipt", refused)
     ended = generate()
     assert ended.code == 3
     assert "prompt 0 failed: cannot write the file" in ended.err
@@ -81,8 +85,8 @@ def test_a_folder_that_is_gone_is_noticed_at_the_first_draft(
     denoise_draft, drafts = pipeline.denoise_draft, []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def gone(*arguments):
-        drafts.append(denoise_draft(*arguments))
+    def gone(*arguments, **options):
+        drafts.append(denoise_draft(*arguments, **options))
         shutil.rmtree(tmp_path / "out")
         return drafts[-1]
 
@@ -94,7 +98,8 @@ def test_a_folder_that_is_gone_is_noticed_at_the_first_draft(
     assert f"create the folder {tmp_path / 'out'}" in ended.err
     rescued = re.search(r"the results so far of 0 are kept in (\S+)", ended.err)
     assert rescued is not None
-    assert "draft_latent" in load_file(rescued[1])
+    assert "draft_latent" in load_file(rescued[1].rstrip(";"))
+    assert f"to go on from them, move the file to {tmp_path / 'out'}" in ended.err
 
 
 def test_wait_for_disk_waits_and_goes_on(
@@ -114,3 +119,78 @@ def test_wait_for_disk_waits_and_goes_on(
     assert waits == [run_module.RETRY_SECONDS] * 2
     assert ended.err.count("waiting until this can be written") == 1
     assert names(tmp_path / "out") == ["0.json", "0.mkv", "1.json", "1.mkv"]
+
+
+def test_a_draft_in_the_spill_folder_is_gone_on_with_and_leaves_nothing(
+    generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: the output folder's file, with the text alone, hid the draft."""
+    write_latents, spill = clip_module.write_latents, tmp_path / "spill"
+    spill.mkdir()
+
+    def full_after_the_text(path, provenance, tensors):
+        if path.parent != spill and "draft_latent" in tensors:
+            raise FULL
+        write_latents(path, provenance, tensors)
+
+    def fails(*arguments, **options):
+        raise FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_module, "write_latents", full_after_the_text)
+        patch.setattr(pipeline, "denoise_highres", fails)
+        assert generate("--spill-dir", spill).code == 3
+    assert names(spill) == [LATENTS, "1.latents.safetensors"]
+    assert names(tmp_path / "out") == []
+    ended = generate("--spill-dir", spill)
+    assert ended.code == 0, ended.err
+    assert f"prompt 0: going on at the highres stage, with what {spill / LATENTS} has" in ended.err
+    assert names(spill) == []
+    assert names(tmp_path / "out") == ["0.json", "0.mkv", "1.json", "1.mkv"]
+
+
+def test_of_two_files_of_a_clip_the_one_with_more_is_gone_on_with(
+    generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed between writing into the spill folder and removing the other file."""
+    spill, out = tmp_path / "spill", tmp_path / "out"
+    spill.mkdir()
+
+    def fails(*arguments, **options):
+        raise FULL
+
+    for stage, folder in (("denoise_draft", out), ("denoise_highres", spill)):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, stage, fails)
+            assert generate("--out", folder).code == 3
+    ended = generate("--spill-dir", spill)
+    assert ended.code == 0, ended.err
+    assert f"prompt 0: going on at the highres stage, with what {spill / LATENTS} has" in ended.err
+    assert names(spill) == []
+    assert names(out) == ["0.json", "0.mkv", "1.json", "1.mkv"]
+
+
+def test_no_contact_sheet_is_told(generate: Generate, tmp_path: Path) -> None:
+    assert generate().code == 0
+    ended = generate("--contact-sheet")
+    assert ended.code == 0
+    assert "no contact sheet: it shows the clips that a run makes" in ended.err
+    assert not (tmp_path / "out" / "contact_sheet.png").exists()
+
+
+def test_a_folder_without_room_for_a_name_is_locked_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: a traceback, on a disk that was full to the last byte."""
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with (
+        locked_folder(tmp_path),
+        pytest.raises(BadRequest, match="another run is writing"),
+        locked_folder(tmp_path),
+    ):
+        pass
+    assert names(tmp_path) == []

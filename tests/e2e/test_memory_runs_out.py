@@ -17,7 +17,7 @@ from pw_engines import EngineError
 from pw_runtime import pipeline
 from pw_runtime.execution import transformer
 from pw_runtime.execution.weight_streaming import StreamedWeights
-from pw_runtime.job import run as run_module
+from pw_runtime.job import networks as networks_module
 from pw_runtime.planning import oom_fallback
 from pw_runtime.types import TilingConfig
 from tests.e2e.pw import Ended, Pw, write_preset
@@ -174,7 +174,9 @@ def test_streamed_weights_make_the_same_clip(
 def test_a_budget_is_heeded_or_refused_before_anything_is_loaded(
     generate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "load_text_network", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        networks_module, "load_text_network", lambda *arguments: pytest.fail("loaded")
+    )
     ended = generate("--host-memory", "64MiB")
     assert ended.code == 2
     assert "does not fit into memory" in ended.err

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from pw_runtime import pipeline
 from pw_runtime.errors import BadRequest, WriteFailed
 from pw_runtime.job import clip as clip_module
-from pw_runtime.job import run as run_module
+from pw_runtime.job import networks as networks_module
 from pw_runtime.system.folder_lock import NAME, locked_folder
 from tests.e2e.children import run_child
 from tests.e2e.pw import Ended, Pw
@@ -49,13 +49,12 @@ def test_another_prompt_does_not_replace_a_finished_clip(
     assert generate("--prompt", "a red ball").code == 0
     before = content(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "load_text_network", lambda *_: pytest.fail("computed"))
+        patch.setattr(networks_module, "load_text_network", lambda *_: pytest.fail("computed"))
         ended = generate("--prompt", "a blue ball")
     assert ended.code == 2
     assert "contains files of an earlier run" in ended.err
-    assert "0.mkv, 0.json" in ended.err
-    assert "--overwrite" in ended.err
-    assert "--skip-existing" in ended.err
+    assert '0.mkv: prompt.text is "a red ball", wanted "a blue ball"' in ended.err
+    assert "--overwrite replaces them" in ended.err
     assert content(tmp_path / "out") == before
 
 
@@ -71,18 +70,21 @@ def test_latents_kept_on_purpose_are_not_deleted(generate: Generate, tmp_path: P
     (tmp_path / "out" / "0.mkv").unlink()
     (tmp_path / "out" / "0.json").unlink()
     before = content(tmp_path / "out")
-    ended = generate("--prompt", "a cat")
+    ended = generate("--prompt", "a dog")
     assert ended.code == 2
+    assert f"{LATENTS}: prompt.text is" in ended.err
     assert f"pw decode {tmp_path / 'out' / LATENTS}" in ended.err
     assert content(tmp_path / "out") == before
+    assert generate("--prompt", "a cat").code == 0
+    assert (tmp_path / "out" / LATENTS).read_bytes() == before[LATENTS]
 
 
-def test_skip_existing_computes_what_is_missing(
+def test_the_same_command_computes_what_is_missing(
     generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert generate("--prompt", "a cat").code == 0
     before = (tmp_path / "out" / "0.mkv").stat()
-    ended = generate("--prompt", "a cat", "--prompt", "a dog", "--skip-existing")
+    ended = generate("--prompt", "a cat", "--prompt", "a dog")
     assert ended.code == 0, ended.err
     assert ended.out.split() == [str(tmp_path / "out" / name) for name in ("0.mkv", "1.mkv")]
     assert "prompt 0: skipped" in ended.err
@@ -90,36 +92,58 @@ def test_skip_existing_computes_what_is_missing(
     after = (tmp_path / "out" / "0.mkv").stat()
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
     with monkeypatch.context() as patch:  # nothing is left to compute, and nothing is loaded
-        patch.setattr(run_module, "load_text_network", lambda *_: pytest.fail("computed"))
-        ended = generate("--prompt", "a cat", "--prompt", "a dog", "--skip-existing")
+        patch.setattr(networks_module, "load_text_network", lambda *_: pytest.fail("computed"))
+        ended = generate("--prompt", "a cat", "--prompt", "a dog")
     assert ended.code == 0, ended.err
+
+
+def test_fresh_makes_a_finished_clip_again_and_replaces_no_other(
+    generate: Generate, tmp_path: Path
+) -> None:
+    assert generate("--prompt", "a cat").code == 0
+    video = tmp_path / "out" / "0.mkv"
+    before = video.read_bytes(), video.stat().st_ino
+    assert generate("--prompt", "a dog", "--fresh").code == 2
+    assert generate("--prompt", "a cat", "--fresh").code == 0
+    assert video.read_bytes() == before[0]
+    assert video.stat().st_ino != before[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        (("--prompt", "a dog"), "prompt"),
-        (("--prompt", "a cat", "--seed", 7), "seeds"),
-        (("--prompt", "a cat", "--negative", "blur"), "negative"),
-        (("--prompt", "a cat", "--vae-precision", "bf16"), "options"),
+        (("--prompt", "a dog"), 'prompt.text is "a cat", wanted "a dog"'),
+        (("--prompt", "a cat", "--seed", 7), "seeds.base is 0, wanted 7"),
+        (("--prompt", "a cat", "--negative", "blur"), 'wanted "blur"'),
+        (
+            ("--prompt", "a cat", "--vae-precision", "bf16"),
+            'options.vae_precision is "fp32", wanted "bf16"',
+        ),
     ],
 )
-def test_skip_existing_refuses_another_clip(
+def test_another_clip_is_refused_with_both_values(
     generate: Generate, tmp_path: Path, arguments: tuple[object, ...], field: str
 ) -> None:
     assert generate("--prompt", "a cat").code == 0
     before = content(tmp_path / "out")
-    ended = generate(*arguments, "--skip-existing")
+    ended = generate(*arguments)
     assert ended.code == 2
-    assert f"another {field}" in ended.err
+    assert field in ended.err
     assert content(tmp_path / "out") == before
 
 
-def test_skip_existing_refuses_a_truncated_clip(generate: Generate, tmp_path: Path) -> None:
+def test_a_truncated_clip_is_refused_and_made_again_on_request(
+    generate: Generate, tmp_path: Path
+) -> None:
     assert generate("--prompt", "a cat").code == 0
     video = tmp_path / "out" / "0.mkv"
-    video.write_bytes(video.read_bytes()[:-1])
-    assert generate("--prompt", "a cat", "--skip-existing").code == 2
+    whole = video.read_bytes()
+    video.write_bytes(whole[:-1])
+    ended = generate("--prompt", "a cat")
+    assert ended.code == 2
+    assert f"0.mkv: {len(whole) - 1} bytes, and its receipt says {len(whole)}" in ended.err
+    assert generate("--prompt", "a cat", "--fresh").code == 0
+    assert video.read_bytes() == whole
 
 
 def test_an_earlier_contact_sheet_is_not_replaced(generate: Generate, tmp_path: Path) -> None:
@@ -149,7 +173,7 @@ def test_a_clip_in_another_container_is_not_left_without_its_receipt(
 def test_a_link_to_nothing_at_the_place_of_a_clip_is_refused_at_once(
     generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "load_text_network", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(networks_module, "load_text_network", lambda *_: pytest.fail("computed"))
     (tmp_path / "out").mkdir()
     for name in ("0.mkv", "0.json", LATENTS):
         for target, says in (("gone/x", "whose folder does not exist"), ("x", "earlier run")):
@@ -240,11 +264,11 @@ def test_a_signal_that_asks_to_end_leaves_no_partial_file(
 
 KILLED_IN_SECOND_DRAFT = """
 denoise_draft, calls = pipeline.denoise_draft, []
-def killed(*arguments):
+def killed(*arguments, **options):
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return denoise_draft(*arguments)
+    return denoise_draft(*arguments, **options)
 pipeline.denoise_draft = killed
 cli.main()
 """
@@ -311,7 +335,7 @@ def test_a_disk_without_room_for_the_latents_is_refused_at_once(
     generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(run_module, "load_text_network", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(networks_module, "load_text_network", lambda *_: pytest.fail("computed"))
     ended = generate("--prompt", "a cat")
     assert ended.code == 3
     assert "not enough room in" in ended.err

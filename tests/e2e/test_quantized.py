@@ -37,10 +37,10 @@ def test_a_quantized_clip_is_near_the_exact_one_and_says_what_it_is(
     assert 0 < relative_l2(latents["int8"], latents["exact"]) < 0.2
 
     # A clip of another format is another clip.
-    again = pw(*command, "--out", tmp_path / "exact", "--skip-existing", "--linear", "int8")
+    again = pw(*command, "--out", tmp_path / "exact", "--linear", "int8")
     assert again.code == 2
-    assert "another options" in again.err
-    same = pw(*command, "--out", tmp_path / "exact", "--skip-existing", "--policy", "eager")
+    assert 'options.linear is "exact", wanted "int8"' in again.err
+    same = pw(*command, "--out", tmp_path / "exact", "--policy", "eager")
     assert same.code == 0
     assert "skipped" in same.out + same.err
 
@@ -49,7 +49,7 @@ def test_a_quantized_clip_is_near_the_exact_one_and_says_what_it_is(
     receipt = json.loads(path.read_text(encoding="utf-8"))
     del receipt["options"]["linear"]
     path.write_text(json.dumps(receipt), encoding="utf-8")
-    older = pw(*command, "--out", tmp_path / "exact", "--skip-existing", "--policy", "eager")
+    older = pw(*command, "--out", tmp_path / "exact", "--policy", "eager")
     assert older.code == 0
 
 

@@ -13,12 +13,14 @@ import pytest
 
 from pw_bench.e2e.runtime_program import Silent
 from pw_export.nano.train_draft import DIT
+from pw_export.wan22_configs import NETWORKS
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
-from pw_runtime.cli.trained_size import beyond_training
+from pw_runtime.cli.trained_size import BUILT_IN, PUBLISHED, beyond_training, untrained
 from pw_runtime.presets import find_preset
+from pw_runtime.sizes import with_frames
 from pw_runtime.system import progress
 from pw_runtime.system.progress import Reporter, whole
-from pw_runtime.types import Request
+from pw_runtime.types import DitConfig, Request
 from tests.e2e.pw import Ended, Pw
 
 
@@ -122,6 +124,43 @@ def test_sizes_far_beyond_those_learned_are_told_with_their_time(
 def test_its_own_sizes_and_other_models_are_not_warned_of(
     built_in: Bundle, bundle_dir: Path
 ) -> None:
-    for name in ("nano", "nano-hd"):
+    for name in ("nano", "nano-hd", "nano-portrait", "nano-square"):
         assert beyond_training(request_for(name), built_in) is None
     assert beyond_training(request_for("4k"), open_bundle(bundle_dir)) is None
+
+
+def test_networks_are_recognised_by_their_widths() -> None:
+    for config, widths in ((NETWORKS.draft.config, PUBLISHED), (DIT, BUILT_IN)):
+        assert isinstance(config, DitConfig)
+        assert (config.dim, config.ffn_dim, config.num_layers) == widths
+
+
+@pytest.mark.parametrize("name", ["draft", "2k", "4k", "4k-5step"])
+def test_sizes_of_the_training_are_not_warned_of(name: str) -> None:
+    assert untrained(NETWORKS.draft.config, find_preset(name), draft_only=False) is None
+    assert untrained(NETWORKS.draft.config, find_preset(name), draft_only=True) is None
+
+
+def test_other_shapes_and_lengths_are_told_with_those_of_the_training() -> None:
+    config, portrait = NETWORKS.draft.config, find_preset("2k-portrait")
+    assert untrained(config, portrait, draft_only=False) == (
+        "warning: a clip of 1440x2560 with 121 frames, from a draft of 256x448, is not what the "
+        "published networks were trained on (drafts of 448x256, clips of 2560x1440 and 3840x2144, "
+        "121 frames): how good it looks is not known"
+    )
+    warning = untrained(config, portrait, draft_only=True)
+    assert warning is not None
+    assert "a clip of 256x448 with 121 frames is not" in warning
+    warning = untrained(config, with_frames(find_preset("4k"), 1), draft_only=False)
+    assert warning is not None
+    assert "a clip of 3840x2144 with 1 frame, from a draft of 448x256, is not" in warning
+
+
+def test_a_plan_says_that_a_size_was_not_trained(pw: Pw) -> None:
+    memory = ("--gpu-memory", "24GiB", "--host-memory", "64GiB")
+    told = pw("plan", "--preset", "2k", "--size", "1440x2560", *memory)
+    assert "121 frames of 1440x2560" in told.out
+    assert "from a draft of 256x448, is not what the published networks were" in told.out
+    document = json.loads(pw("plan", "--preset", "2k-portrait", *memory, "--json").out)
+    assert document["warning"].startswith("warning: a clip of 1440x2560")
+    assert json.loads(pw("plan", "--preset", "2k", *memory, "--json").out)["warning"] is None

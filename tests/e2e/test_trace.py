@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pw_runtime.checkpoint.bundle import open_bundle
-from pw_runtime.job import run as run_module
+from pw_runtime.job import networks as networks_module
 from pw_runtime.pipeline import generate
 from pw_runtime.presets import read_preset
 from pw_runtime.system.progress import Reporter
@@ -60,7 +60,7 @@ def test_a_failed_run_leaves_its_trace(pw: Pw, bundle_dir: Path, tmp_path: Path)
 
 def test_top_spans_cover_the_run(bundle_dir: Path, preset: Path, tmp_path: Path) -> None:
     request = Request(
-        prompts=(PROMPT,), preset=read_preset(preset), out=tmp_path, existing="overwrite"
+        prompts=(PROMPT,), preset=read_preset(preset), out=tmp_path, overwrite=True, fresh=True
     )
     bundle = open_bundle(bundle_dir)
     generate(request, bundle, Reporter(quiet=True))  # what is imported late is there then
@@ -106,7 +106,7 @@ def test_networks_are_let_go_without_the_collector(
     """No cycle holds them: between stages the collector, which takes long, is not called."""
     nets: list[weakref.ref[object]] = []
     alive: list[int] = []
-    load = run_module.load_transformer
+    load = networks_module.load_transformer
 
     def loading(*arguments: object) -> object:
         alive.append(sum(one() is not None for one in nets))
@@ -114,7 +114,7 @@ def test_networks_are_let_go_without_the_collector(
         nets.append(weakref.ref(net))
         return net
 
-    monkeypatch.setattr(run_module, "load_transformer", loading)
+    monkeypatch.setattr(networks_module, "load_transformer", loading)
     gc.disable()
     try:
         generate(

@@ -34,6 +34,7 @@ from pw_runtime.presets import PRESETS
 from pw_runtime.stages.decode import decode_frames
 from pw_runtime.types import VAE_STRIDE, Compat, Latent, TilingConfig, VaeConfig
 from tests.networks import TINY_VAE
+from tests.stages.stores import LATENT_FRAMES, check_goes_on
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 2, 9
@@ -87,6 +88,12 @@ def test_a_decode_on_engines_equals_that_of_the_decoder(nano, plan) -> None:
     for chunk, expected_chunk in zip(got, expected, strict=True):
         assert chunk.start == expected_chunk.start
         assert torch.equal(chunk.frames, expected_chunk.frames)
+
+
+def test_a_decode_on_engines_goes_on_to_the_same_bits(nano) -> None:
+    plan = TilingConfig(strips=2)
+    vae = on_eager_engines(nano, segments_of_decode(NANO_VAE, plan, ROWS, COLUMNS))
+    check_goes_on(vae, Latent(x=random_latent(LATENT_FRAMES)), plan)
 
 
 @pytest.mark.parametrize("columns", [3, COLUMNS])  # small pictures take other code of PyTorch
@@ -201,7 +208,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["2k", "4k"])
+@pytest.mark.parametrize("name", ["2k", "4k", "2k-square", "4k-portrait", "4k-square"])
 def test_strips_of_the_presets_keep_every_tensor_within_32_bits(name) -> None:
     """Traced at full size, and nothing is allocated."""
     stage, plan = PRESETS[name].highres, PRESETS[name].decode

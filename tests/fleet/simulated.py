@@ -72,7 +72,15 @@ class SimulatedWorker:
     def versions(self) -> dict[str, str]:
         return {**versions(), "host": "here", **self.cluster.version(self.slot)}
 
-    def join(self, model: str, digest: str, options: object, staging: str, token: str) -> Joined:
+    def join(
+        self,
+        model: str,
+        digest: str,
+        options: object,
+        staging: str,
+        token: str,
+        loras: object,
+    ) -> Joined:
         if reason := self.cluster.refuses(self.slot):
             raise BadRequest(reason)
         assert (Path(staging) / "token").read_text() == token

@@ -8,20 +8,47 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.cli import fleet as command
 from pw_runtime.cli.generate import generate
 from pw_runtime.cli.main import Terminated
 from pw_runtime.errors import BadRequest
 from pw_runtime.fleet import cluster
 from pw_runtime.fleet.cluster import WorkerLost
+from pw_runtime.fleet.run import finished_clips
+from pw_runtime.job.sources import located
+from pw_runtime.presets import find_preset
+from pw_runtime.types import Prompt, Request, RunOptions
 from tests.e2e.pw import Ended, Pw, write_preset
+from tests.inputs.videos import shades, write_video
+
+# Two signals to a process of its own, which prints what became of them.
+TWO_SIGNALS = """
+import signal, sys
+from pw_runtime.cli import fleet
+number = int(sys.argv[1])
+outer = lambda number, frame: None
+signal.signal(number, outer)
+try:
+    with fleet._stop_signals() as stopped:
+        print(stopped.is_set())
+        signal.raise_signal(number)
+        print(stopped.is_set(), stopped.number)
+        signal.raise_signal(number)
+except BaseException as error:
+    print(type(error).__name__)
+print(signal.getsignal(number) is outer)
+"""
 
 
 @pytest.fixture
@@ -78,13 +105,34 @@ def test_a_dry_run_counts_the_clips_that_would_be_skipped(
         "--prompt", "a cat", "--conv", "onednn",
     )  # fmt: skip
     assert made.code == 0
-    ended = dry_run(pw, bundle_dir, tmp_path, "--skip-existing")
+    ended = dry_run(pw, bundle_dir, tmp_path)
     assert "2 prompts: 1 are finished, 1 to make" in ended.out
-    refused = dry_run(pw, bundle_dir, tmp_path)
+    refused = dry_run(pw, bundle_dir, tmp_path, "--seed", 7)
     assert refused.code == 2
-    assert "contains files of an earlier run" in refused.err
+    assert "seeds.base is 0, wanted 7" in refused.err
     receipt = json.loads((tmp_path / "out" / "0.json").read_text())
     assert receipt["options"]["device"] == "cpu"
+
+
+def test_pictures_and_videos_are_found_from_everywhere_and_looked_at_before_any_works(
+    bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("start.png")
+    Image.new("RGB", (64, 48)).save(path)
+    prompts = located((Prompt("a cat", image=path), Prompt("a dog", id="1", position=2)))
+    assert [prompt.image for prompt in prompts] == [tmp_path / path, None]
+    preset = find_preset(str(write_preset(tmp_path / "small.toml")))
+    options = RunOptions(device="cpu", conv="onednn")
+    request = Request(prompts=prompts, preset=preset, out=tmp_path / "out", options=options)
+    assert finished_clips(request, open_bundle(bundle_dir)) == {}
+    path.write_bytes(b"no picture")
+    with pytest.raises(BadRequest, match=r"start\.png cannot be used"):
+        finished_clips(request, open_bundle(bundle_dir))
+    video = write_video(tmp_path / "draft.mp4", shades(3), 24)
+    request = replace(request, prompts=located((Prompt("a cat", draft_video=video),)))
+    with pytest.raises(BadRequest, match=r"draft\.mp4 is shorter than the clip"):
+        finished_clips(request, open_bundle(bundle_dir))
 
 
 def test_without_ray_it_says_what_to_install(
@@ -122,7 +170,7 @@ def test_more_gpus_per_worker_than_any_node_has_are_one_clear_error(
 def test_the_command_that_goes_on_keeps_what_was_asked_for_and_the_drawn_seed() -> None:
     words = ["fleet", "run", "--out", "my clips", "--seed", "-1", "--overwrite"]
     assert command._continuing(words, ["--seed", "42"]) == (
-        "pw fleet run --out 'my clips' --seed -1 --seed 42 --skip-existing"
+        "pw fleet run --out 'my clips' --seed -1 --overwrite --seed 42"
     )
 
 
@@ -132,17 +180,11 @@ def test_the_command_that_goes_on_keeps_what_was_asked_for_and_the_drawn_seed() 
 def test_the_first_signal_is_noted_and_the_second_interrupts(
     number: signal.Signals, second: type[BaseException]
 ) -> None:
-    inherited = signal.signal(number, signal.SIG_DFL)  # ignored where tests run in the background
-    try:
-        with command._stop_signals() as stopped:
-            assert not stopped.is_set()
-            signal.raise_signal(number)
-            assert (stopped.is_set(), stopped.number) == (True, number)
-            with pytest.raises(second):
-                signal.raise_signal(number)
-        assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(number, inherited)
+    words = [sys.executable, "-c", TWO_SIGNALS, str(int(number))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.split() == ["False", "True", str(int(number)), second.__name__, "True"]
 
 
 def test_a_machine_without_this_project_is_told_apart_from_a_dead_one() -> None:

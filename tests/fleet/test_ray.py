@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from pw_runtime.errors import BadRequest
-from pw_runtime.fleet.cluster import RayCluster, WorkerLost, connected, nodes
+from pw_runtime.fleet.cluster import RayCluster, WorkerLost, _RayWorker, connected, nodes
 from pw_runtime.fleet.layout import lay_out
+from pw_runtime.fleet.messages import Made
 from pw_runtime.types import RunOptions
 from tests.e2e.pw import Pw, write_preset
 
@@ -49,29 +50,40 @@ def arguments(bundle: Path, preset: Path, out: Path) -> list[object]:
     ]  # fmt: skip
 
 
-def kill_a_node_after_the_first_clip(cluster: Any, out: Path) -> threading.Thread:
-    """Kill the node of one of the two workers; return the thread that does it."""
+@pytest.fixture
+def node_dies_with_the_first_clip(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill the node of one of the two workers when one has made a clip.
 
-    def watch() -> None:
-        end = time.monotonic() + 60
-        while not list(out.glob("*.mkv")) and time.monotonic() < end:
-            threading.Event().wait(0.02)
-        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    Until its death is known no worker is asked for more: the others cannot have made everything.
+    """
+    lost, dying, call = threading.Event(), threading.Lock(), _RayWorker.call
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    return thread
+    def watched(worker: _RayWorker, method: str, *args: Any) -> Any:
+        try:
+            found = call(worker, method, *args)
+            if method == "events" and any(isinstance(event, Made) for event in found):
+                if dying.acquire(blocking=False):
+                    node = cluster.list_all_nodes()[-1]
+                    cluster.remove_node(node, allow_graceful=False)
+                end = time.monotonic() + 60
+                while not lost.wait(0.02) and time.monotonic() < end:
+                    call(worker, "versions")
+        except WorkerLost:
+            lost.set()
+            raise
+        return found
+
+    monkeypatch.setattr(_RayWorker, "call", watched)
 
 
+@pytest.mark.usefixtures("node_dies_with_the_first_clip")
 def test_a_node_dies_and_every_clip_is_there_with_the_bytes_of_one_run(
     pw: Pw, cluster: Any, bundle_dir: Path, tmp_path: Path
 ) -> None:
     preset, out = write_preset(tmp_path / "small.toml"), tmp_path / "fleet"
     assert pw("generate", *arguments(bundle_dir, preset, tmp_path / "alone")).code == 0
-    killer = kill_a_node_after_the_first_clip(cluster, out)
     words = arguments(bundle_dir, preset, out)
     ended = pw("fleet", "run", "--address", cluster.address, *words)
-    killer.join()
     assert ended.code == 0, ended.err
     assert "is lost: " in ended.err
     names = sorted(f"{i}.mkv" for i in range(len(PROMPTS)))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pw_runtime import (
+    LoraFile,
     Prompt,
     Reporter,
     Request,
@@ -24,7 +25,8 @@ from pw_runtime.errors import BadRequest, BadResult
 from pw_runtime.fleet import worker as worker_module
 from pw_runtime.fleet.messages import Ended, Event, Failed, Joined, Kept, Made, StagedFile, Warned
 from pw_runtime.fleet.worker import Worker
-from pw_runtime.job import run as run_module
+from pw_runtime.job import networks as networks_module
+from tests.convert.loras import random_pairs, tensors_in, with_lora, write_lora
 from tests.e2e.pw import write_preset
 
 OPTIONS = RunOptions(device="cpu", precision="fp32", conv="onednn", policy="eager", codec="ffv1")
@@ -111,7 +113,7 @@ def test_its_next_batch_has_a_new_folder_and_loads_nothing(
     join(worker, bundle_dir, staging)
     first, _ = made_by(worker, replace(order, prompts=PROMPTS[:1]))
     for name in ("load_text_network", "load_transformer", "load_decoder"):
-        monkeypatch.delattr(run_module, name)
+        monkeypatch.delattr(networks_module, name)
     second, events = made_by(worker, replace(order, prompts=PROMPTS[1:]))
     assert [clip.prompt_id for clip in of(Made, events)] == ["dog"]
     assert first != second
@@ -205,6 +207,24 @@ def test_a_bundle_that_is_not_there_or_another_one_is_named_with_the_worker(
         worker.join(str(tmp_path / "none"), digest, OPTIONS, str(staging), TOKEN)
     with pytest.raises(BadRequest, match="is another one than the driver's"):
         worker.join(str(bundle_dir), "f" * 64, OPTIONS, str(staging), TOKEN)
+
+
+def test_a_worker_takes_the_loras_of_the_driver_and_no_others(
+    worker: Worker, bundle_dir: Path, staging: Path, tmp_path: Path
+) -> None:
+    bundle = open_bundle(bundle_dir)
+    file = write_lora(tmp_path / "l.safetensors", tensors_in("ComfyUI", random_pairs(bundle)))
+    digest = with_lora(bundle, LoraFile(file, 0.5)).weights_digest
+    common = (str(bundle_dir), digest, OPTIONS, str(staging), TOKEN)
+    joined = worker.join(*common, loras={"draft": (LoraFile(file, 0.5),)})
+    assert joined.shares_output
+    for loras, words in (
+        ({"draft": (LoraFile(file, 0.25),)}, "a LoRA is another one than the driver's"),
+        ({}, "a LoRA is another one than the driver's"),
+        ({"draft": (LoraFile(tmp_path / "none"),)}, r"worker w0-abc on .* cannot be read"),
+    ):
+        with pytest.raises(BadRequest, match=words):
+            worker.join(*common, loras=loras)
 
 
 def test_a_device_that_is_not_there_is_named_with_the_worker(

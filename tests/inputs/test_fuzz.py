@@ -30,7 +30,7 @@ from pw_engines.manifest import MANIFEST
 from pw_engines.store import EngineStore, StoreError
 from pw_runtime.checkpoint.bundle import check_tensors, open_bundle
 from pw_runtime.errors import PixelWizardError
-from pw_runtime.job.existing import _identity_of_receipt
+from pw_runtime.job.identity import of_receipt
 from pw_runtime.job.latents import (
     DIGESTS,
     METADATA,
@@ -155,6 +155,7 @@ def receipt(folder: Path, bundle: Path) -> Kind:
             **{name: origin[name] for name in shared}, video={"file": "0.mp4", "bytes": 5},
             notices=[], fallbacks=[], passes={}, versions=versions(), peak_memory_bytes=None,
             plan=None, kernel_launches=None, exactness={"label": "exact"},
+            tiling=origin["decode"],
         ),
         file,
     )  # fmt: skip
@@ -163,7 +164,7 @@ def receipt(folder: Path, bundle: Path) -> Kind:
 
     def read() -> None:
         with contextlib.suppress(KeyError):  # `settle_existing` names the field that is missing
-            _identity_of_receipt(read_receipt(file))
+            of_receipt(read_receipt(file))
         _changed_settings(file.with_suffix(".mp4"), other.with_suffix(".mp4"))
 
     return of_json(file, read)

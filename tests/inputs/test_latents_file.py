@@ -130,7 +130,7 @@ ORIGINS = [
     (put("options", "chunk", value=0), "options.chunk is 0"),
     (put("options", "device", value="mps\n"), "options.device is"),
     (put("options", "codec", value="gif"), "options.codec"),
-    (put("format", value=6), "format 6"),
+    (put("format", value=7), "format 7"),
     (put("unknown", value=1), "unknown"),
 ]
 

@@ -18,6 +18,7 @@ from pw_runtime.checkpoint.bundle import check_tensors, open_bundle, verify
 from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
 from pw_runtime.job.latents import read_provenance
 from pw_runtime.job.receipt import read_receipt
+from pw_runtime.job.sources import source_of
 from pw_runtime.presets import read_preset
 from pw_runtime.prompts import read_prompts
 from pw_runtime.sampling.noise import load_noise
@@ -62,6 +63,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "noise": lambda path: load_noise(path, PRESET.stages(), PRESET.video),
     "results": read_result,
     "receipt": read_receipt,
+    "picture or video": source_of,
 }
 
 

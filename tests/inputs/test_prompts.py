@@ -135,6 +135,16 @@ def test_numbers_that_nothing_stores_are_refused_in_our_words(text: str) -> None
     assert "larger than any number" in str(caught.value) or "digits" in str(caught.value)
 
 
+def test_a_picture_that_is_null_is_none_and_one_that_is_no_path_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"text": "a cat", "image": null, "draft_video": "a.mp4"}\n')
+    prompt = read_prompts(path, lambda line: None)[0]
+    assert (prompt.image, prompt.draft_video) == (None, tmp_path / "a.mp4")
+    path.write_text('{"text": "a cat", "image": 7}\n')
+    with pytest.raises(BadRequest, match="has an unusable image"):
+        read_prompts(path, lambda line: None)
+
+
 def test_keys_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     """Seen: a seed for each prompt was ignored without a word."""
     file = tmp_path / "p.jsonl"

@@ -286,14 +286,14 @@ def test_places_are_told_with_their_free_room(
 def test_encoders_that_are_missing_are_named(
     whole: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "encoders   h264, hevc, av1, ffv1\n" in doctor_report(whole)
+    assert "encoders   h264, hevc, av1, ffv1, png\n" in doctor_report(whole)
     codec = av.Codec
 
     def without_av1(name: str, mode: str) -> object:
         return codec("no such encoder" if name == "libsvtav1" else name, mode)
 
     monkeypatch.setattr(av, "Codec", without_av1)
-    assert "encoders   h264, hevc, ffv1; av lacks av1 (libsvtav1)\n" in doctor_report(whole)
+    assert "encoders   h264, hevc, ffv1, png; av lacks av1 (libsvtav1)\n" in doctor_report(whole)
 
 
 def test_the_compiler_that_is_reported_is_the_one_that_pytorch_calls() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pw_export.checkpoints import keymaps
 from pw_kernels import unpatchify_pixels
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.models import VaeDecoder, VaeEncoder, WanDiT
 from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.types import DitConfig

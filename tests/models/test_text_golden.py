@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pw_export.checkpoints import keymaps
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.models import TextEncoder
 from pw_runtime.models.text_encoder import encode_tokens
 from pw_runtime.stages.text import clean_text

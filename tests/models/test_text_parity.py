@@ -25,10 +25,10 @@ from transformers import AutoTokenizer
 
 from pw_bench.e2e.diffusers_networks import umt5_encoder
 from pw_export import wan22_configs
-from pw_export.checkpoints import keymaps
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.checkpoint import write_tokenizer
 from pw_export.nano.random_weights import NANO_TEXT_ENCODER, write_byte_tokenizer
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.models.text_encoder import TextEncoder, encode_tokens
 from pw_runtime.models.tokenizer import TextTokenizer, build_tokenizer
 from pw_runtime.types import TextEncoderConfig

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pw_runtime.checkpoint.bundle import open_bundle
+from tests.convert.loras import random_pairs, tensors_in, write_lora
 from tests.e2e.pw import Pw, write_preset
 from tests.parallel.command import run_ranks
 
@@ -48,6 +50,25 @@ def test_three_ranks_make_the_clips_of_one_bit_for_bit(
         assert _frames(alone / f"{name}.mkv") == _frames(together / f"{name}.mkv")
         receipt = json.loads((together / f"{name}.json").read_text())
         assert "highres: 3 ranks for each pass" in str(receipt["plan"]["decisions"])
+
+
+@pytest.mark.slow
+def test_ranks_merge_a_lora_into_the_weights_that_they_divide(
+    pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path
+) -> None:
+    pairs = random_pairs(open_bundle(bundle_dir))
+    lora = write_lora(tmp_path / "lora.safetensors", tensors_in("kohya", pairs))
+    common = ("generate", "--model", bundle_dir, "--preset", preset, "--prompt", "a red ball")
+    common += ("--draft-only", "--save-latents", "--chunk", 16, "--lora", f"{lora}:0.7")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert pw(*common, "--out", alone).code == 0
+    ended = run_ranks(2, *common, "--out", together, "--dit_fsdp", "--ulysses_size", 2)
+    assert ended.codes == (0, 0), ended.stderr
+    latents = [load_file(folder / "0.latents.safetensors") for folder in (alone, together)]
+    assert torch.equal(*(x["draft_latent"] for x in latents))
+    receipts = [json.loads((folder / "0.json").read_text()) for folder in (alone, together)]
+    assert receipts[0]["loras"] == receipts[1]["loras"]
+    assert "weights divided among the ranks" in str(receipts[1]["plan"]["decisions"])
 
 
 @pytest.mark.slow

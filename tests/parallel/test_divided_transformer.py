@@ -18,6 +18,7 @@ from tests.parallel.ranks import run
 from tests.parallel.transformers import CONFIG, HIGHRES, LIMIT, STAGE, make_clip, whole
 
 SIZES = (8, 8, 8, 7, 7, 7)  # tokens of the slices
+WITH_PICTURE = (8, 7, 8, 8, 7, 7)  # those of the first latent frame, and those of the others
 CASES: dict[int, list[dict[str, Any]]] = {
     1: [{"split": {"guidance": 1, "sequence": 1}}],
     2: [
@@ -25,15 +26,19 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"split": {"guidance": 2, "sequence": 1}, "highres": True},
         {"split": {"guidance": 1, "sequence": 2}, "highres": True, "precision": "bf16"},
         {"split": {"guidance": 1, "sequence": 2}, "gathered": True, "precision": "bf16"},
+        {"split": {"guidance": 1, "sequence": 2}, "picture": True, "precision": "bf16"},
+        {"split": {"guidance": 2, "sequence": 1}, "picture": True, "highres": True},
     ],
     3: [
         {"split": {"guidance": 1, "sequence": 3}, "highres": True, "gathered": True},
         {"split": {"guidance": 2, "sequence": 1}},  # one rank waits
         {"split": {"guidance": 1, "sequence": 3}, "padded": True},
+        {"split": {"guidance": 1, "sequence": 3}, "padded": True, "picture": True},
     ],
     4: [
         {"split": {"guidance": 1, "sequence": 4}, "highres": True},  # more ranks than heads
         {"split": {"guidance": 2, "sequence": 2}, "highres": True, "gathered": True},
+        {"split": {"guidance": 1, "sequence": 4}, "highres": True, "picture": True},
     ],
     5: [{"split": {"guidance": 1, "sequence": 5}, "highres": True, "precision": "bf16"}],
 }
@@ -64,7 +69,8 @@ def test_latents_are_equal_bit_for_bit_on_one_to_five_ranks(tmp_path: Path) -> N
             config = HIGHRES if case.get("highres") else CONFIG
             net = whole(config, case.get("precision", "fp32"), padded=bool(case.get("padded")))
             with torch.inference_mode():
-                expected = [make_clip(net, config, seed) for seed in range(2)]
+                picture = bool(case.get("picture"))
+                expected = [make_clip(net, config, seed, picture=picture) for seed in range(2)]
             made, _ = results[0][index]
             for x, y in zip(made, expected, strict=True):
                 assert torch.equal(x, y), f"{count} ranks, {case}"
@@ -76,7 +82,8 @@ def _require_planned_traffic(case: dict[str, Any], sent: list[dict[str, int]]) -
     config = HIGHRES if case.get("highres") else CONFIG
     split, precision = Split(**case["split"]), case.get("precision", "fp32")
     low = 2 if precision == "bf16" else 4
-    planned = step_traffic(config, split, SIZES, passes=2, itemsize=low)
+    sizes = WITH_PICTURE if case.get("picture") else SIZES
+    planned = step_traffic(config, split, sizes, passes=2, itemsize=low)
     steps = 2 * STAGE.steps
 
     def total(*kinds: str) -> int:

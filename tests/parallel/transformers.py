@@ -76,12 +76,13 @@ def divided(
     return DividedDiT(net, segments, engines, weights, ranks, split, "draft")
 
 
-def make_clip(net: Any, config: DitConfig, seed: int = 0) -> Tensor:
+def make_clip(net: Any, config: DitConfig, seed: int = 0, *, picture: bool = False) -> Tensor:
     text = TextContext(cond=normal(7 + seed, 32), uncond=normal(4, 32))
     noise, conditioning = normal(*LATENT) + seed, None
     if config.adapter_dim:
         conditioning = Conditioning(x=normal(48, 3, 3, 5) - seed)
-    return denoise(net, text, noise, STAGE, Compat(), lambda done: None, conditioning).x
+    inputs = (net, text, noise, STAGE, Compat(), lambda done: None, conditioning)
+    return denoise(*inputs, fixed=noise[:, :1] / 2 if picture else None).x
 
 
 def clips(ranks: Ranks, cases: str) -> object:
@@ -94,7 +95,8 @@ def clips(ranks: Ranks, cases: str) -> object:
         ranks.sent.clear()
         if ranks.rank == 0:
             assert net is not None
-            made = [make_clip(net, config, seed) for seed in range(2)]
+            picture = bool(case.get("picture"))
+            made = [make_clip(net, config, seed, picture=picture) for seed in range(2)]
             net.close()
             ranks.command("end of a case")
         else:

@@ -69,10 +69,12 @@ def stage_peak(
     blocks: Blocks = "segments",
     keep: float | None = None,
     engine: Callable[[EngineSpec], Engine] | None = None,
+    clean: bool = False,
 ) -> int:
     """Most bytes of tensors that live while a stage denoises a clip of three steps.
 
-    `engine` makes one from its spec; None: the segments themselves run.
+    `engine` makes one from its spec; None: the segments themselves run. `clean`: the first latent
+    frame is known.
     """
     with counted(fake=fake) as ledger:
         net = WanDiT(config).requires_grad_(False)
@@ -99,7 +101,7 @@ def stage_peak(
         on_engines = SegmentedDiT(
             net, segments, engines, weights, share_attention=plan.share_attention, keep=keep
         )
-        run_stage(on_engines, config, replace(stage, steps=3), video)
+        run_stage(on_engines, config, replace(stage, steps=3), video, clean=clean)
         if weights is not None:
             weights.close()
     return ledger.peak["cpu"]
@@ -109,13 +111,22 @@ def _stays(name: str, plan: TransformerPlan) -> bool:
     return plan.weights == "mapped" and is_streamed(name)
 
 
-def run_stage(net: SegmentedDiT, config: DitConfig, stage: StageConfig, video: VideoConfig) -> None:
+def run_stage(
+    net: SegmentedDiT,
+    config: DitConfig,
+    stage: StageConfig,
+    video: VideoConfig,
+    *,
+    clean: bool = False,
+) -> None:
     context = torch.zeros(TEXT_TOKENS, config.text_dim)
     text = TextContext(cond=context, uncond=context)
     noise = torch.zeros(latent_shape(stage, video))
+    fixed = torch.zeros_like(noise[:, :1]) if clean else None
     if not config.adapter_dim:
-        denoise_draft(net, text, noise, stage, Compat(), lambda part: None)
+        denoise_draft(net, text, noise, stage, Compat(), lambda part: None, fixed=fixed)
         return
     low = Latent(x=torch.zeros(latent_shape(LOW, video)))
     conditioning = resize_draft(low, stage)
-    denoise_highres(net, text, conditioning, noise, stage, Compat(), lambda part: None)
+    inputs = (net, text, conditioning, noise, stage, Compat(), lambda part: None)
+    denoise_highres(*inputs, fixed=fixed)

@@ -91,6 +91,32 @@ class AnySize(Nothing):
     padded = False
 
 
+class AlignedSize(AnySize):
+    """An engine like that of TensorRT for RTX."""
+
+    granularity = 128
+
+
+@pytest.mark.parametrize("chunk", [8192, 100])
+def test_a_first_frame_that_is_known(chunk: int) -> None:
+    plan = TransformerPlan(chunk=chunk)
+    peak = stage_peak(SMALL, *SMALL_CLIP, "fp32", plan, fake=False, clean=True)
+    items = stage_memory(SMALL, *SMALL_CLIP, "fp32", plan, text_tokens=TEXT_TOKENS, clean=True)
+    assert sum(item.bytes for item in items) == pytest.approx(peak, rel=WITHIN)
+
+
+def test_a_first_frame_that_is_known_on_engines_that_take_copies() -> None:
+    plan, (stage, video) = TransformerPlan(), (TWO_K, VideoConfig(frames=17))
+    peak = stage_peak(HIGHRES_5B, stage, video, "bf16", plan, engine=AlignedSize, clean=True)
+    items = stage_memory(
+        *(HIGHRES_5B, stage, video, "bf16", plan),
+        text_tokens=TEXT_TOKENS,
+        on_engines=True,
+        clean=True,
+    )
+    assert sum(item.bytes for item in items) == pytest.approx(peak, rel=WITHIN)
+
+
 @pytest.mark.parametrize("blocks", get_args(Blocks))
 def test_on_engines_with_scratch_memory_of_their_own(blocks: Blocks) -> None:
     """They are counted without it; here they allocate nothing else either."""

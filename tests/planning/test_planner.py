@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pw_export.wan22_configs import NETWORKS
+from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.errors import BadRequest
 from pw_runtime.planning.candidates import candidates, decode_candidates
 from pw_runtime.planning.decode_choices import decode_choices, decode_traffic
@@ -18,6 +20,7 @@ from pw_runtime.planning.stage_times import seconds_by_stage
 from pw_runtime.planning.time_estimate import KNOWN
 from pw_runtime.planning.workload import Workload, workload
 from pw_runtime.presets import PRESETS, check_preset
+from pw_runtime.sizes import sized
 from pw_runtime.stages.codecs import RECIPES, pixel_format_for
 from pw_runtime.types import (
     Blocks,
@@ -28,6 +31,7 @@ from pw_runtime.types import (
     Precision,
     RunOptions,
     RunPlan,
+    StageName,
     TilingConfig,
 )
 
@@ -50,7 +54,12 @@ def plan_for(preset: str, gpu: float, host: float = 64) -> RunPlan:
 
 @pytest.mark.parametrize(
     ("preset", "gpu", "weights"),
-    [("2k", 16, "resident"), ("4k", 24, "resident"), ("4k", 16, "streamed")],
+    [
+        *[("2k", 16, "resident"), ("4k", 24, "resident"), ("4k", 16, "streamed")],
+        *[("2k-portrait", 16, "resident"), ("2k-square", 16, "resident")],
+        *[("4k-portrait", 24, "resident"), ("4k-square", 24, "resident")],
+        *[("4k-portrait", 16, "streamed"), ("4k-square", 16, "streamed")],
+    ],
 )
 def test_the_promised_budgets_are_met(preset: str, gpu: int, weights: str) -> None:
     plan = plan_for(preset, gpu)
@@ -99,6 +108,46 @@ def test_files_that_hold_the_precision_are_not_copied_to_host_memory() -> None:
     assert "streamed from the bundle's files" in plan.decisions[2]
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "fp32"), ("bfloat16", "bf16")])
+def test_the_precision_of_files_is_read_from_a_bundle(
+    bundle_dir: Path, dtype: str, precision: Precision
+) -> None:
+    networks = open_bundle(bundle_dir).networks
+    assert networks.draft.dtype == "float32"
+    networks = replace(networks, draft=replace(networks.draft, dtype=dtype))
+    assert workload(networks, PRESETS["nano"], RunOptions()).stored["draft"] == precision
+
+
+def test_weights_that_a_lora_is_merged_into_are_kept_in_host_memory_where_they_fit() -> None:
+    """Mapped ones are merged whenever they are used, and the plan says so."""
+    stored: dict[StageName, Precision | None] = {"draft": "bf16", "highres": "bf16"}
+    work = replace(work_for(), stored=stored, loras=frozenset({"highres"}))
+    options = candidates(work, gpu=True)
+    ways = {
+        stage: list(dict.fromkeys(option.choice.weights for option in options[stage]))
+        for stage in ("draft", "highres")
+    }
+    assert ways == {
+        "draft": ["resident", "mapped"],
+        "highres": ["resident", "streamed", "mapped"],
+    }
+    for stage, merges in (("draft", False), ("highres", True)):
+        mapped = next(x for x in options[stage] if x.choice.weights == "mapped")
+        said = "weights streamed from the bundle's files with the LoRA merged at every use"
+        assert (said in mapped.name) == merges
+
+
+def test_what_merging_a_lora_takes_is_in_the_plan() -> None:
+    """The largest weight and what is added to it, in fp32; tests/convert counts a merge."""
+    work = replace(work_for(), loras=frozenset({"draft"}))
+    draft, highres = (candidates(work, gpu=True)[stage][0].memory for stage in ("draft", "highres"))
+    (merging,) = (item for item in draft.items if item.name == "LoRA merged into a weight")
+    assert (merging.place, merging.kind) == ("host", "activations")
+    assert all(item.name != merging.name for item in highres.items)
+    largest = 18432 * 3072  # time_projection
+    assert merging.bytes == 2 * 4 * largest
+
+
 def test_engines_of_one_size_keep_their_part_and_leave_the_decoder_itself_as_a_way() -> None:
     work = replace(work_for(), padded=True, decoder_engines=True)
     found = candidates(work, gpu=True)
@@ -112,6 +161,12 @@ def test_engines_of_one_size_keep_their_part_and_leave_the_decoder_itself_as_a_w
         ),
         DecodePlan(tiling=frames),
     ]
+
+
+def test_the_tiling_of_a_narrow_draft_can_be_stored_with_its_latents() -> None:
+    preset = sized(PRESETS["4k"], (32, 800))
+    work = workload(NETWORKS, preset, RunOptions(draft_only=True))
+    check_preset(replace(preset, decode=work.tiling), "latents")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from pw_runtime import (
     open_bundle,
     pipeline,
 )
-from pw_runtime.job import run as run_module
+from pw_runtime.job import networks as networks_module
 from pw_runtime.planning.candidates import candidates
 from pw_runtime.planning.planner import GIB, make_plan
 from pw_runtime.planning.warm_networks import (
@@ -30,6 +30,7 @@ from pw_runtime.planning.warm_networks import (
     WarmNetworks,
     bytes_beside,
     kept_bytes,
+    loading_options,
     stages_to_keep,
 )
 from pw_runtime.types import Budget, RunPlan
@@ -81,7 +82,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The loads of networks so far."""
     counted: list[str] = []
     for name in ("load_text_network", "load_transformer", "load_decoder"):
-        monkeypatch.setattr(run_module, name, counting(counted, name, getattr(run_module, name)))
+        monkeypatch.setattr(
+            networks_module, name, counting(counted, name, getattr(networks_module, name))
+        )
     return counted
 
 
@@ -179,6 +182,22 @@ def test_a_network_made_of_something_else_is_closed_and_not_handed_over() -> Non
     warm.keep("draft", "exact", "other", closed.append)
     warm.release()
     assert closed == ["net", "other"]
+
+
+def test_of_two_runs_that_make_a_clip_each_keeps_what_both_have_room_for() -> None:
+    warm, closed = WarmNetworks(), []
+    warm.only = frozenset({"highres"})
+    warm.keep("draft", "exact", "draft's", closed.append)
+    warm.keep("highres", "exact", "high-res's", closed.append)
+    assert closed == ["draft's"]
+    warm.keep_only(frozenset({"draft"}))
+    assert closed == ["draft's", "high-res's"]
+
+
+def test_a_draft_and_the_clip_made_of_it_share_what_is_loaded() -> None:
+    draft = RunOptions(device="cpu", draft_only=True, save_latents=True)
+    assert loading_options(draft) == loading_options(RunOptions(device="cpu"))
+    assert loading_options(draft) != loading_options(replace(draft, linear="int8"))
 
 
 def test_what_the_process_took_is_that_of_its_first_run() -> None:

@@ -25,7 +25,7 @@ class Field:
     def text_keys_values(self, context: Tensor) -> Tensor:
         return context.mean(0)
 
-    def layout(self, noise: Tensor) -> None:
+    def layout(self, noise: Tensor, clean: int) -> None:
         return None
 
     def modulation(self, t: Tensor, dt: Tensor | None) -> None:

@@ -122,7 +122,7 @@ def test_bands_convolve_no_row_twice_and_leave_nothing(decoder) -> None:
         with Convolved() as convolved:
             put_together(tiles, z)
         results.append(convolved.results)
-        assert not tiles._caches
+        assert not tiles.past
         assert not tiles._seams
     assert results[0] == results[1]
 

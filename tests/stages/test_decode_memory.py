@@ -68,14 +68,20 @@ def predicted(
 
 
 @pytest.mark.parametrize("strips", [1, 8])
-@pytest.mark.parametrize(("rows", "columns"), [(90, 160), (134, 240)], ids=["2k", "4k"])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(90, 160), (134, 240), (240, 134)],
+    ids=["2k", "4k", "4k-portrait"],
+)
 def test_the_closed_form_is_the_ledger_of_the_full_size_decoder(rows, columns, strips) -> None:
     with FakeTensorMode():
         wanted = accounted(VAE, rows, columns, TilingConfig(strips=strips))
     assert abs(predicted(VAE, rows, columns, strips) / wanted - 1) <= 0.02
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(90, 160), (134, 240)], ids=["2k", "4k"])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(90, 160), (134, 240), (240, 134)], ids=["2k", "4k", "4k-portrait"]
+)
 def test_the_closed_form_is_the_ledger_tile_by_tile(rows, columns) -> None:
     """It counts the rows between bands until the end, of which the last band frees some."""
     with FakeTensorMode():

@@ -108,7 +108,7 @@ class Shared:
 def test_what_tiles_share_is_on_the_host_before_the_cpu_cuts_it() -> None:
     frame = torch.empty(48, 1, 9, 7, device="cuda")
     tiles = Shared(lambda frame: activations(1, 8, 2, 18, 14))
-    clip = _Clip(None, Latent(x=frame), tiles, "rgb24", False, print)  # type: ignore[arg-type]
+    clip = _Clip(None, Latent(x=frame), tiles, "rgb24", False, print, print)  # type: ignore[arg-type]
     with Crossings() as seen:
         kept = clip._keep(frame, on_host)
     ((source, target, waits),) = seen.copies
@@ -121,7 +121,7 @@ def test_what_tiles_share_is_on_the_host_before_the_cpu_cuts_it() -> None:
 def test_the_latent_itself_stays_on_the_gpu() -> None:
     """Official strips share nothing but that, and it is there anyway."""
     frame = torch.empty(48, 1, 9, 7, device="cuda")
-    clip = _Clip(None, Latent(x=frame), Shared(lambda x: x), "rgb24", False, print)  # type: ignore[arg-type]
+    clip = _Clip(None, Latent(x=frame), Shared(lambda x: x), "rgb24", False, print, print)  # type: ignore[arg-type]
     with Crossings() as seen:
         assert clip._keep(frame, on_host) is frame
     assert not seen.copies

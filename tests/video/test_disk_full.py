@@ -33,7 +33,7 @@ def limit(size):
 
 
 for codec in ("h264", "ffv1"):
-    size = save(f"{codec} earlier", codec)
+    size = save(f"{codec} earlier", codec).bytes
     for most in (0, 1, 4096, size // 3, size // 2, size - 65536, size - 4096, size - 1):
         limit(most)
         for name in (f"{codec} new", f"{codec} earlier"):

@@ -10,11 +10,11 @@ from typing import Generic
 
 import torch
 
-from pw_export.checkpoints import keymaps
 from pw_export.checkpoints.configs import count, text_encoder_config, vae_config
 from pw_export.checkpoints.network_kinds import require_role
 from pw_export.checkpoints.tensor_refs import Refs, renamed, shapes_of
 from pw_export.checkpoints.upstream_configs import ConfigFields
+from pw_runtime.checkpoint import keymaps
 from pw_runtime.checkpoint.bundle import ConfigT, require_shapes
 from pw_runtime.errors import BadWeights
 from pw_runtime.models import expected_shapes

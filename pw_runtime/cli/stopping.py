@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals that end a run: the step in progress may finish, and the user is told how to go on."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from pw_runtime.errors import RankFailed, WriteFailed
+from pw_runtime.system.stop import Stopped, StopRequest
+
+if TYPE_CHECKING:
+    from pw_runtime.system.progress import Reporter
+
+GRACE: Final = 2.0  # seconds that the step in progress may take to finish
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def stopping(stop: StopRequest, reporter: Reporter, go_on: str) -> Iterator[None]:
+    """Turn the first signal inside the block into a request to stop, and obey a second one at once.
+
+    What has not stopped when the grace is over is interrupted. Signals that are ignored stay so
+    (nohup). To be entered in the main thread.
+
+    Args:
+        stop: asks the run.
+        reporter: tells the user which command goes on, where the block was ended early.
+        go_on: this command.
+
+    Raises:
+        KeyboardInterrupt, Terminated: as the signal would have done.
+    """
+    received: list[int] = []
+
+    def first(number: int, frame: FrameType | None) -> None:
+        if received:
+            _raise(number)
+        received.append(number)
+        stop.request(GRACE)
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+    def over(number: int, frame: FrameType | None) -> None:
+        _raise(received[0])
+
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    alarm = signal.signal(signal.SIGALRM, over)
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, first)
+    try:
+        yield
+    except BaseException as error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if received or isinstance(error, WriteFailed | RankFailed):
+            reporter.warn(f"to go on where this run has ended: {go_on}")
+        if isinstance(error, Stopped) and received:
+            _raise(received[0])
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def command_again(seed: int | None, arguments: Sequence[str] | None = None) -> str:
+    """Return the command line that goes on with this run.
+
+    Args:
+        seed: that was drawn; None: the command names it.
+        arguments: of `pw`; None: those of this process.
+    """
+    words = [word for word in (arguments or sys.argv[1:]) if word != "--fresh"]
+    drawn = [] if seed is None else ["--seed", str(seed)]
+    return shlex.join(["pw", *words, *drawn])
+
+
+def _raise(number: int) -> NoReturn:
+    """Raise what ends the process on a signal; a further one does not interrupt that."""
+    from pw_runtime.cli.main import Terminated
+
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
