@@ -14,7 +14,13 @@ from pw_export.nano.captions import vocabulary
 from pw_export.nano.train_draft import DIT, TEXT_ENCODER, TextToLatent
 from pw_export.nano.train_highres import HIGHRES, initial_highres
 from pw_export.nano.train_vae import VAE, initialise
-from pw_export.nano.weights import FILES, keep_weights, read_weights, write_trained_checkpoint
+from pw_export.nano.weights import (
+    FILES,
+    keep_weights,
+    read_losses,
+    read_weights,
+    write_trained_checkpoint,
+)
 from pw_runtime.checkpoint.bundle import Bundle, load_tensors, verify
 from pw_runtime.checkpoint.loader import load_tokenizer
 from pw_runtime.errors import BadWeights
@@ -63,6 +69,25 @@ def test_losses_of_all_trainings_are_kept(work: Path) -> None:
         name: [{"step": 20, "loss": 0.5, "seconds": 1.5}]
         for name in ("draft", "highres", "decoder", "encoder")
     }
+
+
+def test_networks_that_were_not_trained_anew_are_written_as_they_were(
+    work: Path, tmp_path: Path
+) -> None:
+    before = read_weights(work / "kept")
+    state = torch.load(work / "highres.pt", weights_only=True)
+    state["average"] = {name: tensor + 1 for name, tensor in state["average"].items()}
+    torch.save(state, tmp_path / "highres.pt")
+    (tmp_path / "highres.jsonl").write_text('{"step": 20, "loss": 0.25, "seconds": 2.5}\n')
+    keep_weights(tmp_path, tmp_path / "kept", before, read_losses(work / "kept"))
+    same = {
+        name: (tmp_path / "kept" / name).read_bytes() == (work / "kept" / name).read_bytes()
+        for name in (f"{name}.safetensors" for name in FILES)
+    }
+    assert [name for name, equal in same.items() if not equal] == ["highres.safetensors"]
+    losses = read_losses(tmp_path / "kept")
+    assert losses["highres"] == [{"step": 20, "loss": 0.25, "seconds": 2.5}]
+    assert losses["draft"] == read_losses(work / "kept")["draft"]
 
 
 def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:

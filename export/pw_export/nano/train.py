@@ -6,7 +6,8 @@ python -m pw_export.nano.train --work DIR [--begin WEIGHTS] [NETWORK ...]
 Each network trains for the steps of its recipe; a stopped training continues where it was. Without
 names all networks are trained, and the weights are written to DIR/weights. The VAE does not depend
 on the transformers: on two cores, two such programs with one thread each are faster than one with
-two threads. With `--begin`, all but the encoder begin with the weights in a folder.
+two threads. With `--begin`, all but the encoder begin with the weights in a folder, and those of
+networks that are not named are written as they are there.
 The blocks of the transformers are compiled, for which a C++ compiler is needed.
 """
 
@@ -23,7 +24,7 @@ from pw_export.nano.train_draft import train_draft
 from pw_export.nano.train_highres import train_highres
 from pw_export.nano.train_vae import train_decoder, train_encoder
 from pw_export.nano.trainable import compile_blocks
-from pw_export.nano.weights import keep_weights, read_weights
+from pw_export.nano.weights import keep_weights, read_losses, read_weights
 
 Train = Callable[[Path, torch.device, NanoTensors | None], object]
 
@@ -51,10 +52,11 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     compile_blocks()
     begin = None if given.begin is None else read_weights(given.begin)
+    losses = {} if given.begin is None else read_losses(given.begin)
     for name in given.networks or TRAIN:
         TRAIN[name](given.work, given.device, begin)
-    if not given.networks:
-        keep_weights(given.work, given.work / "weights")
+    if begin is not None or not given.networks:
+        keep_weights(given.work, given.work / "weights", begin, losses)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,6 +20,9 @@ from pw_runtime.system.atomic_files import write_tensors, write_text
 
 FILES = ("draft", "highres", "vae", "text_encoder")
 TRAININGS = ("draft", "highres", "decoder", "encoder")
+LOSSES = "losses.json"
+Losses = dict[str, list[dict[str, Any]]]
+"""By training: step, mean loss and seconds of every few steps."""
 TRAINED = Path(__file__).parent / "trained"  # part of the package
 
 
@@ -38,36 +44,55 @@ def read_weights(folder: Path) -> NanoTensors:
     return NanoTensors(**{name: _cast(tensors, torch.float32) for name, tensors in stored.items()})
 
 
-def keep_weights(work: Path, folder: Path) -> None:
+def read_losses(folder: Path) -> Losses:
+    """Read the losses that `keep_weights` wrote beside the weights."""
+    losses: Losses = json.loads((folder / LOSSES).read_text(encoding="utf-8"))
+    return losses
+
+
+def keep_weights(
+    work: Path, folder: Path, begin: NanoTensors | None = None, losses: Losses | None = None
+) -> None:
     """Write the averaged weights of all trainings, in fp16 with official names, and the losses.
 
     Args:
         work: folder of the completed trainings.
         folder: folder for a file per network and losses.json.
+        begin: weights of the networks that were not trained there; None: all four were.
+        losses: of the trainings of `begin`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, tensors in _trained(work).items():
+    done = [name for name in TRAININGS if begin is None or (work / f"{name}.pt").exists()]
+    for name, tensors in _trained(work, done, begin).items():
         write_tensors(folder / f"{name}.safetensors", _cast(tensors, torch.float16))
-    losses = []
-    for name in TRAININGS:
-        rows = (work / f"{name}.jsonl").read_text(encoding="utf-8").strip().replace("\n", ",\n")
-        losses.append(f'"{name}": [\n{rows}\n]')
-    write_text(folder / "losses.json", "{\n" + ",\n".join(losses) + "\n}\n")
+    kept = dict(losses or {})
+    for name in done:
+        rows = (work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        kept[name] = [json.loads(row) for row in rows]
+    parts = [
+        f'"{name}": [\n' + ",\n".join(map(json.dumps, kept[name])) + "\n]"
+        for name in TRAININGS
+        if name in kept
+    ]
+    write_text(folder / LOSSES, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def _trained(work: Path) -> dict[str, Tensors]:
-    """Collect the tensors of each network, with official names."""
+def _trained(work: Path, done: list[str], begin: NanoTensors | None) -> dict[str, Tensors]:
+    """Collect the tensors of each network, with official names: those of `done` from its states."""
     states = {
         name: torch.load(work / f"{name}.pt", weights_only=True, map_location="cpu")["average"]
-        for name in TRAININGS
+        for name in done
     }
-    text = _under("text.", states["draft"])
-    return {
-        "draft": _under("dit.", states["draft"]),
-        "highres": states["highres"],
-        "vae": states["encoder"] | states["decoder"],
-        "text_encoder": {_official(name): tensor for name, tensor in text.items()},
-    }
+    tensors: dict[str, Tensors] = {} if begin is None else asdict(begin)
+    if "draft" in states:
+        text = _under("text.", states["draft"])
+        tensors["draft"] = _under("dit.", states["draft"])
+        tensors["text_encoder"] = {_official(name): tensor for name, tensor in text.items()}
+    if "highres" in states:
+        tensors["highres"] = states["highres"]
+    coders = states.get("encoder", {}) | states.get("decoder", {})
+    tensors["vae"] = tensors.get("vae", {}) | coders
+    return tensors
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:
