@@ -55,6 +55,7 @@ from pw_runtime.cli.options import (
 )
 from pw_runtime.cli.request import open_model, read_request, require_lora_stages
 from pw_runtime.cli.sizes import size_options
+from pw_runtime.cli.source_options import source_options
 from pw_runtime.cli.stopping import command_again, stopping
 from pw_runtime.cli.trained_size import beyond_training
 from pw_runtime.system.packages import require_packages
@@ -112,21 +113,7 @@ NO_CLIPS: Final[Mapping[str, Any]] = MappingProxyType(
     help="Base seed; negative: a random one.",
 )
 @click.option("--negative", help='Negative prompt; "" is an empty one. [default: the official one]')
-@click.option("--image", type=FILE, help="Picture that is the first frame of every clip.")
-@click.option(
-    "--image-highres",
-    is_flag=True,
-    help="Fix the first frame in the high-res stage, too: its network was not trained for that.",
-)
-@click.option("--draft-video", type=FILE, help="Video that takes the place of the draft.")
-@click.option(
-    "--draft-strength",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Noise level, 0 to 1, at which the draft begins with --draft-video; at 0 the video is the "
-    "draft, at 1 nothing of it is left.",
-)
+@source_options
 @lora_option
 @lora_highres_option
 @click.option(

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -31,36 +33,17 @@ from pw_runtime.cli.options import (
     step_cache_option,
     vae_precision_option,
 )
+from pw_runtime.cli.plan_devices import Devices, ranks_and_memory, rates_of
 from pw_runtime.cli.sizes import preset_of, size_options
+from pw_runtime.cli.source_options import source_options
 from pw_runtime.cli.trained_size import untrained
 from pw_runtime.errors import BadRequest
-from pw_runtime.types import Blocks, Network, RunOptions, StageName
+from pw_runtime.types import Blocks, Network, Prompt, Request, RunOptions, StageName
 
 if TYPE_CHECKING:
     from pw_runtime.checkpoint.lora import Lora
     from pw_runtime.checkpoint.manifest import Networks
-    from pw_runtime.planning.time_estimate import Rates
     from pw_runtime.planning.workload import Workload
-
-MOST_DIGITS = 5  # of a number of devices
-
-
-class Devices(click.ParamType):  # type: ignore[type-arg]
-    """A number of devices, and the memory of each: 8, 8x24GiB."""
-
-    name = "devices"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int | None]:
-        """Turn the text of an option into a number of devices and bytes."""
-        if isinstance(value, tuple):
-            return value
-        number, times, size = str(value).strip().lower().partition("x")
-        count = int(number) if number.isdecimal() and len(number) <= MOST_DIGITS else 0
-        if count < 1:
-            self.fail(f"invalid devices {value!r}: expected e.g. 8 or 8x24GiB", param, ctx)
-        return count, Bytes().convert(size, param, ctx) if times else None
 
 
 @click.command()
@@ -96,6 +79,7 @@ class Devices(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--codec", type=CODECS, help="Video codec. [default: as for `pw generate`]")
 @click.option("--draft-only", is_flag=True, help="Stop after the draft.")
+@source_options
 @lora_option
 @lora_highres_option
 @precision_option
@@ -120,6 +104,8 @@ def plan(**options: Any) -> int:
     )
     from pw_runtime.execution.sparse_stage import require_sparse_attention
     from pw_runtime.job.checks import default_precision
+    from pw_runtime.job.source_size import size_of_sources
+    from pw_runtime.job.sources import read_sources, require_usable_sources
     from pw_runtime.models.quantized_linear import require_quantizable
     from pw_runtime.planning.candidates import candidates
     from pw_runtime.planning.plan_document import plan_document
@@ -127,12 +113,12 @@ def plan(**options: Any) -> int:
     from pw_runtime.planning.rank_report import ranks_report
     from pw_runtime.planning.report import division_report, plan_report
     from pw_runtime.planning.time_estimate import measure_rates
-    from pw_runtime.planning.workload import budget_of, workload
+    from pw_runtime.planning.workload import budget_of, everything, request_workload
     from pw_runtime.presets import preset_name
     from pw_runtime.sampling.guidance_reuse import require_reusable
     from pw_runtime.sampling.step_cache import require_cacheable
 
-    ranks, gpu_memory = _ranks_and_memory(options)
+    ranks, gpu_memory = ranks_and_memory(options)
     budgeted = gpu_memory is not None
     device = torch.device("cuda" if budgeted or torch.cuda.is_available() else "cpu")
     if options["gpu"] is not None and device.type == "cpu":
@@ -143,7 +129,9 @@ def plan(**options: Any) -> int:
         )
     precision = default_precision(options["precision"], device)
     networks = NETWORKS if options["model"] is None else open_bundle(options["model"]).networks
-    preset = preset_of(options)
+    prompt = Prompt(text="", image=options["image"], draft_video=options["draft_video"])
+    read_sources([prompt])
+    preset = preset_of(options, partial(size_of_sources, prompts=[prompt]))
     run_options = RunOptions(
         codec=options["codec"] or preset.video.usual_codec,
         precision=precision,
@@ -156,16 +144,21 @@ def plan(**options: Any) -> int:
         sparse_attention=options["sparse_attention"],
         guidance_reuse=options["guidance_reuse"],
         draft_only=options["draft_only"],
+        image_highres=options["image_highres"],
+        draft_strength=options["draft_strength"],
     )
+    request = Request(prompts=(prompt,), preset=preset, out=Path(), options=run_options)
+    require_usable_sources(request)
     require_attention_precision(run_options.blocks, precision)
-    require_cacheable(preset.draft, run_options.step_cache)
     require_sparse_attention(run_options, preset)
     stages = preset.stages(draft_only=run_options.draft_only)
     require_reusable(stages.get("highres"), run_options.guidance_reuse)
     loras = _loras(networks, options)
-    work = workload(networks, preset, run_options, loras=loras, ranks=ranks)
+    needed = everything(request)
+    work = request_workload(networks, request, loras=loras, ranks=ranks, needed=needed)
+    require_cacheable(work.preset.draft, run_options.step_cache)
     if options["gpu"] is not None:
-        work = replace(work, rates=_rates(options))
+        work = replace(work, rates=rates_of(options))
     budget = budget_of(device, gpu_memory, options["host_memory"], ranks=ranks)
     for config in work.transformers.values():
         require_quantizable(config, run_options.linear)
@@ -186,7 +179,7 @@ def plan(**options: Any) -> int:
             got="no --target",
             do="add --target, sm_89 for instance, or leave --blocks out",
         )
-    run_plan = make_plan(candidates(work, gpu=budget.device is not None), budget)
+    run_plan = make_plan(candidates(work, gpu=budget.device is not None, needed=needed), budget)
     if options["gpu"] is not None and precision != "bf16":
         raise BadRequest(
             f"the speed of --gpu {options['gpu']} is known for bf16 alone",
@@ -218,47 +211,6 @@ def _loras(networks: Networks, options: dict[str, Any]) -> dict[StageName, tuple
     both, own = options["loras"], own_loras(options["loras_highres"])
     chosen = lora_choice(both, own, has_highres=networks.highres is not None)
     return read_loras(chosen, transformer_configs(networks))
-
-
-def _ranks_and_memory(options: dict[str, Any]) -> tuple[int, int | None]:
-    """Return the number of ranks and the memory of each GPU, where it is named.
-
-    Raises BadRequest where it is named twice, where this machine has fewer GPUs, and for a link
-    between devices that are not there or have no times.
-    """
-    import torch
-
-    ranks, memory = options["devices"] or (1, None)
-    if options["link"] is not None and (ranks == 1 or options["gpu"] is None):
-        raise BadRequest(
-            "--link is the speed between several GPUs whose times are known",
-            got="one device" if ranks == 1 else "no --gpu",
-            do="add --devices and --gpu, 8x141GiB and H200 for instance, or leave --link out",
-        )
-    if memory is not None and options["gpu_memory"] is not None:
-        raise BadRequest(
-            "the memory of the GPUs is named twice: by --devices and by --gpu-memory",
-            do="leave one of them out",
-        )
-    memory = memory or options["gpu_memory"]
-    here = torch.cuda.device_count()
-    if memory is None and torch.cuda.is_available() and here < ranks:
-        raise BadRequest(
-            "this machine has fewer GPUs than --devices",
-            got=f"{here}",
-            wanted=f"{ranks}",
-            do=f"name the memory of each to plan for another machine, --devices {ranks}x24GiB "
-            "for instance",
-        )
-    return ranks, memory
-
-
-def _rates(options: dict[str, Any]) -> Rates:
-    """Return the rates of the named GPU, with the named link."""
-    from pw_runtime.planning.time_estimate import KNOWN
-
-    rates = KNOWN[options["gpu"]]
-    return rates if options["link"] is None else replace(rates, link=float(options["link"]))
 
 
 def _divisions(work: Workload, target: str) -> dict[Blocks, Workload | str]:

@@ -114,11 +114,12 @@ def _duration(request: Request, bundle: Bundle) -> str:
     from pw_runtime.planning.planner import make_plan
     from pw_runtime.planning.stage_times import seconds_by_stage
     from pw_runtime.planning.time_estimate import measure_rates
-    from pw_runtime.planning.workload import budget_of, workload
+    from pw_runtime.planning.workload import budget_of, everything, request_workload
 
-    work = workload(bundle.networks, request.preset, request.options)
+    needed = everything(request)
+    work = request_workload(bundle.networks, request, needed=needed)
     budget = budget_of(request.device, request.gpu_memory, request.host_memory)
-    plan = make_plan(candidates(work, gpu=budget.device is not None), budget)
+    plan = make_plan(candidates(work, gpu=budget.device is not None, needed=needed), budget)
     rates = measure_rates(request.device, request.options.compute_precision)
     minutes = sum(seconds_by_stage(work, plan, rates).values()) / 60
     return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} min"

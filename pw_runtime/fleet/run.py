@@ -24,7 +24,7 @@ from pw_runtime.planning.candidates import candidates
 from pw_runtime.planning.planner import make_plan
 from pw_runtime.planning.rank_report import ranks_report
 from pw_runtime.planning.report import plan_report
-from pw_runtime.planning.workload import workload
+from pw_runtime.planning.workload import everything, request_workload
 from pw_runtime.system.progress import Reporter
 from pw_runtime.types import Budget, Outcome, Request
 
@@ -129,15 +129,16 @@ def dry_run(request: Request, bundle: Bundle, layout: Layout) -> Iterator[str]:
     if isinstance(budget, str):
         yield budget
         return
-    work = workload(
+    needed = everything(request)
+    work = request_workload(
         bundle.networks,
-        request.preset,
-        request.options,
+        request,
         loras=bundle.loras,
         prompts=layout.batch(rest),
         ranks=layout.processes,
+        needed=needed,
     )
-    plan = make_plan(candidates(work, gpu=budget.device is not None), budget)
+    plan = make_plan(candidates(work, gpu=budget.device is not None, needed=needed), budget)
     yield "the plan of each worker, if it runs without engines:"
     report = plan_report if layout.processes == 1 else ranks_report
     yield report(work, plan, None, verbose=False)

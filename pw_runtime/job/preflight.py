@@ -38,6 +38,7 @@ from pw_runtime.models.quantized_linear import require_quantizable
 from pw_runtime.planning.exactness import approximations
 from pw_runtime.planning.oom_fallback import plan_run
 from pw_runtime.planning.warm_networks import WarmNetworks, loading_options
+from pw_runtime.planning.workload import everything
 from pw_runtime.sampling.noise import load_noise
 from pw_runtime.system.folder_lock import locked_folder
 from pw_runtime.system.progress import Reporter
@@ -174,11 +175,6 @@ def _taken_over(
     first = [order.index(clip.needs) for clip in clips if clip.needs is not None]
     skipped = request.stages.keys() - request.computed.keys()
     return frozenset(order[min(first) :] if first else ()) - skipped
-
-
-def everything(request: Request) -> frozenset[str]:
-    """Return all stages of a run that takes over nothing."""
-    return frozenset(("text", "encode", *request.computed, "decode"))
 
 
 def _files_of(stages: Collection[str], bundle: Bundle) -> list[str]:

@@ -31,9 +31,7 @@ from pw_runtime.planning.warm_networks import (
 )
 from pw_runtime.planning.workload import (
     budget_of,
-    computed_draft,
-    encoded_stages,
-    workload,
+    request_workload,
 )
 from pw_runtime.system.machine import peak_memory, reset_peak_memory, return_freed_memory
 from pw_runtime.system.step import Step
@@ -330,23 +328,15 @@ def plan_run(
 
     Raises BadRequest where nothing fits.
     """
-    strength = request.options.draft_strength
-    draft = computed_draft(request.preset.draft, request.prompts, strength)
-    work = workload(
+    work = request_workload(
         bundle.networks,
-        replace(request.preset, draft=draft),
-        request.options,
+        request,
         loras=bundle.loras,
-        encoded=encoded_stages(request),
-        video=any(prompt.draft_video is not None for prompt in request.prompts),
-        prompts=len(request.prompts),
         padded=any(engines[stage].padded for stage in request.stages if stage in engines),
         decoder_engines=engines["vae"].backend != "eager",
         scratch={network: engine_set.scratch for network, engine_set in engines.items()},
         needed=needed,
         ranks=ranks,
-        divide_weights=request.divide_weights,
-        sequence=request.sequence,
     )
     if request.device.type == "cpu":
         work = replace(work, rates=A_CPU)

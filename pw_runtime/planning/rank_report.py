@@ -55,7 +55,7 @@ def _lines(work: Workload, plan: RunPlan, rates: Rates | None, verbose: bool) ->
     yield from _traffic_table(work, plan)
     yield ""
     yield from plan.decisions
-    for name in work.stages:
+    for name in plan.transformers:
         yield from _reasons(work, plan, name, rates)
     yield from tail_lines(work, plan)
     if rates is not None and rates.link is not None:

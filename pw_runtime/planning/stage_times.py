@@ -26,10 +26,10 @@ PROMPT_TOKENS = 128  # of a text, roughly: it costs little beside anything else
 
 
 def seconds_by_stage(work: Workload, plan: RunPlan, rates: Rates) -> dict[str, float]:
-    """Estimate the seconds of one clip, by stage."""
+    """Estimate the seconds of one clip, by stage; of text and sources, nothing is known."""
     times: dict[str, float] = {
-        name: transformer_seconds(work, name, plan.transformers[name], rates)
-        for name in work.stages
+        name: transformer_seconds(work, name, chosen, rates)
+        for name, chosen in plan.transformers.items()
     }
     copied = 0 if plan.budget.device is None else decode_traffic(work, plan.decode)
     return times | {"decode": _decode_seconds(work, plan.decode, rates, copied)}

@@ -124,6 +124,48 @@ def workload(
     )
 
 
+def request_workload(
+    networks: Networks,
+    request: Request,
+    *,
+    loras: Collection[StageName] = (),
+    prompts: int | None = None,
+    ranks: int = 1,
+    padded: bool = False,
+    decoder_engines: bool = False,
+    scratch: Mapping[Network, int] | None = None,
+    needed: Collection[str] | None = None,
+) -> Workload:
+    """Collect the same of a request, whose prompts may start from pictures and videos.
+
+    `prompts` are those of a batch; None: all of the request.
+
+    Raises BadRequest as `workload` does.
+    """
+    draft = computed_draft(request.preset.draft, request.prompts, request.options.draft_strength)
+    return workload(
+        networks,
+        replace(request.preset, draft=draft),
+        request.options,
+        loras=loras,
+        encoded=encoded_stages(request),
+        video=any(prompt.draft_video is not None for prompt in request.prompts),
+        prompts=len(request.prompts) if prompts is None else prompts,
+        ranks=ranks,
+        divide_weights=request.divide_weights,
+        sequence=request.sequence,
+        padded=padded,
+        decoder_engines=decoder_engines,
+        scratch=scratch,
+        needed=needed,
+    )
+
+
+def everything(request: Request) -> frozenset[str]:
+    """Return all stages of a run that takes over nothing."""
+    return frozenset(("text", "encode", *request.computed, "decode"))
+
+
 def encoded_stages(request: Request) -> tuple[StageConfig, ...]:
     """List the stages for whose sizes a run encodes pictures or videos."""
     names = {name for prompt in request.prompts for name in request.encoded(prompt)}

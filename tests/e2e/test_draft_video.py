@@ -95,6 +95,32 @@ def test_at_strength_0_the_video_is_the_draft(
     assert "encode 0: 2/2" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("more", "planned"),
+    [
+        ([], ["text", "encode", "highres", "decode"]),
+        (["--draft-strength", 0.9], ["text", "encode", "draft", "highres", "decode"]),
+        (["--draft-only"], ["text", "encode", "decode"]),
+    ],
+)
+def test_a_plan_is_that_of_the_run_with_the_video(
+    pw: Pw, bundle_dir: Path, preset: Path, video: Path, more: list[object], planned: list[str]
+) -> None:
+    words = ("plan", "--model", bundle_dir, "--preset", preset, "--draft-video", video, "--json")
+    ended = pw(*words, *more)
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert [stage["stage"] for stage in told["stages"]] == planned
+    timed = {stage["stage"] for stage in told["stages"] if stage["seconds"] is not None}
+    assert timed == set(planned) - {"text", "encode"}
+
+
+def test_a_plan_with_a_video_that_is_not_there_is_one_clear_error(pw: Pw, tmp_path: Path) -> None:
+    ended = pw("plan", "--preset", "2k", "--draft-video", tmp_path / "gone.mp4")
+    assert ended.code == 2
+    assert f"cannot read {tmp_path / 'gone.mp4'}" in ended.err
+
+
 def test_at_strength_1_nothing_of_the_video_is_left(generate, tmp_path: Path, video: Path) -> None:
     assert generate(out="plain").code == 0
     ended = generate("--draft-video", video, "--draft-strength", 1, out="video")

@@ -30,7 +30,7 @@ from pw_runtime.job.sources import located
 from pw_runtime.presets import find_preset
 from pw_runtime.types import Prompt, Request, RunOptions
 from tests.e2e.pw import Ended, Pw, write_preset
-from tests.inputs.videos import shades, write_video
+from tests.inputs.videos import corners, shades, write_video
 
 # Two signals to a process of its own, which prints what became of them.
 TWO_SIGNALS = """
@@ -93,6 +93,20 @@ def test_a_dry_run_shows_workers_batches_and_memory_and_makes_nothing(
     assert "3 workers, up to 1 prompts at a time" in ended.out
     assert "budget: 8.0 GiB of host memory" in ended.out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_plans_what_prompts_with_a_video_compute(
+    pw: Pw, bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "connected", nowhere)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    video = write_video(tmp_path / "walk.mp4", [corners(96, 64)] * 16, 24)
+    more = ("--gpus-per-worker", 0, "--host-memory", "8GiB", "--draft-video", video)
+    ended = dry_run(pw, bundle_dir, tmp_path, *more)
+    assert ended.code == 0, ended.err
+    stages = [line.split()[0] for line in ended.out.splitlines() if "MiB" in line]
+    assert "encode" in stages
+    assert "draft" not in stages
 
 
 def test_a_dry_run_counts_the_clips_that_would_be_skipped(
@@ -182,7 +196,7 @@ def test_the_first_signal_is_noted_and_the_second_interrupts(
 ) -> None:
     words = [sys.executable, "-c", TWO_SIGNALS, str(int(number))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
+    ended = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.split() == ["False", "True", str(int(number)), second.__name__, "True"]
 

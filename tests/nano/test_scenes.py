@@ -14,7 +14,7 @@ from pw_bench.quality.gate import found_shares
 from pw_bench.quality.measure import classify, classify_each, matches, psnr, sharpness, ssim
 from pw_bench.quality.render import HARD, examples
 from pw_export.nano.captions import LATER, WORDS, caption, make_tokenizer, vocabulary
-from pw_export.nano.data import TEXT_LEN, tokens, training_scenes
+from pw_export.nano.data import TEXT_LEN, draw_indices, odds, tokens, training_scenes
 from pw_export.nano.scenes import SQUARE, TALL, WIDE, Scene, Window, draw_scene, render
 from pw_runtime.types import OFFICIAL_NEGATIVE
 
@@ -165,3 +165,16 @@ def test_token_batches_are_padded_and_masked() -> None:
     assert ids.shape == mask.shape == (2, TEXT_LEN)
     assert mask.sum(1).tolist() == [4, 1]
     assert not ids[mask == 0].any()
+
+
+def test_small_squares_are_seen_most_and_every_scene_is_seen() -> None:
+    scenes = [draw_scene(number, varied=True) for number in range(300)]
+    weights = odds(scenes)
+    assert weights.min() > 0
+    most = {(s.size != "big", s.shape) for s, w in zip(scenes, weights, strict=True) if w == 4}
+    assert most == {(True, "square")}
+    drawn = draw_indices(weights, 6000, torch.Generator().manual_seed(0))
+    share = weights[drawn].eq(4).float().mean().item()
+    assert share == pytest.approx(
+        weights[weights == 4].sum().item() / weights.sum().item(), abs=0.03
+    )

@@ -17,8 +17,10 @@ from pw_export.nano.data import (
     CPU,
     DRAFT_SIZES,
     TEXT_LEN,
+    draw_indices,
     draw_texts,
     noise_levels,
+    odds,
     open_latents,
     open_pca,
     tokens,
@@ -41,7 +43,7 @@ PICTURES = 0.25  # share of clips whose first latent frame is given, without noi
 SHIFT = 3.0  # shift of the noise levels in training
 # Layers that add to the residual stream or to the time embedding start at zero.
 ZERO_INIT = re.compile(r"\.o\.|ffn\.2\.|zero_layers\.|dt_proj\.2\.|dt_embedding\.2\.")
-RECIPE = Recipe(steps=1900, matrix_lr=0.003, other_lr=9e-4, decay=1.0, seed=6)
+RECIPE = Recipe(steps=2300, matrix_lr=0.003, other_lr=9e-4, decay=1.0, seed=6)
 
 
 class TextToLatent(nn.Module):
@@ -128,6 +130,7 @@ def train_draft(
         aspect: open_latents(work, pca, DRAFT_SIZES[aspect], clips)
         for aspect, clips in scenes.items()
     }
+    weights = {aspect: odds(clips) for aspect, clips in scenes.items()}
     model = TextToLatent(DIT, TEXT_ENCODER)
     if begin is not None:
         adopt(model, named(model, begin))
@@ -135,7 +138,7 @@ def train_draft(
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         aspect = ASPECTS[step % len(ASPECTS)]
-        indices = torch.randint(SCENES[aspect], (BATCH,), generator=generator)
+        indices = draw_indices(weights[aspect], BATCH, generator)
         clean = latents[aspect][indices].to(device, torch.float32)
         texts = draw_texts([scenes[aspect][int(i)] for i in indices], generator)
         contexts = encode_texts(model.text, *tokens(tokenizer, texts, device))

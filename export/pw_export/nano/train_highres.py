@@ -26,8 +26,10 @@ from pw_export.nano.data import (
     HD_SIZE,
     HIGHRES_SIZES,
     Size,
+    draw_indices,
     draw_texts,
     noise_levels,
+    odds,
     open_latents,
     open_pca,
     tokens,
@@ -59,7 +61,7 @@ SQUARES, TALLS = (Batch(12, aspect, HIGHRES_SIZES[aspect]) for aspect in (SQUARE
 BATCHES = (USUAL, HD, USUAL, SQUARES, USUAL, HD, USUAL, TALLS)  # of eight steps
 JUMPS = 0.25  # share of clips that train long steps
 ASTRAY = 0.3  # share of drafts that show another shape, so that the text decides the shape
-SHIFT = 3.0
+SHIFT = 5.0  # few steps of the sampler are at low noise
 SMALLEST = 2.0  # dt of all other clips, in thousandths
 BLUR = 0.8  # maximum noise that the draft network removes from a latent before it conditions
 RECIPE = Recipe(steps=3000, matrix_lr=0.002, other_lr=6e-4, decay=1.0, seed=7)
@@ -140,6 +142,7 @@ def train_highres(
     pca = open_pca(work)
     scenes = {aspect: training_scenes(count, aspect) for aspect, count in SCENES.items()}
     lows = {aspect: _in_all_shapes(work, pca, aspect, clips) for aspect, clips in scenes.items()}
+    weights = {aspect: odds(clips) for aspect, clips in scenes.items()}
     highs = {b.size: open_latents(work, pca, b.size, scenes[b.aspect]) for b in BATCHES}
     teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER).to(device), make_tokenizer(), device)
     teacher.model.load_state_dict(draft)
@@ -151,7 +154,7 @@ def train_highres(
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         batch = BATCHES[step % len(BATCHES)]
-        indices = torch.randint(SCENES[batch.aspect], (batch.count,), generator=generator)
+        indices = draw_indices(weights[batch.aspect], batch.count, generator)
         clips = [scenes[batch.aspect][int(i)] for i in indices]
         texts = teacher.texts(clips, generator)
         low = lows[batch.aspect][indices, draft_shapes(clips, generator)].to(device, torch.float32)
