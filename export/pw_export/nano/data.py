@@ -57,17 +57,17 @@ def training_scenes(count: int, aspect: float = WIDE) -> list[Scene]:
 
 
 def odds(scenes: list[Scene]) -> Tensor:
-    """Weigh scenes by how hard they are, [N]: small shapes count twice, squares twice again.
+    """Weigh scenes by how hard they are, [N]: squares that are not big count twice.
 
-    A small square differs from a circle by a few pixels at its corners, and is learned last. Which
-    captions are seen how often does not change what a caption means.
+    A small square differs from a circle by a few pixels at its corners, and is learned last. How
+    often a caption is seen does not change what it means.
     """
-    return torch.tensor([(1 + (s.size != "big")) * (1 + (s.shape == "square")) for s in scenes])
+    return torch.tensor([1.0 + (s.shape == "square" and s.size != "big") for s in scenes])
 
 
 def draw_indices(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw [count] indices of scenes, with the weights of `odds`."""
-    return torch.multinomial(weights.float(), count, replacement=True, generator=generator)
+    return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def open_latents(
