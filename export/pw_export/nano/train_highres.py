@@ -64,7 +64,7 @@ ASTRAY = 0.3  # share of drafts that show another shape, so that the text decide
 SHIFT = 5.0  # few steps of the sampler are at low noise
 SMALLEST = 2.0  # dt of all other clips, in thousandths
 BLUR = 0.8  # maximum noise that the draft network removes from a latent before it conditions
-RECIPE = Recipe(steps=3000, matrix_lr=0.002, other_lr=6e-4, decay=1.0, seed=7)
+RECIPE = Recipe(steps=3600, matrix_lr=0.002, other_lr=6e-4, decay=1.0, seed=7)
 
 
 @dataclass(frozen=True, slots=True)
