@@ -92,6 +92,7 @@ def test_fast_is_expanded_into_single_options(
         options: dict[str, Any] = receipt_of(tmp_path / name)["options"]
         return {key: options[key] for key in FAST}
 
+    monkeypatch.setattr("pw_runtime.planning.fast.has_integer_products", lambda: False)
     plain = {"linear": "exact", "step_cache": 0.1, "guidance_reuse": 1}
     assert made("plain") == plain
     draft_alone = made("draft", "--draft-only", "--step-cache", 0.3)
@@ -117,8 +118,9 @@ def test_official_quirks_exclude_it(pw: Pw, bundle_dir: Path, tmp_path: Path, fl
 
 
 def test_what_would_do_nothing_is_refused(
-    pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path
+    pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pw_runtime.planning.fast.has_integer_products", lambda: False)
     command = ("generate", "--model", bundle_dir, "--preset", preset, "--prompt", "a ball")
     command += ("--device", "cpu", "--out", tmp_path / "out")
     ended = pw(*command, "--step-cache", 0.1)

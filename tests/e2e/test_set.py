@@ -59,7 +59,7 @@ def test_faults_are_bad_input_before_anything_is_made(
     [
         (["--size", "1400x2560"], "1376 or 1408"),
         (["--size", "1440"], "expected e.g. 1440x2560"),
-        (["--size", "picture"], "needs prompts with pictures"),
+        (["--size", "picture"], "needs a picture or a video"),
         (["--frames", "48"], "45 or 49"),
         (["--size", "64x64", "--set", "draft.width=64"], "--size and --set draft.width contradict"),
         (["--frames", "5", "--set", "video.frames=9"], "--frames and --set video.frames"),
@@ -71,6 +71,14 @@ def test_sizes_and_lengths_that_cannot_be_are_refused(
     ended = pw("plan", "--preset", "2k", *options)
     assert ended.code == 2
     assert said in ended.err
+
+
+def test_the_size_of_a_picture_is_refused_where_there_are_no_prompts(
+    pw: Pw, bundle_dir: Path
+) -> None:
+    ended = pw("build", "--model", bundle_dir, "--preset", "2k", "--size", "picture")
+    assert ended.code == 2
+    assert "--size picture needs prompts with pictures, and this command has none" in ended.err
 
 
 def test_size_and_length_reach_the_plan(pw: Pw) -> None:
