@@ -87,7 +87,7 @@ wheel: $(VENV)/dev.stamp
 
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
-	@echo build/site/index.html
+	@echo 'build/site/index.html; with its search: $(BIN)/python -m http.server --directory build/site'
 
 clean:
 	rm -rf $(VENV) $(LATEST) build dist outputs/demo
