@@ -90,6 +90,11 @@ def test_networks_that_were_not_trained_anew_are_written_as_they_were(
     assert losses["draft"] == read_losses(work / "kept")["draft"]
 
 
+def test_a_folder_without_losses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadWeights, match=r"no losses\.json"):
+        read_losses(tmp_path)
+
+
 def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadWeights, match="no draft, highres, vae, text_encoder"):
         write_trained_checkpoint(tmp_path / "checkpoint", tmp_path)

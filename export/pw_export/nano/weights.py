@@ -45,7 +45,14 @@ def read_weights(folder: Path) -> NanoTensors:
 
 
 def read_losses(folder: Path) -> Losses:
-    """Read the losses that `keep_weights` wrote beside the weights."""
+    """Read the losses that `keep_weights` wrote beside the weights. Raises BadWeights without."""
+    if not (folder / LOSSES).exists():
+        raise BadWeights(
+            f"{folder} lacks the losses of its trainings",
+            got=f"no {LOSSES}",
+            wanted=f"the {LOSSES} that was written beside the weights",
+            do="name a folder as python -m pw_export.nano.train writes it",
+        )
     losses: Losses = json.loads((folder / LOSSES).read_text(encoding="utf-8"))
     return losses
 
