@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from pw_export.nano import train
 from pw_export.nano.captions import vocabulary
+from pw_export.nano.checkpoint import Tensors
 from pw_export.nano.train_draft import DIT, TEXT_ENCODER, TextToLatent
 from pw_export.nano.train_highres import HIGHRES, initial_highres
-from pw_export.nano.train_vae import VAE, initialise
+from pw_export.nano.train_vae import DECODER_PARTS, ENCODER_PARTS, VAE, initialise, part
 from pw_export.nano.weights import (
     FILES,
     keep_weights,
@@ -88,6 +90,27 @@ def test_networks_that_were_not_trained_anew_are_written_as_they_were(
     losses = read_losses(tmp_path / "kept")
     assert losses["highres"] == [{"step": 20, "loss": 0.25, "seconds": 2.5}]
     assert losses["draft"] == read_losses(work / "kept")["draft"]
+
+
+def test_a_network_learns_from_others_as_they_are_in_the_weights_to_begin_with(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, teachers = read_weights(work / "kept"), list[Tensors]()
+    for name in ("highres", "encoder"):
+        monkeypatch.setattr(train, f"train_{name}", lambda work, other, **_: teachers.append(other))
+        train.TRAIN[name](tmp_path, torch.device("cpu"), begin)
+    TextToLatent(DIT, TEXT_ENCODER).load_state_dict(teachers[0])
+    VaeDecoder(VAE).load_state_dict(teachers[1])
+    for name, weight in begin.draft.items():
+        assert torch.equal(teachers[0][f"dit.{name}"], weight)
+    assert all(torch.equal(weight, begin.vae[name]) for name, weight in teachers[1].items())
+
+
+def test_encoder_and_decoder_begin_with_their_parts_of_the_weights(work: Path) -> None:
+    vae = read_weights(work / "kept").vae
+    VaeEncoder(VAE).load_state_dict(part(vae, ENCODER_PARTS))
+    VaeDecoder(VAE).load_state_dict(part(vae, DECODER_PARTS))
+    assert vae.keys() == {*part(vae, ENCODER_PARTS), *part(vae, DECODER_PARTS)}
 
 
 def test_a_folder_without_losses_is_refused(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ python -m pw_export.nano.train --work DIR [--begin WEIGHTS] [NETWORK ...]
 Each network trains for the steps of its recipe; a stopped training continues where it was. Without
 names all networks are trained, and the weights are written to DIR/weights. The VAE does not depend
 on the transformers: on two cores, two such programs with one thread each are faster than one with
-two threads. With `--begin`, all but the encoder begin with the weights in a folder, and those of
-networks that are not named are written as they are there.
+two threads. With `--begin`, networks begin with the weights in a folder; what DIR does not train is
+taken from it, as the draft network and the decoder that others learn from, and written as it is.
 The blocks of the transformers are compiled, for which a C++ compiler is needed.
 """
 
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from pw_export.nano.checkpoint import NanoTensors
-from pw_export.nano.train_draft import train_draft
+from pw_export.nano.checkpoint import NanoTensors, Tensors
+from pw_export.nano.train_draft import begun_model, train_draft
 from pw_export.nano.train_highres import train_highres
-from pw_export.nano.train_vae import train_decoder, train_encoder
+from pw_export.nano.train_vae import DECODER_PARTS, part, train_decoder, train_encoder
 from pw_export.nano.trainable import compile_blocks
 from pw_export.nano.weights import keep_weights, read_losses, read_weights
 
@@ -31,11 +31,25 @@ Train = Callable[[Path, torch.device, NanoTensors | None], object]
 TRAIN: dict[str, Train] = {
     "draft": lambda work, device, begin: train_draft(work, device=device, begin=begin),
     "highres": lambda work, device, begin: train_highres(
-        work, train_draft(work), device=device, begin=begin
+        work, _draft(work, begin), device=device, begin=begin
     ),
     "decoder": lambda work, device, begin: train_decoder(work, device=device, begin=begin),
-    "encoder": lambda work, device, begin: train_encoder(work, train_decoder(work), device=device),
+    "encoder": lambda work, device, begin: train_encoder(
+        work, _decoder(work, begin), device=device, begin=begin
+    ),
 }
+
+
+def _draft(work: Path, begin: NanoTensors | None) -> Tensors:
+    if begin is None or (work / "draft.pt").exists():
+        return train_draft(work)
+    return begun_model(begin).state_dict()
+
+
+def _decoder(work: Path, begin: NanoTensors | None) -> Tensors:
+    if begin is None or (work / "decoder.pt").exists():
+        return train_decoder(work)
+    return part(begin.vae, DECODER_PARTS)
 
 
 def main() -> None:

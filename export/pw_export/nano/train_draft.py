@@ -131,10 +131,7 @@ def train_draft(
         for aspect, clips in scenes.items()
     }
     weights = {aspect: odds(clips) for aspect, clips in scenes.items()}
-    model = TextToLatent(DIT, TEXT_ENCODER)
-    if begin is not None:
-        adopt(model, named(model, begin))
-    model = model.to(device)
+    model = begun_model(begin).to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         aspect = ASPECTS[step % len(ASPECTS)]
@@ -159,6 +156,14 @@ def flow_loss(net: WanDiT, clean: Tensor, contexts: Tensor, generator: torch.Gen
     noisy = torch.lerp(clean, noise, sigma[:, None, :, None, None])
     error = velocities(net, noisy, 1000 * sigma, contexts) - (noise - clean)
     return (error * free).square().mean() / free.mean()
+
+
+def begun_model(begin: NanoTensors | None) -> TextToLatent:
+    """Build the networks with random weights, or with those of a checkpoint."""
+    model = TextToLatent(DIT, TEXT_ENCODER)
+    if begin is not None:
+        adopt(model, named(model, begin))
+    return model
 
 
 def named(model: TextToLatent, tensors: NanoTensors) -> dict[str, Tensor]:

@@ -31,14 +31,13 @@ SHARES = (3, 4, 3, 1)
 CELL = 16
 NEAR = 8  # pixels; side of the squares in which edges are as steep as the true ones
 ERROR = 0.1  # maximum noise in the decoder's training latents; transformers leave some, too
-# The decoder goes on from the weights of the first version: rates as high as from random weights
-# would undo what it knows.
+# Both go on from weights that were trained before: rates as high as from random weights would undo
+# what they know.
 DECODER = Recipe(steps=5300, matrix_lr=8e-4, other_lr=6e-4, decay=1.0, ema=0.998, seed=1)
-ENCODER = Recipe(steps=3400, matrix_lr=3e-3, other_lr=2e-3, decay=1.0, ema=0.998, seed=2)
-
-
-LATENTS_ALONE = 2000  # steps of the encoder before its latents are judged by what is decoded
+ENCODER = Recipe(steps=900, matrix_lr=1e-3, other_lr=7e-4, decay=1.0, ema=0.998, seed=3)
+LATENTS_ALONE = 2000  # steps of a new encoder before its latents are judged by what is decoded
 ANCHOR = 0.5  # then weight of the error of the latents, from which the transformers learn
+DECODER_PARTS, ENCODER_PARTS = ("decoder.", "conv2."), ("encoder.", "conv1.")
 
 
 def initialise(net: nn.Module, generator: torch.Generator) -> None:
@@ -119,7 +118,7 @@ def train_decoder(
     pca, decoder = open_pca(work), VaeDecoder(VAE)
     initialise(decoder, torch.Generator().manual_seed(2))
     if begin is not None:
-        adopt(decoder, {n: x for n, x in begin.vae.items() if n.startswith(("decoder.", "conv2."))})
+        adopt(decoder, part(begin.vae, DECODER_PARTS))
     decoder = decoder.to(device)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -134,9 +133,18 @@ def train_decoder(
     return train(work, "decoder", decoder, loss, recipe)
 
 
+def part(vae: Tensors, names: tuple[str, ...]) -> Tensors:
+    """Return the weights whose names begin with one of `names`."""
+    return {name: weight for name, weight in vae.items() if name.startswith(names)}
+
+
 def train_encoder(
-    work: Path, decoder: Tensors, recipe: Recipe = ENCODER, device: torch.device = CPU
-) -> dict[str, Tensor]:
+    work: Path,
+    decoder: Tensors,
+    recipe: Recipe = ENCODER,
+    device: torch.device = CPU,
+    begin: NanoTensors | None = None,
+) -> Tensors:
     """Train, or continue a training; return the averaged weights.
 
     Args:
@@ -144,9 +152,12 @@ def train_encoder(
         decoder: averaged weights of the decoder, through which the last steps are judged.
         recipe: steps and learning rates.
         device: device to train on.
+        begin: weights to begin with, instead of random ones.
     """
     pca, encoder, frozen = open_pca(work), VaeEncoder(VAE), VaeDecoder(VAE)
     initialise(encoder, torch.Generator().manual_seed(3))
+    if begin is not None:
+        adopt(encoder, part(begin.vae, ENCODER_PARTS))
     frozen.load_state_dict(decoder)
     encoder, frozen = encoder.to(device), frozen.to(device).requires_grad_(False)
 
@@ -154,7 +165,7 @@ def train_encoder(
         clips = draw_clips(generator)
         latents, true = encode_clips(encoder, clips.to(device)), encode_batch(pca, clips).to(device)
         error = F.mse_loss(latents, true)
-        if step < LATENTS_ALONE:
+        if begin is None and step < LATENTS_ALONE:
             return error
         return ANCHOR * error + picture_loss(decode_clips(frozen, latents), clips.to(device))
 
