@@ -29,6 +29,10 @@ class BadRequest(PixelWizardError):
     """A prompt, preset, option or noise file that cannot be used."""
 
 
+class OtherDraft(BadRequest):
+    """A draft of an earlier run that a clip cannot be made from."""
+
+
 class BadWeights(PixelWizardError):
     """A checkpoint or bundle that is damaged, incomplete or not what its config says."""
 

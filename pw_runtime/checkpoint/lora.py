@@ -8,6 +8,7 @@ up in their order.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pw_runtime.checkpoint.bundle import Bundle
+from pw_runtime.checkpoint.lora_alpha import adapter_config
 from pw_runtime.checkpoint.lora_checks import Change, Difference, checked_changes
 from pw_runtime.checkpoint.manifest import Entry, Networks
 from pw_runtime.errors import BadRequest, BadWeights
@@ -95,13 +97,13 @@ def read_loras(
             f"a LoRA is named for the {missing.pop()} network, and the model has none",
             do="leave --lora-highres out, or convert the checkpoints again with --highres",
         )
-    opened: dict[Path, TensorFile] = {}
+    opened: dict[Path, tuple[TensorFile, str | None]] = {}
     loras: dict[StageName, tuple[Lora, ...]] = {}
     for network, chosen in files.items():
         for lora in chosen:
             if lora.path not in opened:
                 opened[lora.path] = _opened(lora.path)
-            read = _read(lora, opened[lora.path], network, configs[network])
+            read = _read(lora, *opened[lora.path], network, configs[network])
             loras[network] = (*loras.get(network, ()), read)
     return loras
 
@@ -138,12 +140,18 @@ def lora_texts(
     ]
 
 
-def _read(lora: LoraFile, file: TensorFile, network: StageName, config: DitConfig) -> Lora:
-    changes = checked_changes(lora.path, file, network, config)
+def _read(
+    lora: LoraFile, file: TensorFile, adapter: str | None, network: StageName, config: DitConfig
+) -> Lora:
+    changes = checked_changes(lora.path, file, adapter, network, config)
     try:
-        source = LoraSource(file=lora.path.name, sha256=file.sha256, scale=lora.scale)
+        digest = file.sha256
     except UnreadableInput as error:
         raise _unreadable(lora.path, error) from error
+    if adapter is not None:  # it decides the weights, too
+        both = f"{digest} {hashlib.sha256(adapter.encode()).hexdigest()}"
+        digest = hashlib.sha256(both.encode()).hexdigest()
+    source = LoraSource(file=lora.path.name, sha256=digest, scale=lora.scale)
     return Lora(path=lora.path, source=source, changes=changes, file=file)
 
 
@@ -161,9 +169,11 @@ def _range(values: set[float]) -> str:
     return f"{least:g}" if least == most else f"{least:g} to {most:g}"
 
 
-def _opened(path: Path) -> TensorFile:
+def _opened(path: Path) -> tuple[TensorFile, str | None]:
+    """Open a LoRA, and read the config that PEFT wrote beside it."""
     try:
-        return TensorFile(path)
+        file = TensorFile(path)
+        return file, adapter_config(path, file.shapes)
     except UnreadableInput as error:
         raise _unreadable(path, error) from error
 

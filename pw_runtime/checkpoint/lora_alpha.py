@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""alpha of LoRA files that have it in their metadata, as diffusers writes it from PEFT's config."""
+"""alpha of LoRA files that have it in PEFT's config, which diffusers writes into their metadata.
+
+PEFT itself writes it into a file beside them.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from pw_runtime.checkpoint.keymaps import dit_to_diffusers
-from pw_runtime.system.input_files import UnreadableInput, parse_json
+from pw_runtime.system.input_files import MAX_JSON, UnreadableInput, parse_json, read_text
 
 KEY: Final = "lora_adapter_metadata"
+CONFIG: Final = "adapter_config.json"
+_PEFT: Final = "base_model.model."
 _PREFIX: Final = "transformer."
 
 
@@ -45,29 +51,51 @@ class MetadataAlpha:
         return alpha / (math.sqrt(rank) if self.root else rank)
 
 
-def metadata_alpha(metadata: Mapping[str, str]) -> MetadataAlpha | None:
-    """Return alpha of a file's metadata; None where it has none.
+def adapter_config(path: Path, keys: Iterable[str]) -> str | None:
+    """Return the config beside a LoRA of PEFT; None where there is none, or it is not PEFT's.
 
-    Raises UnreadableInput for metadata of DoRA, and for such that is damaged.
+    Args:
+        path: of the LoRA.
+        keys: of its tensors.
+
+    Raises UnreadableInput.
     """
-    if KEY not in metadata:
+    beside = path.with_name(CONFIG)
+    if not any(key.startswith(_PEFT) for key in keys) or not beside.exists():
         return None
-    content = parse_json(metadata[KEY])
+    try:
+        return read_text(beside, MAX_JSON)
+    except UnreadableInput as error:
+        raise UnreadableInput(f"a file beside {CONFIG}, which is {error}") from error
+
+
+def known_alpha(metadata: Mapping[str, str], config: str | None) -> MetadataAlpha | None:
+    """Return alpha of a file's metadata, or else of its `adapter_config`; None where none has it.
+
+    Raises UnreadableInput for a config of DoRA, and for one that is damaged.
+    """
+    if KEY in metadata:
+        return _alpha(metadata[KEY], f"{KEY} in the metadata")
+    return None if config is None else _alpha(config, CONFIG)
+
+
+def _alpha(text: str, where: str) -> MetadataAlpha | None:
+    content = parse_json(text)
     if not isinstance(content, dict):
-        raise UnreadableInput(f"{KEY} in the metadata is no JSON object")
+        raise UnreadableInput(f"{where} is no JSON object")
     found = {name.removeprefix(_PREFIX): value for name, value in content.items()}
     if found.get("use_dora"):
-        raise UnreadableInput("weights of DoRA, by the metadata; DoRA rescales weights")
+        raise UnreadableInput(f"weights of DoRA, by {where}; DoRA rescales weights")
     alpha, patterns = found.get("lora_alpha"), found.get("alpha_pattern") or {}
     if alpha is None:
         return None
     if not isinstance(patterns, dict) or not all(
         isinstance(x, int | float) and math.isfinite(x) for x in (alpha, *patterns.values())
     ):
-        raise UnreadableInput(f"{KEY} in the metadata has an alpha that is no number")
+        raise UnreadableInput(f"{where} has an alpha that is no number")
     try:
         for pattern in patterns:
             re.compile(pattern)
     except re.error as error:
-        raise UnreadableInput(f"{KEY} in the metadata has a broken pattern: {error}") from error
+        raise UnreadableInput(f"{where} has a broken pattern: {error}") from error
     return MetadataAlpha(float(alpha), patterns, bool(found.get("use_rslora")))

@@ -12,7 +12,7 @@ from typing import Final
 from torch import Tensor
 
 from pw_runtime.checkpoint.bundle import FLOATS, some_names
-from pw_runtime.checkpoint.lora_alpha import MetadataAlpha, metadata_alpha
+from pw_runtime.checkpoint.lora_alpha import MetadataAlpha, known_alpha
 from pw_runtime.checkpoint.lora_keys import Part, target_of
 from pw_runtime.errors import BadWeights
 from pw_runtime.models import expected_shapes
@@ -75,9 +75,16 @@ class _Problems:
 
 
 def checked_changes(
-    path: Path, file: TensorFile, network: StageName, config: DitConfig
+    path: Path, file: TensorFile, adapter: str | None, network: StageName, config: DitConfig
 ) -> Mapping[str, Change]:
     """Return the changes of a network's tensors, by official name; every key is part of one.
+
+    Args:
+        path: of the file.
+        file: the LoRA.
+        adapter: PEFT's config of it, where that is a file of its own.
+        network: to be changed.
+        config: of that network.
 
     Raises BadWeights that lists all keys that are not, and values that are no numbers.
     """
@@ -91,7 +98,7 @@ def checked_changes(
         else:
             known[target.part] = key
     try:
-        alphas = metadata_alpha(file.metadata)
+        alphas = known_alpha(file.metadata, adapter)
         changes: dict[str, Change] = {}
         shapes = expected_shapes(network, config)
         for tensor, keys in parts.items():

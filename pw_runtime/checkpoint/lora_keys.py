@@ -6,7 +6,9 @@ and dots are underscores:
 
     diffusion_model.blocks.0.self_attn.q.lora_A.weight        ComfyUI, kijai, diffusion-pipe
     blocks.0.self_attn.q.lora_A.default.weight                DiffSynth
-    transformer.blocks.0.attn1.to_q.lora_A.weight             diffusers, PEFT
+    pipe.dit.blocks.0.self_attn.q.lora_A.default.weight       DiffSynth, told to remove no prefix
+    transformer.blocks.0.attn1.to_q.lora_A.weight             diffusers
+    base_model.model.blocks.0.self_attn.q.lora_A.weight       PEFT
     lora_unet_blocks_0_self_attn_q.lora_down.weight           kohya, musubi-tuner
     lora_unet__blocks_0.self_attn.q.lora_down.weight          older versions of theirs
 """
@@ -26,7 +28,7 @@ from pw_runtime.types import DitConfig
 Part = Literal["down", "up", "alpha", "difference"]
 
 _PREFIX: Final = re.compile(
-    r"(?:(?:base_model\.model|diffusion_model|transformer|model|unet)\.)*(?:lora_unet__?)?"
+    r"(?:(?:base_model\.model|diffusion_model|transformer|model|unet|pipe\.dit)\.)*(?:lora_unet__?)?"
 )
 # What is behind the module: its part, and the tensors of the module that it can be about.
 _PARTS: Final[tuple[tuple[re.Pattern[str], Part, tuple[str, ...]], ...]] = (

@@ -117,8 +117,10 @@ def build(**options: Any) -> int:
         require_quantizable(config, linear)
     require_exact_attention(blocks, linear)
     if folder is not None:
-        others = {"dry-run": options["dry_run"], "frontend": options["frontend"]}
-        for name, given in (others | {"blocks": blocks != "segments"}).items():
+        others = {name: options[name] for name in ("frontend", "jobs")}
+        others |= {"dry-run": options["dry_run"], "target": options["targets"]}
+        others |= {"backend": options["backend"] != "auto", "blocks": blocks != "segments"}
+        for name, given in others.items():
             if given:
                 raise BadRequest(
                     f"--onnx-only and --{name} contradict each other", do="leave one of them out"

@@ -37,7 +37,8 @@ def fast_options(
         )
     preset = replace(preset, highres=None) if options["draft_only"] else preset
     # Ranks may have divided the passes among them.
-    divided = place_of_this_process() is not None or (options.get("processes_per_worker") or 1) > 1
+    counts = [options.get(name) or 1 for name in ("processes_per_worker", "gpus_per_worker")]
+    divided = place_of_this_process() is not None or max(counts) > 1
     source = click.get_current_context().get_parameter_source
     chosen = {
         name: value

@@ -103,21 +103,26 @@ def _show(
     reporter.say(f"all drafts: {sheet}")
     words = ["--drafts", str(request.out), *_given(options)]
     if request.preset.highres is None:
-        words += ["--preset", _finishing(request.preset)]
+        words += ["--preset", *_finishing(request.preset)]
     reporter.say("to finish a draft:")
     for prompt, _ in made:
         reporter.say(f"  {shlex.join(['pw', 'finish', prompt.id, *words])}")
 
 
-def _finishing(preset: Preset) -> str:
-    """Return the name of a preset that has these drafts and a high-res stage."""
+def _finishing(preset: Preset) -> list[str]:
+    """Return the words after --preset that name one with these drafts and a high-res stage."""
     from pw_runtime.presets import PRESETS, UNNAMED
 
-    def drafts(preset: Preset) -> Preset:
-        return replace(preset, highres=None, decode=TilingConfig())
+    frames = preset.video.frames
 
-    finishing = [name for name, x in PRESETS.items() if x.highres and drafts(x) == drafts(preset)]
-    return finishing[0] if finishing else UNNAMED
+    def drafts(preset: Preset) -> Preset:
+        video = replace(preset.video, frames=frames)
+        return replace(preset, highres=None, decode=TilingConfig(), video=video)
+
+    for name, known in PRESETS.items():
+        if known.highres and drafts(known) == drafts(preset):
+            return [name, *(["--frames", str(frames)] if known.video.frames != frames else [])]
+    return [UNNAMED]
 
 
 def _given(options: dict[str, Any]) -> list[str]:

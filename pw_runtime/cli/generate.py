@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import click
 
-from pw_runtime.cli.json_output import one_document
+from pw_runtime.cli.json_output import document_of_refusal, one_document
 from pw_runtime.cli.launch import (
     devices_of,
     devices_option,
@@ -221,7 +221,8 @@ def make_clips(
     Raises what ends the program.
     """
     place = place_of_this_process()
-    devices = devices_of(options) if place is None else None
+    with document_of_refusal(NO_CLIPS, enabled=options["as_json"] and place is None):
+        devices = devices_of(options) if place is None else None
     if devices is not None and len(devices) > 1:
         return start_ranks(devices)
     first = place is None or place.rank == 0

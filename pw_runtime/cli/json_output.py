@@ -17,6 +17,21 @@ def json_text(document: Mapping[str, Any]) -> str:
 
 
 @contextmanager
+def document_of_refusal(empty: Mapping[str, Any], *, enabled: bool) -> Iterator[None]:
+    """Print the document of a block that fails; one that does not is followed by another's.
+
+    Args:
+        empty: all keys, and what they hold.
+        enabled: print it.
+    """
+    try:
+        yield
+    except BaseException:
+        with one_document(empty, enabled=enabled):
+            raise
+
+
+@contextmanager
 def one_document(empty: Mapping[str, Any], *, enabled: bool) -> Iterator[dict[str, Any]]:
     """Print the document that the block fills, however it ends; `error` says what ended it.
 

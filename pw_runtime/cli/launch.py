@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pw_runtime.types import Request
 
 MOST: Final = 64  # ranks on one machine
+RANK_TIMEOUT: Final = 600.0  # seconds
 
 processes_option = click.option(
     "--processes",
@@ -52,7 +53,7 @@ t5_fsdp_option = click.option(
 rank_timeout_option = click.option(
     "--rank-timeout",
     type=click.FloatRange(1),
-    default=600.0,
+    default=RANK_TIMEOUT,
     show_default=True,
     help="Seconds that one device waits for the data of another, before the run ends.",
 )
@@ -120,6 +121,7 @@ def require_alone(options: dict[str, Any]) -> None:
     """Raise BadRequest for flags of several processes in a run of one."""
     given = [name for name in ("dit_fsdp", "t5_fsdp") if options[name]]
     given += ["ulysses_size"] if options["ulysses_size"] not in (None, 1) else []
+    given += ["rank-timeout"] if options["rank_timeout"] not in (None, RANK_TIMEOUT) else []
     if given:
         raise BadRequest(
             f"--{given[0]} is for several devices, and this is one process",
@@ -188,6 +190,12 @@ def run_as_rank(
                 do="leave it out, or start as many with torchrun --nproc-per-node or --processes",
             )
         devices = devices_of(options)
+        if devices and place.local >= len(devices):
+            raise BadRequest(
+                f"rank {place.rank} has no device of its own",
+                got=f"{len(devices)} named, and it is process {place.local} of its machine",
+                do="leave --processes and --devices out: torchrun has started the processes",
+            )
         mine = devices[place.local] if devices else _device_of(place, options["device"])
         return prepare({**options, "device": mine})
 

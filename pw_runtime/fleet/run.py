@@ -13,7 +13,7 @@ from pw_runtime.fleet.cluster import Cluster
 from pw_runtime.fleet.driver import Fleet
 from pw_runtime.fleet.layout import Layout
 from pw_runtime.fleet.output_folder import OutputFolder
-from pw_runtime.job.checks import check_content, make_output_folder
+from pw_runtime.job.checks import check_content, make_output_folder, require_divisible
 from pw_runtime.job.clip import start_clip
 from pw_runtime.job.conv_choice import settle_conv
 from pw_runtime.job.existing import settle_existing
@@ -55,7 +55,7 @@ def run_fleet(
         BadRequest, BadWeights: the request, the bundle or a machine cannot work.
         WriteFailed: the output folder refuses a file; the clips that are finished are in it.
     """
-    request = checked(request, bundle, reporter.say)
+    request = checked(request, bundle, layout, reporter.say)
     make_output_folder(request)
     folder = OutputFolder(request.out)
     with folder.opened():
@@ -76,12 +76,16 @@ def run_fleet(
     return tuple(made[prompt.id] for prompt in request.prompts if prompt.id in made)
 
 
-def checked(request: Request, bundle: Bundle, say: Callable[[str], None]) -> Request:
+def checked(
+    request: Request, bundle: Bundle, layout: Layout, say: Callable[[str], None]
+) -> Request:
     """Check what this machine can check; return the request with what it decides for all.
 
     Raises BadRequest, BadWeights.
     """
     check_content(request)
+    if layout.processes > 1:
+        require_divisible(request.options, divide_weights=request.divide_weights)
     check_networks(bundle, request.stages, request.options.attention_kernel)
     for stage in request.stages:
         require_quantizable(require_dit(bundle, stage), request.options.linear)
@@ -113,7 +117,7 @@ def dry_run(request: Request, bundle: Bundle, layout: Layout) -> Iterator[str]:
 
     Raises BadRequest, BadWeights.
     """
-    request = checked(request, bundle, lambda text: None)
+    request = checked(request, bundle, layout, lambda text: None)
     finished = finished_clips(request, bundle)
     for node, count in layout.places:
         each = " each" * (count > 1)

@@ -33,6 +33,7 @@ def picture_file(image: object) -> Iterator[Path | None]:
         BadRequest: it is something else.
     """
     from PIL import Image
+    from PIL.ExifTags import Base
 
     if image is None or isinstance(image, str | Path):
         yield None if image is None else Path(image)
@@ -58,5 +59,9 @@ def picture_file(image: object) -> Iterator[Path | None]:
         )
     with tempfile.TemporaryDirectory(prefix="pw-picture-") as folder:
         path = Path(folder) / "picture.png"
-        image.save(path)
+        image.load()  # of TIFF, Pillow turns the pixels then, and takes the tag out
+        exif = Image.Exif()
+        if (turned := image.getexif().get(Base.Orientation)) is not None:
+            exif[Base.Orientation] = turned
+        image.save(path, exif=exif)
         yield path

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from pw_runtime.checkpoint.bundle import Bundle
-from pw_runtime.errors import BadRequest
+from pw_runtime.errors import BadRequest, OtherDraft
 from pw_runtime.job.clip import TILES, Clip
 from pw_runtime.job.identity import differences, of_draft
 from pw_runtime.job.latents import SUFFIX, read_latent, read_provenance, read_sound
@@ -61,12 +61,12 @@ def restore(clip: Clip, path: Path, stored: Provenance, say: Callable[[str], Non
 def take_draft(clip: Clip, folder: Path, bundle: Bundle) -> None:
     """Take the text contexts and the draft latent that another run left in a folder.
 
-    Raises BadRequest where they are not there, damaged, or of another draft.
+    Raises OtherDraft where they are not there, damaged, or of another draft.
     """
     path = folder / f"{clip.prompt.id}{SUFFIX}"
     stored = read_provenance(path)
     if differing := differences(of_draft(stored, bundle), of_draft(clip.provenance, bundle)):
-        raise BadRequest(
+        raise OtherDraft(
             f"{path} is the draft of another clip than prompt {clip.prompt.id}",
             got="; ".join(differing),
             do="give the preset and the options that it was made with, or leave --drafts out",
@@ -77,7 +77,7 @@ def take_draft(clip: Clip, folder: Path, bundle: Bundle) -> None:
     if noise is not None:
         same_noise = stored.noise.get("draft") == tensor_digest(noise)
     if not same_noise:
-        raise BadRequest(
+        raise OtherDraft(
             f"{path} is a draft of other noise than this run has",
             got=f"noise {'of its seed' if stored.noise_file is None else stored.noise_file}",
             wanted=f"noise {'of its seed' if given is None else f'that {given} has'}",
@@ -85,7 +85,7 @@ def take_draft(clip: Clip, folder: Path, bundle: Bundle) -> None:
         )
     text = _text(clip, tensors)
     if damaged or text is None or not _has_stage(clip, "draft", tensors):
-        raise BadRequest(
+        raise OtherDraft(
             f"{path} cannot be finished as prompt {clip.prompt.id}",
             got=f"damaged: {', '.join(damaged)}" if damaged else f"only {', '.join(tensors)}",
             wanted="the contexts of every pass, and the draft latent with its noise",

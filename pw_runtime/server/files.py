@@ -13,7 +13,7 @@ from typing import Final, Literal
 from pw_runtime.server.api_error import ApiError
 from pw_runtime.server.store import Job
 from pw_runtime.server.video import ID, ends_with_draft
-from pw_runtime.system.atomic_files import atomic_file
+from pw_runtime.system.atomic_files import atomic_file, write_failed
 
 Variant = Literal["video", "draft", "thumbnail"]
 CLIP: Final = "0"  # id of a job's one prompt
@@ -56,7 +56,10 @@ def picture_of(root: Path, job: Job) -> bytes | None:
 def keep_picture(root: Path, job_ids: Iterable[str], content: bytes) -> None:
     """Write the picture that jobs start from into their folders. Raises WriteFailed."""
     for job_id in job_ids:
-        folder_of(root, job_id).mkdir(parents=True, exist_ok=True)
+        try:
+            folder_of(root, job_id).mkdir(exist_ok=True)
+        except OSError as error:
+            raise write_failed(folder_of(root, job_id), error) from error
         with atomic_file(folder_of(root, job_id) / PICTURE) as partial:
             partial.write_bytes(content)
 
@@ -101,6 +104,14 @@ def size_of(root: Path, job_id: str) -> int:
             status = path.lstat()
             total += status.st_blocks * 512
     return total
+
+
+def drop_unfinished(root: Path, job_id: str, *, draft_ready: bool) -> None:
+    """Remove what a job that has failed had computed, but for a draft that is ready."""
+    folder = folder_of(root, job_id)
+    shutil.rmtree(folder / "final", ignore_errors=True)
+    if not draft_ready:
+        shutil.rmtree(folder / "draft", ignore_errors=True)
 
 
 def remove(root: Path, job_id: str) -> None:

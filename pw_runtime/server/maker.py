@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.checkpoint.lora import with_loras
-from pw_runtime.errors import BadResult
+from pw_runtime.errors import BadResult, OtherDraft
 from pw_runtime.job.checks import check_content, pick_device
 from pw_runtime.models.quantized_linear import require_quantizable
 from pw_runtime.pipeline import generate
@@ -49,6 +50,8 @@ class Maker:
             self._check_options(preset)
         # Of the start: what is free later lacks what is kept loaded.
         budget = budget_of(device, join.gpu_memory, join.host_memory)
+        if join.host_memory is None:
+            budget = replace(budget, host=budget.host // join.workers)
         self._gpu_memory, self._host_memory = budget.device, budget.host
         rates = measure_rates(device, self._options.compute_precision)
         self._admission = Admission(self.bundle, self._options.resolved(), budget, rates)
@@ -72,24 +75,45 @@ class Maker:
             Stopped: `stop` was requested; what is finished stays in the folder.
             PixelWizardError: the clip cannot be made.
         """
-        folder = Path(job.folder)
-        draft, has_highres = folder / "draft", job.preset.highres is not None
-        ends_with_draft = job.draft_only or not has_highres
+        ends_with_draft = job.draft_only or job.preset.highres is None
         self._warm.only = self._admission.kept(job.preset, draft_only=ends_with_draft)
         self._warm.keep_only(self._warm.only)
         runs = self._seconds(job, ends_with_draft=ends_with_draft)
         reporter = _JobReporter(job.job, self._send, runs)
+        self._draft(job, reporter, stop)
+        if ends_with_draft:
+            return
+        reporter.next_run()
+        try:
+            self._finish(job, reporter, stop)
+        except OtherDraft as error:
+            if job.finishes is not None:
+                raise OtherDraft(
+                    f"the draft of {job.finishes} was made with other options than this server has",
+                    got=error.got,
+                    do="ask for the clip by its prompt and seed, without draft_id",
+                ) from error
+            reporter.warn(f"its draft is made again: {error.what} ({error.got})")
+            shutil.rmtree(Path(job.folder) / "draft")
+            (Path(job.folder) / THUMBNAIL).unlink()
+            self._draft(job, reporter, stop)
+            self._finish(job, reporter, stop)
+
+    def _draft(self, job: Make, reporter: Reporter, stop: StopRequest) -> None:
+        """Make the draft and its small picture, unless they are there."""
+        folder = Path(job.folder)
+        draft, has_highres = folder / "draft", job.preset.highres is not None
         if not ((draft / f"{CLIP}.mp4").is_file() and (draft / LATENTS).is_file()):
             self._run(job, draft, reporter, stop, draft_only=has_highres, save_latents=True)
         if not (folder / THUMBNAIL).is_file():
             middle = job.preset.video.frames // 2
             write_thumbnail(draft / f"{CLIP}.mp4", middle, folder / THUMBNAIL)
         self._send(Drafted(job=job.job))
-        if not ends_with_draft:
-            reporter.next_run()
-            final = folder / "final"
-            keeps = {"draft_only": False, "save_latents": False}
-            self._run(job, final, reporter, stop, **keeps, drafts=draft)
+
+    def _finish(self, job: Make, reporter: Reporter, stop: StopRequest) -> None:
+        """Make the clip of the draft."""
+        out, drafts = Path(job.folder) / "final", Path(job.folder) / "draft"
+        self._run(job, out, reporter, stop, draft_only=False, save_latents=False, drafts=drafts)
 
     def _seconds(self, job: Make, *, ends_with_draft: bool) -> tuple[float, ...]:
         """Estimate the seconds of each run of a job."""

@@ -32,7 +32,8 @@ class Join:
     options: RunOptions  # with the device
     loras: Mapping[StageName, tuple[LoraFile, ...]] = field(default_factory=dict)
     gpu_memory: int | None = None  # bytes; None: what is free
-    host_memory: int | None = None
+    host_memory: int | None = None  # of this worker; None: its part of what is free
+    workers: int = 1  # of the server, on this machine
     kind: Literal["join"] = "join"
 
 
@@ -50,6 +51,7 @@ class Make:
     preset: Preset
     draft_only: bool
     picture: bool = False  # the clip starts from the one in the folder
+    finishes: str | None = None  # job whose draft it finishes
     kind: Literal["make"] = "make"
 
 

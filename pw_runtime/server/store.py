@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from pw_runtime.errors import BadRequest
 
 FORMAT: Final = 2  # PRAGMA user_version; 1 had no pictures
 MOST_KNOWN: Final = 256  # jobs that are answered without a look at the disk
+NOTHING: Final = frozenset[str]()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,10 +247,17 @@ class Store:
             query = select(JOBS).where(_C.id.in_(ids)).order_by(_C.seq)
             return [_job(row) for row in connection.execute(query)]
 
-    def claim(self) -> Job | None:
-        """Take the next queued job: it is then in progress. None where none waits."""
+    def claim(self, *, no_clips: Set[str] = NOTHING, no_drafts: Set[str] = NOTHING) -> Job | None:
+        """Take the next queued job: it is then in progress. None where none waits.
+
+        Jobs that end with a clip of a preset in `no_clips` wait on, as do those that end with a
+        draft of one in `no_drafts`.
+        """
         with self._transaction() as connection:
-            query = select(_C.id).where(_C.status == "queued", ~_C.removing).order_by(*_NEXT)
+            left = _C.preset_name.in_(no_clips) & ~_C.draft_only
+            left |= _C.preset_name.in_(no_drafts) & _C.draft_only
+            query = select(_C.id).where(_C.status == "queued", ~_C.removing, ~left)
+            query = query.order_by(*_NEXT)
             job_id = connection.execute(query.limit(1)).scalar_one_or_none()
             if job_id is None:
                 return None

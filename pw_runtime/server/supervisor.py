@@ -102,7 +102,8 @@ class Supervisor:
         found: dict[str, Fit] = {}
         for worker in self.workers:
             for name, fit in worker.fits.items():
-                if name not in found or fit.fits:
+                known = found.get(name)
+                if known is None or fit.fits or (fit.draft_fits and not known.fits):
                     found[name] = fit
         return found
 
@@ -139,8 +140,7 @@ class Supervisor:
                 added = [drafted or added[0]]
         for job in added:
             self.hub.changed(job.id)
-        for worker in self.workers:
-            worker.wake()
+        self._wake()
         return added
 
     def video(self, job: Job, position: int | None = None) -> Video:
@@ -159,6 +159,9 @@ class Supervisor:
         """End a job that waits or runs; return when it has ended, or after `wait` seconds."""
         reason = {"code": code, "message": message}
         if await asyncio.to_thread(partial(self._store.end_queued, job_id, **reason)):
+            await self._drop_unfinished(job_id)
+            size = await asyncio.to_thread(files.size_of, self._settings.root, job_id)
+            await asyncio.to_thread(partial(self._store.end, job_id, size=size, **reason))
             self.metrics.ended(code)
             self.hub.changed(job_id)
             return
@@ -188,10 +191,14 @@ class Supervisor:
 
     # ---- what workers ask for and say
 
-    async def next_job(self) -> Job | None:
-        """Take the next job of the queue."""
+    async def next_job(self, worker: WorkerProcess) -> Job | None:
+        """Take the next job of the queue that is not for another worker."""
         while True:
-            job = await self._stored(self._store.claim)
+            no_clips = self._for_others(worker, lambda fit: fit.fits)
+            no_drafts = self._for_others(worker, lambda fit: fit.draft_fits)
+            job = await self._stored(
+                partial(self._store.claim, no_clips=no_clips, no_drafts=no_drafts)
+            )
             if job is None:
                 return None
             ending = self._ending.get(job.id)  # since a moment ago
@@ -206,6 +213,21 @@ class Supervisor:
         self.hub.changed(job.id)
         return job
 
+    def _for_others(self, worker: WorkerProcess, fits: Callable[[Fit], bool]) -> set[str]:
+        """Return the presets that do not fit a worker but another one, or one that is starting.
+
+        What fits none is not left to anybody: its jobs fail, and say why.
+        """
+        mine = {name for name, fit in worker.fits.items() if not fits(fit)}
+        others = [other for other in self.workers if other is not worker]
+        if any(other.ready is None and other.refusal is None for other in others):
+            return mine
+        return {
+            name
+            for name in mine
+            if any(name in other.fits and fits(other.fits[name]) for other in others)
+        }
+
     def order_for(self, job: Job) -> Make:
         """Return the order to make a job."""
         return Make(
@@ -217,6 +239,7 @@ class Supervisor:
             preset=preset_of(job),
             draft_only=job.draft_only,
             picture=job.picture is not None,
+            finishes=job.draft_id,
         )
 
     async def heard(self, job: Job, event: Event, worker: WorkerProcess) -> None:
@@ -253,6 +276,7 @@ class Supervisor:
             await self._end(job, code="worker_died", message=message)
         else:
             self._forget(job.id)
+            self._wake()
         self.hub.changed(job.id)
 
     def state_changed(self) -> None:
@@ -264,8 +288,14 @@ class Supervisor:
             self.failure = trouble
         if trouble is None or self.failure is not None:
             self.first_word.set()
+        self._wake()  # which jobs are for which worker may be known only now
 
     # ---- inside
+
+    def _wake(self) -> None:
+        """Tell idle workers that there may be a job for them."""
+        for worker in self.workers:
+            worker.wake()
 
     def _advance(self, advanced: Advanced) -> None:
         before = self._advanced.get(advanced.job)
@@ -280,6 +310,8 @@ class Supervisor:
         self._advanced[advanced.job] = advanced
 
     async def _end(self, job: Job, *, code: str | None = None, message: str | None = None) -> None:
+        if code is not None:
+            await self._drop_unfinished(job.id)
         size = await asyncio.to_thread(files.size_of, self._settings.root, job.id)
         end = partial(self._store.end, job.id, code=code, message=message, size=size)
         ended = await self._stored(end)
@@ -290,6 +322,13 @@ class Supervisor:
         self.metrics.ended(code)
         self._forget(job.id)
         self.hub.changed(job.id)
+
+    async def _drop_unfinished(self, job_id: str) -> None:
+        """Remove what no request could go on with: all but a draft."""
+        job = await asyncio.to_thread(self._store.get, job_id)
+        if job is not None:
+            drop = partial(files.drop_unfinished, draft_ready=job.draft_ready)
+            await asyncio.to_thread(drop, self._settings.root, job_id)
 
     async def _stored(self, write: Callable[[], Written]) -> Written:
         """Return what `write` does to the queue on the disk, when the disk lets it."""

@@ -41,8 +41,8 @@ WAKE: Final = object()
 class Foreman(Protocol):
     """The one who gives a worker its jobs, and hears what becomes of them."""
 
-    async def next_job(self) -> Job | None:
-        """Take the next job of the queue."""
+    async def next_job(self, worker: WorkerProcess) -> Job | None:
+        """Take the next job of the queue that is not for another worker."""
 
     def order_for(self, job: Job) -> Make:
         """Return the order to make a job."""
@@ -163,6 +163,7 @@ class WorkerProcess:
                 loras=settings.loras,
                 gpu_memory=settings.gpu_memory,
                 host_memory=settings.host_memory,
+                workers=len(settings.devices),
             )
         )
         try:
@@ -184,7 +185,7 @@ class WorkerProcess:
         made_something = False
         while True:
             idle = self.job is None and self.ready is not None and not self._stopping.is_set()
-            if idle and (job := await self._foreman.next_job()) is not None:
+            if idle and (job := await self._foreman.next_job(self)) is not None:
                 self.job = job
                 self._send(self._foreman.order_for(job))
             event = await self._inbox.get()

@@ -100,6 +100,7 @@ LAYOUTS: dict[str, Names] = {
         "transformer.", ".lora_A.default.weight", ".lora_B.default.weight", _diffusers
     ),
     "DiffSynth": _names("", ".lora_A.default.weight", ".lora_B.default.weight"),
+    "DiffSynth, pipe.dit": _names("pipe.dit.", ".lora_A.default.weight", ".lora_B.default.weight"),
     "original": _names("", *_AB),
     "lora_A without weight": _names("diffusion_model.", ".lora_A", ".lora_B"),
     "kohya": _names("lora_unet_", *_DOWN_UP, _flat),

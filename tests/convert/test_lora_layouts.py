@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pw_runtime.checkpoint.bundle import load_tensors, open_bundle
 from pw_runtime.checkpoint.keymaps import dit_to_diffusers
 from pw_runtime.checkpoint.loader import load_dit
 from pw_runtime.checkpoint.lora_keys import Target, target_of
+from pw_runtime.errors import BadWeights
 from pw_runtime.models import expected_shapes
 from pw_runtime.types import LoraFile, StageName
 from tests.closeness import max_abs
@@ -126,6 +128,29 @@ def test_alpha_can_be_in_the_metadata_as_diffusers_writes_it(
     file = write_lora(tmp_path / "stable.safetensors", tensors, stable)
     changes = with_lora(bundle_dir, file).loras["draft"][0].changes
     assert changes["blocks.0.self_attn.q.weight"].factor == 12 / math.sqrt(2)
+
+
+def test_alpha_can_be_in_the_config_that_peft_writes_beside_its_file(
+    bundle_dir: Path, tmp_path: Path
+) -> None:
+    tensors = without_alpha("PEFT", random_pairs(open_bundle(bundle_dir)))
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    write_lora(file, tensors)
+    alone = with_lora(bundle_dir, file).loras["draft"][0]
+    config.write_text(json.dumps({"r": 8, "lora_alpha": 12, "alpha_pattern": {"attn2.to_k": 5}}))
+    beside = with_lora(bundle_dir, file).loras["draft"][0]
+    changes: Any = beside.changes
+    assert changes["blocks.1.cross_attn.k.weight"].factor == 5 / 6
+    assert changes["blocks.0.self_attn.q.weight"].factor == 12 / 2
+    assert beside.source.sha256 != alone.source.sha256
+    config.write_text(json.dumps({"lora_alpha": 12, "use_dora": True}))
+    with pytest.raises(BadWeights, match=r"DoRA, by adapter_config\.json"):
+        with_lora(bundle_dir, file)
+    other = write_lora(
+        tmp_path / "comfy.safetensors",
+        without_alpha("ComfyUI", random_pairs(open_bundle(bundle_dir))),
+    )
+    assert with_lora(bundle_dir, other).loras["draft"][0].changes  # that is not about this one
 
 
 def test_differences_of_any_tensor_are_added(bundle_dir: Path, tmp_path: Path) -> None:

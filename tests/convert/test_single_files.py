@@ -73,6 +73,18 @@ def test_single_files_are_found_by_their_content(
     assert bundle.manifest.source == {"layout": "single files", "wan": "wan", **inside}
 
 
+def test_a_tokenizer_beside_the_weights_is_copied_without_them(
+    checkpoint: Checkpoint, states: dict[str, State], tmp_path: Path
+) -> None:
+    wan = write(tmp_path / "wan", checkpoint, states, FLAT)
+    for file in (wan / "google/umt5-xxl").iterdir():
+        file.rename(wan / file.name)
+    shutil.rmtree(wan / "google")
+    quietly(tmp_path / "bundle", wan=wan)
+    copied = {file.name for file in (tmp_path / "bundle" / "tokenizer").iterdir()}
+    assert copied == {"tokenizer.json", "tokenizer_config.json"}
+
+
 def test_names_of_other_libraries_are_translated_in_single_files_too(
     checkpoint: Checkpoint, states: dict[str, State], tmp_path: Path
 ) -> None:

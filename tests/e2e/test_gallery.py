@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.cli.gallery import _finishing
 from pw_runtime.errors import BadRequest
 from pw_runtime.job.drafts import numbered_drafts, read_drafts
+from pw_runtime.presets import PRESETS
 from pw_runtime.prompts import make_prompts
 from pw_runtime.system.tensor_file import TensorFile
 from pw_runtime.system.video_input import video_frames
@@ -123,6 +125,9 @@ def test_drafts_without_a_high_res_stage_are_finished_at_a_preset_that_is_named(
         "--prompt", "a cat",
     )  # fmt: skip
     assert "--preset FILE.toml" in made.err
+    assert _finishing(PRESETS["draft"]) == ["2k"]
+    shorter = replace(PRESETS["draft"].video, frames=49)
+    assert _finishing(replace(PRESETS["draft"], video=shorter)) == ["2k", "--frames", "49"]
     finish = ("finish", "0-1", "--drafts", tmp_path, "--model", bundle_dir)
     refused = pw(*finish)
     assert refused.code == 2

@@ -122,6 +122,15 @@ def test_a_refused_request_is_a_document_with_its_error_and_no_clips(
     assert "--prompt is empty" in ended.err
 
 
+def test_refused_devices_are_a_document_too(
+    generate: Callable[..., tuple[Ended, dict[str, Any]]],
+) -> None:
+    ended, document = generate("--prompt", "a fox", "--devices", "0,1")
+    assert ended.code == 2
+    assert document.keys() == {"format", *NO_CLIPS}
+    assert "--devices says already which devices" in document["error"]
+
+
 def test_the_doctor_names_every_package_and_what_is_ready(pw: Pw) -> None:
     ended = pw("doctor", "--json")
     assert ended.code == 0

@@ -28,7 +28,15 @@ pytestmark = [
         ),
         (("--blocks", "whole"), "engines that take all tokens of a clip at once"),
         (("--blocks", "attention", "--backend", "aoti", "--preset", "nano"), "is for TensorRT for"),
-        (("--blocks", "whole", "--onnx-only", "models"), "--onnx-only and --blocks contradict"),
+        *(
+            ((*option, "--onnx-only", "models"), f"--onnx-only and {option[0]} contradict")
+            for option in (
+                ("--blocks", "whole"),
+                ("--target", "sm_89"),
+                ("--backend", "aoti"),
+                ("--jobs", "2"),
+            )
+        ),
     ],
 )
 def test_targets_that_cannot_be_are_refused(

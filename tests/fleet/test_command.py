@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
+import torch
 from PIL import Image
 
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.cli import fleet as command
+from pw_runtime.cli.fast import fast_options
 from pw_runtime.cli.generate import generate
 from pw_runtime.cli.main import Terminated
 from pw_runtime.errors import BadRequest
@@ -27,7 +30,7 @@ from pw_runtime.fleet import cluster
 from pw_runtime.fleet.cluster import WorkerLost
 from pw_runtime.fleet.run import finished_clips
 from pw_runtime.job.sources import located
-from pw_runtime.presets import find_preset
+from pw_runtime.presets import PRESETS, find_preset
 from pw_runtime.types import Prompt, Request, RunOptions
 from tests.e2e.pw import Ended, Pw, write_preset
 from tests.inputs.videos import corners, shades, write_video
@@ -169,6 +172,27 @@ def test_a_dry_run_shows_what_makes_a_clip_together(
     assert ended.code == 0, ended.err
     assert ": 2 workers with 2 CPUs, 2 processes that make each clip together each" in ended.out
     assert "2 processes on the CPU, 8.0 GiB of host memory for all" in ended.out
+
+
+def test_what_processes_cannot_share_is_refused_before_any_starts(
+    pw: Pw, bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "connected", nowhere)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    more = ("--gpus-per-worker", 0, "--processes-per-worker", 2, "--blocks", "whole")
+    ended = dry_run(pw, bundle_dir, tmp_path, *more)
+    assert ended.code == 2
+    assert "where it is not divided" in ended.err
+
+
+@pytest.mark.parametrize("workers_of", ["gpus_per_worker", "processes_per_worker"])
+def test_fast_reuses_no_pass_where_several_make_a_clip(workers_of: str) -> None:
+    with click.Context(command.run):
+        options = {"draft_only": False, workers_of: 4}
+        chosen = fast_options(options, PRESETS["2k"], torch.device("cuda"))
+        alone = fast_options(options | {workers_of: 1}, PRESETS["2k"], torch.device("cuda"))
+    assert "guidance_reuse" in alone
+    assert "guidance_reuse" not in chosen
 
 
 def test_more_gpus_per_worker_than_any_node_has_are_one_clear_error(

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.ExifTags import Base
 
 from pw_runtime import Cancelled, Pipeline, Progress, RunOptions
 from pw_runtime.errors import BadRequest, BadResult
 from pw_runtime.interface import frames as frames_module
+from pw_runtime.interface.start_picture import picture_file
 from pw_runtime.job import networks as networks_module
+from pw_runtime.system.picture_input import read_picture
 from tests.convert.test_hub_cache import publish
 from tests.e2e.pw import Pw, write_preset
 from tests.oracle.checkpoint import Checkpoint
@@ -71,6 +74,18 @@ def test_a_picture_may_be_a_path_an_image_or_an_array(pipe: Pipeline, tmp_path: 
         for i in range(2)
     }
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", ["phone.jpg", "scan.tiff"])
+def test_a_picture_that_lies_on_its_side_is_turned_as_its_file_is(
+    name: str, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[Base.Orientation] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / name, exif=exif)
+    with picture_file(Image.open(tmp_path / name)) as path:
+        assert path is not None
+        assert read_picture(path).size == read_picture(tmp_path / name).size == (32, 64)
 
 
 @pytest.mark.parametrize(

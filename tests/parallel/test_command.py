@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import av
 import pytest
@@ -12,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.job import follow as follow_module
+from pw_runtime.types import TransformerPlan
 from tests.convert.loras import random_pairs, tensors_in, write_lora
 from tests.e2e.pw import Pw, write_preset
 from tests.parallel.command import run_ranks
@@ -149,6 +154,36 @@ def test_every_stage_is_released_before_the_next_one_is_loaded(
     assert kept == ["load", "release", "load", "release", "load-decoder", "release", "end"]
 
 
+def test_a_rank_releases_its_network_before_it_loads_one_for_a_smaller_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 tells all to load again where one of them was out of memory."""
+    alive: list[int] = []
+    begun: list[int] = []
+
+    def load_divided(*arguments: object) -> Any:
+        begun.append(len(alive))
+        alive.append(len(begun))
+        return SimpleNamespace(close=alive.pop)
+
+    def next_command() -> dict[str, Any]:
+        name = next(names)
+        return {"name": name, "stage": "draft", "engines": "", "plan": asdict(TransformerPlan())}
+
+    names = iter(("load", "load", "end"))
+    monkeypatch.setattr(follow_module, "load_divided", load_divided)
+    monkeypatch.setattr(follow_module, "select_engines", lambda *_: SimpleNamespace(digest=""))
+    sent = SimpleNamespace(wait=lambda: None)
+    ranks: Any = SimpleNamespace(
+        rank=1, next_command=next_command, at=print, send=lambda *arguments: sent
+    )
+    request: Any = SimpleNamespace(options=None, preset=None, device=torch.device("cpu"))
+    bundle: Any = None
+    follow_module.follow(ranks, request, bundle)
+    assert begun == [0, 0]
+    assert alive == [2]
+
+
 @pytest.mark.slow
 def test_ranks_that_differ_do_not_begin(bundle_dir: Path, preset: Path, tmp_path: Path) -> None:
     common = ("--model", bundle_dir, "--preset", preset, "--prompt", "x", "--out", tmp_path / "o")
@@ -157,6 +192,26 @@ def test_ranks_that_differ_do_not_begin(bundle_dir: Path, preset: Path, tmp_path
     assert ended.stderr[1] == ""
     assert "--ulysses_size is more than there are processes" in ended.stderr[0]
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_without_a_device_are_told(
+    bundle_dir: Path, preset: Path, tmp_path: Path
+) -> None:
+    common = ("--model", bundle_dir, "--preset", preset, "--prompt", "x", "--out", tmp_path / "o")
+    ended = run_ranks(2, "generate", *common, "--processes", 1)
+    assert ended.codes == (2, 3)
+    assert "rank 1 has no device of its own" in ended.stderr[0]
+    assert "Traceback" not in "".join(ended.stderr)
+
+
+def test_a_timeout_of_ranks_is_refused_where_there_is_one(
+    pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path
+) -> None:
+    common = ("--model", bundle_dir, "--preset", preset, "--prompt", "x", "--out", tmp_path / "o")
+    ended = pw("generate", *common, "--rank-timeout", 5)
+    assert ended.code == 2
+    assert "--rank-timeout is for several devices" in ended.err
 
 
 @pytest.mark.slow

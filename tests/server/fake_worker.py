@@ -7,7 +7,8 @@ hold deaf the same, but it does not hear that it is to end
 die       the process ends in the midst of the job
 fail      the job fails
 
-Where the model's folder is gone it says that it cannot work, and ends.
+Where the model's folder is gone it says that it cannot work, and ends. 4k fits the device
+"large" alone.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def make(job: Make) -> None:
     send(Drafted(job=job.job))
     send(Advanced(job=job.job, stage="highres", step=1, steps=4, fraction=0.5, seconds_left=2.0))
     if "hold" in job.prompt and not ("once" in job.prompt and again):
+        write(folder / "final" / "0.steps", "half a clip")
         wait_for_end("" if "deaf" in job.prompt else job.job)
         send(Ceased(job=job.job, rss=RSS))
         return
@@ -87,7 +89,9 @@ def main() -> None:
         send(Refused(reason=f"the model {join.model} is gone"))
         sys.exit(2)
     fits = {
-        name: Fit(fits=name != "4k", draft_fits=True, reason="4k is too large" * (name == "4k"))
+        name: Fit(fits=True, draft_fits=True)
+        if name != "4k" or join.options.device == "large"
+        else Fit(fits=False, draft_fits=True, reason="4k is too large")
         for name in join.presets
     }
     send(Ready(device="fake", bundle="0" * 64, presets=fits, rss=RSS))

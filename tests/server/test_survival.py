@@ -74,6 +74,7 @@ def test_a_running_job_is_cancelled_and_its_draft_stays(tmp_path: Path) -> None:
         assert (ended["status"], ended["error"]["code"]) == ("failed", "cancelled")
         draft = served.http.get(f"/v1/videos/{video['id']}/content?variant=draft")
         assert draft.text == "draft of 3"
+        assert not (tmp_path / "root" / "jobs" / video["id"] / "final").exists()
         again = served.http.post(f"/v1/videos/{video['id']}/cancel").json()
         assert again["error"]["code"] == "cancelled"
         done = served.until_ended(served.create()["id"])

@@ -98,7 +98,7 @@ def require_role(what: str, shapes: Mapping[str, tuple[int, ...]], role: Role) -
     if kind.role is not None:
         remedy += f", and this file where the {kind.role} belongs"
     elif "LoRA" in kind.what:
-        remedy = "merge it into its base model and save that; LoRAs are not read"
+        remedy = "pass its base model, and this file to --lora, of `pw convert` or `pw generate`"
     raise BadWeights(f"{what} is not a {role}", got=kind.what, wanted=f"a {role}", do=remedy)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from pw_export.checkpoints.file_kinds import remains_of_download
 from pw_runtime.checkpoint.tokenizer import (
@@ -17,9 +18,14 @@ from pw_runtime.errors import BadWeights
 from pw_runtime.models.tokenizer import TextTokenizer
 from pw_runtime.system.input_files import UnreadableInput, read_input
 
+FILES: Final = (
+    *("added_tokens.json", "special_tokens_map.json", "spiece.model"),
+    *(TOKENIZER_FILE, SETTINGS_FILE),
+)
+
 
 def require_tokenizer(folder: Path, vocab_size: int) -> tuple[Path, ...]:
-    """Return the files of a tokenizer, all of which a bundle keeps.
+    """Return the files of a tokenizer, which a bundle keeps; the folder may have others.
 
     Args:
         folder: contains tokenizer.json or spiece.model.
@@ -28,10 +34,9 @@ def require_tokenizer(folder: Path, vocab_size: int) -> tuple[Path, ...]:
     Raises BadWeights for a file that is a download's remains instead of itself, for a tokenizer
     that cannot be read, and for one with more tokens than the table has rows.
     """
-    files = tuple(sorted(file for file in folder.iterdir() if file.is_file()))
+    files = tuple(folder / name for name in FILES if (folder / name).is_file())
     for file in files:
-        if file.suffix in (".json", ".model"):
-            _require_content(file)
+        _require_content(file)
     tokens = _tokenizer(folder).size
     if tokens > vocab_size:
         raise BadWeights(
