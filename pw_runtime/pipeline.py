@@ -125,7 +125,8 @@ def encode_sources(run: Run) -> None:
                 for stage in clip.request.encoded(clip.prompt):
                     config = clip.request.stages[stage]
                     pixels = fit_picture(picture, config.width, config.height)
-                    clip.fixed[stage] = encoder.run(step, encode_picture, pixels)
+                    encode = networks.encoding(run, encode_picture)
+                    clip.fixed[stage] = encoder.run(step, encode, pixels)
 
 
 def encode_draft_video(
@@ -137,7 +138,8 @@ def encode_draft_video(
     with run.step(clip, "encode", frames) as step:
         require_unchanged_video(clip)
         chunks = partial(video_chunks, source, config.width, config.height)
-        latent = encoder.run(step, encode_video, chunks, step.advance)
+        encode = networks.encoding(run, encode_video)
+        latent = encoder.run(step, encode, chunks, step.advance)
         if clip.request.options.draft_strength:
             clip.begun = latent
         else:

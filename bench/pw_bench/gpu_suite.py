@@ -4,9 +4,10 @@
     pw bench gpu-suite --out FOLDER
 
 The published networks run with random weights, so nothing is downloaded. Each part is a results
-file in FOLDER. Parts whose file is complete and of the same commit are not run again, so the
-command can be repeated until all are there; until then its exit code is not 0. A part does not
-start where the time left is less than its expected duration. The most valuable ones come first.
+file in FOLDER. Parts whose file is complete, of the same commit without changes and of the same GPU
+are not run again, so the command can be repeated until all are there; until then its exit code is
+not 0. A part does not start where the time left is less than its expected duration. The most
+valuable ones come first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from pw_bench.measure.environment import commit
 from pw_bench.results import read_result
@@ -131,10 +134,21 @@ def run_parts(
 
 
 def is_done(out: Path) -> bool:
-    """Return True where a part was measured to its end, with these sources."""
+    """Return True where a part was measured to its end, with these sources on these GPUs.
+
+    A file of sources that differ from their commit, or have none, is never of these sources.
+    """
     try:
         result = read_result(out)
     except BadRequest:
         return False
     interrupted = any(skipped.reason == "interrupted" for skipped in result.skipped)
-    return not interrupted and result.identity.commit == commit().removesuffix("-dirty")
+    identity = result.identity
+    same_sources = not identity.dirty and identity.commit == commit()
+    same_gpus = [gpu.name for gpu in identity.machine.gpus] == gpu_names()
+    return not interrupted and same_sources and same_gpus
+
+
+def gpu_names() -> list[str]:
+    """Return the names of this machine's GPUs."""
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

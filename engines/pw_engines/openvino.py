@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pw_engines.aoti import processor
 from pw_engines.engine import EngineError
+from pw_engines.onnx_recipe import RECIPE
 from pw_engines.spec import SMALLEST, Backend, EngineSpec, digest_of
 
 FILE: Final = "engine.blob"
@@ -49,7 +50,7 @@ def openvino_platform(device: torch.device) -> tuple[tuple[str, str], ...]:
         "torch": torch.__version__,  # which makes the model that OpenVINO is given
         "machine": platform.machine(),
         "processor": processor(),
-        "recipe": digest_of([Path(__file__).read_bytes()]),
+        "recipe": digest_of([Path(__file__).read_bytes(), RECIPE.encode()]),
     }
     return tuple(sorted(facts.items()))
 

@@ -39,6 +39,11 @@ class Speed:
     error: float
 
     @property
+    def conditions(self) -> tuple[int, int]:
+        """Tokens and threads: speeds of others say nothing about these."""
+        return self.tokens, self.threads
+
+    @property
     def ratio(self) -> float:
         """Ratio of the two times: above 1, the engine is faster."""
         return self.eager / self.seconds

@@ -146,7 +146,9 @@ class EngineStore:
             os.close(descriptor)
 
     def record(self, key: EngineKey, speed: Speed) -> None:
-        """Add a measurement to a built engine's manifest, in place of an earlier one of its size.
+        """Add a measurement to a built engine's manifest.
+
+        It replaces an earlier one of the same size on the same number of threads.
 
         Raises StoreError where the engine is not there, or the disk fails.
         """
@@ -155,8 +157,8 @@ class EngineStore:
             manifest, damage = read_manifest(folder)
             if damage or manifest["key"] != _as_json(key):
                 raise StoreError(f"{folder}: {damage or 'its manifest has another key'}")
-            others = [known for known in speeds_of(manifest) if known.tokens != speed.tokens]
-            speeds = [asdict(known) for known in sorted([*others, speed], key=lambda s: s.tokens)]
+            known = {one.conditions: one for one in (*speeds_of(manifest), speed)}
+            speeds = [asdict(one) for _, one in sorted(known.items())]
             partial = folder / f".{MANIFEST}.partial"
             try:
                 write_manifest(partial, manifest | {"speeds": speeds})

@@ -45,8 +45,9 @@ def measure_jobs(jobs: Iterable[Job], tokens: Sequence[int]) -> Iterator[Measure
     """Measure the engines of some jobs that are in the store, one call at a time.
 
     They run in a process of its own, with the threads that PyTorch takes by itself. Engines of one
-    segment are measured in turns, so that their figures compare; those that are known are not
-    measured again. One that does not compute what its segment does at this size is removed.
+    segment are measured in turns, so that their figures compare; those that are known, on as many
+    threads, are not measured again. One that does not compute what its segment does at this size is
+    removed.
 
     Args:
         jobs: built.
@@ -80,10 +81,11 @@ def sizes_of(spec: EngineSpec, tokens: Sequence[int]) -> list[int]:
 
 def _measure(jobs: list[Job], size: int) -> list[Measured]:
     """Measure engines of one segment at one size, unless that is known for all of them."""
+    wanted = (size, torch.get_num_threads())
     store, device = EngineStore(jobs[0].store), torch.device(jobs[0].device)
     found = [(job, store.find(job.key)) for job in jobs]
     known = {
-        job: next((speed for speed in file.speeds if speed.tokens == size), None)
+        job: next((speed for speed in file.speeds if speed.conditions == wanted), None)
         for job, file in found
     }
     if all(known.values()):

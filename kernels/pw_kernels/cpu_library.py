@@ -145,7 +145,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, rows_given: bool) -
     assert convolvable(x, weight, bias, rows_given)
     frames, rows = x.shape[2] - weight.shape[2] + 1, x.shape[3] - 2 * rows_given
     shape = (x.shape[0], weight.shape[0], frames, rows, x.shape[4])
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last_3d)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     for source, result in zip(x, out, strict=True):
         _winograd(source, weight, bias, result, pad=0 if rows_given else 1)
     return out
@@ -191,7 +191,8 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, pa
         block_filters=block_filters,
         threads=threads,
     )
-    workspace = torch.empty(own.c.pw_winograd_workspace(ctypes.byref(call)))
+    size = own.c.pw_winograd_workspace(ctypes.byref(call))
+    workspace = torch.empty(size, dtype=torch.float32, device="cpu")
     call.workspace = workspace.data_ptr()
     own.c.pw_winograd(ctypes.byref(call), own.parallel)
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
+import torch
+
 from pw_engines import EngineStore, Platform, Speed
 from pw_engines.store import Lookup
 from pw_runtime.execution.transformer_segments import BLOCK_PARTS, Segment
@@ -26,8 +28,8 @@ def step_ratio(
 ) -> float | None:
     """Return how many times as fast as uncompiled a network's engines compute one step.
 
-    From the measurements of `pw build`, each at the size nearest to a call's. Attention over all
-    tokens, which is the same either way, is not in it.
+    From the measurements of `pw build` on as many threads as PyTorch has here, each at the size
+    nearest to a call's. Attention over all tokens, which is the same either way, is not in it.
 
     Args:
         segments: of the network.
@@ -36,14 +38,15 @@ def step_ratio(
         tokens: of the clip.
 
     Returns:
-        The ratio, or None where an engine was not measured.
+        The ratio, or None where an engine was not measured on as many threads.
     """
-    seconds = eager = 0.0
+    threads, seconds, eager = torch.get_num_threads(), 0.0, 0.0
     for name, segment in segments.items():
         if name in ONCE_PER_CLIP:
             continue
         limit = dict(segment.spec.limits).get("tokens", 0)
-        speed = nearest(files[name].speeds, tokens_per_call(tokens, limit) if limit else 0)
+        speeds = [speed for speed in files[name].speeds if speed.threads == threads]
+        speed = nearest(speeds, tokens_per_call(tokens, limit) if limit else 0)
         if speed is None:
             return None
         calls = layers if name.startswith(BLOCK_PARTS) else 1

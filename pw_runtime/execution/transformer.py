@@ -113,10 +113,14 @@ class SegmentedDiT:
         """Raise BadWeights for weights that are not finite; see `protocols.Transformer`."""
         require_finite_weights(self.net)
 
-    def close(self) -> None:
-        """Release what provides the weights; nothing can run afterwards."""
+    def forget(self) -> None:
+        """Free what is kept of the last clip: the recorded step, and the texts that it reads."""
         if self._replay is not None:
             self._replay.forget()
+
+    def close(self) -> None:
+        """Release what provides the weights; nothing can run afterwards."""
+        self.forget()
         self._weights.close()
 
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:

@@ -118,24 +118,25 @@ def tell_of_decode(
     ranks.broadcast(latent.x.contiguous().view(-1), "latent of a clip").wait()
 
 
-def common_budget(ranks: Ranks, request: Request) -> Budget:
+def common_budget(ranks: Ranks, request: Request, held: int) -> Budget:
     """Return the budget of all ranks together; rank 0 calls it.
 
-    The device is the one with the least memory. Plans count the host memory of all ranks: it is
-    that of the scarcest machine, as if all of them were there.
+    It alone has opened engines, which have taken `held` bytes of its device. The device of the
+    budget is the one with the least memory. Plans count the host memory of all ranks: it is that of
+    the scarcest machine, as if all of them were there.
     """
     ranks.command("budget")
-    rows = _budgets(ranks, request).tolist()
+    rows = _budgets(ranks, request, held).tolist()
     here = [sum(other[2] == row[2] for other in rows) for row in rows]
     host = min(row[0] * ranks.size // count for row, count in zip(rows, here, strict=True))
     device = min(row[1] for row in rows)
     return Budget(host=host, device=None if device < 0 else device)
 
 
-def _budgets(ranks: Ranks, request: Request) -> torch.Tensor:
+def _budgets(ranks: Ranks, request: Request, held: int = 0) -> torch.Tensor:
     """Collect from every rank: [ranks, 3] bytes of the host, of the device, and its machine."""
     limits = request.gpu_memory, request.host_memory
-    mine = budget_of(request.device, *limits, ranks=ranks.size)
+    mine = budget_of(request.device, *limits, ranks=ranks.size, held=held)
     host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
     entry = torch.tensor([mine.host, -1 if mine.device is None else mine.device, host])
     table = torch.empty(3 * ranks.size, dtype=torch.int64)
@@ -221,6 +222,7 @@ class _Follower:
     def _answer(self, load: Callable[[], None]) -> None:
         """Load something, and tell rank 0 whether there is memory for it."""
         answer = _READY
+        self._release()  # the network of an attempt for which another rank had too little memory
         try:
             load()
         except Exception as error:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.job.clip import Clip
-from pw_runtime.job.provenance import Provenance
+from pw_runtime.job.provenance import Provenance, source_digests
 from pw_runtime.sampling.noise import tensor_digest
 
 Fields = dict[str, Any]  # of JSON
@@ -23,7 +23,8 @@ _OF_LATENTS: Final = (
     *_OF_DRAFT,
     *("draft_only", "sparse_attention", "guidance_reuse", "image_highres"),
 )
-_OF_CLIP: Final = (*_OF_LATENTS, "codec", "vae_precision", "conv")
+_OF_DECODE: Final = ("codec", "vae_precision", "conv")
+_OF_CLIP: Final = (*_OF_LATENTS, *_OF_DECODE)
 # Options that came later, as they were before.
 _SINCE: Final = {"linear": "exact", "step_cache": None, "sparse_attention": None}
 _BEFORE: Final = {**_SINCE, "guidance_reuse": 0, "draft_strength": 0.0, "image_highres": False}
@@ -42,7 +43,7 @@ def of_clip(clip: Clip) -> Fields:
     return _as_json(
         {
             "prompt": _prompt(asdict(provenance.prompt)),
-            "sources": _sources(provenance),
+            "sources": source_digests(provenance.sources),
             "loras": _loras(asdict(provenance)["loras"]),
             "negative": provenance.negative,
             "seeds": provenance.seeds,
@@ -56,6 +57,9 @@ def of_clip(clip: Clip) -> Fields:
 
 def of_receipt(receipt: Mapping[str, Any]) -> Fields:
     """Return the same fields of a receipt. Raises KeyError for one of a clip that has them not."""
+    finished = receipt.get("finished_from_latents", {})  # by `pw decode`, in its own way
+    decode = {name: finished[name] for name in _OF_DECODE if name in finished}
+    options = _BEFORE | receipt["options"] | decode
     return {
         "prompt": _prompt(receipt["prompt"]),
         "sources": {kind: x["sha256"] for kind, x in receipt.get("sources", {}).items()},
@@ -63,7 +67,7 @@ def of_receipt(receipt: Mapping[str, Any]) -> Fields:
         "negative": receipt["negative"],
         "seeds": receipt["seeds"],
         "preset": receipt["preset"],
-        "options": {name: (_BEFORE | receipt["options"])[name] for name in _OF_CLIP},
+        "options": {name: options[name] for name in _OF_CLIP},
         "bundle": receipt["bundle"]["digest"],
         "noise file": receipt["noise"] if receipt["noise_file"] else {},
     }
@@ -83,7 +87,7 @@ def of_latents(provenance: Provenance, *, anywhere: bool = False) -> Fields:
         machine.pop("threads", None)
     fields = {
         "prompt": _prompt(asdict(provenance.prompt)),
-        "sources": _sources(provenance) if anywhere else _encoded(provenance),
+        "sources": source_digests(provenance.sources) if anywhere else _encoded(provenance),
         "loras": _loras(asdict(provenance)["loras"]),
         "negative": provenance.negative,
         "seeds": provenance.seeds,
@@ -156,13 +160,9 @@ def _prompt(prompt: Mapping[str, Any]) -> Fields:
     return {name: prompt[name] for name in ("text", "id", "position")}
 
 
-def _sources(provenance: Provenance) -> Fields:
-    return {kind: source.sha256 for kind, source in provenance.sources.items()}
-
-
 def _encoded(provenance: Provenance) -> Fields:
     """Return the sources with what encoded them, which decides the last bits of their latents."""
-    sources = _sources(provenance)
+    sources: Fields = source_digests(provenance.sources)
     return sources | {"conv": provenance.options.conv} if sources else {}
 
 

@@ -8,6 +8,7 @@ so a clip can be made again with the same kernels whatever another measurement w
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
@@ -18,8 +19,10 @@ from typing import Final
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from pw_kernels.attention.trials import Trial, candidates, fastest, measure
-from pw_kernels.library import library, source_digest
+from pw_engines.tensorrt.driver import driver_version
+from pw_kernels.attention.sparse import HEAD_WIDTHS
+from pw_kernels.attention.trials import NO_TIME, Trial, candidates, fastest, measure
+from pw_kernels.library import Library, library, source_digest
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.system.atomic_files import write_text
@@ -60,11 +63,14 @@ def settle_kernels(
         configs: of the transformers, by stage.
         engines: as selected; with engines, kernels of single operations are not used.
         say: reports what was chosen, and why.
+
+    Raises BadRequest where a kernel that was asked for cannot run.
     """
     options = request.options
+    no_kernel = _why_no_sparse_kernel(options, configs)
     if options.kernels == "auto":
         compiled = any(engines[stage].backend != "eager" for stage in request.computed)
-        reason = _why_reference(request, compiled=compiled)
+        reason = _why_reference(request, compiled=compiled) or no_kernel
         options = replace(
             options,
             kernels="triton" if reason is None else "reference",
@@ -72,6 +78,12 @@ def settle_kernels(
         )
         if reason is not None and not compiled:
             say(f"operations run on PyTorch: {reason}")
+    elif options.kernels == "triton" and no_kernel is not None:
+        raise BadRequest(
+            "--kernels triton cannot run --sparse-attention with this model",
+            got=no_kernel,
+            do="leave --kernels out, or leave --sparse-attention out",
+        )
     if options.attention_kernel != "auto":
         return options
     stages = request.computed
@@ -81,7 +93,7 @@ def settle_kernels(
     tokens = stages[stage].tokens(request.preset.video)
     with span("measure attention"):
         measured = measured_attention(request.device, tokens, configs[stage], say)
-    say(f"attention runs on {measured.choice}, the fastest here at {tokens:,} tokens")
+    say(f"attention runs on {measured.choice}, the fastest measured at {tokens:,} tokens")
     return replace(options, attention=measured.choice)
 
 
@@ -94,6 +106,8 @@ def measured_attention(
     again: bool = False,
 ) -> Measured:
     """Return the measurement for a GPU and a size: that of an earlier run, or a new one.
+
+    One for which the time was too short is not kept, and that is said.
 
     Raises BadRequest, WriteFailed where the cache folder cannot be used.
     """
@@ -113,6 +127,9 @@ def measured_attention(
     )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the plan counts what is free
+    if left_out := [trial.implementation for trial in trials if trial.refused == NO_TIME]:
+        say(f"this measurement is not kept: no time was left for {', '.join(left_out)}")
+        return measured
     write_text(path, _MEASURED.dump_json(measured, indent=2).decode() + "\n")
     return measured
 
@@ -126,18 +143,26 @@ def read_measured(path: Path) -> Measured | None:
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """Return what the times of kernels depend on: GPU, libraries, our sources."""
+    """Return what the times of kernels depend on: GPU, driver, libraries, our sources.
+
+    Raises BadRequest where PW_KERNELS_LIBRARY names a file that cannot be used.
+    """
+    compiled = _library()
+    manifest = None if compiled is None else json.dumps(compiled.manifest, sort_keys=True).encode()
     named = {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
         "cuDNN": torch.backends.cudnn.version(),
         "kernels": source_digest()[:16],
+        "machine code": "Triton" if manifest is None else hashlib.sha256(manifest).hexdigest()[:16],
         "candidates": " ".join(candidates(device)),
     }
+    named |= {package: _version(package) for package in ("triton", "flash-attn", "flash-attn-4")}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         named |= {
             "gpu": properties.name,
+            "driver": driver_version(),
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
         }
@@ -153,10 +178,38 @@ def _why_reference(request: Request, *, compiled: bool) -> str | None:
     quirks = [name for name, on in asdict(request.preset.compat).items() if on]
     if quirks:
         return f"the preset repeats the official rounding (compat.{', compat.'.join(quirks)})"
-    try:
-        usable = library() is not None or importlib.util.find_spec("triton") is not None
-    except RuntimeError as error:
-        raise BadRequest(str(error), do="unset it, or rebuild the library") from error
-    if usable:
+    if _library() is not None or importlib.util.find_spec("triton") is not None:
         return None
     return "neither Triton nor a compiled library is installed: pip install triton"
+
+
+def _why_no_sparse_kernel(
+    options: RunOptions, configs: Mapping[StageName, DitConfig]
+) -> str | None:
+    """Return why sparse attention has no kernel for heads this wide; None where it needs none."""
+    highres = configs.get("highres")
+    if options.sparse_attention is None or options.compute_precision != "bf16" or highres is None:
+        return None
+    width = highres.head_dim
+    if width in HEAD_WIDTHS:
+        return None
+    return (
+        "sparse attention has kernels for heads of width "
+        f"{' or '.join(map(str, HEAD_WIDTHS))}, and those of the high-res network have {width}"
+    )
+
+
+def _library() -> Library | None:
+    """Return the compiled library, if there is one. Raises BadRequest for one that is unusable."""
+    try:
+        return library()
+    except RuntimeError as error:
+        raise BadRequest(str(error), do="unset it, or rebuild the library") from error
+
+
+def _version(package: str) -> str | None:
+    """Return the version of an installed package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.errors import BadRequest
-from pw_runtime.job.provenance import Provenance, parse_provenance, provenance_json
+from pw_runtime.job.provenance import (
+    Provenance,
+    parse_provenance,
+    provenance_json,
+    source_digests,
+    without_paths,
+)
 from pw_runtime.sampling.noise import latent_shape
 from pw_runtime.system.atomic_files import write_tensors
 from pw_runtime.system.input_files import UnreadableInput, parse_json
@@ -104,11 +110,11 @@ def read_latent(
     """
     file = _open(path)
     stored = _provenance(path, file)
-    expected = (provenance.prompt, provenance.noise, provenance.seeds)
-    if (stored.prompt, stored.noise, stored.seeds) != expected:
+    expected = _clip_of(provenance)
+    if differing := [name for name, x in _clip_of(stored).items() if x != expected[name]]:
         raise BadRequest(
             f"{path} no longer belongs to this clip",
-            got=f"the latents of {stored.prompt.text[:60]!r} with other noise",
+            got=f"the latents of {stored.prompt.text[:60]!r} with other {', '.join(differing)}",
             do="give two runs two --out folders, and run this one again",
         )
     return Latent(x=_latent(path, provenance, stage, _tensors(path, file)).to(device))
@@ -136,6 +142,16 @@ def read_sound(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         return {}, sorted(tensors)
     sound = {name: x for name, x in tensors.items() if found[name] == expected.get(name)}
     return sound, sorted(expected.keys() - sound.keys() - {METADATA})
+
+
+def _clip_of(provenance: Provenance) -> dict[str, object]:
+    """Return what tells the latents of one clip from those of another."""
+    return {
+        "prompt": without_paths(provenance.prompt),
+        "sources": source_digests(provenance.sources),
+        "noise": provenance.noise,
+        "seeds": provenance.seeds,
+    }
 
 
 def _open(path: Path) -> TensorFile:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from pw_kernels.op import using
 from pw_runtime.checkpoint.loader import load_decoder, load_encoder, load_text_network
 from pw_runtime.execution.divided_transformer import load_divided
 from pw_runtime.execution.transformer import SegmentedDiT, load_transformer
@@ -18,9 +20,10 @@ from pw_runtime.models import VaeDecoder, VaeEncoder
 from pw_runtime.models.text_encoder import TextNetwork
 from pw_runtime.planning.oom_fallback import LazyNetwork
 from pw_runtime.planning.warm_networks import loading_options
-from pw_runtime.types import RunPlan, StageName
+from pw_runtime.types import Latent, RunPlan, StageName
 
 Net = TypeVar("Net")
+Arguments = ParamSpec("Arguments")
 
 
 def text_network(run: Run) -> LazyNetwork[TextNetwork]:
@@ -43,6 +46,22 @@ def encoder(run: Run) -> LazyNetwork[VaeEncoder]:
     return _lazy(run, "encode", load, "vae encoder")
 
 
+def encoding(
+    run: Run, encode: Callable[Concatenate[VaeEncoder, Arguments], Latent]
+) -> Callable[Concatenate[VaeEncoder, Arguments], Latent]:
+    """Return `encode` with the operations of the device that the current plan has the encoder on.
+
+    Those of a run on a GPU do not take tensors of the CPU.
+    """
+
+    def compute(net: VaeEncoder, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Latent:
+        apart = run.request.device.type != "cpu" and run.fallback.plan.encode == "host"
+        with using("reference") if apart else nullcontext():
+            return encode(net, *args, **kwargs)
+
+    return compute
+
+
 def transformer(run: Run, stage: StageName) -> LazyNetwork[SegmentedDiT]:
     """Return a stage's transformer, its weights as planned, on the selected engines."""
 
@@ -59,7 +78,7 @@ def transformer(run: Run, stage: StageName) -> LazyNetwork[SegmentedDiT]:
         assert net is not None, "rank 0 is among the ranks of every split"
         return net
 
-    return _lazy(run, stage, load, stage, lambda net: net.close())
+    return _lazy(run, stage, load, stage, lambda net: net.close(), lambda net: net.forget())
 
 
 def decoder(run: Run) -> LazyNetwork[VaeDecoder]:
@@ -85,6 +104,7 @@ def _lazy(
     load: Callable[[RunPlan], Net],
     label: str,
     close: Callable[[Net], None] = lambda net: None,
+    rest: Callable[[Net], None] = lambda net: None,
 ) -> LazyNetwork[Net]:
     return LazyNetwork(
         stage,
@@ -93,6 +113,7 @@ def _lazy(
         run.loading,
         label=label,
         close=close,
+        rest=rest,
         warm=run.warm,
         made_of=(
             run.bundle.weights_digest,

@@ -121,7 +121,8 @@ def _planned(
     with span("plan"):
         count, budget = 1, None
         if ranks is not None:
-            count, budget = ranks.size, common_budget(ranks, request)
+            scratch = max((engine_set.scratch for engine_set in engines.values()), default=0)
+            count, budget = ranks.size, common_budget(ranks, request, scratch)
         fallback = plan_run(
             replace(request, preset=replace(request.preset, decode=first_tiling(clips))),
             bundle,

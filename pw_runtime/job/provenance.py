@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -72,6 +73,16 @@ class Provenance:
 
 
 _PROVENANCE = TypeAdapter(Provenance)
+
+
+def without_paths(prompt: Prompt) -> Prompt:
+    """Return a prompt without the paths of what it starts from, which have digests."""
+    return replace(prompt, image=None, draft_video=None)
+
+
+def source_digests(sources: Mapping[SourceKind, Source]) -> dict[str, str]:
+    """Return the SHA-256 of each file that a clip starts from."""
+    return {kind: source.sha256 for kind, source in sources.items()}
 
 
 def provenance_json(provenance: Provenance) -> str:
@@ -147,7 +158,7 @@ def _problems_of(provenance: Provenance) -> list[str]:
         problems.append("bundle.digest is missing")
     digests = {"vae": provenance.vae}
     digests |= {f"noise.{stage}": digest for stage, digest in provenance.noise.items()}
-    digests |= {kind: source.sha256 for kind, source in provenance.sources.items()}
+    digests |= source_digests(provenance.sources)
     loras = {
         f"loras.{x}.{lora.file}": lora for x, all_ in provenance.loras.items() for lora in all_
     }

@@ -12,6 +12,7 @@ from pw_runtime.checkpoint.bundle import Bundle, sha256_of, verify
 from pw_runtime.errors import BadRequest, BadWeights
 from pw_runtime.job.clip import FRAMES, STEPS, TILES
 from pw_runtime.job.latents import NO_DIGESTS, SUFFIX, check_latents
+from pw_runtime.job.provenance import source_digests, without_paths
 from pw_runtime.job.recorded import Recorded, RecordedFile, read_recorded
 from pw_runtime.stages.codecs import PICTURE, VIDEOS
 from pw_runtime.stages.fragmented_mp4 import PARTIAL
@@ -270,7 +271,8 @@ class _Check:
         if NO_DIGESTS in origin.notices:
             self.unchecked.append(f"the tensors of {path.name}, a format without digests")
         stored = {
-            "prompt": (origin.prompt, recorded.prompt),
+            "prompt": (without_paths(origin.prompt), without_paths(recorded.prompt)),
+            "sources": (source_digests(origin.sources), source_digests(recorded.sources)),
             "negative": (origin.negative, recorded.negative),
             "seeds": (origin.seeds, recorded.seeds),
             "noise": (origin.noise, recorded.noise),

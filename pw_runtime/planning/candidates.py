@@ -46,10 +46,10 @@ class Candidate(Generic[Choice]):
     name: str
     memory: StageMemory
 
-    @property
-    def weights(self) -> int:
-        """Bytes of weights where the stage computes."""
-        return sum(item.bytes for item in self.memory.items if item.kind == "weights")
+    def weights(self, place: Place) -> int:
+        """Return the bytes in one place of weights that the stage computes with there."""
+        items = (item for item in self.memory.items if item.place == place)
+        return sum(item.bytes for item in items if item.kind == "weights")
 
 
 Candidates = Mapping[str, tuple[Candidate[Any], ...]]

@@ -36,7 +36,7 @@ from pw_runtime.planning.workload import (
 from pw_runtime.system.machine import peak_memory, reset_peak_memory, return_freed_memory
 from pw_runtime.system.step import Step
 from pw_runtime.system.trace import Stopwatch, span
-from pw_runtime.types import Budget, Network, Place, Request, RunPlan
+from pw_runtime.types import Budget, Network, Place, Request, RunPlan, StageMemory
 
 LOG: Final = logging.getLogger("pw_runtime")
 Net = TypeVar("Net")
@@ -75,11 +75,14 @@ class OomFallback:
         choice: Hashable = self._stages[stage][self._index[stage]].choice
         return choice
 
+    def memory_of(self, stage: str) -> StageMemory:
+        """Return the memory at the peak of a stage, as currently planned."""
+        return next(memory for memory in self.plan.stages if memory.stage == stage)
+
     def spare_host(self, stage: str) -> int:
         """Return the bytes of the host budget that the current plan of a stage leaves."""
-        memory = next(memory for memory in self.plan.stages if memory.stage == stage)
         beside = bytes_beside(self.plan, self.kept, stage, "host")
-        return self.plan.budget.host - memory.required("host") - beside
+        return self.plan.budget.host - self.memory_of(stage).required("host") - beside
 
     @contextmanager
     def track_peak(self, stage: str) -> Iterator[None]:
@@ -117,7 +120,7 @@ class OomFallback:
         for index in range(self._index[stage] + 1, len(options)):
             option = options[index]
             smaller = option.memory.peak(scarce) < current.memory.peak(scarce)
-            lighter = option.weights < current.weights or not loading
+            lighter = option.weights(scarce) < current.weights(scarce) or not loading
             if smaller and lighter and fits(option.memory, budget):
                 return index
         return None
@@ -177,16 +180,18 @@ class LazyNetwork(Generic[Net]):
         *,
         label: str,
         close: Callable[[Net], None] = lambda net: None,
+        rest: Callable[[Net], None] = lambda net: None,
         warm: WarmNetworks | None = None,
         made_of: Hashable = None,
     ) -> None:
         """Load with `load` as the current plan says; `stopwatch` counts the seconds as "load".
 
-        `label` names the network in traces, and `close` runs before the network is released.
+        `label` names the network in traces. `close` runs before the network is released, and `rest`
+        before it is kept: it frees all but the weights.
         `warm` has the networks that earlier runs kept, and `made_of` is what `load` reads beside
         the plan.
         """
-        self._stage, self._load, self._close = stage, load, close
+        self._stage, self._load, self._close, self._rest = stage, load, close, rest
         self._fallback, self._stopwatch, self._label = fallback, stopwatch, label
         self._warm, self._made_of = warm, made_of
         self._net: Net | None = None
@@ -204,7 +209,9 @@ class LazyNetwork(Generic[Net]):
         """Release the network, or keep it where the stage ended well and the plan says so."""
         keep = kind is None and self._stage in self._fallback.kept
         if self._warm is not None and self._net is not None and keep:
-            self._warm.keep(self._stage, self._identity(), self._net, self._close)
+            self._rest(self._net)
+            size = kept_bytes(self._fallback.memory_of(self._stage), "device")
+            self._warm.keep(self._stage, self._identity(), self._net, self._close, size)
             self._net = None
         self._release()
 
@@ -342,7 +349,10 @@ def plan_run(
         work = replace(work, rates=A_CPU)
     if warm is not None:
         work = replace(work, process=warm.process_bytes(work.process))
-    budget = budget or budget_of(request.device, request.gpu_memory, request.host_memory)
+    if budget is None:
+        held = work.held_scratch + (0 if warm is None else warm.device_bytes)
+        limits = request.gpu_memory, request.host_memory
+        budget = budget_of(request.device, *limits, held=held)
     stages = candidates(work, gpu=budget.device is not None, needed=needed)
     fallback = OomFallback(stages, budget, request.device, warm=warm is not None)
     fallback.expected = expected_seconds(work, fallback.plan)

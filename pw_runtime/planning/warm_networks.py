@@ -69,6 +69,7 @@ class _Kept:
     made_of: Hashable
     net: Any
     close: Callable[[Any], None]
+    device_bytes: int
 
 
 class WarmNetworks:
@@ -118,12 +119,27 @@ class WarmNetworks:
             return None
         return kept.net
 
-    def keep(self, stage: str, made_of: Hashable, net: Any, close: Callable[[Any], None]) -> None:
-        """Keep a network until `take` or `release`, which closes it."""
+    def keep(
+        self,
+        stage: str,
+        made_of: Hashable,
+        net: Any,
+        close: Callable[[Any], None],
+        device_bytes: int = 0,
+    ) -> None:
+        """Keep a network until `take` or `release`, which closes it.
+
+        It takes `device_bytes` of the device.
+        """
         if self.only is not None and stage not in self.only:
             close(net)
             return
-        self._networks[stage] = _Kept(made_of, net, close)
+        self._networks[stage] = _Kept(made_of, net, close, device_bytes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device that the kept networks take."""
+        return sum(kept.device_bytes for kept in self._networks.values())
 
     @property
     def is_empty(self) -> bool:

@@ -178,10 +178,13 @@ def computed_draft(draft: StageConfig, prompts: Iterable[Prompt], strength: floa
     return replace(draft, steps=steps_left(draft, strength)) if begun else draft
 
 
-def budget_of(device: torch.device, gpu: int | None, host: int | None, *, ranks: int = 1) -> Budget:
+def budget_of(
+    device: torch.device, gpu: int | None, host: int | None, *, ranks: int = 1, held: int = 0
+) -> Budget:
     """Return the budget: the named sizes, or else what is free now.
 
-    The host memory is that of all ranks, which run on one machine.
+    The host memory is that of all ranks, which run on one machine. This process has taken `held`
+    bytes of the device for what a plan counts; they are part of what it may take.
 
     Raises BadRequest for GPU memory in a run on the CPU, and where free memory is unknown.
     """
@@ -200,5 +203,5 @@ def budget_of(device: torch.device, gpu: int | None, host: int | None, *, ranks:
         host += ranks * rss_bytes()  # what the program holds is part of what it may take
     if device.type == "cuda" and gpu is None:
         torch.cuda.empty_cache()  # memory that PyTorch caches is free
-        gpu = torch.cuda.mem_get_info(device)[0]
+        gpu = torch.cuda.mem_get_info(device)[0] + held
     return Budget(host=host, device=gpu)

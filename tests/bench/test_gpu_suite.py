@@ -7,13 +7,15 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from pw_bench import gpu_suite
-from pw_bench.gpu_suite import PARTS, run_parts
+from pw_bench.gpu_suite import PARTS, is_done, run_parts
+from pw_bench.measure.environment import NO_CHECKOUT
 from pw_bench.results import Skipped, read_result, write_result
 from pw_runtime.cli.bench import bench
 from pw_runtime.cli.bench import gpu_suite as command
@@ -42,6 +44,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(gpu_suite, "commit", lambda: FINISHED.identity.commit)
+    monkeypatch.setattr(gpu_suite, "gpu_names", lambda: ["Accelerator"])
     return calls
 
 
@@ -69,6 +72,31 @@ def test_parts_of_other_sources_or_interrupted_ones_are_run_again(commands, tmp_
     assert run(tmp_path) == {}
     assert sorted({arguments[0] for arguments in commands} - {"stages"}) == ["e2e", "kernels"]
     assert read_result(file) == FINISHED
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "gpus"),
+    [
+        ({"dirty": True}, "abc1234", ["Accelerator"]),
+        ({}, "abc1234-dirty", ["Accelerator"]),
+        ({"commit": NO_CHECKOUT, "dirty": True}, NO_CHECKOUT, ["Accelerator"]),
+        ({}, "abc1234", ["Accelerator of another kind"]),
+    ],
+)
+def test_parts_of_unknown_sources_or_another_gpu_are_not_done(
+    there: dict[str, Any],
+    here: str,
+    gpus: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen: changed sources counted as those of their commit, and so did any GPU."""
+    monkeypatch.setattr(gpu_suite, "commit", lambda: here)
+    monkeypatch.setattr(gpu_suite, "gpu_names", lambda: gpus)
+    write_result(
+        replace(FINISHED, identity=replace(FINISHED.identity, **there)), tmp_path / "a.json"
+    )
+    assert not is_done(tmp_path / "a.json")
 
 
 def test_part_without_time_left_does_not_start(commands, tmp_path: Path) -> None:

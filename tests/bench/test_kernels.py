@@ -119,6 +119,18 @@ def test_convolutions_are_compared_with_the_faster_of_product_and_convolution() 
         assert figure.of_ceiling == pytest.approx(row.rate / best.rate)
 
 
+@pytest.mark.parametrize(("copy", "bound"), [(1e9, "bytes"), (1e15, "flops")])
+def test_the_share_is_of_the_rate_that_allows_the_longer_time(copy: float, bound: str) -> None:
+    """Seen: attention to the text, which moves more than it computes, as a share of FLOP/s."""
+    case = replace(CASES["text attention"], implementations=("reference",))
+    ceilings = replace(CEILINGS, copy=replace(CEILINGS.copy, rate=copy))
+    ((row, figure),) = module.measure(case, CPU, ceilings, QUICK)
+    assert row.bound == bound
+    assert row.rate == getattr(figure, bound) / figure.median
+    least = max(figure.bytes / copy, figure.flops / CEILINGS.attention.rate)
+    assert figure.of_ceiling == pytest.approx(least / figure.median)
+
+
 def test_operations_before_ctrl_c_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole, names = module.measure, []
 

@@ -16,11 +16,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pw_kernels.op import using
 from pw_runtime import Prompt, Reporter, Request, RunOptions, find_preset, generate, open_bundle
 from pw_runtime.checkpoint.loader import load_encoder
 from pw_runtime.errors import BadRequest
 from pw_runtime.job.journal import ClipLog
+from pw_runtime.job.preflight import prepare
+from pw_runtime.job.verify import verify_all
 from pw_runtime.models.causal_cache import CausalCache
+from pw_runtime.pipeline import encode_prompts, encode_sources
 from pw_runtime.sampling.loop_state import LoopState
 from pw_runtime.stages.draft import denoise_draft
 from pw_runtime.system.picture_input import fit_picture, read_picture
@@ -171,6 +175,22 @@ def test_the_same_picture_elsewhere_is_the_same_clip_and_another_is_refused(
         make(again, bundle_dir)
 
 
+def test_a_clip_is_decoded_from_its_latents_though_the_picture_was_moved(
+    clip: Request, bundle_dir: Path, tmp_path: Path
+) -> None:
+    make(clip, bundle_dir)
+    whole = (clip.out / "0.mkv").read_bytes()
+    for name in ("0.mkv", "0.json"):  # as if it had been killed in the decode
+        (clip.out / name).unlink()
+    image = clip.prompts[0].image
+    assert image is not None
+    moved = image.rename(tmp_path / "moved.png")
+    again = replace(clip, prompts=(replace(clip.prompts[0], image=moved),))
+    assert any("going on at the decode stage" in line for line in make(again, bundle_dir))
+    assert (clip.out / "0.mkv").read_bytes() == whole
+    assert [fault for one in verify_all([clip.out], None) for fault in one.faults] == []
+
+
 def test_what_was_done_to_the_picture_is_told_and_recorded(
     clip: Request, bundle_dir: Path, tmp_path: Path
 ) -> None:
@@ -215,3 +235,15 @@ def test_memory_that_runs_out_in_the_draft_keeps_the_picture(
     make(clip, bundle_dir)
     assert len(tried) == 2
     assert torch.equal(latents(clip)["draft_latent"][:, :1], latents(whole)["draft_latent"][:, :1])
+
+
+def test_a_gpu_run_encodes_on_the_cpu_without_its_kernels(clip: Request, bundle_dir: Path) -> None:
+    with prepare(clip, open_bundle(bundle_dir), Told()) as run:
+        encode_prompts(run)
+        options = replace(run.request.options, device="cuda", kernels="triton", attention="cudnn")
+        assert run.fallback.plan.encode == "host"
+        with using("triton", attention="cudnn"):
+            encode_sources(replace(run, request=replace(run.request, options=options)))
+    (made,) = run.clips
+    assert made.error is None
+    assert torch.equal(made.fixed["draft"].x, first_frame(clip, bundle_dir, DRAFT))

@@ -132,6 +132,22 @@ def test_another_clip_is_refused_with_both_values(
     assert content(tmp_path / "out") == before
 
 
+def test_a_clip_that_was_decoded_in_another_way_is_the_clip_of_that_way(
+    pw: Pw, generate: Generate, bundle_dir: Path, tmp_path: Path
+) -> None:
+    assert generate("--prompt", "a cat", "--save-latents").code == 0
+    for name in ("0.mkv", "0.json"):
+        (tmp_path / "out" / name).unlink()
+    other = ("--vae-precision", "bf16", "--conv", "onednn")
+    assert pw("decode", tmp_path / "out" / LATENTS, "--model", bundle_dir, *other).code == 0
+    ended = generate("--prompt", "a cat")
+    assert ended.code == 2
+    assert 'options.vae_precision is "bf16", wanted "fp32"' in ended.err
+    ended = generate("--prompt", "a cat", *other)
+    assert ended.code == 0
+    assert "prompt 0: skipped" in ended.err
+
+
 def test_a_truncated_clip_is_refused_and_made_again_on_request(
     generate: Generate, tmp_path: Path
 ) -> None:

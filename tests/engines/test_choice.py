@@ -253,7 +253,13 @@ def put_measured(
     for name, segment in segments.items():
         put(store, segment, compiler=compiler)
         tokens = 24 if dict(segment.spec.limits).get("tokens") else 0
-        speed = Speed(tokens=tokens, threads=2, seconds=1.0, eager=ratios.get(name, 1.0), error=0.0)
+        speed = Speed(
+            tokens=tokens,
+            threads=torch.get_num_threads(),
+            seconds=1.0,
+            eager=ratios.get(name, 1.0),
+            error=0.0,
+        )
         store.record(keys_of(segment, compiler, PLATFORMS)[0], speed)
 
 
@@ -312,12 +318,30 @@ def test_engines_that_nobody_measured_run_as_before(
     assert choose(store, segments).backend == "openvino"
 
 
+def test_measurements_on_another_number_of_threads_decide_nothing(
+    store: EngineStore, segments: dict[str, Segment]
+) -> None:
+    """Seen: figures of `pw build` on one thread decided for runs on all cores."""
+    threads = torch.get_num_threads()
+    slow = Speed(tokens=24, threads=threads + 1, seconds=1.0, eager=0.5, error=0.0)
+    for segment in segments.values():
+        put(store, segment)
+        store.record(keys_of(segment, "aoti", PLATFORMS)[0], slow)
+    choice = choose(store, segments)
+    assert (choice.backend, choice.ratio) == ("aoti", None)
+    for segment in segments.values():
+        fast = replace(slow, threads=threads, eager=2.0)
+        store.record(keys_of(segment, "aoti", PLATFORMS)[0], fast)
+    assert choose(store, segments).ratio == 2.0
+
+
 def test_the_measurement_nearest_to_the_calls_of_a_clip_counts(
     store: EngineStore, segments: dict[str, Segment]
 ) -> None:
     put_measured(store, segments, "aoti", block_in=0.5, block_out=0.5)
     for name in ("block_in", "block_out"):
-        fast = Speed(tokens=60, threads=2, seconds=1.0, eager=2.0, error=0.0)
+        threads = torch.get_num_threads()
+        fast = Speed(tokens=60, threads=threads, seconds=1.0, eager=2.0, error=0.0)
         store.record(keys_of(segments[name], "aoti", PLATFORMS)[0], fast)
     files = {
         name: store.find(keys_of(segment, "aoti", PLATFORMS)[0])

@@ -175,8 +175,12 @@ def test_a_broken_installation_is_one_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert "openvino_telemetry" not in sys.modules
 
 
-def test_an_engine_is_for_this_version_and_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_for_one_version_processor_and_export(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(openvino.importlib.metadata, "version", lambda name: "2026.4.1")
     facts = dict(openvino.openvino_platform(CPU))
     assert facts["openvino"] == "2026.4.1"
     assert facts.keys() == {"openvino", "torch", "machine", "processor", "recipe"}
+    monkeypatch.setattr(openvino, "RECIPE", "of another export")
+    assert dict(openvino.openvino_platform(CPU))["recipe"] != facts["recipe"]

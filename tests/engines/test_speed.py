@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,16 +77,17 @@ def test_an_engine_that_computes_nonsense_has_no_small_error() -> None:
     assert math.isnan(measure_speed(turns, Mix(), 16, CPU, clock=clock)["nan"].error)
 
 
-def test_the_store_keeps_one_speed_per_size(store: EngineStore) -> None:
+def test_the_store_keeps_one_speed_per_size_and_number_of_threads(store: EngineStore) -> None:
     put(store)
     assert store.find(key()).speeds == ()
     other = Speed(tokens=2, threads=2, seconds=2.0, eager=1.0, error=0.0)
-    for speed in (SPEED, other, SPEED):
+    alone = replace(SPEED, threads=1)
+    for speed in (SPEED, other, alone, SPEED):
         store.record(key(), speed)
-    assert store.find(key()).speeds == (other, SPEED)
+    assert store.find(key()).speeds == (other, alone, SPEED)
     assert store.find(key()).state == "fresh"
     (entry,) = store.entries(verify=True)
-    assert entry.speeds == (other, SPEED)
+    assert entry.speeds == (other, alone, SPEED)
     assert (SPEED.ratio, other.ratio) == (2.0, 0.5)
 
 

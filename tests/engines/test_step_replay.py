@@ -159,14 +159,21 @@ def test_a_recorded_step_with_other_numbers_is_never_used(recordings, monkeypatc
     ]
 
 
-def test_out_of_memory_while_recording_is_for_the_planner(recordings, monkeypatch) -> None:
-    @contextmanager
-    def full(graph: Recording, capture_error_mode: str) -> Iterator[None]:
-        yield
-        raise torch.OutOfMemoryError("out of memory")
+@pytest.mark.parametrize("attempt", [2, 4])  # while it is recorded, while it is compared
+def test_a_step_without_memory_for_its_recording_is_computed_and_told(recordings, attempt) -> None:
+    said: list[str] = []
+    replay, clip = StepReplay(said.append), Clip(2.0)
+    compute = clip.compute
 
-    monkeypatch.setattr(step_replay.torch.cuda, "graph", full)
-    replay, clip = StepReplay(print), Clip(2.0)
-    clip.step(replay, 1.0)
-    with pytest.raises(torch.OutOfMemoryError):
-        clip.step(replay, 2.0)
+    def short(latent: Tensor, rows: Modulation) -> list[Tensor]:
+        if clip.computed + 1 == attempt and not said:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
+        return compute(latent, rows)
+
+    clip.compute = short
+    for number in (1.0, 2.0, 3.0):
+        clip.step(replay, number)
+    assert said == [
+        "steps are started kernel by kernel, not as a CUDA graph: CUDA out of memory. Tried to "
+        "allocate 1 GiB"
+    ]

@@ -74,6 +74,17 @@ def test_what_is_known_is_not_measured_again(store: EngineStore, jobs: list[Job]
     assert [speed.tokens for speed in store.find(jobs[0].key).speeds] == [24, 48]
 
 
+def test_what_is_known_on_another_number_of_threads_is_measured_again(
+    store: EngineStore, jobs: list[Job]
+) -> None:
+    other = Speed(tokens=24, threads=torch.get_num_threads() + 1, seconds=1.0, eager=2.0, error=0.0)
+    store.record(jobs[0].key, other)
+    (measured,) = build_speed._measure(jobs, 24)
+    assert measured.speed is not None
+    assert measured.speed.threads == torch.get_num_threads()
+    assert store.find(jobs[0].key).speeds == (measured.speed, other)
+
+
 def test_an_engine_that_is_wrong_at_this_size_is_removed(
     store: EngineStore, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pw_kernels import causal_conv3d, channel_norm, cpu_library
 from pw_kernels.op import using
@@ -116,6 +117,35 @@ def case() -> tuple[Tensor, Tensor, Tensor]:
     """x [1, 32, 7, 42, 37] (five frames and two before them), weight, bias."""
     weight = last(values(48, 32, 3, 3, 3, seed=1)) / 29
     return last(values(1, 32, 7, 42, 37)), weight, values(48, seed=2)
+
+
+def test_memory_of_winograd_is_fp32_on_the_cpu_whatever_the_defaults_of_pytorch_are(
+    case: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: with bf16 as the default the C++ wrote behind the end of its workspace."""
+    own, made, elements = cpu_library.library(), list[Tensor](), list[int]()
+
+    class Recorded(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.empty:
+                made.append(result)
+            return result
+
+    def instead(call: object, parallel: object) -> None:
+        elements.append(own.c.pw_winograd_workspace(call))
+
+    monkeypatch.setattr(own.c, "pw_winograd", instead)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), Recorded():
+            winograd(*case)
+    finally:
+        torch.set_default_dtype(before)
+    out, workspace = made
+    assert workspace.nbytes == 4 * elements[0]
+    assert (out.device.type, workspace.device.type) == ("cpu", "cpu")
 
 
 def test_threads_do_not_change_a_bit(case: tuple[Tensor, Tensor, Tensor]) -> None:

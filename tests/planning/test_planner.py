@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pw_export.wan22_configs import NETWORKS
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.errors import BadRequest
 from pw_runtime.planning.candidates import candidates, decode_candidates
 from pw_runtime.planning.decode_choices import decode_choices, decode_traffic
+from pw_runtime.planning.oom_fallback import OomFallback
 from pw_runtime.planning.planner import GIB, fits, make_plan
 from pw_runtime.planning.report import division_report, plan_report
 from pw_runtime.planning.stage_times import seconds_by_stage
@@ -99,6 +101,19 @@ def test_less_memory_goes_down_one_ladder_after_the_other() -> None:
         ("resident", False),
         ("streamed", True),
     ]
+
+
+def test_encoders_that_do_not_fit_on_the_gpu_are_loaded_on_the_cpu() -> None:
+    work = work_for("2k")
+    stages = candidates(replace(work, encoded=tuple(work.stages.values())), gpu=True)
+    budget = Budget(host=64 * GIB, device=24 * GIB)
+    fallback = OomFallback(stages, budget, torch.device("cpu"))
+    for stage in ("text", "encode"):
+        assert fallback.choice(stage) == "device"
+        index = fallback.next_smaller(stage, loading=True)
+        assert index is not None
+        fallback.fall_back(stage, index, "while loading")
+        assert fallback.choice(stage) == "host"
 
 
 def test_files_that_hold_the_precision_are_not_copied_to_host_memory() -> None:

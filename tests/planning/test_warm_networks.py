@@ -7,11 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pw_export.wan22_configs import NETWORKS
 from pw_runtime import (
     Prompt,
     Reporter,
@@ -22,8 +24,11 @@ from pw_runtime import (
     open_bundle,
     pipeline,
 )
+from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.execution.step_replay import StepReplay
 from pw_runtime.job import networks as networks_module
 from pw_runtime.planning.candidates import candidates
+from pw_runtime.planning.oom_fallback import LazyNetwork, OomFallback, plan_run
 from pw_runtime.planning.planner import GIB, make_plan
 from pw_runtime.planning.warm_networks import (
     PLACES,
@@ -33,9 +38,14 @@ from pw_runtime.planning.warm_networks import (
     loading_options,
     stages_to_keep,
 )
-from pw_runtime.types import Budget, RunPlan
+from pw_runtime.presets import PRESETS
+from pw_runtime.system.step import Step
+from pw_runtime.system.trace import Stopwatch
+from pw_runtime.types import Budget, Network, RunPlan
 from tests.e2e.pw import write_preset
 from tests.planning.test_planner import work_for
+
+CPU = torch.device("cpu")
 
 
 class Words(Reporter):
@@ -135,6 +145,32 @@ def test_a_run_that_runs_out_of_memory_releases_them_before_it_takes_a_smaller_p
     assert frames(tmp_path / "first") == frames(tmp_path / "second")
 
 
+def test_a_kept_network_has_nothing_of_the_last_clip(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Replay(StepReplay):
+        """Notes whose step it would replay."""
+
+        def _record(self, *arguments: Any) -> bool:
+            seen.append(self._clip is not None)
+            return False
+
+    load, seen, replays = networks_module.load_transformer, [], []
+
+    def with_replay(*arguments: Any) -> Any:
+        net = load(*arguments)
+        net._replay = Replay(print)
+        replays.append(net._replay)
+        return net
+
+    monkeypatch.setattr(networks_module, "load_transformer", with_replay)
+    warm = WarmNetworks()
+    make("first", warm)
+    assert any(seen)
+    assert not warm.is_empty
+    assert [replay._clip for replay in replays] == [None, None]
+
+
 def test_a_run_of_its_own_keeps_nothing(make: Make) -> None:
     said = make("alone", None)
     assert not any("kept loaded" in line for line in said)
@@ -204,3 +240,47 @@ def test_what_the_process_took_is_that_of_its_first_run() -> None:
     warm = WarmNetworks()
     assert warm.process_bytes(5) == 5
     assert warm.process_bytes(500) == 5
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The free bytes of a GPU, which a test changes."""
+    bytes_free = [48 * GIB]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (bytes_free[0], 141 * GIB))
+    return bytes_free
+
+
+def plan_on_gpu(scratch: int = 0, warm: WarmNetworks | None = None, **limits: int) -> OomFallback:
+    """Plan a clip on a GPU, with a decoder on engines that have taken so much scratch memory."""
+    engine = SimpleNamespace(scratch=scratch, padded=False)
+    engines: dict[Network, Any] = {"vae": EngineSet({}, {"fine": engine}, "eager", "")}
+    request = Request(
+        prompts=(Prompt("a cat"),),
+        preset=PRESETS["2k"],
+        out=Path("out"),
+        options=RunOptions(device="cuda", precision="bf16"),
+        host_memory=64 * GIB,
+        **limits,
+    )
+    bundle: Any = SimpleNamespace(networks=NETWORKS, loras={})
+    return plan_run(request, bundle, print, engines, warm=warm)
+
+
+def test_a_later_run_may_take_what_kept_networks_hold(free: list[int]) -> None:
+    warm = WarmNetworks()
+    first = plan_on_gpu(warm=warm)
+    step = Step(label="", reporter=Words(), stopwatch=Stopwatch(CPU), add_notice=print)
+    for stage in sorted(first.kept):
+        with LazyNetwork(
+            stage, lambda plan: "net", first, Stopwatch(CPU), label=stage, warm=warm
+        ) as network:
+            network.run(step, str)
+        free[0] -= kept_bytes(first.memory_of(stage), "device")
+    assert free[0] < 40 * GIB
+    assert plan_on_gpu(warm=warm).plan == first.plan
+
+
+def test_scratch_memory_of_opened_engines_is_counted_once(free: list[int]) -> None:
+    named = plan_on_gpu(scratch=4 * GIB, gpu_memory=free[0])
+    free[0] -= 4 * GIB
+    assert plan_on_gpu(scratch=4 * GIB).plan == named.plan

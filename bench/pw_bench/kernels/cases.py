@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,6 @@ class Case:
     sample: Callable[[Tensor], Tensor]  # the rows to compare
     exact: Callable[[Arguments], Tensor]  # those rows in fp64, from untouched arguments
     implementations: tuple[Implementation, ...]
-    bound: Literal["flops", "bytes"] = "bytes"  # the ceiling that applies
 
     def cost(self, arguments: Arguments) -> Cost:
         """Return the FLOPs and bytes of a call."""

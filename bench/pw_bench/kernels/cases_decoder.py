@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,6 @@ def _case(
     arguments: Callable[[], Arguments],
     exact: Callable[[Arguments], Tensor],
     *,
-    bound: Literal["flops", "bytes"] = "bytes",
     call: Callable[..., Any] | None = None,
 ) -> Case:
     return Case(
@@ -62,7 +61,6 @@ def _case(
         sample=_lower_edge,
         exact=exact,
         implementations=tensors.implementations(op),
-        bound=bound,
     )
 
 
@@ -112,7 +110,7 @@ def _conv(size: CaseSize, tensors: CaseTensors, channels: int, grow: int) -> Cas
         return _lower_edge(F.conv3d(x, weight, bias, padding=(0, 1, 1)))
 
     name = f"conv3d, {channels}"
-    return _case("causal_conv3d", name, size, tensors, arguments, exact, bound="flops")
+    return _case("causal_conv3d", name, size, tensors, arguments, exact)
 
 
 def _upsample(size: CaseSize, tensors: CaseTensors, channels: int, grow: int) -> Case:
@@ -131,7 +129,7 @@ def _upsample(size: CaseSize, tensors: CaseTensors, channels: int, grow: int) ->
         return _lower_edge(pw_kernels.upsample2x_conv(edge, taps.double(), bias.double()))
 
     name = f"upsample2x conv, {channels}"
-    return _case("upsample2x_conv", name, size, tensors, arguments, exact, bound="flops")
+    return _case("upsample2x_conv", name, size, tensors, arguments, exact)
 
 
 def _dup_up(size: CaseSize, tensors: CaseTensors, channels: int, grow: int) -> Case:
@@ -164,9 +162,7 @@ def _attention(size: CaseSize, tensors: CaseTensors, width: int) -> Case:
         q, k, v = (x.double() for x in arguments)
         return (q[rows] @ k.T * width**-0.5).softmax(-1) @ v
 
-    case = _case(
-        "chunked_attention", "middle attention", size, tensors, arguments, exact, bound="flops"
-    )
+    case = _case("chunked_attention", "middle attention", size, tensors, arguments, exact)
     return replace(case, sample=lambda out: out[rows])
 
 

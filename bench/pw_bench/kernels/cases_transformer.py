@@ -77,7 +77,6 @@ def _self_attention(size: CaseSize, tensors: CaseTensors) -> Case:
         sample=lambda out: out[rows],
         exact=_exact_attention(rows),
         implementations=tensors.implementations("attention"),
-        bound="flops",
     )
 
 
@@ -121,7 +120,6 @@ def _sparse_attention(size: CaseSize, tensors: CaseTensors) -> Case:
         sample=lambda out: out[rows],
         exact=exact,
         implementations=tensors.implementations("sparse_attention"),
-        bound="flops",
     )
 
 
@@ -149,7 +147,6 @@ def _text_attention(size: CaseSize, tensors: CaseTensors) -> Case:
         implementations=tuple(
             name for name in tensors.implementations("attention") if name in ("reference", "triton")
         ),
-        bound="flops",
     )
 
 

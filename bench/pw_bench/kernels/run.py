@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -132,13 +133,11 @@ def measure(
     runs = {str(name): lambda name=name: case.run(name, arguments) for name in timed}
     timings = time_all(runs, device, protocol) if runs else {}
     cost = case.cost(arguments)
+    bound: Literal["flops", "bytes"] = "bytes"
     work, ceiling = cost.bytes, ceilings.copy.rate
-    if case.bound == "flops":
-        work, ceiling = cost.flops, ceilings.gemm.rate
-        if case.op in ("attention", "sparse_attention"):
-            ceiling = ceilings.attention.rate
-        elif "conv" in case.op:  # libraries turn some into matrix products
-            ceiling = max(ceiling, ceilings.convolution.rate)
+    arithmetic = _arithmetic_ceiling(case, ceilings)
+    if cost.flops / arithmetic > work / ceiling:  # the longer of the two least times
+        bound, work, ceiling = "flops", cost.flops, arithmetic
     baseline = next((rows[name] for name in ("cudnn", "reference") if name in ran), None)
     measured: list[Measured] = []
     for name, row in rows.items():
@@ -155,8 +154,17 @@ def measure(
             bytes=cost.bytes,
             of_ceiling=rate / ceiling,
         )
-        measured.append((replace(row, rate=rate), figure))
+        measured.append((replace(row, rate=rate, bound=bound), figure))
     return measured
+
+
+def _arithmetic_ceiling(case: Case, ceilings: Ceilings) -> float:
+    """Return the FLOP/s that an operation's arithmetic can have."""
+    if case.op in ("attention", "sparse_attention"):
+        return ceilings.attention.rate
+    if "conv" in case.op:  # libraries turn some into matrix products
+        return max(ceilings.gemm.rate, ceilings.convolution.rate)
+    return ceilings.gemm.rate
 
 
 def check(case: Case, implementation: Implementation) -> KernelRow:
@@ -166,7 +174,6 @@ def check(case: Case, implementation: Implementation) -> KernelRow:
         op=case.name,
         size=case.size,
         implementation=implementation,
-        bound=case.bound,
     )
     results = []
     try:

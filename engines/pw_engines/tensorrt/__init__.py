@@ -23,6 +23,7 @@ from typing import Final
 import torch
 
 from pw_engines.engine import EngineError
+from pw_engines.onnx_recipe import RECIPE
 from pw_engines.spec import EngineSpec
 from pw_engines.tensorrt.driver import driver_version
 from pw_engines.tensorrt.engine import TensorrtEngine
@@ -32,9 +33,6 @@ from pw_engines.tensorrt.process import build_in_process
 from pw_engines.tensorrt.request import PLAN, Request
 
 FILE: Final = PLAN
-# Bump when onnx_build.py makes another plan of the same ONNX model, or the export another model of
-# the same segment: neither is part of a key, as the runtime does not know the exporter.
-RECIPE: Final = "2"
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -16,8 +16,8 @@ from typing import Final
 import torch
 
 from pw_engines.engine import EngineError, SegmentFunction, check_parity, require_parity
+from pw_engines.onnx_recipe import RECIPE
 from pw_engines.spec import EngineSpec, Platform
-from pw_engines.tensorrt import RECIPE
 from pw_engines.tensorrt.engine import TensorrtEngine
 from pw_engines.tensorrt.library import RTX, bindings
 from pw_engines.tensorrt.onnx_rules import check_importable

@@ -28,6 +28,7 @@ ROUNDS: Final = 5
 SAMPLED: Final = 64  # rows that are compared with fp64
 WORSE: Final = 1.25  # times the reference's error that is still right
 CLOSE: Final = 1.02  # times the shortest time, within which the order of the candidates decides
+NO_TIME: Final = "no time left to measure it"  # refusal of what was left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ def measure(
     trials: dict[Implementation, Trial] = {}
     for name in names:
         if time.monotonic() > end and name != "reference":
-            trials[name] = Trial(implementation=name, refused="no time left to measure it")
+            trials[name] = Trial(implementation=name, refused=NO_TIME)
             continue
         trials[name] = _checked(name, q, k, v, rows, exact, trials.get("reference"))
     times: dict[Implementation, list[float]] = {
