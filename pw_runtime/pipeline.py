@@ -150,11 +150,11 @@ def encode_draft_video(
 def denoise_drafts(run: Run) -> None:
     """Text contexts -> draft latents."""
     config, compat = run.request.preset.draft, run.request.preset.compat
-    step_cache = run.request.options.step_cache
     with networks.transformer(run, "draft") as transformer:
         for clip, text in run.clips_for("draft"):
             with run.step(clip, "draft", clip.draft_steps) as step:
                 inputs = (text, clip.noise_for("draft"), config, compat)
+                step_cache = clip.provenance.options.step_cache
                 steps = (step.advance, step_cache, step.notice_approximation)
                 log = run.step_log(clip, "draft", step)
                 latent = transformer.run(

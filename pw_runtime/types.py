@@ -414,6 +414,7 @@ class Request:
     sequence: int | None = None  # ranks that share the tokens of a pass; None: as planned
     gpu_memory: int | None = None  # maximum bytes; None: what is free
     host_memory: int | None = None
+    in_memory: bool = False  # frames are kept in memory to the end, and not encoded
 
     def __post_init__(self) -> None:
         """Take paths that are given as text."""

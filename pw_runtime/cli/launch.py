@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MOST: Final = 64  # ranks on one machine
 RANK_TIMEOUT: Final = 600.0  # seconds
+LONGEST: Final = 1e6  # seconds of --rank-timeout
 
 processes_option = click.option(
     "--processes",
@@ -52,7 +53,7 @@ t5_fsdp_option = click.option(
 )
 rank_timeout_option = click.option(
     "--rank-timeout",
-    type=click.FloatRange(1),
+    type=click.FloatRange(1, LONGEST),
     default=RANK_TIMEOUT,
     show_default=True,
     help="Seconds that one device waits for the data of another, before the run ends.",
@@ -137,7 +138,7 @@ def start_ranks(devices: Sequence[str]) -> int:
     from pw_runtime.system.rank_processes import rank_processes
 
     threads = None
-    if devices[0] == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, _cores() // len(devices))
     program = [sys.executable, "-m", "pw_runtime", *sys.argv[1:]]
     with rank_processes(program, len(devices), threads=threads) as ranks:

@@ -63,7 +63,8 @@ def picture_of(image: torch.Tensor) -> NDArray[np.uint8]:
             wanted="[1, height, width, 3]",
             do="take one frame of it, without its mask",
         )
-    pixels: NDArray[np.uint8] = image[0].mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
+    levels = image[0].to("cpu", torch.float32).mul(255).round().clamp(0, 255)
+    pixels: NDArray[np.uint8] = levels.to(torch.uint8).numpy()
     return pixels
 
 

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -28,7 +31,11 @@ MAX_SEED: Final = 2**53 - 1  # the largest whole number that a browser keeps
 
 _TEXT: Final = ("STRING", {"multiline": True, "default": ""})
 _NEGATIVE: Final = ("STRING", {"multiline": True, "default": OFFICIAL_NEGATIVE})
-_SEED: Final = ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True})
+# "fixed": a seed that changes after every run would make another draft than the chosen one.
+_SEED: Final = (
+    "INT",
+    {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": "fixed"},
+)
 _MADE_OF: Final = MappingProxyType({"prompt": _TEXT, "negative": _NEGATIVE, "seed": _SEED})
 
 
@@ -63,6 +70,17 @@ class Load:
                 "device": (["auto", "cpu", "cuda"], {"default": "auto"}),
             },
         }
+
+    @classmethod
+    def IS_CHANGED(cls, model: str, preset_file: str = "", **_: object) -> str:  # noqa: N802
+        """Return another value when a named file has changed: ComfyUI then opens them again."""
+        from pw_runtime.checkpoint.manifest import MANIFEST
+
+        digest = hashlib.sha256()
+        for file in (Path(model.strip()) / MANIFEST, Path(preset_file.strip())):
+            with suppress(OSError):  # why silent: `load` says what it cannot read
+                digest.update(file.read_bytes())
+        return digest.hexdigest()
 
     def load(
         self,
@@ -123,6 +141,7 @@ class Draft:
         from pw_runtime.interface.parts import Parts
 
         start = None if image is None else picture_of(image)
+        _make_room(model)
         x = Parts(model, _progress()).draft(prompt, negative, seed, start)
         return (to_comfy(x, model.bundle.networks.vae.config),)
 
@@ -151,6 +170,7 @@ class Finish:
         from pw_runtime.interface.parts import Parts
 
         vae = model.bundle.networks.vae.config
+        _make_room(model)
         x = Parts(model, _progress()).finish(from_comfy(draft, vae), prompt, negative, seed)
         return (to_comfy(x, vae),)
 
@@ -174,7 +194,20 @@ class Decode:
         from pw_runtime.interface.parts import Parts
 
         x = from_comfy(latent, model.bundle.networks.vae.config)
+        _make_room(model)
         return (Parts(model, _progress()).decode(x).float().div_(255),)
+
+
+def _make_room(model: Pipeline) -> None:
+    """Let ComfyUI take its own models off the GPU: the plan counts what is free."""
+    if model.device.type != "cuda":
+        return
+    try:
+        from comfy.model_management import soft_empty_cache, unload_all_models
+    except ImportError:  # why silent: outside ComfyUI it has none
+        return
+    unload_all_models()
+    soft_empty_cache()
 
 
 def _progress() -> Callable[[Progress], None]:

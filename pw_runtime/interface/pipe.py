@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,8 @@ from pw_runtime.types import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from pw_runtime.interface.start_picture import StartPicture
 
 
@@ -165,6 +168,11 @@ class Pipeline:
     def preset(self) -> Preset:
         """The numbers of the clips, where a call does not change them."""
         return self._preset
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it computes on."""
+        return self._options.torch_device
 
     @property
     def bundle(self) -> Bundle:
@@ -348,7 +356,7 @@ class Pipeline:
         errors are those of `run`.
         """
         folder, keep = Path(tempfile.mkdtemp(prefix="pw-frames-")), True
-        request, stop = replace(request, out=folder), StopRequest()
+        request, stop = replace(request, out=folder, in_memory=True), StopRequest()
         try:
             outcomes = self.run(request, callback, stages, forgetting=stop)
             keep = any(outcome.error is not None for outcome in outcomes)
@@ -359,6 +367,8 @@ class Pipeline:
         finally:
             if stop.requested or not keep:
                 shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # what failed before anything was computed left nothing
+                folder.rmdir()
 
     def run(
         self,
@@ -386,12 +396,14 @@ class Pipeline:
             forgets = forgetting is not None
             reporter = CallReporter(self._reporter, callback, stop, forgets=forgets)
             try:
-                return generate(
+                outcomes = generate(
                     request, self._bundle, reporter, warm=self._warm, stop=stop, stages=stages
                 )
             except Stopped as stopped:
-                if reporter.failure is not None:
-                    raise reporter.failure from None
-                raise Cancelled("the call was cancelled") from stopped
+                if reporter.failure is None:
+                    raise Cancelled("the call was cancelled") from stopped
             finally:
                 self._stop = None
+            if reporter.failure is not None:  # perhaps at the last report, when nothing was left
+                raise reporter.failure
+            return outcomes

@@ -20,7 +20,7 @@ from pw_runtime.planning.workload import computed_draft
 from pw_runtime.prompts import check_prompts, check_text
 from pw_runtime.sampling.guidance_reuse import require_reusable
 from pw_runtime.sampling.step_cache import require_cacheable
-from pw_runtime.stages.codecs import check_codec
+from pw_runtime.stages.codecs import check_codec, check_limits
 from pw_runtime.types import Precision, Request, RunOptions
 
 
@@ -71,6 +71,10 @@ def check_content(request: Request) -> None:
     check_text("the negative prompt", request.negative)
     frames = request.preset.video.frames
     check_codec(options.codec, frames=frames, fragmented=request.fragmented)
+    if not request.in_memory:
+        last = [*request.stages.values()][-1]
+        fps = request.preset.video.fps
+        check_limits(options.codec, width=last.width, height=last.height, fps=fps)
     if request.drafts is not None and "highres" not in request.stages:
         raise BadRequest(
             "--drafts names drafts to finish, and this run has no high-res stage",

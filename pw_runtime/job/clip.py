@@ -22,8 +22,10 @@ from pw_runtime.job.latents import (
 )
 from pw_runtime.job.provenance import Provenance
 from pw_runtime.job.receipt import machine, versions
+from pw_runtime.planning.workload import computed_draft
 from pw_runtime.sampling.noise import Seeds, draw_noise, latent_shape, seeds_for, tensor_digest
 from pw_runtime.sampling.schedule import steps_left
+from pw_runtime.sampling.step_cache import FEWEST_STEPS
 from pw_runtime.stages.codecs import suffix
 from pw_runtime.stages.fragmented_mp4 import partial_path
 from pw_runtime.system.trace import Stopwatch
@@ -196,7 +198,7 @@ def start_clip(
         negative=request.negative,
         preset=request.preset,
         decode=tiling,
-        options=_options_for(prompt, request.options),
+        options=options_of(prompt, request),
         seeds={"base": request.seed, **asdict(seeds)},
         noise={},
         noise_file=str(request.noise) if request.noise else None,
@@ -223,10 +225,21 @@ def start_clip(
     )
 
 
-def _options_for(prompt: Prompt, options: RunOptions) -> RunOptions:
-    """Return the options as they concern a clip: one without a picture does not fix it."""
-    fixes = options.image_highres and prompt.image is not None
-    return replace(options.resolved(), image_highres=fixes)
+def options_of(prompt: Prompt, request: Request) -> RunOptions:
+    """Return the options as they concern one clip of a run.
+
+    Without a picture nothing is fixed, without a video there is no strength of its noise, and a
+    draft of which a video leaves few steps computes each of them.
+    """
+    options = request.options.resolved()
+    strength = options.draft_strength if prompt.draft_video is not None else 0.0
+    steps = computed_draft(request.preset.draft, (prompt,), strength).steps
+    return replace(
+        options,
+        image_highres=options.image_highres and prompt.image is not None,
+        draft_strength=strength,
+        step_cache=options.step_cache if steps >= FEWEST_STEPS else None,
+    )
 
 
 def resume_clip(file: Path, provenance: Provenance, request: Request, bundle: Bundle) -> Clip:

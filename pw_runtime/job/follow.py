@@ -67,14 +67,20 @@ def identity_of(request: Request, bundle: Bundle) -> dict[str, str]:
     }
 
 
-def follow(ranks: Ranks, request: Request, bundle: Bundle) -> None:
+def follow(ranks: Ranks, request: Request, bundle: Bundle, held: int = 0) -> None:
     """Obey the commands of rank 0 until it has ended.
+
+    Args:
+        ranks: this one and the others.
+        request: as on rank 0, but for the device.
+        bundle: as on rank 0.
+        held: bytes of the device that this rank's engines have taken.
 
     Raises:
         RankFailed: another rank died.
         BadRequest, BadWeights: this rank's files cannot work.
     """
-    follower = _Follower(ranks, request, bundle)
+    follower = _Follower(ranks, request, bundle, held)
     while (command := ranks.next_command())["name"] != "end":
         follower.obey(command)
 
@@ -121,9 +127,9 @@ def tell_of_decode(
 def common_budget(ranks: Ranks, request: Request, held: int) -> Budget:
     """Return the budget of all ranks together; rank 0 calls it.
 
-    It alone has opened engines, which have taken `held` bytes of its device. The device of the
-    budget is the one with the least memory. Plans count the host memory of all ranks: it is that of
-    the scarcest machine, as if all of them were there.
+    Its engines have taken `held` bytes of its device. The device of the budget is the one with the
+    least memory. Plans count the host memory of all ranks: it is that of the scarcest machine, as
+    if all of them were there.
     """
     ranks.command("budget")
     rows = _budgets(ranks, request, held).tolist()
@@ -133,7 +139,7 @@ def common_budget(ranks: Ranks, request: Request, held: int) -> Budget:
     return Budget(host=host, device=None if device < 0 else device)
 
 
-def _budgets(ranks: Ranks, request: Request, held: int = 0) -> torch.Tensor:
+def _budgets(ranks: Ranks, request: Request, held: int) -> torch.Tensor:
     """Collect from every rank: [ranks, 3] bytes of the host, of the device, and its machine."""
     limits = request.gpu_memory, request.host_memory
     mine = budget_of(request.device, *limits, ranks=ranks.size, held=held)
@@ -147,8 +153,8 @@ def _budgets(ranks: Ranks, request: Request, held: int = 0) -> torch.Tensor:
 class _Follower:
     """State of a rank between commands."""
 
-    def __init__(self, ranks: Ranks, request: Request, bundle: Bundle) -> None:
-        self._ranks, self._request, self._bundle = ranks, request, bundle
+    def __init__(self, ranks: Ranks, request: Request, bundle: Bundle, held: int) -> None:
+        self._ranks, self._request, self._bundle, self._held = ranks, request, bundle, held
         self._transformer: DividedDiT | None = None
         self._decoder: VaeDecoder | None = None
         self._verifies = False  # the files of its machine, which rank 0 does not see
@@ -157,7 +163,7 @@ class _Follower:
         """Do what rank 0 does."""
         match command["name"]:
             case "budget":
-                hosts = _budgets(self._ranks, self._request)[:, 2].tolist()
+                hosts = _budgets(self._ranks, self._request, self._held)[:, 2].tolist()
                 mine = hosts.index(hosts[self._ranks.rank])
                 self._verifies = mine == self._ranks.rank
             case "verify" if self._verifies:

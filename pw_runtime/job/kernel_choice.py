@@ -55,6 +55,8 @@ def settle_kernels(
     configs: Mapping[StageName, DitConfig],
     engines: Mapping[Network, EngineSet],
     say: Callable[[str], None],
+    *,
+    measure_here: bool = True,
 ) -> RunOptions:
     """Return options whose `kernels` and `attention` say what will run.
 
@@ -63,6 +65,7 @@ def settle_kernels(
         configs: of the transformers, by stage.
         engines: as selected; with engines, kernels of single operations are not used.
         say: reports what was chosen, and why.
+        measure_here: False leaves `attention` at "auto" where another rank measures it.
 
     Raises BadRequest where a kernel that was asked for cannot run.
     """
@@ -89,6 +92,8 @@ def settle_kernels(
     stages = request.computed
     if options.blocks != "segments" or options.compute_precision != "bf16" or not stages:
         return replace(options, attention="reference")
+    if not measure_here:
+        return options
     stage = max(stages, key=lambda name: stages[name].tokens(request.preset.video))
     tokens = stages[stage].tokens(request.preset.video)
     with span("measure attention"):

@@ -121,8 +121,7 @@ def _planned(
     with span("plan"):
         count, budget = 1, None
         if ranks is not None:
-            scratch = max((engine_set.scratch for engine_set in engines.values()), default=0)
-            count, budget = ranks.size, common_budget(ranks, request, scratch)
+            count, budget = ranks.size, common_budget(ranks, request, held_by(engines))
         fallback = plan_run(
             replace(request, preset=replace(request.preset, decode=first_tiling(clips))),
             bundle,
@@ -212,17 +211,28 @@ def selected(
     return {n: warm.engines(n, made_of[n], choose) for n, choose in select.items()}
 
 
+def held_by(engines: Mapping[Network, EngineSet]) -> int:
+    """Return the bytes of the device that engines have taken by being opened."""
+    return max((engine_set.scratch for engine_set in engines.values()), default=0)
+
+
 def settled(
     request: Request,
     bundle: Bundle,
     engines: Mapping[Network, EngineSet],
     say: Callable[[str], None],
+    *,
+    measure_here: bool = True,
 ) -> RunOptions:
-    """Return the request's options with nothing left to choose. Raises BadRequest."""
+    """Return the request's options with nothing left to choose; see `settle_kernels`.
+
+    Raises BadRequest.
+    """
     with span("CPU kernels"):
         options = settle_conv(request.options, say)
     configs = {stage: require_dit(bundle, stage) for stage in request.computed}
-    return settle_kernels(replace(request, options=options), configs, engines, say)
+    request = replace(request, options=options)
+    return settle_kernels(request, configs, engines, say, measure_here=measure_here)
 
 
 @contextmanager

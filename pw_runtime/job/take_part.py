@@ -9,10 +9,11 @@ from typing import TypeVar
 
 import torch
 
+from pw_kernels.attention.libraries import available
 from pw_runtime.checkpoint.bundle import Bundle
-from pw_runtime.errors import PixelWizardError, RankFailed
+from pw_runtime.errors import BadRequest, PixelWizardError, RankFailed
 from pw_runtime.job.follow import follow, identity_of
-from pw_runtime.job.preflight import computing, selected, settled
+from pw_runtime.job.preflight import computing, held_by, selected, settled
 from pw_runtime.system.rank_meeting import Place, joined
 from pw_runtime.system.ranks import DEADLINE, Ranks
 from pw_runtime.types import Request
@@ -45,28 +46,49 @@ def take_part(
         BadRequest: a rank does not come, cannot take part, or would compute something else.
         RankFailed: a rank died.
     """
-    known: list[tuple[Request, Bundle]] = []
+    known: list[tuple[Request, Bundle, int]] = []
 
     def prepared() -> tuple[torch.device, dict[str, str]]:
         request, bundle = prepare()
         # Settled on every rank before they are compared: it depends on a rank's compiler and GPU.
+        # Attention depends on a clock as well: rank 0 measures it for all, and it is compared as
+        # it was asked for.
         request = replace(request, options=request.options.resolved())
-        options = settled(request, bundle, selected(request, bundle), say)
+        asked, engines = request.options.attention, selected(request, bundle)
+        options = settled(request, bundle, engines, say, measure_here=place.rank == 0)
         request = replace(request, options=options)
-        known.append((request, bundle))
+        known.append((request, bundle, held_by(engines)))
         if request.device.type == "cuda":
             torch.cuda.set_device(request.device)
-        return request.device, identity_of(request, bundle)
+        compared = replace(request, options=replace(options, attention=asked))
+        return request.device, identity_of(compared, bundle)
 
     with joined(place, prepared, deadline=deadline) as ranks:
-        request, bundle = known[0]
+        request, bundle, held = known[0]
+        request = _with_common_attention(ranks, request)
         if place.rank:
             with computing(request.options):
-                follow(ranks, request, bundle)
+                follow(ranks, request, bundle, held)
             return None
         result = run(request, bundle, ranks)
         ranks.command("end")
         return result
+
+
+def _with_common_attention(ranks: Ranks, request: Request) -> Request:
+    """Have all ranks compute attention as rank 0 has settled it. Raises BadRequest."""
+    chosen = request.options.attention
+    if ranks.rank == 0:
+        ranks.command("attention", chosen=chosen)
+        return request
+    chosen = ranks.next_command()["chosen"]
+    if not available(chosen):
+        raise BadRequest(
+            f"rank {ranks.rank} cannot run the attention that rank 0 chose",
+            got=f"{chosen} is not installed",
+            do=f"pip install {chosen} there, or choose another one with --attention",
+        )
+    return replace(request, options=replace(request.options, attention=chosen))
 
 
 def tells(rank: int, error: PixelWizardError) -> bool:

@@ -56,11 +56,14 @@ def decode_choices(
     More and more tiles frame by frame, then tile by tile: both change the frames by rounding only.
     Ranks divide the tiles of each frame; tile by tile the first one decodes alone.
     """
-    held = ENCODER_FRAMES[work.options.codec] * _pixels(work) * 3 // 2
-    encoder = process_item(f"{work.options.codec} encoder (estimate)", held)
+    if work.in_memory:
+        held = process_item("frames", work.prompts * work.preset.video.frames * _pixels(work) * 3)
+    else:
+        size = ENCODER_FRAMES[work.options.codec] * _pixels(work) * 3 // 2
+        held = process_item(f"{work.options.codec} encoder (estimate)", size)
     for plan in _plans(work, gpu=gpu):
         first, *others = (_of_rank(work, plan, rank, gpu=gpu) for rank in range(plan.ranks))
-        yield plan, ((*first, encoder), *others)
+        yield plan, ((*first, held), *others)
 
 
 def _of_rank(work: Workload, plan: DecodePlan, rank: int, *, gpu: bool) -> tuple[MemoryItem, ...]:

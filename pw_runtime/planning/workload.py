@@ -48,6 +48,7 @@ class Workload:
     encoded: tuple[StageConfig, ...] = ()  # stages for whose sizes pictures or videos are encoded
     video: bool = False  # videos are among them
     prompts: int = 1  # whose text and drafts wait between the stages
+    in_memory: bool = False  # all their frames stay, and are not encoded
     ranks: int = 1  # processes with a device each
     divide_weights: bool = False  # among the ranks, also where they would fit whole
     sequence: int | None = None  # ranks of one pass; None: as is fastest
@@ -143,7 +144,7 @@ def request_workload(
     Raises BadRequest as `workload` does.
     """
     draft = computed_draft(request.preset.draft, request.prompts, request.options.draft_strength)
-    return workload(
+    work = workload(
         networks,
         replace(request.preset, draft=draft),
         request.options,
@@ -159,6 +160,7 @@ def request_workload(
         scratch=scratch,
         needed=needed,
     )
+    return replace(work, in_memory=request.in_memory)
 
 
 def everything(request: Request) -> frozenset[str]:

@@ -167,7 +167,9 @@ def _add_videos(app: FastAPI, settings: Settings, store: Store, supervisor: Supe
         order: Literal["asc", "desc"] = "desc",
     ) -> Response:
         """List videos, the newest first."""
-        seq = None if after is None else _job(store, after).seq
+        seq = None
+        if after is not None and (seq := store.place(after)) is None:
+            seq = _job(store, after).seq  # which says that there is none
         jobs = store.page(after=seq, limit=limit + 1, newest_first=order == "desc")
         positions = store.positions()
         data = [supervisor.video(job, positions.get(job.id)) for job in jobs[:limit]]
@@ -256,18 +258,18 @@ def _not_there(job: Job, what: str) -> ApiError:
 def _add_events(app: FastAPI, store: Store, supervisor: Supervisor) -> None:
     schema: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
-    def streaming(only: str | None) -> StreamingResponse:
+    def streaming(only: str | None, *, pings: bool = False) -> StreamingResponse:
         if supervisor.hub.is_full:
             message = "there are too many event streams; poll instead"
             raise ApiError(429, "too_many_streams", message, headers={"retry-after": "10"})
-        stream: AsyncIterator[bytes] = supervisor.hub.stream(only)
+        stream: AsyncIterator[bytes] = supervisor.hub.stream(only, pings=pings)
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
     @app.get("/v1/events", response_class=StreamingResponse, responses=schema)
-    async def get_events() -> Response:
-        """Stream every change of every video."""
-        return streaming(None)
+    async def get_events(pings: bool = False) -> Response:
+        """Stream every change of every video; with pings, an event also where there is none."""
+        return streaming(None, pings=pings)
 
     @app.get("/v1/videos/{video_id}/events", response_class=StreamingResponse, responses=schema)
     async def get_video_events(video_id: str) -> Response:

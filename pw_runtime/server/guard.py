@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any, Final
 from urllib.parse import urlsplit
+
+from starlette.requests import cookie_parser
 
 from pw_runtime.server.api_error import ApiError
 from pw_runtime.server.settings import Settings, is_loopback
@@ -94,12 +95,11 @@ class Guard:
         kind, _, token = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and (name := client_of(token.strip(), self._settings.tokens)):
             return name
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            return None
+        # Not http.cookies, which reads none behind one that it dislikes: other servers of this host
+        # set cookies for all of its ports.
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE)
         sessions = {session_of(token): name for token, name in self._settings.tokens.items()}
-        return None if cookie is None else client_of(cookie.value, sessions)
+        return None if cookie is None else client_of(cookie, sessions)
 
 
 def client_of(secret: str, names: Mapping[str, str]) -> str | None:

@@ -13,6 +13,7 @@ from fastapi.sse import format_sse_event
 
 INTERVAL: Final = 0.25  # seconds between two events of one job
 KEEP_ALIVE: Final = 15.0  # seconds
+PING: Final = format_sse_event(event="ping", data_str="{}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,15 @@ class Hub:
         for listener in self._listeners:
             listener.awake.set()
 
-    async def stream(self, only: str | None = None) -> AsyncIterator[bytes]:
-        """Yield the events of all jobs, or of one until it has ended, and comments in between."""
+    async def stream(self, only: str | None = None, *, pings: bool = False) -> AsyncIterator[bytes]:
+        """Yield the events of all jobs, or of one until it has ended, and comments in between.
+
+        With `pings` these are events: a browser tells its page of no comment.
+        """
         listener = _Listener(only)
         self._listeners.add(listener)
         try:
-            yield b": connected\n\n"
+            yield PING if pings else b": connected\n\n"
             if only is not None:
                 told = self._told(only)
                 yield told.event
@@ -90,7 +94,7 @@ class Hub:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(listener.awake.wait(), KEEP_ALIVE)
                     if not listener.pending:
-                        yield b": ping\n\n"
+                        yield PING if pings else b": ping\n\n"
                         continue
                 events, listener.pending = listener.pending.values(), {}
                 yield b"".join(told.event for told in events)

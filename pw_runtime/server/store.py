@@ -38,6 +38,7 @@ from pw_runtime.errors import BadRequest
 
 FORMAT: Final = 2  # PRAGMA user_version; 1 had no pictures
 MOST_KNOWN: Final = 256  # jobs that are answered without a look at the disk
+MOST_REMOVED: Final = 10_000  # jobs whose place is remembered for pages behind them
 NOTHING: Final = frozenset[str]()
 
 
@@ -133,6 +134,7 @@ class Store:
         self._writing = threading.Lock()
         self._known: dict[str, Job] = {}  # read since the last change: clients ask again and again
         self._changes, self._knowing = 0, threading.Lock()
+        self._removed: dict[str, int] = {}  # seq by id, the last ones
         try:
             with self._engine.begin() as connection:
                 found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
@@ -175,6 +177,11 @@ class Store:
                     self._known.clear()
                 self._known[job_id] = found[0]
         return found[0]
+
+    def place(self, job_id: str) -> int | None:
+        """Return the seq of a job, also of one that was removed lately: a page may begin there."""
+        job = self.get(job_id)
+        return self._removed.get(job_id) if job is None else job.seq
 
     def page(self, *, after: int | None, limit: int, newest_first: bool) -> list[Job]:
         """Return up to `limit` jobs in order, those behind the one with the seq `after`."""
@@ -304,7 +311,13 @@ class Store:
         """Hide a job, whose files are removed next. False where there is none."""
         with self._transaction() as connection:
             hide = update(JOBS).where(_C.id == job_id, ~_C.removing).values(removing=True)
-            return connection.execute(hide).rowcount == 1
+            seq = connection.execute(hide.returning(_C.seq)).scalar_one_or_none()
+            if seq is None:
+                return False
+            if len(self._removed) >= MOST_REMOVED:
+                self._removed.pop(next(iter(self._removed)))
+            self._removed[job_id] = seq
+            return True
 
     def forget(self, job_id: str) -> None:
         """Drop the record of a job whose files are gone."""

@@ -31,6 +31,8 @@ class Recipe:
     pix_fmt: str = "yuv420p"
     suffix: Suffix = ".mp4"
     tag: str | None = None  # four-letter code, if the muxer's default does not play everywhere
+    most: tuple[int, int] | None = None  # width and height that the encoder takes
+    most_fps: int | None = None
 
 
 # The number of threads is fixed: by default it follows the machine's cores, and with it change the
@@ -40,7 +42,9 @@ class Recipe:
 RECIPES: Final[Mapping[Codec, Recipe]] = MappingProxyType(
     {
         "h264": Recipe(
-            encoder="libx264", options={"crf": "10", "preset": "veryfast", "threads": "4"}
+            encoder="libx264",
+            options={"crf": "10", "preset": "veryfast", "threads": "4"},
+            most=(16_384, 16_384),
         ),
         "hevc": Recipe(
             encoder="libx265",
@@ -52,7 +56,10 @@ RECIPES: Final[Mapping[Codec, Recipe]] = MappingProxyType(
             tag="hvc1",  # Apple's players refuse the default, hev1
         ),
         "av1": Recipe(
-            encoder="libsvtav1", options={"crf": "8", "preset": "8", "svtav1-params": "lp=3"}
+            encoder="libsvtav1",
+            options={"crf": "8", "preset": "8", "svtav1-params": "lp=3"},
+            most=(16_384, 8_704),
+            most_fps=240,
         ),
         "ffv1": Recipe(
             encoder="ffv1",
@@ -92,6 +99,26 @@ def pixel_format_for(codec: Codec, compat: Compat) -> PixelFormat:
     """
     planes = RECIPES[codec].pix_fmt == "yuv420p" and not compat.truncating_uint8
     return "yuv420p" if planes else "rgb24"
+
+
+def check_limits(codec: Codec, *, width: int, height: int, fps: int) -> None:
+    """Raise BadRequest for a size or a rate that a codec's encoder refuses when it is opened."""
+    recipe, others = RECIPES[codec], "choose another --codec: hevc and ffv1 take it"
+    if recipe.most is not None and (width > recipe.most[0] or height > recipe.most[1]):
+        most = f"{recipe.most[0]}x{recipe.most[1]}"
+        raise BadRequest(
+            f"{recipe.encoder} takes no frames of this size",
+            got=f"{width}x{height}",
+            wanted=f"{most} at most",
+            do=others,
+        )
+    if recipe.most_fps is not None and fps > recipe.most_fps:
+        raise BadRequest(
+            f"{recipe.encoder} takes no video of this rate",
+            got=f"{fps} frames per second",
+            wanted=f"{recipe.most_fps} at most",
+            do=others,
+        )
 
 
 def check_codec(codec: Codec, *, frames: int, fragmented: bool = False) -> None:

@@ -13,7 +13,12 @@ from typing import Final
 from torch import Tensor
 
 from pw_runtime.system.ranks import Pending, Ranks
-from pw_runtime.system.tensor_messages import receive_tensor, send_tensor
+from pw_runtime.system.tensor_messages import (
+    Announced,
+    receive_mark,
+    receive_tensor,
+    send_tensor,
+)
 
 # Instead of the number of a tensor: no more of this frame; or no more at all.
 END: Final = -1
@@ -41,6 +46,7 @@ class SeamLinks:
     after: int | None
     _t: int = 0
     _open: bool = False  # the rank before this one has more
+    _due: Announced | None = None  # what it sends next, for which there was no memory
     _unsent: list[Pending] = field(default_factory=list)  # of the frame before
     _sent: list[Pending] = field(default_factory=list)  # of this one
 
@@ -52,12 +58,14 @@ class SeamLinks:
         """Wait for the next tensor, and its number; see `Neighbours.take`.
 
         Raises RankFailed, ValueError for one of another frame or tile, BrokenSeam where the rank
-        before this one has failed.
+        before this one has failed, torch.OutOfMemoryError: the next call takes the same tensor.
         """
         assert self.before is not None
         what, number = f"seam of frame {self._t}", BROKEN
         if self._open:
-            (t, tile, number), x = receive_tensor(self.ranks, self.before, what)
+            self._due = self._due or receive_mark(self.ranks, self.before, what)
+            x = receive_tensor(self.ranks, self._due, self.before, what)
+            (t, tile, number), self._due = self._due.mark, None
             if (t, tile) != (self._t, self.own.start):
                 got, wanted = f"tile {tile} of frame {t}", f"{self.own.start} of frame {self._t}"
                 raise ValueError(f"rank {self.before} decodes for {got}, expected {wanted}")
@@ -73,7 +81,8 @@ class SeamLinks:
     def end(self, word: int) -> None:
         """Finish a latent frame: take what is left, and tell the next rank that there is no more.
 
-        The next rank has then taken all of the frame before.
+        The next rank has then taken all of the frame before. Raises torch.OutOfMemoryError where
+        there is no memory even for what is left.
         """
         while self._open:
             try:

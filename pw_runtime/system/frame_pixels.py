@@ -117,6 +117,10 @@ def read_look(frame: av.VideoFrame, aspect: Fraction | None, turn: Turn, path: P
         matrix, assumed = _matrix(frame, path)
         notices += assumed
     _require_standard_range(frame, path)
+    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    if layout.startswith("gray") and frame.color_range == ColorRange.UNSPECIFIED:
+        full = True  # as libswscale has it
+        notices.append("it does not say the range of its greys: the full one is assumed")
     if wide := _WIDE.get(frame.color_primaries):  # type: ignore[call-overload]
         notices.append(f"its wide gamut, {wide}, is taken as that of BT.709: colours look paler")
     return Look(
@@ -127,7 +131,7 @@ def read_look(frame: av.VideoFrame, aspect: Fraction | None, turn: Turn, path: P
         layout=layout,
         bits=bits,
         matrix=matrix,
-        full=frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj"),
+        full=full,
         notices=tuple(notices),
     )
 

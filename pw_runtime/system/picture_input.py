@@ -215,7 +215,13 @@ def _as_rgb(image: Image.Image, orientation: int, name: str) -> Picture:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion would cut values off at 255."""
     values = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if (transparent := image.info.get("transparency")) is not None:  # one of 65,536 levels
+        alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+        grey = Image.merge("LA", (grey, alpha))
+    if profile := image.info.get("icc_profile"):
+        grey.info["icc_profile"] = profile
+    return grey
 
 
 def _in_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:

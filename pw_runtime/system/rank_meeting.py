@@ -93,6 +93,8 @@ def joined(
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     store = PrefixStore(attempt, server)
     device = _meet(store, place, prepared)
+    # Connections between GPUs are made through the store, at the first exchange of each group.
+    store.set_timeout(timedelta(seconds=deadline))
     own = PrefixStore(attempt, connect(place.host, server.port, ARRIVAL))
     watch = RankWatch(own, place.rank, place.size)
     store.set(f"here {place.rank}", "")

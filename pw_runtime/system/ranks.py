@@ -26,6 +26,7 @@ from pw_runtime.system.rank_watch import IDLE, RankWatch, failure_text, teller
 
 DEADLINE: Final = 600.0  # seconds that one rank waits for the data of another
 _LOOK: Final = 0.2  # seconds between two looks at the watch while waiting
+_LEARN: Final = 20.0  # seconds within which the watch learns of a rank that is gone
 _LIBRARY: Final = timedelta(days=20)  # the libraries' own deadline: ours comes first
 _GO_ON: Final = (
     "see what that rank printed and whether its device works; finish clips by the commands above, "
@@ -54,7 +55,7 @@ class Pending:
         try:
             self.work.wait()
         except RuntimeError as error:  # the connection to a rank broke
-            self.ranks.lost(self.what, self.group, error)
+            self.ranks.lost(self.group, error)
         self.work, self.tensors = None, ()
 
 
@@ -234,11 +235,14 @@ class Ranks:
     # ---- commands ----------------------------------------------------------------------------
 
     def command(self, name: str, **details: Any) -> None:
-        """Tell all other ranks, from rank 0, what to do next."""
+        """Tell all other ranks, from rank 0, what to do next.
+
+        Both messages are IDLE: where a busy rank keeps the others in one, none went another way.
+        """
         data = json.dumps({"name": name, **details}).encode()
         size = torch.tensor([len(data)])
         self.broadcast(size, IDLE).wait()
-        self.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), "command").wait()
+        self.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), IDLE).wait()
 
     def next_command(self) -> dict[str, Any]:
         """Wait, as long as rank 0 lives, for what to do next. Raises RankFailed."""
@@ -247,7 +251,7 @@ class Ranks:
         pending.patient = True
         pending.wait()
         data = torch.empty(int(size), dtype=torch.uint8)
-        self.broadcast(data, "command").wait()
+        self.broadcast(data, IDLE).wait()
         return dict(json.loads(data.numpy().tobytes()))
 
     # ---- waiting -----------------------------------------------------------------------------
@@ -272,13 +276,12 @@ class Ranks:
                 raise self._failed()
         self._watch.waits((), "")
 
-    def lost(self, what: str, group: Group, error: Exception) -> NoReturn:
+    def lost(self, group: Group, error: Exception) -> NoReturn:
         """Find out which rank an exchange broke off with. Raises RankFailed."""
-        self._waiting.wait(20.0)  # the watch learns it within its silence
+        self._waiting.wait(_LEARN)
         if self._watch.failure is None:
             rank, doing = self._watch.behind(group.name, group.members)
-            reason = str(error).splitlines()[0]
-            self._watch.report(rank, f"broke off ({reason})", doing)
+            self._watch.report(rank, f"broke off ({_reason(error)})", doing)
         raise self._failed()
 
     def fail(self, error: BaseException) -> None:
@@ -298,6 +301,15 @@ class Ranks:
             dist.destroy_process_group()
         else:
             _BROKEN.set()
+
+    def _refused(self, error: Exception) -> NoReturn:
+        """End the run because this rank cannot begin an exchange, unless another one is gone.
+
+        The error is no `__cause__`: "out of memory" in it would ask for a smaller plan.
+        """
+        self._waiting.wait(_LEARN)
+        self.fail(RuntimeError(_reason(error)))
+        raise self._failed()
 
     def _failed(self) -> RankFailed:
         failure = self._watch.failure
@@ -331,7 +343,7 @@ class Ranks:
         try:
             work = begin()
         except RuntimeError as error:
-            self.lost(what, group, error)
+            self._refused(error)
         pending = Pending(self, work, what, group, tensors)
         if tensors[0].device.type == "cpu":
             work.get_future().add_done_callback(lambda _: pending._done.set())
@@ -340,6 +352,13 @@ class Ranks:
     def _count(self, what: str, size: int) -> None:
         kind = what.split(" of ")[0]
         self.sent[kind] = self.sent.get(kind, 0) + size
+
+
+def _reason(error: Exception) -> str:
+    """Return the first and the last line of a library's message: NCCL ends with the cause."""
+    text = str(error).partition("\nException raised from")[0]  # before the C++ stack
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ": ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else type(error).__name__
 
 
 def _check(what: str, *tensors: Tensor) -> None:

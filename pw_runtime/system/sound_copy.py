@@ -34,7 +34,7 @@ class Sound:
     """The first track of sound of a file.
 
     Attributes:
-        codec: as libavcodec names it.
+        codec: as libavcodec names it, whatever decodes it.
         end: seconds from the first picture to its end; where it is longer than what was asked
             about, no more than that it is.
         tracks: of sound, in the file.
@@ -54,7 +54,7 @@ def find_sound(path: Path, seconds: Fraction) -> Sound | None:
         if not container.streams.audio:
             return None
         stream, end = container.streams.audio[0], Fraction(0)
-        codec = "" if stream.codec_context is None else stream.codec_context.name
+        codec = "" if stream.codec_context is None else stream.codec_context.codec.canonical_name
         for packet, time in _packets(container):
             end = max(end, time + (packet.duration or 0) * packet.time_base)
             if end > seconds + AGREES:

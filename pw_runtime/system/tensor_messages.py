@@ -7,6 +7,7 @@ lie there. The receiver need not know its size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -20,6 +21,22 @@ _DIMS: Final = 5
 _HEADER: Final = _MARK + 2 + 2 * _DIMS  # mark, dimensions, dtype, sizes, strides
 
 Mark = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A tensor that a rank sends next; or a mark alone, which has no dimensions.
+
+    Attributes:
+        mark: tells what it is.
+        size, stride: of each dimension.
+        dtype: of its numbers.
+    """
+
+    mark: Mark
+    size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
 
 
 def send_tensor(ranks: Ranks, x: Tensor | None, mark: Mark, to: int, what: str) -> list[Pending]:
@@ -49,8 +66,8 @@ def send_tensor(ranks: Ranks, x: Tensor | None, mark: Mark, to: int, what: str) 
     return [ranks.send(header, to, f"size of {what}"), ranks.send(data, to, what)]
 
 
-def receive_tensor(ranks: Ranks, of: int, what: str) -> tuple[Mark, Tensor | None]:
-    """Receive what a rank sends with `send_tensor`, laid out as it is there.
+def receive_mark(ranks: Ranks, of: int, what: str) -> Announced:
+    """Receive the first message of `send_tensor`; `receive_tensor` must be next.
 
     Raises:
         RankFailed: a rank died.
@@ -60,14 +77,27 @@ def receive_tensor(ranks: Ranks, of: int, what: str) -> tuple[Mark, Tensor | Non
     ranks.receive(header, of, f"size of {what}").wait()
     one, two, three, dims, code, *numbers = header.tolist()
     if dims == 0:
-        return (one, two, three), None
+        return Announced((one, two, three))
     size, stride = tuple(numbers[:dims]), tuple(numbers[_DIMS : _DIMS + dims])
     if not (0 < dims <= _DIMS and 0 <= code < len(_DTYPES)) or not _dense(size, stride):
         text = f"{dims} dimensions, dtype {code}, sizes {size}, strides {stride}"
         raise ValueError(f"{what} of rank {of}: expected the layout of a tensor, got {text}")
-    x = torch.empty_strided(size, stride, dtype=_DTYPES[code], device=ranks.device)
+    return Announced((one, two, three), size, stride, _DTYPES[code])
+
+
+def receive_tensor(ranks: Ranks, announced: Announced, of: int, what: str) -> Tensor | None:
+    """Receive an announced tensor, laid out as it is there; None for a mark alone.
+
+    Raises:
+        torch.OutOfMemoryError: its bytes are still to be received.
+        RankFailed: a rank died.
+    """
+    if not announced.size:
+        return None
+    size, stride = announced.size, announced.stride
+    x = torch.empty_strided(size, stride, dtype=announced.dtype, device=ranks.device)
     ranks.receive(x.as_strided((x.numel(),), (1,)).view(torch.uint8), of, what).wait()
-    return (one, two, three), x
+    return x
 
 
 def _dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,9 +29,12 @@ class Comfy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bars: list[list[int]] = []
         self.interrupt_at: int | None = None
+        self.memory_calls: list[str] = []
         utils, management = ModuleType("comfy.utils"), ModuleType("comfy.model_management")
         utils.ProgressBar = self._bar  # type: ignore[attr-defined]
         management.throw_exception_if_processing_interrupted = self._check  # type: ignore[attr-defined]
+        for name in ("unload_all_models", "soft_empty_cache"):
+            setattr(management, name, partial(self.memory_calls.append, name))
         for module in (ModuleType("comfy"), utils, management):
             monkeypatch.setitem(sys.modules, module.__name__, module)
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ import torch
 
 from pw_runtime import Pipeline
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
-from pw_runtime.comfyui.latent import NORMALISED, SAMPLES, from_comfy, to_comfy
-from pw_runtime.comfyui.nodes import PRESET_NAMES
+from pw_runtime.comfyui.latent import NORMALISED, SAMPLES, from_comfy, picture_of, to_comfy
+from pw_runtime.comfyui.nodes import PRESET_NAMES, _make_room
 from pw_runtime.errors import BadRequest
 from pw_runtime.presets import PRESETS
 from pw_runtime.types import VaeConfig
@@ -71,6 +72,48 @@ def test_a_draft_from_an_image_is_that_of_the_pipeline_from_the_same_picture(
     np.testing.assert_array_equal((preview * 255).round().to(torch.uint8).numpy(), drafted.frames)
     with pytest.raises(BadRequest, match="not one picture"):
         call(nodes["Draft"], model=model, **MADE_OF, image=image.repeat(2, 1, 1, 1))
+
+
+def test_an_image_on_a_gpu_is_fetched(nodes: dict[str, type]) -> None:
+    class Elsewhere(torch.Tensor):
+        def to(self, *given: Any, **options: Any) -> torch.Tensor:
+            moved = super().to(*given, **options)
+            return moved.as_subclass(torch.Tensor) if "cpu" in given else moved
+
+        def numpy(self, *, force: bool = False) -> Any:
+            raise TypeError("can't convert it")
+
+    image = (torch.arange(12).view(1, 2, 2, 3) / 255).as_subclass(Elsewhere)
+    np.testing.assert_array_equal(picture_of(image), np.arange(12).reshape(2, 2, 3))
+
+
+def test_a_seed_stays_as_it_is_after_a_run(nodes: dict[str, type]) -> None:
+    """A new one would make another draft than the one that was chosen."""
+    for name in ("Draft", "Finish"):
+        options = nodes[name].INPUT_TYPES()["required"]["seed"][1]  # type: ignore[attr-defined]
+        assert options["control_after_generate"] == "fixed"
+
+
+def test_a_changed_preset_or_bundle_is_opened_again(nodes: dict[str, type], tmp_path: Path) -> None:
+    load: Any = nodes["Load"]
+    preset, manifest = tmp_path / "mine.toml", tmp_path / "bundle.json"
+
+    def state() -> str:
+        return str(load.IS_CHANGED(str(tmp_path), preset="2k", preset_file=str(preset)))
+
+    states = [state()]
+    for file, text in ((preset, "one"), (preset, "two"), (manifest, "{}")):
+        file.write_text(text)
+        states.append(state())
+    assert len(set(states)) == 4
+    assert state() == states[-1]
+
+
+def test_models_of_comfyui_leave_the_gpu_before_a_node_plans(comfy: Comfy) -> None:
+    for device, calls in (("cpu", []), ("cuda", ["unload_all_models", "soft_empty_cache"])):
+        comfy.memory_calls.clear()
+        _make_room(cast(Pipeline, SimpleNamespace(device=torch.device(device))))
+        assert comfy.memory_calls == calls
 
 
 def test_draft_finish_decode_are_one_call_of_the_pipeline_bit_for_bit(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,10 +19,14 @@ from pw_runtime import pipeline
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.checkpoint.loader import load_encoder
 from pw_runtime.job import networks as networks_module
+from pw_runtime.job.checks import check_content
+from pw_runtime.job.clip import options_of
+from pw_runtime.presets import PRESETS
 from pw_runtime.sampling.noise import draw_noise
 from pw_runtime.sampling.schedule import make_schedule
+from pw_runtime.system.sound_copy import find_sound, why_left_out
 from pw_runtime.system.video_source import examine_video, video_chunks
-from pw_runtime.types import VideoConfig
+from pw_runtime.types import Prompt, Request, RunOptions, VideoConfig
 from tests.e2e.pw import Ended, Pw
 from tests.inputs.videos import corners, shades, write_video
 
@@ -245,6 +251,19 @@ def test_prompts_with_and_without_a_video_make_one_run(
     assert np.array_equal(alone, same)
 
 
+@pytest.mark.parametrize("changes", [{"draft_strength": 0.85}, {"step_cache": 0.05}])
+def test_each_clip_of_such_a_run_could_be_made_alone_with_its_options(
+    changes: dict[str, float], video: Path, tmp_path: Path
+) -> None:
+    """They are in its receipt and in its latents, with which `pw decode` and `pw repro` begin."""
+    prompts = (Prompt("a cat", id="0"), Prompt("a dog", id="1", position=2, draft_video=video))
+    options = RunOptions(device="cpu", **changes)  # type: ignore[arg-type]
+    request = Request(prompts=prompts, preset=PRESETS["2k"], out=tmp_path, options=options)
+    check_content(request)
+    for prompt in prompts:
+        check_content(replace(request, prompts=(prompt,), options=options_of(prompt, request)))
+
+
 def test_upscale_is_generate_by_another_name(
     generate, pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path, video: Path
 ) -> None:
@@ -332,6 +351,18 @@ def test_sound_that_ends_with_the_clip_is_copied(
     assert "its sound, if it has any, is left out" in ended.err
     assert sounds(tmp_path / "decoded" / clip.name) == []
     assert np.array_equal(frames(tmp_path / "decoded" / clip.name), frames(clip))
+
+
+def test_sound_is_known_by_its_codec_whatever_decodes_it(tmp_path: Path) -> None:
+    """libavcodec decodes MP3 by "mp3float"."""
+    length = Fraction(1, 4)
+    video = write_video(
+        tmp_path / "a.mkv", shades(6), 24, sound=float(length), sound_codec="libmp3lame"
+    )
+    sound = find_sound(video, length)
+    assert sound is not None
+    assert sound.codec == "mp3"
+    assert why_left_out(sound, length, ".mp4") is None
 
 
 @pytest.mark.parametrize(

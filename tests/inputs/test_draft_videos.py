@@ -212,6 +212,15 @@ def test_ten_bits_are_not_rounded_to_eight(tmp_path: Path) -> None:
     assert np.allclose(np.diff(row), 255 / (219 * 4), atol=1e-3)
 
 
+def test_greys_of_no_named_range_are_full_and_it_is_said(tmp_path: Path) -> None:
+    levels = np.tile(np.array([0, 16, 235, 255], np.uint8), (HEIGHT, WIDTH // 4))
+    kind = Kind(codec="ffv1", pixels="gray", options=())
+    path = write_planes(tmp_path / "a.mkv", levels, kind, named_range=0)
+    row = frames_of(path)[0][0, :4, 0]
+    assert np.allclose(row, levels[0, :4], atol=0.01)
+    assert any("range of its greys" in notice for notice in examined(path).notices)
+
+
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv422p", "nv12", "yuv411p", "yuv420p10le"])
 def test_odd_sizes_have_a_last_half_of_chroma(tmp_path: Path, pixels: str) -> None:
     """The last column of chroma, and its last row, belong to one of luma."""

@@ -82,6 +82,16 @@ def test_16_bit_grey_is_scaled_to_the_nearest_of_8_bits(kind: str) -> None:
     assert picture.notes == ("converted from 16 to 8 bits",)
 
 
+def test_16_bit_grey_keeps_what_its_file_says_of_it() -> None:
+    values = np.full((40, 64), 65535, np.uint16)
+    values[:20] = 65534  # the same level of 8 bits, and not the transparent one
+    content = encoded(Image.fromarray(values), transparency=65535, icc_profile=b"nonsense")
+    picture = decode_picture(content, "a file")
+    assert np.array_equal(pixels(picture)[:, 0, 0], [255] * 20 + [0] * 20)
+    assert any("put on black" in note for note in picture.notes)
+    assert any("colour profile cannot be used" in note for note in picture.notes)
+
+
 def test_16_bit_colours_keep_their_range() -> None:
     values = np.random.default_rng(1).integers(0, 65536, (40, 64, 3)).astype(np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)

@@ -101,7 +101,7 @@ def write_video(
     return path
 
 
-def write_planes(path: Path, planes: np.ndarray, kind: Kind) -> Path:
+def write_planes(path: Path, planes: np.ndarray, kind: Kind, named_range: int = MPEG) -> Path:
     """Write five frames of the same samples, as PyAV lays them out."""
     rows, width = planes.shape
     with av.open(str(path), "w") as container:
@@ -109,7 +109,7 @@ def write_planes(path: Path, planes: np.ndarray, kind: Kind) -> Path:
         height = rows if kind.pixels.startswith("gray") else rows * 2 // 3
         stream.width, stream.height, stream.pix_fmt = width, height, kind.pixels
         context = stream.codec_context
-        context.colorspace, context.color_range = kind.matrix, MPEG
+        context.colorspace, context.color_range = kind.matrix, named_range
         for index in range(5):
             frame = av.VideoFrame.from_ndarray(planes, kind.pixels)
             frame.pts = index

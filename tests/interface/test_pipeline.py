@@ -19,11 +19,13 @@ from PIL import Image
 from PIL.ExifTags import Base
 
 from pw_runtime import Cancelled, Pipeline, Progress, RunOptions
-from pw_runtime.errors import BadRequest, BadResult
+from pw_runtime.errors import BadRequest, BadResult, BadWeights
 from pw_runtime.interface import frames as frames_module
+from pw_runtime.interface import pipe as pipe_module
 from pw_runtime.interface.start_picture import picture_file
 from pw_runtime.job import networks as networks_module
 from pw_runtime.system.picture_input import read_picture
+from pw_runtime.types import Request
 from tests.convert.test_hub_cache import publish
 from tests.e2e.pw import Pw, write_preset
 from tests.oracle.checkpoint import Checkpoint
@@ -269,6 +271,33 @@ def test_what_the_callback_raises_is_raised_by_the_call(pipe: Pipeline) -> None:
         pipe(PROMPT, callback=callback)
     assert leftovers() == set()
     assert pipe(PROMPT, draft_only=True).frames is not None
+
+
+def test_what_the_callback_raises_at_the_last_report_is_raised_too(pipe: Pipeline) -> None:
+    seen: list[Progress] = []
+    pipe(PROMPT, draft_only=True, callback=seen.append)
+    left = iter(range(len(seen) - 1, -1, -1))
+
+    def callback(progress: Progress) -> None:
+        if next(left) == 0:
+            raise LookupError("the last one")
+
+    with pytest.raises(LookupError, match="the last one"):
+        pipe(PROMPT, draft_only=True, callback=callback)
+    assert leftovers() == set()
+
+
+def test_a_call_that_fails_before_anything_is_computed_leaves_no_folder(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(request: Request, *given: object, **options: object) -> None:
+        assert request.in_memory  # which the plan counts
+        raise BadWeights("a shard is damaged")
+
+    monkeypatch.setattr(pipe_module, "generate", damaged)
+    with pytest.raises(BadWeights):
+        pipe(PROMPT)
+    assert leftovers() == set()
 
 
 def test_another_thread_waits_and_may_cancel(pipe: Pipeline) -> None:

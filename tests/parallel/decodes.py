@@ -8,7 +8,8 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import closing
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from pw_runtime.models.finite import require_finite_weights
 from pw_runtime.planning.oom_fallback import out_of_memory
 from pw_runtime.stages.decode import decode_frames, decode_share
 from pw_runtime.system.ranks import Ranks
-from pw_runtime.system.tensor_messages import receive_tensor, send_tensor
+from pw_runtime.system.tensor_messages import receive_mark, receive_tensor, send_tensor
 from pw_runtime.types import Compat, FrameChunk, Latent, PixelFormat, TilingConfig
 from tests.networks import TINY_VAE
 from tests.oracle import golden
@@ -163,6 +164,32 @@ def faults(ranks: Ranks) -> object:
     return told
 
 
+def no_room_for_rows(ranks: Ranks) -> object:
+    """Let rank 1 lack the memory for some rows that arrive; then a clip goes well.
+
+    Returns the error of rank 0.
+    """
+    net, good, empty = network(), decoded(None, network(), FAULTY), torch.empty_strided
+    arrived = 0
+
+    def full(*arguments: Any, **options: Any) -> Tensor:
+        nonlocal arrived
+        arrived += 1
+        if arrived == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*arguments, **options)
+
+    error = None
+    with patch.object(torch, "empty_strided", full if ranks.rank == 1 else empty):
+        try:
+            decoded(ranks, net, FAULTY)
+        except RuntimeError as raised:
+            error = str(raised)
+    again = decoded(ranks, net, FAULTY)
+    assert ranks.rank or same(again, good)
+    return error, arrived > 3
+
+
 def bad_weights(ranks: Ranks) -> object:
     """Decode with a weight that is not a number, on every rank; return what rank 0 raises."""
     net = network()
@@ -270,15 +297,16 @@ def tensors(ranks: Ranks) -> object:
             return str(error)
     told: list[object] = []
     for number, ours in enumerate(sent):
-        mark, y = receive_tensor(ranks, 0, "rows")
-        assert mark == (3, 1, number)
+        announced = receive_mark(ranks, 0, "rows")
+        assert announced.mark == (3, 1, number)
+        y = receive_tensor(ranks, announced, 0, "rows")
         if ours is None or y is None:
             told.append(ours is y)
             continue
         equal = torch.equal(y, ours) and y.dtype == ours.dtype
         told.append(equal and y.stride() == ours.stride())
     try:
-        receive_tensor(ranks, 0, "rows")
+        receive_mark(ranks, 0, "rows")
     except ValueError as error:
         told.append(str(error))
     return told

@@ -5,10 +5,20 @@ from __future__ import annotations
 
 import os
 import signal
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
+from pw_runtime.system import rank_watch
+from pw_runtime.system import ranks as ranks_module
 from pw_runtime.system.ranks import Ranks
+
+NCCL = """NCCL error in: x.cpp:1, unhandled cuda error
+Last error:
+Cuda failure 2 'out of memory'
+Exception raised from a library (most recent call first):
+frame #0: a function"""
 
 
 def uneven(ranks: Ranks) -> object:
@@ -53,6 +63,37 @@ def diverging(ranks: Ranks) -> object:
         ranks.broadcast(torch.zeros(4), "something else", source=0).wait()
 
     return _lost(ranks, other)
+
+
+def refused(ranks: Ranks) -> object:
+    """Have the library refuse to begin an exchange on the last rank; none is gone."""
+
+    def begin() -> None:
+        with (
+            patch.object(ranks_module, "_LEARN", 0.0),
+            patch.object(dist, "broadcast", side_effect=RuntimeError(NCCL)),
+        ):
+            ranks.broadcast(torch.zeros(4), "second of a test")
+
+    return _lost(ranks, begin)
+
+
+def busy(ranks: Ranks) -> object:
+    """Keep rank 1 from its next command until the others have waited longer than a silence.
+
+    Commands go from rank 0 to ranks 1 and 2, and from rank 1 to rank 3.
+    """
+    with patch.object(rank_watch, "SILENCE", 3.0), patch.object(rank_watch, "BEAT", 0.25):
+        if ranks.rank == 0:
+            ranks.command("verify")
+            ranks.command("end")
+            return "end"
+        ranks.next_command()
+        watch, beats = ranks._watch, 0
+        while ranks.rank == 1 and not ranks.failed and beats < 18:
+            watch._closed.wait(0.05)
+            beats = watch._last.get(0, {"number": 0})["number"]
+        return ranks.next_command()["name"]
 
 
 def _lost(ranks: Ranks, end: object) -> object:

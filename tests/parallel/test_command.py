@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,23 @@ import torch
 from safetensors.torch import load_file
 
 from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.cli import launch
+from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.job import follow as follow_module
-from pw_runtime.types import TransformerPlan
+from pw_runtime.job import kernel_choice, preflight
+from pw_runtime.job import take_part as take_part_module
+from pw_runtime.job.take_part import take_part
+from pw_runtime.presets import PRESETS
+from pw_runtime.system import rank_processes
+from pw_runtime.system.rank_meeting import Place
+from pw_runtime.types import (
+    Budget,
+    DitConfig,
+    Prompt,
+    Request,
+    RunOptions,
+    TransformerPlan,
+)
 from tests.convert.loras import random_pairs, tensors_in, write_lora
 from tests.e2e.pw import Pw, write_preset
 from tests.parallel.command import run_ranks
@@ -182,6 +199,114 @@ def test_a_rank_releases_its_network_before_it_loads_one_for_a_smaller_plan(
     follow_module.follow(ranks, request, bundle)
     assert begun == [0, 0]
     assert alive == [2]
+
+
+class Meeting:
+    """Two ranks on GPUs that take part one after the other, in this process.
+
+    Attributes:
+        identities: that were compared.
+        ran: attention of the run, by rank.
+        held: bytes of engines that the budget of rank 1 counts.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+        self.identities: list[Mapping[str, str]] = []
+        self.ran: list[str | None] = []
+        self.held: list[int] = []
+        self._told: list[dict[str, Any]] = []
+        options = RunOptions(device="cuda", precision="bf16")
+        self._request = Request(
+            prompts=(Prompt("a cat"),), preset=PRESETS["2k"], out=out, options=options
+        )
+        engine: Any = SimpleNamespace(scratch=7)
+        engines = EngineSet({}, {"block": engine}, "eager", "a test")
+        chosen = (SimpleNamespace(choice=name) for name in ("cudnn", "flash"))
+        stages = {"draft": engines, "highres": engines}
+        config = DitConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
+        for module, name, fake in (
+            (take_part_module, "joined", self._joined),
+            (take_part_module, "selected", lambda *_: stages),
+            (take_part_module, "computing", self._computing),
+            (preflight, "require_dit", lambda *_: config),
+            (kernel_choice, "measured_attention", lambda *_: next(chosen)),
+            (follow_module, "budget_of", self._budget),
+            (torch.cuda, "set_device", print),
+            (torch.cuda, "get_device_name", str),
+        ):
+            monkeypatch.setattr(module, name, fake)
+
+    def take_part(self) -> None:
+        """Run both ranks: rank 0 first, whose commands rank 1 then obeys."""
+        bundle: Any = SimpleNamespace(weights_digest="")
+
+        def program(request: Request, bundle: object, ranks: Any) -> None:
+            self.ran.append(request.options.attention)
+            ranks.command("budget")
+
+        for rank in (0, 1):
+            place = Place(rank, 2, rank, "", 0, hosting=False)
+            take_part(place, lambda: (self._request, bundle), program, say=print)
+
+    @contextmanager
+    def _joined(
+        self, place: Place, prepared: Callable[[], Any], *, deadline: float
+    ) -> Iterator[Any]:
+        self.identities.append(prepared()[1])
+        yield SimpleNamespace(
+            rank=place.rank,
+            size=place.size,
+            all=None,
+            command=lambda name, **details: self._told.append({"name": name, **details}),
+            next_command=lambda: self._told.pop(0),
+            gather=lambda *_: SimpleNamespace(wait=print),
+        )
+
+    def _computing(self, options: RunOptions) -> nullcontext[None]:
+        self.ran.append(options.attention)
+        return nullcontext()
+
+    def _budget(self, *arguments: object, ranks: int, held: int) -> Budget:
+        self.held.append(held)
+        return Budget(host=1, device=1)
+
+
+def test_all_ranks_run_the_attention_that_the_first_one_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two clocks may choose two implementations: here the second one would be flash."""
+    meeting = Meeting(monkeypatch, tmp_path)
+    meeting.take_part()
+    assert meeting.identities[0] == meeting.identities[1]
+    assert meeting.ran == ["cudnn", "cudnn"]
+
+
+def test_the_memory_that_engines_have_taken_on_a_rank_is_part_of_its_budget(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plan counts it, so it would be there twice."""
+    meeting = Meeting(monkeypatch, tmp_path)
+    meeting.take_part()
+    assert meeting.held == [7]
+
+
+@pytest.mark.parametrize(("named", "threads"), [(None, 3), ("5", None)])
+def test_processes_on_gpus_share_the_cores(
+    named: str | None, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if named is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", named)
+    given: list[int | None] = []
+
+    def start(program: object, size: int, *, threads: int | None) -> nullcontext[Any]:
+        given.append(threads)
+        return nullcontext([SimpleNamespace(wait=lambda: 0)])
+
+    monkeypatch.setattr(rank_processes, "rank_processes", start)
+    monkeypatch.setattr(launch, "_cores", lambda: 7)
+    assert launch.start_ranks(["cuda:0", "cuda:1"]) == 0
+    assert given == [threads]
 
 
 @pytest.mark.slow

@@ -77,6 +77,12 @@ def test_a_failure_on_any_rank_is_that_of_the_clip_alone(tmp_path: Path) -> None
         assert all(text == "None" for *_, text in follower)
 
 
+def test_a_rank_without_memory_for_rows_takes_them_later(tmp_path: Path) -> None:
+    """What it is sent is in step again when the clip ends."""
+    results = run("tests.parallel.decodes:no_room_for_rows", tmp_path, [2])[2]
+    assert results == [("rank 1: CUDA out of memory", False), (None, True)]
+
+
 def test_weights_that_are_not_numbers_are_named(tmp_path: Path) -> None:
     results = run("tests.parallel.decodes:bad_weights", tmp_path, [2])[2]
     assert "decoder.head.2.bias" in results[0]

@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import Store  # type: ignore[attr-defined]
 
+from pw_runtime.system import rank_meeting
+from pw_runtime.system.rank_meeting import Place
+from pw_runtime.system.rank_watch import RankWatch
 from tests.parallel.ranks import run
 
 
@@ -31,6 +37,7 @@ def test_uneven_parts_arrive_whole_and_are_counted(tmp_path: Path) -> None:
         ("killed", "was killed, or ended without a word"),
         ("raising", "failed: this rank cannot go on"),
         ("diverging", r"went another way than rank [01] \(draft 7, step 4: second of a test\)"),
+        ("refused", r"failed: NCCL error in: x.cpp:1, [\w ]+: Cuda failure 2 'out of memory'"),
     ],
 )
 def test_every_rank_learns_which_rank_failed_and_where(
@@ -39,3 +46,28 @@ def test_every_rank_learns_which_rank_failed_and_where(
     results = run(f"tests.parallel.exchanges:{fault}", tmp_path, [3])[3]
     for text in results[:2]:
         assert re.match(f"RankFailed: rank 2 {what}; it was at draft 7, step 3", text)
+
+
+@pytest.mark.slow
+def test_a_rank_may_check_its_files_while_the_others_wait_with_the_next_command(
+    tmp_path: Path,
+) -> None:
+    """Seen: one that had half of the command blamed one that had nothing of it yet."""
+    assert run("tests.parallel.exchanges:busy", tmp_path, [4])[4] == ["end"] * 4
+
+
+def test_connections_are_made_within_the_deadline_of_the_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those between GPUs are made late, through the store."""
+    limits: list[timedelta] = []
+
+    def ranks(store: Store, *arguments: object) -> SimpleNamespace:
+        limits.append(store.timeout)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(rank_meeting, "Ranks", ranks)
+    monkeypatch.setattr(RankWatch, "start", lambda watch: None)
+    place = Place(0, 1, 0, "127.0.0.1", 0, hosting=True)
+    with rank_meeting.joined(place, lambda: (torch.device("cpu"), {}), deadline=7):
+        assert limits == [timedelta(seconds=7)]

@@ -20,7 +20,7 @@ from pw_runtime.planning.planner import GIB, fits, make_plan
 from pw_runtime.planning.report import division_report, plan_report
 from pw_runtime.planning.stage_times import seconds_by_stage
 from pw_runtime.planning.time_estimate import KNOWN
-from pw_runtime.planning.workload import Workload, workload
+from pw_runtime.planning.workload import Workload, request_workload, workload
 from pw_runtime.presets import PRESETS, check_preset
 from pw_runtime.sizes import sized
 from pw_runtime.stages.codecs import RECIPES, pixel_format_for
@@ -31,6 +31,8 @@ from pw_runtime.types import (
     Compat,
     DecodePlan,
     Precision,
+    Prompt,
+    Request,
     RunOptions,
     RunPlan,
     StageName,
@@ -52,6 +54,16 @@ def work_for(
 def plan_for(preset: str, gpu: float, host: float = 64) -> RunPlan:
     budget = Budget(host=int(host * GIB), device=int(gpu * GIB))
     return make_plan(candidates(work_for(preset), gpu=True), budget)
+
+
+def test_frames_that_stay_in_memory_are_planned_in_place_of_an_encoder() -> None:
+    request = Request(prompts=(Prompt("a fox"),) * 10, preset=PRESETS["2k"], out=Path())
+    for in_memory in (False, True):
+        work = request_workload(NETWORKS, replace(request, in_memory=in_memory))
+        _, (items,) = next(iter(decode_choices(work, gpu=True)))
+        held = {item.name: item.bytes for item in items if item.kind == "process"}
+        assert ("h264 encoder (estimate)" in held) is not in_memory
+        assert held.get("frames", 0) == in_memory * 10 * 121 * 2560 * 1440 * 3
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,11 @@ def test_streams_end_when_the_server_does(tmp_path: Path) -> None:
         assert served.process.wait(PATIENCE) == 143
 
 
+def test_a_page_may_ask_for_events_where_there_are_none(shared: Served) -> None:
+    with shared.http.stream("GET", "/v1/events?pings=true") as answer:
+        assert next(events(answer)) == ("ping", {})
+
+
 def test_clients_that_go_away_or_never_read_harm_nobody(tmp_path: Path) -> None:
     with serving(tmp_path / "root") as served:
         address = urlsplit(served.url)

@@ -44,6 +44,15 @@ def test_every_change_is_read_at_once(store: Store) -> None:
     assert store.being_removed() == []
 
 
+def test_the_place_of_a_removed_job_is_remembered(store: Store) -> None:
+    jobs = [add(store, number) for number in range(3)]
+    store.remove(jobs[1].id)
+    store.forget(jobs[1].id)
+    assert store.place(jobs[1].id) == jobs[1].seq
+    assert store.place(jobs[2].id) == jobs[2].seq
+    assert store.place("video_" + "f" * 32) is None
+
+
 def test_threads_that_claim_get_a_job_each(store: Store) -> None:
     for number in range(20):
         add(store, number)

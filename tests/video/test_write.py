@@ -20,7 +20,7 @@ from av.codec.codec import UnknownCodecError
 from pw_kernels import pack_yuv
 from pw_runtime.errors import BadRequest, WriteFailed
 from pw_runtime.stages import write
-from pw_runtime.stages.codecs import check_codec, pixel_format_for, suffix
+from pw_runtime.stages.codecs import check_codec, check_limits, pixel_format_for, suffix
 from pw_runtime.stages.write import VideoFile, write_video
 from pw_runtime.types import Codec, Compat, FrameChunk, PixelFormat
 from tests.oracle import vae as oracle
@@ -293,6 +293,23 @@ def test_missing_encoder_is_reported_before_anything_is_computed(
         check_codec("hevc", frames=FRAMES)
     with pytest.raises(BadRequest, match="libx265"):
         save(tmp_path / "a", "hevc", never())
+
+
+@pytest.mark.parametrize(
+    ("codec", "limit", "words"),
+    [
+        ("av1", {"width": 64, "height": 64, "fps": 240}, "takes no video of this rate"),
+        ("av1", {"width": 64, "height": 8704, "fps": 24}, "takes no frames of this size"),
+        ("h264", {"width": 16384, "height": 32, "fps": 24}, "takes no frames of this size"),
+    ],
+)
+def test_what_an_encoder_refuses_is_refused_before_anything_is_computed(
+    codec: Codec, limit: dict[str, int], words: str
+) -> None:
+    check_limits(codec, **limit)
+    name = "fps" if "rate" in words else max(("width", "height"), key=lambda side: limit[side])
+    with pytest.raises(BadRequest, match=words):
+        check_limits(codec, **(limit | {name: limit[name] + 1}))
 
 
 def test_a_file_that_lost_frames_is_not_delivered(

@@ -42,7 +42,8 @@ export function createVideo(fields, key) {
 
 export const cancelVideo = (id) => ask(address(id, "/cancel"), { method: "POST" });
 export const deleteVideo = (id) => ask(address(id), { method: "DELETE" });
-export const readReceipt = (id) => ask(address(id, "/receipt"));
+/** Return a receipt's text: JavaScript would round its large numbers. */
+export const readReceipt = (id) => ask(address(id, "/receipt"), { read: (answer) => answer.text() });
 export const listPresets = async () => (await ask("v1/presets")).data;
 export const listModels = async () => (await ask("v1/models")).data;
 export const openSession = (token) => ask("v1/session", { method: "POST", body: { token } });
@@ -65,8 +66,8 @@ export function newKey() {
   ).join("");
 }
 
-/** Ask for JSON. Throws Refused with the server's words, or Unreachable. */
-async function ask(path, { method = "GET", body, headers = {} } = {}) {
+/** Ask for JSON, or what `read` makes of a good answer. Throws Refused with the server's words, or Unreachable. */
+async function ask(path, { method = "GET", body, headers = {}, read } = {}) {
   const patience = method === "GET" ? 10_000 : 45_000; // a running job ends at its next block
   let answer;
   try {
@@ -82,7 +83,7 @@ async function ask(path, { method = "GET", body, headers = {} } = {}) {
   }
   let content;
   try {
-    content = await answer.json();
+    content = await (answer.ok && read ? read(answer) : answer.json());
   } catch {
     content = null; // of a proxy in between, not of our server
   }

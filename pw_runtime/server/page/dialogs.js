@@ -18,10 +18,10 @@ export function confirmed({ title, text, yes }) {
   });
 }
 
-/** Show a receipt. */
+/** Show a receipt, which is text. */
 export function showReceipt(receipt, address, name) {
   const dialog = document.getElementById("receipt");
-  setText(dialog.querySelector("pre"), JSON.stringify(receipt, null, 2));
+  setText(dialog.querySelector("pre"), receipt);
   const link = dialog.querySelector("a");
   link.href = address;
   link.download = name;

@@ -9,6 +9,8 @@ const RESYNC = 30_000; // between listings beside events: a connection may have 
 const HIDDEN = 10_000; // between listings of a tab that nobody sees
 const RETRIES = [500, 1_000, 2_000, 4_000, 8_000]; // after a loss, the last one for ever
 
+const FIRST = 5_000; // for the first event of a stream: the server sends one at once
+const SILENT = 40_000; // without any event: the server sends one every 15 seconds
 const HOPELESS = 3; // event streams that fail in a row, while listings work, before one says so
 
 /**
@@ -19,6 +21,8 @@ const HOPELESS = 3; // event streams that fail in a row, while listings work, be
 export class Live {
   #callbacks;
   #source = null;
+  #heard = false; // an event of this source
+  #silence = 0; // timer: after it, something holds the events back
   #timer = 0;
   #round = 0; // of the newest listing: answers of earlier ones are dropped
   #fresh = new Set();
@@ -63,9 +67,9 @@ export class Live {
     this.#failedListings = 0;
     this.#callbacks.all(videos, fresh);
     this.#callbacks.state(this.#failedEvents < HOPELESS ? "live" : "polling");
-    const open = this.#source?.readyState === EventSource.OPEN;
-    const wait = this.#failedEvents < HOPELESS ? pause(this.#failedEvents) : POLL;
-    this.#later(document.hidden ? HIDDEN : open ? RESYNC : wait);
+    const soon = !this.#source && this.#failedEvents < HOPELESS;
+    const wait = soon ? pause(this.#failedEvents) : POLL;
+    this.#later(document.hidden ? HIDDEN : this.#heard ? RESYNC : wait);
   }
 
   #lose(error) {
@@ -79,37 +83,54 @@ export class Live {
   }
 
   #unlisten() {
+    clearTimeout(this.#silence);
     this.#source?.close();
     this.#source = null;
+    this.#heard = false;
+  }
+
+  #fail(source) {
+    source.close(); // the browser's own retries say nothing about why
+    if (source !== this.#source) return;
+    this.#unlisten();
+    this.#listenAgain = performance.now() + pause(this.#failedEvents++);
+    this.refresh();
+  }
+
+  #hear(source) {
+    if (source !== this.#source) return;
+    this.#expect(source, SILENT);
+    if (this.#heard) return;
+    this.#heard = true;
+    this.#failedEvents = 0;
+    this.refresh(); // what changed between the last listing and now
+  }
+
+  #expect(source, wait) {
+    clearTimeout(this.#silence);
+    this.#silence = setTimeout(() => this.#fail(source), wait);
   }
 
   /** A browser has six connections to a server, for all tabs: one that nobody sees takes none. */
   #listen() {
     if (this.#source || document.hidden || performance.now() < this.#listenAgain) return;
-    const source = new EventSource("v1/events");
+    const source = new EventSource("v1/events?pings=true");
     this.#source = source;
+    this.#expect(source, FIRST);
+    source.addEventListener("ping", () => this.#hear(source));
     source.addEventListener("video", (event) => {
+      this.#hear(source);
       const video = JSON.parse(event.data);
       this.#fresh.add(video.id);
       this.#callbacks.one(video);
     });
     source.addEventListener("deleted", (event) => {
+      this.#hear(source);
       const { id } = JSON.parse(event.data);
       this.#fresh.add(id);
       this.#callbacks.gone(id);
     });
-    source.addEventListener("open", () => {
-      if (source !== this.#source) return;
-      this.#failedEvents = 0;
-      this.refresh(); // what changed between the last listing and now
-    });
-    source.addEventListener("error", () => {
-      source.close(); // the browser's own retries say nothing about why
-      if (source !== this.#source) return;
-      this.#source = null;
-      this.#listenAgain = performance.now() + pause(this.#failedEvents++);
-      this.refresh();
-    });
+    source.addEventListener("error", () => this.#fail(source));
   }
 }
 

@@ -31,6 +31,7 @@ function runningWords(video) {
 /** Return a stage change as a screen reader should say it; no steps, no percents. */
 export function spokenChange(before, after) {
   if (after.status === "failed") {
+    if (before.status === "failed") return "";
     return cancelled(after) ? "cancelled" : `failed: ${after.error?.message ?? "no reason given"}`;
   }
   if (after.status !== before.status && after.status !== "in_progress") return stageWords(after);

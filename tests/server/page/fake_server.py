@@ -99,6 +99,7 @@ class FakeServer:
         self.token = token
         self.presets = presets
         self.events = True
+        self.held_back = False  # streams open, and nothing comes
         self.trouble: str | None = None
         self.refusal: tuple[int, dict[str, Any]] | None = None  # of the next submission
         self.files = {"video": clip(224, 128), "draft": clip(), "thumbnail": thumbnail()}
@@ -302,8 +303,10 @@ class FakeServer:
             return {"id": video_id, "object": "video.deleted", "deleted": True}
 
         @app.get("/v1/videos/{video_id}/receipt")
-        async def receipt(video_id: str) -> dict[str, Any]:
-            return {"prompt": self._known(video_id)["prompt"], "version": "<b>0.1</b>"}
+        async def receipt(video_id: str) -> Response:
+            made = {"prompt": self._known(video_id)["prompt"], "version": "<b>0.1</b>"}
+            content = json.dumps(made | {"seed": 2**60 + 1}, indent=2)
+            return Response(content, media_type="application/json")
 
         @app.get("/v1/videos/{video_id}/content")
         async def content(request: Request, video_id: str, variant: str = "video") -> Response:
@@ -338,8 +341,10 @@ class FakeServer:
 
     async def _events(self) -> AsyncIterator[bytes]:
         told, gone = dict(self.versions), len(self.deleted)
+        if not self.held_back:
+            yield format_sse_event(event="ping", data_str="{}")
         while not self._stopping:
-            for video_id, version in list(self.versions.items()):
+            for video_id, version in list(self.versions.items()) * (not self.held_back):
                 if told.get(video_id) != version and video_id in self.videos:
                     told[video_id] = version
                     yield format_sse_event(

@@ -62,6 +62,15 @@ def test_without_events_the_page_polls(page: Page, server: FakeServer) -> None:
     expect(card(page, FOX)).to_be_visible()
 
 
+@pytest.mark.slow
+def test_where_events_are_held_back_the_page_polls(page: Page, server: FakeServer) -> None:
+    server.held_back = True
+    page.reload()
+    expect(page.get_by_text("No live updates here")).to_be_visible(timeout=30_000)
+    server.make(FOX)
+    expect(card(page, FOX)).to_be_visible()
+
+
 def test_a_tab_that_nobody_sees_holds_no_connection(page: Page, server: FakeServer) -> None:
     hide = """(hidden) => {
       Object.defineProperty(document, "hidden", { value: hidden, configurable: true });

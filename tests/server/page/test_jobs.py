@@ -167,6 +167,18 @@ def test_a_job_that_another_page_deletes_goes(page: Page, server: FakeServer) ->
     expect(card(page, FOX)).to_have_count(0)
 
 
+def test_an_old_failure_is_not_said_again(page: Page, server: FakeServer) -> None:
+    failed, video = server.make("A grey cat sits."), server.make(FOX)
+    server.fail(failed, "bad_result", "out of memory")
+    expect(page.locator("#announcer")).to_contain_text("out of memory")
+    server.advance(video, "draft", 1, 50, 1)
+    expect(page.locator("#announcer")).to_have_text(f"{FOX}: Draft")
+    with page.expect_response("**/v1/videos?*"):
+        page.evaluate("dispatchEvent(new Event('online'))")
+    server.change(video, draft_ready=True)
+    expect(page.locator("#announcer")).to_have_text(f"{FOX}: draft ready")
+
+
 def test_a_clip_and_its_receipt_can_be_saved(page: Page, server: FakeServer) -> None:
     server.finish(server.make(FOX))
     with page.expect_download() as download:
@@ -175,6 +187,7 @@ def test_a_clip_and_its_receipt_can_be_saved(page: Page, server: FakeServer) -> 
     card(page, FOX).get_by_role("button", name="Receipt").click()
     receipt = page.get_by_role("dialog", name="Receipt")
     expect(receipt).to_contain_text('"version": "<b>0.1</b>"')
+    expect(receipt).to_contain_text(f'"seed": {2**60 + 1}')
     expect(receipt.get_by_role("link", name="Save")).to_have_attribute(
         "href", re.compile("/receipt$")
     )
