@@ -44,7 +44,7 @@ from pw_runtime.models import WanDiT
 from pw_runtime.types import PATCH
 
 HIGHRES = replace(DIT, has_dt=True, adapter_dim=48, control_blocks=(1,))
-SCENES = {WIDE: 2_400, SQUARE: 400, TALL: 400}
+SCENES = {WIDE: 12_000, SQUARE: 1_000, TALL: 1_000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,13 @@ class Batch:
 
 USUAL, HD = Batch(12, WIDE, HIGHRES_SIZES[WIDE]), Batch(3, WIDE, HD_SIZE)
 SQUARES, TALLS = (Batch(12, aspect, HIGHRES_SIZES[aspect]) for aspect in (SQUARE, TALL))
-BATCHES = (USUAL, HD, USUAL, SQUARES, USUAL, HD, USUAL, TALLS)  # of eight steps
+BATCHES = (HD, USUAL, HD, USUAL, HD, SQUARES, HD, USUAL, HD, USUAL, HD, TALLS)  # in turn
 JUMPS = 0.25  # share of clips that train long steps
 ASTRAY = 0.3  # share of drafts that show another shape, so that the text decides the shape
 SHIFT = 5.0  # few steps of the sampler are at low noise
 SMALLEST = 2.0  # dt of all other clips, in thousandths
 BLUR = 0.8  # maximum noise that the draft network removes from a latent before it conditions
-RECIPE = Recipe(steps=3600, matrix_lr=0.002, other_lr=6e-4, decay=1.0, seed=7)
+RECIPE = Recipe(steps=5600, matrix_lr=0.002, other_lr=6e-4, decay=1.0, seed=8)
 
 
 @dataclass(frozen=True, slots=True)

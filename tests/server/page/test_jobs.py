@@ -169,6 +169,7 @@ def test_a_job_that_another_page_deletes_goes(page: Page, server: FakeServer) ->
 
 def test_an_old_failure_is_not_said_again(page: Page, server: FakeServer) -> None:
     failed, video = server.make("A grey cat sits."), server.make(FOX)
+    expect(card(page, "A grey cat sits.")).to_be_visible()
     server.fail(failed, "bad_result", "out of memory")
     expect(page.locator("#announcer")).to_contain_text("out of memory")
     server.advance(video, "draft", 1, 50, 1)
