@@ -30,7 +30,7 @@ def implementations(options: RunOptions) -> dict[str, Implementation]:
     chosen: dict[str, Implementation] = {"attention": attention}
     if attention in ("triton", "gluon"):  # ours has a sparse kernel
         chosen["sparse_attention"] = "triton"
-    elif options.compute_precision != "bf16":  # which its kernel takes
+    elif options.kernels == "triton" and options.compute_precision != "bf16":  # which ours takes
         chosen["sparse_attention"] = "reference"
     if options.conv == "winograd":
         chosen |= dict.fromkeys(CPU_OPERATIONS, "cpu")
