@@ -83,14 +83,14 @@ def busy(ranks: Ranks) -> object:
 
     Commands go from rank 0 to ranks 1 and 2, and from rank 1 to rank 3.
     """
-    with patch.object(rank_watch, "SILENCE", 3.0), patch.object(rank_watch, "BEAT", 0.25):
+    with patch.object(rank_watch, "SILENCE", 6.0), patch.object(rank_watch, "BEAT", 0.25):
         if ranks.rank == 0:
             ranks.command("verify")
             ranks.command("end")
             return "end"
         ranks.next_command()
         watch, beats = ranks._watch, 0
-        while ranks.rank == 1 and not ranks.failed and beats < 18:
+        while ranks.rank == 1 and not ranks.failed and beats < 34:
             watch._closed.wait(0.05)
             beats = watch._last.get(0, {"number": 0})["number"]
         return ranks.next_command()["name"]
