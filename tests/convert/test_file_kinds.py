@@ -261,6 +261,7 @@ def test_lora_or_network_of_another_family_is_named(
     message = refusal(checkpoint, tmp_path, file)
     assert f"got: {what}" in message
     assert "is not a transformer" in message
+    assert ("this file to --lora" in message) == ("LoRA" in what)
 
 
 @pytest.mark.parametrize(

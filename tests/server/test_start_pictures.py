@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import sqlite3
@@ -15,11 +16,25 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
+from pw_runtime.errors import WriteFailed
+from pw_runtime.server import files
 from pw_runtime.server.store import Store
 from tests.server.servers import Served, serving
 from tests.server.test_limits import new_job
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+
+
+def test_a_full_disk_is_told_where_the_folder_of_a_job_is_made_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "jobs").mkdir()
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(WriteFailed, match="No space left"):
+        files.keep_picture(tmp_path, [new_job(1).id], png())
 
 
 def png(colour: str = "red") -> bytes:
