@@ -120,6 +120,8 @@ class _Server(uvicorn.Server):
         for name, fit in fits.items():
             if not fit.fits:
                 self._say(f"preset {name} does not fit: {fit.reason}")
+        if unknown := [name for name in self._settings.presets if name not in fits]:
+            self._say(f"not known until every device is ready: {', '.join(unknown)}")
         able = ", ".join(name for name, fit in fits.items() if fit.fits) or "none"
         self._say(f"ready for jobs: {able}")
 

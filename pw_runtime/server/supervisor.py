@@ -98,13 +98,18 @@ class Supervisor:
 
     @property
     def fits(self) -> dict[str, Fit]:
-        """The planner's word on every preset; a preset fits where a worker can make it."""
+        """The planner's word on every preset; a preset fits where a worker can make it.
+
+        While a worker starts, a preset that fits none of the others has no word yet.
+        """
         found: dict[str, Fit] = {}
         for worker in self.workers:
             for name, fit in worker.fits.items():
                 known = found.get(name)
                 if known is None or fit.fits or (fit.draft_fits and not known.fits):
                     found[name] = fit
+        if any(worker.starting for worker in self.workers):
+            return {name: fit for name, fit in found.items() if fit.fits}
         return found
 
     @property
@@ -220,7 +225,7 @@ class Supervisor:
         """
         mine = {name for name, fit in worker.fits.items() if not fits(fit)}
         others = [other for other in self.workers if other is not worker]
-        if any(other.ready is None and other.refusal is None for other in others):
+        if any(other.starting for other in others):
             return mine
         return {
             name

@@ -88,6 +88,11 @@ class WorkerProcess:
         return self._process.pid if self._process is not None else None
 
     @property
+    def starting(self) -> bool:
+        """Whether it has yet to say which presets fit, or that it cannot work."""
+        return self.ready is None and self.refusal is None
+
+    @property
     def fits(self) -> dict[str, Fit]:
         """The planner's word on every preset."""
         return dict(self.ready.presets) if self.ready is not None else {}

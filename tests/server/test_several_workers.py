@@ -68,8 +68,16 @@ def test_what_fits_no_worker_is_left_to_none(
 def test_a_preset_fits_as_far_as_it_fits_any_worker(tmp_path: Path) -> None:
     for fits in ((NEITHER, DRAFT), (DRAFT, NEITHER)):
         assert supervisor(tmp_path, *fits).fits["nano"] == DRAFT
-    for fits in ((WHOLE, DRAFT), (NEITHER, WHOLE)):
+    for fits in ((WHOLE, DRAFT), (NEITHER, WHOLE), (WHOLE, None)):
         assert supervisor(tmp_path, *fits).fits["nano"] == WHOLE
+
+
+@pytest.mark.parametrize("mine", [DRAFT, NEITHER])
+def test_what_may_fit_a_worker_that_starts_is_not_refused(mine: Fit, tmp_path: Path) -> None:
+    made = supervisor(tmp_path, mine, None)
+    assert "nano" not in made.fits
+    made.workers[1].refusal = "it has no GPU"
+    assert made.fits["nano"] == mine
 
 
 def test_the_job_of_a_worker_that_died_is_offered_to_one_that_waits(

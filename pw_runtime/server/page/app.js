@@ -83,7 +83,10 @@ async function watchWorkers() {
     const trouble = await readTrouble();
     setText(document.getElementById("trouble"), trouble && `Clips wait: ${trouble}`);
     if (trouble) watch = setTimeout(watchWorkers, TROUBLE);
-    else if (presets.some(({ fits }) => fits === null)) greet();
+    else if (presets.some(({ fits }) => fits === null)) {
+      greet();
+      watch = setTimeout(watchWorkers, TROUBLE); // another device may still be starting
+    }
   } catch {
     // the listing says that the server is away
   }
@@ -95,11 +98,13 @@ async function greet() {
   try {
     const [models, found] = await Promise.all([listModels(), listPresets()]);
     setText(document.getElementById("model"), models.map(({ id }) => id).join(", "));
+    if (JSON.stringify(found) === JSON.stringify(presets)) return; // leave the focus where it is
     presets = found;
     form.presets(found);
     queue.refresh();
   } catch (error) {
     knowsServer = false;
+    presets = [];
     form.noPresets(error.message);
   }
 }

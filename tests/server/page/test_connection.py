@@ -190,7 +190,13 @@ def test_a_worker_that_starts_is_told_and_then_which_presets_fit(
     choice = blank.get_by_role("radio", name="4k-5step")
     expect(blank.get_by_text("Clips wait: the model is being loaded")).to_be_visible()
     expect(choice).to_be_enabled()
-    server.presets, server.trouble = known, None
+    server.trouble = None  # of the first of several devices
+    blank.clock.fast_forward(2500)
+    expect(blank.get_by_text("Clips wait")).to_be_hidden()
+    expect(choice).to_be_enabled()
+    choice.focus()
+    blank.clock.fast_forward(2500)
+    expect(choice).to_be_focused()
+    server.presets = known
     blank.clock.fast_forward(2500)
     expect(choice).to_be_disabled()
-    expect(blank.get_by_text("Clips wait")).to_be_hidden()
