@@ -81,6 +81,7 @@ class Scene:
     hills: float  # phase of the horizon
     aspect: float = WIDE
     other: Scene | None = None
+    stretch: float = 1.0  # width of the shape in units of its height; of equal area
 
     @property
     def width(self) -> float:
@@ -243,6 +244,9 @@ def _painted(
 ) -> Tensor:
     """Paint the shape of a scene over a picture, [3, F, rows, columns]."""
     offset = x - (scene.x + scene.dx * (time - 0.5)), y - (scene.y + scene.dy * (time - 0.5))
+    if scene.stretch != 1.0:
+        wider = math.sqrt(scene.stretch)
+        offset = offset[0] / wider, offset[1] * wider
     cover = (0.5 - outside(scene.shape, *offset, scene.radius) * pixels).clamp(0, 1)
     light = 1.0 - 0.12 * (offset[1] / scene.radius).clamp(-1, 1)
     paint = picture.new_tensor(COLOURS[scene.colour]).view(3, 1, 1, 1) * light

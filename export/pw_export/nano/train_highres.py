@@ -10,6 +10,7 @@ for short ones.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from pw_export.nano.data import (
     tokens,
     training_scenes,
 )
+from pw_export.nano.mistakes import mistaken
 from pw_export.nano.pca import Pca
 from pw_export.nano.scenes import SHAPES, SQUARE, TALL, WIDE, Scene
 from pw_export.nano.train_draft import DIT, TEXT_ENCODER, TextToLatent, initial_dit
@@ -60,11 +62,13 @@ USUAL, HD = Batch(12, WIDE, HIGHRES_SIZES[WIDE]), Batch(3, WIDE, HD_SIZE)
 SQUARES, TALLS = (Batch(12, aspect, HIGHRES_SIZES[aspect]) for aspect in (SQUARE, TALL))
 BATCHES = (HD, USUAL, HD, USUAL, HD, SQUARES, HD, USUAL, HD, USUAL, HD, TALLS)  # in turn
 JUMPS = 0.25  # share of clips that train long steps
-ASTRAY = 0.3  # share of drafts that show another shape, so that the text decides the shape
+ASTRAY = 0.2  # share of drafts that show any shape, so that the text decides the shape
+MISTAKEN = 0.3  # share of drafts with one of the other mistakes
+MISTAKES = 2  # kept of each scene
 SHIFT = 5.0  # few steps of the sampler are at low noise
 SMALLEST = 2.0  # dt of all other clips, in thousandths
 BLUR = 0.8  # maximum noise that the draft network removes from a latent before it conditions
-RECIPE = Recipe(steps=5600, matrix_lr=0.002, other_lr=6e-4, decay=1.0, seed=8)
+RECIPE = Recipe(steps=4200, matrix_lr=0.002, other_lr=6e-4, decay=1.0, seed=9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +120,14 @@ def on_token_grid(drafts: Tensor, size: Size) -> Tensor:
     return frames.unflatten(0, (len(drafts), -1)).transpose(1, 2)
 
 
-def draft_shapes(scenes: list[Scene], generator: torch.Generator) -> Tensor:
-    """Draw the shapes that drafts show, [B] indices into SHAPES: mostly those of the scenes."""
-    own = torch.tensor([SHAPES.index(scene.shape) for scene in scenes])
-    drawn = torch.randint(len(SHAPES), own.shape, generator=generator)
-    return torch.where(torch.rand(own.shape, generator=generator) < ASTRAY, drawn, own)
+def draft_kinds(scenes: list[Scene], generator: torch.Generator) -> Tensor:
+    """Draw which draft of `_drafts` conditions each clip, [B]: mostly those of the scenes."""
+    shown = torch.tensor([SHAPES.index(scene.shape) for scene in scenes])
+    chance = torch.rand(shown.shape, generator=generator)
+    shape = torch.randint(len(SHAPES), shown.shape, generator=generator)
+    mistake = torch.randint(MISTAKES, shown.shape, generator=generator) + len(SHAPES)
+    shown = torch.where(chance < ASTRAY + MISTAKEN, shape, shown)
+    return torch.where(chance < MISTAKEN, mistake, shown)
 
 
 def train_highres(
@@ -141,7 +148,7 @@ def train_highres(
     """
     pca = open_pca(work)
     scenes = {aspect: training_scenes(count, aspect) for aspect, count in SCENES.items()}
-    lows = {aspect: _in_all_shapes(work, pca, aspect, clips) for aspect, clips in scenes.items()}
+    lows = {aspect: _drafts(work, pca, aspect, clips) for aspect, clips in scenes.items()}
     weights = {aspect: odds(clips) for aspect, clips in scenes.items()}
     highs = {b.size: open_latents(work, pca, b.size, scenes[b.aspect]) for b in BATCHES}
     teacher = Teacher(TextToLatent(DIT, TEXT_ENCODER).to(device), make_tokenizer(), device)
@@ -157,7 +164,7 @@ def train_highres(
         indices = draw_indices(weights[batch.aspect], batch.count, generator)
         clips = [scenes[batch.aspect][int(i)] for i in indices]
         texts = teacher.texts(clips, generator)
-        low = lows[batch.aspect][indices, draft_shapes(clips, generator)].to(device, torch.float32)
+        low = lows[batch.aspect][indices, draft_kinds(clips, generator)].to(device, torch.float32)
         drafts = on_token_grid(teacher.drafts(low, texts, generator), batch.size)
         clean = highs[batch.size][indices].to(device, torch.float32)
         return shortcut_loss(net, clean, texts, drafts, generator)
@@ -165,11 +172,20 @@ def train_highres(
     return train(work, "highres", net, loss, recipe)
 
 
-def _in_all_shapes(work: Path, pca: Pca, aspect: float, scenes: list[Scene]) -> Tensor:
-    """Load drafts of scenes in which the (first) shape is each of SHAPES, [N, 3, C, T, h, w]."""
+def _drafts(work: Path, pca: Pca, aspect: float, scenes: list[Scene]) -> Tensor:
+    """Load drafts of scenes: the (first) shape as each of SHAPES, then MISTAKES others.
+
+    Returns:
+        [N, 3 + MISTAKES, C, T, h, w] fp16.
+    """
+    size = DRAFT_SIZES[aspect]
     clips = [replace(scene, shape=shape) for scene in scenes for shape in SHAPES]
-    latents = open_latents(work, pca, DRAFT_SIZES[aspect], clips, "drafts")
-    return latents.unflatten(0, (len(scenes), len(SHAPES)))
+    shapes = open_latents(work, pca, size, clips, "drafts")
+    draw = random.Random(len(scenes))
+    clips = [mistaken(scene, draw) for scene in scenes for _ in range(MISTAKES)]
+    mistakes = open_latents(work, pca, size, clips, "mistakes")
+    kinds = [latents.unflatten(0, (len(scenes), -1)) for latents in (shapes, mistakes)]
+    return torch.cat(kinds, dim=1)
 
 
 def shortcut_loss(
