@@ -415,6 +415,7 @@ class Request:
     gpu_memory: int | None = None  # maximum bytes; None: what is free
     host_memory: int | None = None
     in_memory: bool = False  # frames are kept in memory to the end, and not encoded
+    partial: bool = False  # some prompts of a list, which options may concern elsewhere
 
     def __post_init__(self) -> None:
         """Take paths that are given as text."""

@@ -80,7 +80,10 @@ def known_alpha(metadata: Mapping[str, str], config: str | None) -> MetadataAlph
 
 
 def _alpha(text: str, where: str) -> MetadataAlpha | None:
-    content = parse_json(text)
+    try:
+        content = parse_json(text)
+    except UnreadableInput as error:
+        raise UnreadableInput(f"{where} is {error}") from error
     if not isinstance(content, dict):
         raise UnreadableInput(f"{where} is no JSON object")
     found = {name.removeprefix(_PREFIX): value for name, value in content.items()}

@@ -72,14 +72,19 @@ class Load:
         }
 
     @classmethod
-    def IS_CHANGED(cls, model: str, preset_file: str = "", **_: object) -> str:  # noqa: N802
-        """Return another value when a named file has changed: ComfyUI then opens them again."""
+    def IS_CHANGED(  # noqa: N802
+        cls, model: str | None = None, preset_file: str | None = None, **_: object
+    ) -> str:
+        """Return another value when a named file has changed: ComfyUI then opens them again.
+
+        Names that come from other nodes are not known yet: they are None, or not given.
+        """
         from pw_runtime.checkpoint.manifest import MANIFEST
 
         digest = hashlib.sha256()
-        for file in (Path(model.strip()) / MANIFEST, Path(preset_file.strip())):
+        for name, inside in ((model, MANIFEST), (preset_file, "")):
             with suppress(OSError):  # why silent: `load` says what it cannot read
-                digest.update(file.read_bytes())
+                digest.update(b"" if name is None else Path(name.strip(), inside).read_bytes())
         return digest.hexdigest()
 
     def load(

@@ -275,7 +275,7 @@ class Fleet:
         Raises WorkerLost, WriteFailed; BadRequest where the worker cannot make what others can.
         """
         while batch := self._work.take(name):
-            folder = handle.call("start", replace(request, prompts=batch))
+            folder = handle.call("start", replace(request, prompts=batch, partial=True))
             self._folders[name] = Path(folder)
             before = self._clips[name]
             self._follow(name, handle)

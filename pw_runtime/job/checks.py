@@ -82,7 +82,9 @@ def check_content(request: Request) -> None:
         )
     _check_names(request)
     require_usable_sources(request)
-    draft = computed_draft(request.preset.draft, request.prompts, options.draft_strength)
+    draft = request.preset.draft
+    if not request.partial:
+        draft = computed_draft(draft, request.prompts, options.draft_strength)
     require_cacheable(draft, options.step_cache)
     require_reusable(request.stages.get("highres"), options.guidance_reuse)
     quirks = [name for name, on in asdict(request.preset.compat).items() if on]

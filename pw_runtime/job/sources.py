@@ -93,7 +93,8 @@ def require_usable_sources(request: Request) -> None:
             )
     if any(prompt.image for prompt in prompts):
         _require_frames_after_a_picture(request)
-    if options.image_highres and not any(prompt.image for prompt in prompts):
+    unused = not request.partial  # an option that concerns none of the prompts
+    if options.image_highres and unused and not any(prompt.image for prompt in prompts):
         raise BadRequest(
             "--image-highres fixes the first frame, and no clip starts from a picture",
             do="add --image, or leave --image-highres out",
@@ -106,7 +107,7 @@ def require_usable_sources(request: Request) -> None:
     strength, draft = options.draft_strength, request.preset.draft
     if not 0 <= strength <= 1:
         raise BadRequest("--draft-strength is a noise level", got=strength, wanted="0 to 1")
-    if strength and not any(prompt.draft_video for prompt in prompts):
+    if strength and unused and not any(prompt.draft_video for prompt in prompts):
         raise BadRequest(
             "--draft-strength is about a draft that begins with a video, and no clip has one",
             got=strength,

@@ -109,6 +109,13 @@ def test_a_changed_preset_or_bundle_is_opened_again(nodes: dict[str, type], tmp_
     assert state() == states[-1]
 
 
+def test_a_model_that_another_node_names_stays_open(nodes: dict[str, type]) -> None:
+    """ComfyUI asks before it knows what that node gives."""
+    load: Any = nodes["Load"]
+    asked: list[dict[str, None]] = [{}, {"model": None}, {"model": None, "preset_file": None}]
+    assert len({load.IS_CHANGED(preset="2k", **names) for names in asked}) == 1
+
+
 def test_models_of_comfyui_leave_the_gpu_before_a_node_plans(comfy: Comfy) -> None:
     for device, calls in (("cpu", []), ("cuda", ["unload_all_models", "soft_empty_cache"])):
         comfy.memory_calls.clear()

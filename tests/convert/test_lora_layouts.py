@@ -146,6 +146,9 @@ def test_alpha_can_be_in_the_config_that_peft_writes_beside_its_file(
     config.write_text(json.dumps({"lora_alpha": 12, "use_dora": True}))
     with pytest.raises(BadWeights, match=r"DoRA, by adapter_config\.json"):
         with_lora(bundle_dir, file)
+    config.write_text("{")
+    with pytest.raises(BadWeights, match=r"adapter_config\.json is not JSON"):
+        with_lora(bundle_dir, file)
     other = write_lora(
         tmp_path / "comfy.safetensors",
         without_alpha("ComfyUI", random_pairs(open_bundle(bundle_dir))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from pw_runtime import Prompt, Reporter, Request, RunOptions, find_preset, open_
 from pw_runtime.errors import BadRequest
 from pw_runtime.fleet.layout import Layout, Node
 from pw_runtime.fleet.run import run_fleet
+from pw_runtime.job.checks import check_content
 from pw_runtime.types import Outcome
 from tests.fleet.simulated import Decide, Fate, SimulatedCluster, video_of
+from tests.inputs.videos import shades, write_video
 
 WORKERS = 3
 
@@ -144,6 +147,24 @@ def test_all_workers_get_the_same_memory_and_options(
     found = {(r.host_memory, r.gpu_memory, r.options, r.seed) for r in cluster.requests}
     assert len(found) == 1
     assert next(iter(found))[0] == 2**34 // WORKERS + 2**28
+
+
+def test_batches_are_parts_of_a_list_whose_options_may_concern_other_prompts(
+    run: Run, request_for: Callable[[int], Request], tmp_path: Path
+) -> None:
+    request = request_for(9)
+    options = replace(request.options, draft_strength=0.8)
+    file = tmp_path / "grey.mkv"
+    write_video(file, shades(17))
+    video = replace(request.prompts[0], draft_video=file)
+    cluster = SimulatedCluster()
+    run(replace(request, options=options, prompts=(video, *request.prompts[1:])), cluster)
+    for batch in cluster.requests:
+        check_content(batch)
+    plain = [batch for batch in cluster.requests if video not in batch.prompts]
+    assert plain
+    with pytest.raises(BadRequest, match="no clip has one"):
+        check_content(replace(plain[0], partial=False))
 
 
 def test_a_prompt_that_always_fails_fails_alone_after_two_tries(
