@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pw_export.nano import training
 from pw_export.nano.optimizer import orthogonal
 from pw_export.nano.pca import blocks, fit_pca, pixels
 from pw_export.nano.scenes import draw_scene, render
-from pw_export.nano.training import Recipe, adopt, train
+from pw_export.nano.training import Recipe, adopt, is_complete, train
 
 RECIPE = Recipe(steps=60, matrix_lr=0.2, other_lr=0.05, warmup=5, ema=0.9)
 
@@ -33,29 +34,33 @@ class Line(nn.Module):
         return (self.blocks[0](x) - (x.flip(1) + 0.5)).square().mean()
 
 
-def test_a_training_that_was_stopped_goes_on_as_if_it_was_not(tmp_path: Path) -> None:
+def test_a_training_that_was_stopped_goes_on_as_if_it_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
     line = Line()
     expected = train(whole, "line", line, line.loss, RECIPE)
-    line, seen = Line(), []
+    line = Line()
 
     def stopped(step: int, generator: torch.Generator) -> Tensor:
-        seen.append(step)
-        if step == 45 and len(seen) == 46:
+        monkeypatch.setattr(training, "SAVE_EVERY", 0.0 if step < 30 else 60.0)
+        if step == 45:
             raise KeyboardInterrupt
         return line.loss(step, generator)
 
-    train(parts, "line", line, stopped, replace(RECIPE, steps=30, decay=0.001))
-    state = torch.load(parts / "line.pt", weights_only=True)
-    assert state["step"] == 30
     with pytest.raises(KeyboardInterrupt):
         train(parts, "line", line, stopped, RECIPE)
+    assert torch.load(parts / "line.pt", weights_only=True)["step"] == 30
+    assert not is_complete(parts, "line")
+    with pytest.raises(ValueError, match="60 steps, not of 61"):
+        train(parts, "line", line, line.loss, replace(RECIPE, steps=61))
     line = Line()
     result = train(parts, "line", line, line.loss, RECIPE)
     for name, weight in expected.items():
         assert torch.equal(result[name], weight)
+    assert is_complete(parts, "line")
     log = [json.loads(text) for text in (whole / "line.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [20, 40, 60]
     assert log[-1]["loss"] < 0.2 * log[0]["loss"]

@@ -43,7 +43,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, modules in trained.items():
         if name.endswith("coder"):
             initialise(modules, generator)
-        torch.save({"average": modules.state_dict()}, folder / f"{name}.pt")
+        state = {"step": 20, "steps": 20, "average": modules.state_dict()}
+        torch.save(state, folder / f"{name}.pt")
         (folder / f"{name}.jsonl").write_text('{"step": 20, "loss": 0.5, "seconds": 1.5}\n')
     keep_weights(folder, folder / "kept")
     return folder
@@ -90,6 +91,18 @@ def test_networks_that_were_not_trained_anew_are_written_as_they_were(
     losses = read_losses(tmp_path / "kept")
     assert losses["highres"] == [{"step": 20, "loss": 0.25, "seconds": 2.5}]
     assert losses["draft"] == read_losses(work / "kept")["draft"]
+
+
+def test_a_training_in_progress_is_not_written(work: Path, tmp_path: Path) -> None:
+    state = torch.load(work / "highres.pt", weights_only=True)
+    state["average"] = {name: tensor + 1 for name, tensor in state["average"].items()}
+    torch.save(state | {"step": 19}, tmp_path / "highres.pt")
+    keep_weights(
+        tmp_path, tmp_path / "kept", read_weights(work / "kept"), read_losses(work / "kept")
+    )
+    for name in FILES:
+        written, before = (x / "kept" / f"{name}.safetensors" for x in (tmp_path, work))
+        assert written.read_bytes() == before.read_bytes()
 
 
 def test_a_network_learns_from_others_as_they_are_in_the_weights_to_begin_with(

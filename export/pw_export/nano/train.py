@@ -6,9 +6,9 @@ python -m pw_export.nano.train --work DIR [--begin WEIGHTS] [NETWORK ...]
 Each network trains for the steps of its recipe; a stopped training continues where it was. Without
 names all networks are trained, and the weights are written to DIR/weights. The VAE does not depend
 on the transformers: on two cores, two such programs with one thread each are faster than one with
-two threads. With `--begin`, networks begin with the weights in a folder; what DIR does not train is
-taken from it, as the draft network and the decoder that others learn from, and written as it is.
-The blocks of the transformers are compiled, for which a C++ compiler is needed.
+two threads. With `--begin`, networks begin with the weights in a folder; what DIR has not trained
+to the end is taken from it, as the draft network and the decoder that others learn from, and
+written. The blocks of the transformers are compiled, for which a C++ compiler is needed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pw_export.nano.train_draft import begun_model, train_draft
 from pw_export.nano.train_highres import train_highres
 from pw_export.nano.train_vae import DECODER_PARTS, part, train_decoder, train_encoder
 from pw_export.nano.trainable import compile_blocks
+from pw_export.nano.training import is_complete
 from pw_export.nano.weights import keep_weights, read_losses, read_weights
 
 Train = Callable[[Path, torch.device, NanoTensors | None], object]
@@ -31,24 +32,24 @@ Train = Callable[[Path, torch.device, NanoTensors | None], object]
 TRAIN: dict[str, Train] = {
     "draft": lambda work, device, begin: train_draft(work, device=device, begin=begin),
     "highres": lambda work, device, begin: train_highres(
-        work, _draft(work, begin), device=device, begin=begin
+        work, _draft(work, device, begin), device=device, begin=begin
     ),
     "decoder": lambda work, device, begin: train_decoder(work, device=device, begin=begin),
     "encoder": lambda work, device, begin: train_encoder(
-        work, _decoder(work, begin), device=device, begin=begin
+        work, _decoder(work, device, begin), device=device, begin=begin
     ),
 }
 
 
-def _draft(work: Path, begin: NanoTensors | None) -> Tensors:
-    if begin is None or (work / "draft.pt").exists():
-        return train_draft(work)
+def _draft(work: Path, device: torch.device, begin: NanoTensors | None) -> Tensors:
+    if begin is None or is_complete(work, "draft"):
+        return train_draft(work, device=device)
     return begun_model(begin).state_dict()
 
 
-def _decoder(work: Path, begin: NanoTensors | None) -> Tensors:
-    if begin is None or (work / "decoder.pt").exists():
-        return train_decoder(work)
+def _decoder(work: Path, device: torch.device, begin: NanoTensors | None) -> Tensors:
+    if begin is None or is_complete(work, "decoder"):
+        return train_decoder(work, device=device)
     return part(begin.vae, DECODER_PARTS)
 
 

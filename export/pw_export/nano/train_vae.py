@@ -31,10 +31,10 @@ SHARES = (3, 4, 3, 1)
 CELL = 16
 NEAR = 8  # pixels; side of the squares in which edges are as steep as the true ones
 ERROR = 0.1  # maximum noise in the decoder's training latents; transformers leave some, too
-# Both go on from weights that were trained before: rates as high as from random weights would undo
-# what they know.
+# Of weights that were trained before: rates as high as from random ones would undo what they know.
 DECODER = Recipe(steps=5300, matrix_lr=8e-4, other_lr=6e-4, decay=1.0, ema=0.998, seed=1)
 ENCODER = Recipe(steps=900, matrix_lr=1e-3, other_lr=7e-4, decay=1.0, ema=0.998, seed=3)
+NEW_ENCODER = Recipe(steps=3400, matrix_lr=3e-3, other_lr=2e-3, decay=1.0, ema=0.998, seed=2)
 LATENTS_ALONE = 2000  # steps of a new encoder before its latents are judged by what is decoded
 ANCHOR = 0.5  # then weight of the error of the latents, from which the transformers learn
 DECODER_PARTS, ENCODER_PARTS = ("decoder.", "conv2."), ("encoder.", "conv1.")
@@ -141,7 +141,7 @@ def part(vae: Tensors, names: tuple[str, ...]) -> Tensors:
 def train_encoder(
     work: Path,
     decoder: Tensors,
-    recipe: Recipe = ENCODER,
+    recipe: Recipe | None = None,
     device: torch.device = CPU,
     begin: NanoTensors | None = None,
 ) -> Tensors:
@@ -150,7 +150,7 @@ def train_encoder(
     Args:
         work: folder for data, states and logs.
         decoder: averaged weights of the decoder, through which the last steps are judged.
-        recipe: steps and learning rates.
+        recipe: steps and learning rates; None: ENCODER, or NEW_ENCODER from random weights.
         device: device to train on.
         begin: weights to begin with, instead of random ones.
     """
@@ -169,4 +169,5 @@ def train_encoder(
             return error
         return ANCHOR * error + picture_loss(decode_clips(frozen, latents), clips.to(device))
 
+    recipe = recipe or (NEW_ENCODER if begin is None else ENCODER)
     return train(work, "encoder", encoder, loss, recipe)

@@ -62,7 +62,10 @@ class Run:
     """A training in progress: its modules, its state, its files."""
 
     def __init__(self, folder: Path, name: str, modules: nn.Module, recipe: Recipe) -> None:
-        """Start, or continue from the state saved by an earlier run of this folder and name."""
+        """Start, or continue from the state saved by an earlier run of this folder and name.
+
+        Raises ValueError for a state of another recipe.
+        """
         self.modules, self.recipe = modules, recipe
         self.optimizers = make_optimizers(modules, recipe.matrix_lr, recipe.other_lr)
         self._full_rates = [
@@ -109,7 +112,8 @@ class Run:
             self._saved_at = now
 
     def _save(self, seconds: float) -> None:
-        state = {"step": self.step, "seconds": seconds, "average": self.average}
+        state = {"step": self.step, "steps": self.recipe.steps, "seconds": seconds}
+        state |= {"average": self.average}
         state |= {"losses": self._losses, "log": self._log, "weights": self.modules.state_dict()}
         state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         with atomic_file(self._state_file) as partial:
@@ -119,6 +123,11 @@ class Run:
         """Load the saved state; return the seconds spent so far."""
         device = next(self.modules.parameters()).device
         state = torch.load(self._state_file, weights_only=True, map_location=device)
+        if state["steps"] != self.recipe.steps:
+            raise ValueError(
+                f"{self._state_file} is a training of {state['steps']} steps, not of "
+                f"{self.recipe.steps}: continue it as it was begun, or remove the file"
+            )
         self.step, self.average = state["step"], state["average"]
         self._losses, self._log = state["losses"], state["log"]
         self.modules.load_state_dict(state["weights"])
@@ -126,6 +135,15 @@ class Run:
             optimizer.load_state_dict(saved)
         seconds: float = state["seconds"]
         return seconds
+
+
+def is_complete(folder: Path, name: str) -> bool:
+    """Return whether a training of this folder and name has run all of its steps."""
+    file = folder / f"{name}.pt"
+    if not file.exists():
+        return False
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    return bool(state["step"] == state["steps"])
 
 
 def train(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from pw_export.nano.captions import make_tokenizer
 from pw_export.nano.checkpoint import NanoTensors, Tensors, write_checkpoint
 from pw_export.nano.train_draft import DIT
+from pw_export.nano.training import is_complete
 from pw_runtime.checkpoint import keymaps
 from pw_runtime.errors import BadWeights
 from pw_runtime.system.atomic_files import write_tensors, write_text
@@ -63,13 +64,13 @@ def keep_weights(
     """Write the averaged weights of all trainings, in fp16 with official names, and the losses.
 
     Args:
-        work: folder of the completed trainings.
+        work: folder of the trainings; of those in progress there, `begin` is written.
         folder: folder for a file per network and losses.json.
         begin: weights of the networks that were not trained there; None: all four were.
         losses: of the trainings of `begin`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = [name for name in TRAININGS if begin is None or (work / f"{name}.pt").exists()]
+    done = [name for name in TRAININGS if begin is None or is_complete(work, name)]
     for name, tensors in _trained(work, done, begin).items():
         write_tensors(folder / f"{name}.safetensors", _cast(tensors, torch.float16))
     kept = dict(losses or {})
