@@ -58,6 +58,7 @@ class RankWatch:
         self._place, self._latest = "starting", ""
         self._operations: dict[str, tuple[int, str]] = {}  # by group: how many, and the last one
         self._waiting: tuple[tuple[int, ...], str, float] = ((), "", 0.0)  # for whom, what, since
+        self._commands = 0  # that this rank has sent or received
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._beats = 0
         self._heard: dict[int, tuple[int, float]] = {}  # number and time of the last beat
@@ -85,6 +86,10 @@ class RankWatch:
     def waits(self, members: tuple[int, ...], what: str) -> None:
         """Say for which ranks this one waits; for none: it goes on."""
         self._waiting = (members, what, time.monotonic())
+
+    def commanded(self) -> None:
+        """Count a command of which this rank has sent or received the whole."""
+        self._commands += 1
 
     @property
     def doing(self) -> str:
@@ -163,6 +168,7 @@ class RankWatch:
             "space": _process_space(),
             "doing": self.doing,
             "operations": dict(self._operations),
+            "commands": self._commands,  # read before `idle`: a wait ends before its command counts
             "idle": self._waited() if self._waiting[1] == IDLE else 0.0,
         }
         self._store.set(f"beat {self._rank}", json.dumps(beat))
@@ -189,7 +195,9 @@ class RankWatch:
                 return
             members, what, _ = self._waiting
             waits = rank in members and what != IDLE and self._waited() > SILENCE
-            if waits and beat["idle"] > SILENCE:  # it was to take part, and knows nothing of it
+            # It was to take part, and knows nothing of it; with fewer commands it is only late.
+            late = beat["commands"] < self._commands
+            if waits and not late and beat["idle"] > SILENCE:
                 self._report(self._diverged(rank, beat["doing"]))
                 return
             for group, (count, what) in beat["operations"].items():

@@ -237,12 +237,14 @@ class Ranks:
     def command(self, name: str, **details: Any) -> None:
         """Tell all other ranks, from rank 0, what to do next.
 
-        Both messages are IDLE: where a busy rank keeps the others in one, none went another way.
+        A busy rank keeps some of the others in one of the two messages, and some have both already.
+        None went another way: both are IDLE, and commands are counted as they end.
         """
         data = json.dumps({"name": name, **details}).encode()
         size = torch.tensor([len(data)])
         self.broadcast(size, IDLE).wait()
         self.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), IDLE).wait()
+        self._watch.commanded()
 
     def next_command(self) -> dict[str, Any]:
         """Wait, as long as rank 0 lives, for what to do next. Raises RankFailed."""
@@ -252,6 +254,7 @@ class Ranks:
         pending.wait()
         data = torch.empty(int(size), dtype=torch.uint8)
         self.broadcast(data, IDLE).wait()
+        self._watch.commanded()
         return dict(json.loads(data.numpy().tobytes()))
 
     # ---- waiting -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -19,6 +20,7 @@ Last error:
 Cuda failure 2 'out of memory'
 Exception raised from a library (most recent call first):
 frame #0: a function"""
+HASTE: dict[str, Any] = {"SILENCE": 6.0, "BEAT": 0.25}  # seconds: a busy machine beats in time
 
 
 def uneven(ranks: Ranks) -> object:
@@ -78,21 +80,44 @@ def refused(ranks: Ranks) -> object:
     return _lost(ranks, begin)
 
 
-def busy(ranks: Ranks) -> object:
-    """Keep rank 1 from its next command until the others have waited longer than a silence.
+def ahead(ranks: Ranks) -> object:
+    """Let the last rank wait for rank 0 in a command that rank 0 has done with."""
+    with patch.multiple(rank_watch, **HASTE):
+        if ranks.rank == 0:
+            ranks.command("decode")
+            ranks.at("draft 7, step 4")
+            ranks.command("end")
+        else:
+            ranks.next_command()
+            ranks.at("draft 7, step 3")
+            if ranks.rank == ranks.size - 1:
+                ranks.receive(torch.zeros(4), 0, "word of a test", patient=True).wait()
+            ranks.next_command()
+    return "nothing was noticed"
 
-    Commands go from rank 0 to ranks 1 and 2, and from rank 1 to rank 3.
+
+def busy(ranks: Ranks) -> object:
+    """Keep rank 3 from its next command until the others have waited longer than a silence.
+
+    Commands go from rank 0 to ranks 1 and 2, and from rank 1 to rank 3: rank 1 has nothing of the
+    next one to pass on, rank 0 half of it to send, and rank 2 all of it to answer.
     """
-    with patch.object(rank_watch, "SILENCE", 6.0), patch.object(rank_watch, "BEAT", 0.25):
+    answer = torch.zeros(1)
+    with patch.multiple(rank_watch, **HASTE):
         if ranks.rank == 0:
             ranks.command("verify")
+            ranks.command("load")
+            for rank in range(1, ranks.size):
+                ranks.receive(answer, rank, "answer of a rank", patient=True).wait()
             ranks.command("end")
             return "end"
         ranks.next_command()
         watch, beats = ranks._watch, 0
-        while ranks.rank == 1 and not ranks.failed and beats < 34:
+        while ranks.rank == 3 and not ranks.failed and beats < 34:
             watch._closed.wait(0.05)
             beats = watch._last.get(0, {"number": 0})["number"]
+        ranks.next_command()
+        ranks.send(answer, 0, "answer of a rank").wait()
         return ranks.next_command()["name"]
 
 
