@@ -33,7 +33,7 @@ CLIP = VideoConfig(frames=121, fps=24)
 
 # The built-in model: the same two stages at a size that a laptop runs in seconds.
 NANO_DRAFT = StageConfig(width=192, height=96, steps=16, shift=5.0, guidance=3.0)
-NANO = StageConfig(width=256, height=128, steps=4, shift=5.5, guidance=2.5)
+NANO = StageConfig(width=256, height=128, steps=4, shift=5.5, guidance=2.2)
 NANO_CLIP = VideoConfig(frames=17, fps=12)
 
 # Those whose sizes the networks were trained on: the published ones, and the built-in model.
