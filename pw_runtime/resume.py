@@ -125,7 +125,10 @@ def finish(
         verify(bundle, bundle.networks.vae.files)
         tally.clear()
         stop, progress = stop or StopRequest(), RunProgress(reporter.progress)
-        runs = [_run(group, bundle, reporter, stop, progress) for group in _groups(clips)]
+        runs = [
+            _run(group, bundle, reporter, overrides, stop, progress)
+            for group in _groups(clips, overrides)
+        ]
         for run in runs:
             locks.callback(run.journal.close)
         with report_on_abort(clips, reporter):
@@ -183,13 +186,15 @@ def _run(
     group: Sequence[Clip],
     bundle: Bundle,
     reporter: Reporter,
+    overrides: Overrides,
     stop: StopRequest,
     progress: RunProgress,
 ) -> Run:
     """Plan the decode of clips that have their settings in common."""
     request = group[0].request
     say: Callable[[str], None] = reporter.say
-    engine_set = select_decoder_engines(bundle, request.preset, request.options)
+    asked = replace(request.options, kernels=_asked_kernels(group[0], overrides))
+    engine_set = select_decoder_engines(bundle, request.preset, asked)
     engines: dict[Network, EngineSet] = {"vae": engine_set}
     say(describe_engines(engines, bundle, request.preset, request.options))
     fallback = plan_run(request, bundle, say, engines, needed=())
@@ -200,12 +205,24 @@ def _run(
     return Run(*shared, Journal(reporter.warn), stop=stop, progress=progress)
 
 
-def _groups(clips: Sequence[Clip]) -> list[list[Clip]]:
+def _asked_kernels(clip: Clip, overrides: Overrides) -> Kernels:
+    """Return the kernels by which the decoder's engines are selected, as the clip's run did.
+
+    It settled its own afterwards, and "triton" leaves engines out only where it was asked for.
+    """
+    backend = clip.provenance.engines.get("vae", {}).get("backend", "eager")
+    if overrides.kernels is None and backend != "eager":
+        return "auto"
+    return clip.request.options.kernels
+
+
+def _groups(clips: Sequence[Clip], overrides: Overrides) -> list[list[Clip]]:
     """Group clips that one run can decode: all but their codec and their files is equal."""
     groups: dict[object, list[Clip]] = {}
     for clip in clips:
         settings = replace(clip.request.options, codec="h264")
-        groups.setdefault((settings, clip.request.preset), []).append(clip)
+        kernels = _asked_kernels(clip, overrides)
+        groups.setdefault((settings, kernels, clip.request.preset), []).append(clip)
     return list(groups.values())
 
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pw_bench.measure.environment import commit
+from pw_bench.measure.environment import commit, is_dirty
 from pw_bench.results import read_result
 from pw_engines.child import child_environment
 from pw_runtime.errors import BadRequest
@@ -110,9 +110,11 @@ def run_parts(
     """
     folder.mkdir(parents=True, exist_ok=True)
     until, missing = time.monotonic() + 60 * minutes, {}
-    for part in PARTS:
+    parts = [part for part in PARTS if full or not part.long]
+    at_once = _at_once([part for part in parts if part.gpus <= gpus], say) if is_dirty() else None
+    for part in parts:
         out = folder / f"{part.name}.json"
-        if is_done(out) or (part.long and not full):
+        if is_done(out):
             continue
         if part.gpus > gpus:
             say(f"{part.name}: left out, as it takes {part.gpus} GPUs or more, and this has {gpus}")
@@ -121,6 +123,7 @@ def run_parts(
         if left < part.seconds:
             enough = part.seconds < 60 * minutes
             do = "repeat the command" if enough else f"give --minutes {part.seconds / 60 + 1:.0f}"
+            do = at_once or do
             missing[part.name] = f"{left:.0f} s left, {part.seconds:.0f} s expected: {do}"
             continue
         say(f"== {part.name}: pw bench {' '.join(part.arguments)}")
@@ -131,6 +134,16 @@ def run_parts(
         if code != 0 or not out.exists():
             missing[part.name] = f"it ended with exit code {code}, and printed why above"
     return missing
+
+
+def _at_once(parts: Sequence[Part], say: Callable[[str], None]) -> str:
+    """Say that no file of an earlier call counts; return what to do about parts without time."""
+    say(f"the sources are {commit()}: files of earlier calls may be of others, and do not count")
+    minutes = sum(part.seconds for part in parts) / 60 + 1
+    return (
+        f"give --minutes {minutes:.0f} for all parts in one call, or commit the changes "
+        "(PW_COMMIT states the commit of a copy)"
+    )
 
 
 def is_done(out: Path) -> bool:

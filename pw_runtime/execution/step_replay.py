@@ -106,4 +106,5 @@ class StepReplay:
 
     def _refuse(self, reason: str) -> None:
         self._refused = True
+        self.forget()
         self._say(f"steps are started kernel by kernel, not as a CUDA graph: {reason}")

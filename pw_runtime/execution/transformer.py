@@ -125,6 +125,7 @@ class SegmentedDiT:
 
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
         """Compute the keys and values of a text; see `protocols.Transformer`."""
+        self.forget()  # of the last clip, before that of the next one takes its memory
         context, bias = self.net.padded_text(context)
         limit = dict(self._engines["text_embed"].spec.limits)["text"]
         if self._engines["text_embed"].padded:

@@ -12,11 +12,13 @@ from pathlib import Path
 from torch import Tensor
 
 from pw_runtime.checkpoint.bundle import Bundle
+from pw_runtime.errors import BadRequest
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.job.contact_sheet import Filmstrip, SheetRow
 from pw_runtime.job.latents import (
     SUFFIX,
     read_latent,
+    read_provenance,
     vae_digest,
     write_latents,
 )
@@ -305,13 +307,24 @@ def save_latents(clip: Clip, folder: Path) -> Path:
 def resume_command(clip: Clip) -> str:
     """Return the command that finishes the clip from its latents file."""
     assert clip.latents is not None
-    request, options, earlier = clip.request, clip.request.options, clip.provenance.options
+    request, options, earlier = clip.request, clip.request.options, _stored_options(clip)
     words = ["pw", "decode", str(clip.latents), "--model", str(clip.model)]
     words += ["--device", options.device]
     words += ["--out", str(request.out)] if request.out != clip.latents.parent else []
     words += ["--codec", options.codec] if options.codec != earlier.codec else []
     words += ["--kernels", options.kernels] if options.kernels != earlier.kernels else []
     words += ["--conv", options.conv] if options.conv != earlier.conv else []
+    if options.vae_precision != earlier.vae_precision:
+        words += ["--vae-precision", options.vae_precision]
     words += ["--fragmented"] if request.fragmented else []
     words += ["--overwrite"] if clip.target.exists() else []
     return shlex.join(words)
+
+
+def _stored_options(clip: Clip) -> RunOptions:
+    """Return the options in the clip's latents file: of this run, or of one before it."""
+    assert clip.latents is not None
+    try:
+        return read_provenance(clip.latents).options
+    except BadRequest:  # why silent: this is about another failure, and `pw decode` tells of it
+        return clip.provenance.options

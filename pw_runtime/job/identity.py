@@ -43,7 +43,7 @@ def of_clip(clip: Clip) -> Fields:
     return _as_json(
         {
             "prompt": _prompt(asdict(provenance.prompt)),
-            "sources": source_digests(provenance.sources),
+            "sources": _encoded(provenance),
             "loras": _loras(asdict(provenance)["loras"]),
             "negative": provenance.negative,
             "seeds": provenance.seeds,
@@ -60,9 +60,10 @@ def of_receipt(receipt: Mapping[str, Any]) -> Fields:
     finished = receipt.get("finished_from_latents", {})  # by `pw decode`, in its own way
     decode = {name: finished[name] for name in _OF_DECODE if name in finished}
     options = _BEFORE | receipt["options"] | decode
+    sources = {kind: x["sha256"] for kind, x in receipt.get("sources", {}).items()}
     return {
         "prompt": _prompt(receipt["prompt"]),
-        "sources": {kind: x["sha256"] for kind, x in receipt.get("sources", {}).items()},
+        "sources": _with_conv(sources, receipt["options"]),
         "loras": _loras(receipt.get("loras", {})),
         "negative": receipt["negative"],
         "seeds": receipt["seeds"],
@@ -161,9 +162,13 @@ def _prompt(prompt: Mapping[str, Any]) -> Fields:
 
 
 def _encoded(provenance: Provenance) -> Fields:
-    """Return the sources with what encoded them, which decides the last bits of their latents."""
-    sources: Fields = source_digests(provenance.sources)
-    return sources | {"conv": provenance.options.conv} if sources else {}
+    """Return the sources with what encoded them."""
+    return _with_conv(source_digests(provenance.sources), asdict(provenance.options))
+
+
+def _with_conv(sources: Fields, options: Fields) -> Fields:
+    """Add the convolutions that encoded sources, which decide the last bits of their latents."""
+    return sources | {"conv": options["conv"]} if sources else {}
 
 
 def _loras(networks: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fields:

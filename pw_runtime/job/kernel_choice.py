@@ -48,6 +48,7 @@ class Measured:
 
 
 _MEASURED = TypeAdapter(Measured)
+_of_this_process: dict[Path, Measured] = {}  # by the file that they would have if they were kept
 
 
 def settle_kernels(
@@ -112,7 +113,7 @@ def measured_attention(
 ) -> Measured:
     """Return the measurement for a GPU and a size: that of an earlier run, or a new one.
 
-    One for which the time was too short is not kept, and that is said.
+    One for which the time was too short is kept for this process alone, and that is said.
 
     Raises BadRequest, WriteFailed where the cache folder cannot be used.
     """
@@ -120,7 +121,8 @@ def measured_attention(
     key = json.dumps([made_of, tokens, config.num_heads, config.head_dim], sort_keys=True)
     name = f"attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     path = trusted_folder(cache_root() / MEASURED) / name
-    if not again and (found := read_measured(path)) is not None:
+    found = read_measured(path) or _of_this_process.get(path)
+    if found is not None and not again:
         return found
     say(f"measuring attention at {tokens:,} tokens, once on this GPU: at most {SECONDS:.0f} s")
     heads, width = config.num_heads, config.head_dim
@@ -134,6 +136,7 @@ def measured_attention(
         torch.cuda.empty_cache()  # the plan counts what is free
     if left_out := [trial.implementation for trial in trials if trial.refused == NO_TIME]:
         say(f"this measurement is not kept: no time was left for {', '.join(left_out)}")
+        _of_this_process[path] = measured
         return measured
     write_text(path, _MEASURED.dump_json(measured, indent=2).decode() + "\n")
     return measured

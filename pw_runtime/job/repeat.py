@@ -21,7 +21,8 @@ _OPTIONS: Final = (
     "sparse_attention", "conv", "blocks", "chunk", "step_cache", "guidance_reuse",
     "image_highres", "draft_strength",
 )  # fmt: skip
-# Those of a later `pw decode` that count in place of the first run's: nothing before uses them.
+# Those of a later `pw decode` that count in place of the first run's: nothing before uses them,
+# but for the sources of a clip, which have a fact of their own.
 _OF_FILE: Final = ("options.codec", "options.conv", "options.vae_precision")
 _ENCODER: Final = ("options.codec", "versions.av")
 _AFTER_LATENTS: Final = (
@@ -31,7 +32,8 @@ _AFTER_LATENTS: Final = (
 _BEFORE_LATENTS: Final = (
     "noise.", "engines.draft", "engines.highres", "options.attention", "options.blocks",
     "options.chunk", "options.guidance_reuse", "options.linear", "options.precision",
-    "options.sparse_attention", "options.step_cache", "versions.tokenizers", "video.metadata",
+    "options.sparse_attention", "options.step_cache", "sources.conv", "versions.tokenizers",
+    "video.metadata",
 )  # fmt: skip
 # The first that differs on the way from prompt to file; "unknown" where no latents were kept.
 Level = Literal["latents", "frames", "file", "unknown"]
@@ -98,8 +100,9 @@ def _require_same_sources(recorded: Recorded, receipt: Path) -> None:
 def _options(recorded: Recorded) -> RunOptions:
     earlier, decode = recorded.options, recorded.finished_from_latents
     if decode is not None:
+        conv = earlier.conv if recorded.sources else decode.conv  # what encoded them comes first
         earlier = replace(
-            earlier, codec=decode.codec, conv=decode.conv, vae_precision=decode.vae_precision
+            earlier, codec=decode.codec, conv=conv, vae_precision=decode.vae_precision
         )
     try:
         device = str(pick_device(earlier.device))
@@ -200,6 +203,8 @@ def _facts(receipt: Mapping[str, Any]) -> dict[str, object]:
         "machine": receipt.get("machine") or {},
     }
     facts = {f"{group}.{name}": x for group, one in groups.items() for name, x in one.items()}
+    if receipt.get("sources"):  # which the convolutions of the first run encoded
+        facts["sources.conv"] = options.get("conv")
     if launched := receipt.get("kernel_launches"):
         facts["kernel_launches"] = ", ".join(sorted(launched))
     facts.pop("versions.python", None)  # it computes nothing

@@ -16,7 +16,7 @@ from pw_runtime.job.follow import follow, identity_of
 from pw_runtime.job.preflight import computing, held_by, selected, settled
 from pw_runtime.system.rank_meeting import Place, joined
 from pw_runtime.system.ranks import DEADLINE, Ranks
-from pw_runtime.types import Request
+from pw_runtime.types import Kernels, Request
 
 Result = TypeVar("Result")
 
@@ -28,6 +28,7 @@ def take_part(
     *,
     say: Callable[[str], None],
     deadline: float = DEADLINE,
+    ended: Callable[[Ranks], None] = lambda ranks: None,
 ) -> Result | None:
     """Meet the other ranks; run the program as rank 0, or follow it to its end.
 
@@ -38,6 +39,7 @@ def take_part(
         run: the program of rank 0; it may make several runs, one after another.
         say: reports progress.
         deadline: seconds that one rank waits for the data of another.
+        ended: is given the ranks at the end of the program, on each of them.
 
     Returns:
         What `run` returns; None on all other ranks.
@@ -46,7 +48,7 @@ def take_part(
         BadRequest: a rank does not come, cannot take part, or would compute something else.
         RankFailed: a rank died.
     """
-    known: list[tuple[Request, Bundle, int]] = []
+    known: list[tuple[Request, Bundle, Kernels, int]] = []
 
     def prepared() -> tuple[torch.device, dict[str, str]]:
         request, bundle = prepare()
@@ -54,25 +56,35 @@ def take_part(
         # Attention depends on a clock as well: rank 0 measures it for all, and it is compared as
         # it was asked for.
         request = replace(request, options=request.options.resolved())
-        asked, engines = request.options.attention, selected(request, bundle)
+        asked, engines = request.options, selected(request, bundle)
         options = settled(request, bundle, engines, say, measure_here=place.rank == 0)
         request = replace(request, options=options)
-        known.append((request, bundle, held_by(engines)))
+        known.append((request, bundle, asked.kernels, held_by(engines)))
         if request.device.type == "cuda":
             torch.cuda.set_device(request.device)
-        compared = replace(request, options=replace(options, attention=asked))
+        compared = replace(request, options=replace(options, attention=asked.attention))
         return request.device, identity_of(compared, bundle)
 
     with joined(place, prepared, deadline=deadline) as ranks:
-        request, bundle, held = known[0]
+        request, bundle, kernels, held = known[0]
         request = _with_common_attention(ranks, request)
+        given = _to_select_by(request, kernels)
         if place.rank:
             with computing(request.options):
-                follow(ranks, request, bundle, held)
+                follow(ranks, given, bundle, held)
+            ended(ranks)
             return None
-        result = run(request, bundle, ranks)
+        result = run(given, bundle, ranks)
         ranks.command("end")
+        ended(ranks)
         return result
+
+
+def _to_select_by(request: Request, asked: Kernels) -> Request:
+    """Return the request by which engines are selected again: "triton" would leave them out."""
+    if request.options.kernels != "triton":
+        return request
+    return replace(request, options=replace(request.options, kernels=asked))
 
 
 def _with_common_attention(ranks: Ranks, request: Request) -> Request:

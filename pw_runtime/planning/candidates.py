@@ -35,16 +35,21 @@ DEVICE_RESERVE = 2**30
 LINK_RESERVE = 2**29  # buffers of a process that exchanges with others; an estimate too
 ALIKE = 1.1  # times the fastest: then where the weights are decides, and costs that no model has
 SMALLER_CHUNK = 2048  # tokens per engine call, where the usual chunk does not fit
+_BF16_ON_A_CPU = " (far slower on a CPU without AVX-512 BF16 or AMX: `pw doctor` says which it has)"
 Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Generic[Choice]):
-    """One way to run a stage, and the memory it takes."""
+    """One way to run a stage, and the memory it takes.
+
+    `advice` is what would make every way smaller.
+    """
 
     choice: Choice
     name: str
     memory: StageMemory
+    advice: str = ""
 
     def weights(self, place: Place) -> int:
         """Return the bytes in one place of weights that the stage computes with there."""
@@ -309,8 +314,11 @@ def split_text(split: Split) -> str:
 
 def decode_candidates(work: Workload, *, gpu: bool) -> tuple[Candidate[DecodePlan], ...]:
     """List the decode's candidates."""
+    advice = ""
+    if work.options.vae_precision == "fp32":
+        advice = f"add --vae-precision bf16 for the decode{'' if gpu else _BF16_ON_A_CPU}"
     return tuple(
-        Candidate(plan, decode_text(plan), _stage("decode", ranks, work, gpu=gpu))
+        Candidate(plan, decode_text(plan), _stage("decode", ranks, work, gpu=gpu), advice)
         for plan, ranks in decode_choices(work, gpu=gpu)
     )
 

@@ -210,8 +210,9 @@ class LazyNetwork(Generic[Net]):
         keep = kind is None and self._stage in self._fallback.kept
         if self._warm is not None and self._net is not None and keep:
             self._rest(self._net)
-            size = kept_bytes(self._fallback.memory_of(self._stage), "device")
-            self._warm.keep(self._stage, self._identity(), self._net, self._close, size)
+            memory = self._fallback.memory_of(self._stage)
+            sizes = {place: kept_bytes(memory, place) for place in PLACES}
+            self._warm.keep(self._stage, self._identity(), self._net, self._close, sizes)
             self._net = None
         self._release()
 
@@ -331,7 +332,8 @@ def plan_run(
         needed: the stages that run beside the decode; None: all of them.
         ranks: that make a clip together.
         budget: of each of them; None: of this process.
-        warm: keeps networks loaded for the next run where that fits.
+        warm: keeps networks loaded for the next run where that fits; those of earlier runs that
+            this plan leaves no room for are released.
 
     Raises BadRequest where nothing fits.
     """
@@ -355,6 +357,8 @@ def plan_run(
         budget = budget_of(request.device, *limits, held=held)
     stages = candidates(work, gpu=budget.device is not None, needed=needed)
     fallback = OomFallback(stages, budget, request.device, warm=warm is not None)
+    if warm is not None:
+        warm.make_room(fallback.plan, fallback.kept)
     fallback.expected = expected_seconds(work, fallback.plan)
     if fallback.kept:
         decisions = (*fallback.plan.decisions, _kept_text(fallback))

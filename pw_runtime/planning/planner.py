@@ -8,6 +8,7 @@ it retries with a smaller candidate (oom_fallback.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from pw_runtime.errors import BadRequest
@@ -15,7 +16,7 @@ from pw_runtime.planning.candidates import Candidate, Candidates, Choice
 from pw_runtime.types import Budget, Place, RunPlan, StageMemory, StageName, TransformerPlan
 
 GIB = 2**30
-_BF16_ON_A_CPU = " (far slower on a CPU without AVX-512 BF16 or AMX: `pw doctor` says which it has)"
+_Ways = Sequence[Candidate[Any]]  # to run a stage
 
 
 def make_plan(stages: Candidates, budget: Budget) -> RunPlan:
@@ -56,7 +57,7 @@ def _first(options: Sequence[Candidate[Choice]], budget: Budget) -> Candidate[Ch
     return next(option for option in options if fits(option.memory, budget))
 
 
-def _decision(options: Sequence[Candidate[Any]], budget: Budget) -> str:
+def _decision(options: _Ways, budget: Budget) -> str:
     """Describe a stage's chosen candidate, and why the fastest one was not chosen."""
     chosen = _first(options, budget)
     place: Place = "host" if budget.device is None else "device"
@@ -69,44 +70,55 @@ def _decision(options: Sequence[Candidate[Any]], budget: Budget) -> str:
     return f"{text}; {options[0].name} would take {gib(fastest.required(over))} of {where}"
 
 
-def _require_fit(stages: Sequence[Sequence[Candidate[Any]]], budget: Budget) -> None:
+def _require_fit(stages: Sequence[_Ways], budget: Budget) -> None:
     """Raise BadRequest where a stage has no candidate that fits."""
     failing = [
         options for options in stages if not any(fits(option.memory, budget) for option in options)
     ]
     if not failing:
         return
-    least = [
-        min(options, key=lambda option: _utilisation(option.memory, budget)).memory
-        for options in stages
-    ]
-    device = max(memory.required("device") for memory in least)
-    need = Budget(
-        host=max(budget.host, *(memory.required("host") for memory in least)),
-        device=None if budget.device is None else max(budget.device, device),
-    )
     names = ", ".join(options[0].memory.stage for options in failing)
+    ways = ["free memory", "name a larger budget", "choose a smaller preset or fewer frames"]
+    ways += [first.advice for first, *_ in failing if first.advice]
     scratch = sum(item.bytes for item in failing[0][0].memory.items if item.kind == "scratch")
     engines = (
         f"; the engines keep {gib(scratch)} of scratch memory in all stages: --blocks segments, or "
         "engines for one --target, take less, --policy eager takes none"
     )
+    need, what = _least_budget(stages, budget)
     raise BadRequest(
         f"this clip does not fit into memory (too large: {names})",
         got=budget_text(budget),
-        wanted=f"{budget_text(need)}, the least that is enough for this clip and model",
-        do="free memory, name a larger budget, choose a smaller preset or fewer frames, or add "
-        f"--vae-precision bf16 for the decode{_BF16_ON_A_CPU * (budget.device is None)}"
-        f"{engines * (scratch > 0)}",
+        wanted=f"{budget_text(need)}, the least {what} that is enough for this clip and model",
+        do=f"{', '.join(ways[:-1])}, or {ways[-1]}{engines * (scratch > 0)}",
     )
 
 
-def _utilisation(memory: StageMemory, budget: Budget) -> float:
-    """Return how many times the budget a stage takes."""
-    host = memory.required("host") / max(1, budget.host)
-    if budget.device is None:
-        return host
-    return max(host, memory.required("device") / max(1, budget.device))
+def _least_budget(stages: Sequence[_Ways], budget: Budget) -> tuple[Budget, str]:
+    """Return the nearest budget that is enough, and what of it is more than there is.
+
+    With this GPU memory, if any host memory is enough beside it; else with more of the GPU's alone,
+    or with the least of it and more host memory too, whichever is less in all.
+    """
+    given = budget.device or 0
+    device = max(min(way.memory.required("device") for way in options) for options in stages)
+    host = _least(stages, "host", "device", max(given, device))
+    assert host is not None, "a way of every stage takes no more"
+    if device <= given:
+        return replace(budget, host=host), "host memory"
+    alone = _least(stages, "device", "host", budget.host)
+    if alone is not None and alone <= device + max(0, host - budget.host):
+        return replace(budget, device=alone), "GPU memory"
+    return replace(budget, device=device, host=host), "memory"
+
+
+def _least(stages: Sequence[_Ways], place: Place, other: Place, limit: int) -> int | None:
+    """Return the least bytes of a place that are enough beside `limit` of the other, if any are."""
+    needs = [
+        [way.memory.required(place) for way in options if way.memory.required(other) <= limit]
+        for options in stages
+    ]
+    return max(map(min, needs)) if all(needs) else None
 
 
 def budget_text(budget: Budget) -> str:

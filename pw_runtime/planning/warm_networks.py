@@ -7,14 +7,16 @@ runs that differ by their prompts alone: what fits beside the largest stage is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final, get_args
 
 from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.types import Network, Place, RunOptions, RunPlan, StageMemory
 
 PLACES: Final[tuple[Place, ...]] = get_args(Place)
+_NOTHING: Final[Mapping[Place, int]] = MappingProxyType({})
 
 
 def kept_bytes(memory: StageMemory, place: Place) -> int:
@@ -69,7 +71,7 @@ class _Kept:
     made_of: Hashable
     net: Any
     close: Callable[[Any], None]
-    device_bytes: int
+    sizes: Mapping[Place, int]
 
 
 class WarmNetworks:
@@ -125,21 +127,18 @@ class WarmNetworks:
         made_of: Hashable,
         net: Any,
         close: Callable[[Any], None],
-        device_bytes: int = 0,
+        sizes: Mapping[Place, int] = _NOTHING,
     ) -> None:
-        """Keep a network until `take` or `release`, which closes it.
-
-        It takes `device_bytes` of the device.
-        """
+        """Keep a network, which takes bytes of some places, until it is taken or released."""
         if self.only is not None and stage not in self.only:
             close(net)
             return
-        self._networks[stage] = _Kept(made_of, net, close, device_bytes)
+        self._networks[stage] = _Kept(made_of, net, close, sizes)
 
     @property
     def device_bytes(self) -> int:
         """Bytes on the device that the kept networks take."""
-        return sum(kept.device_bytes for kept in self._networks.values())
+        return sum(kept.sizes.get("device", 0) for kept in self._networks.values())
 
     @property
     def is_empty(self) -> bool:
@@ -149,6 +148,24 @@ class WarmNetworks:
     def release(self) -> None:
         """Release all networks that are kept."""
         self.keep_only(frozenset())
+
+    def make_room(self, plan: RunPlan, kept: frozenset[str]) -> None:
+        """Release what a plan, which keeps `kept`, takes to be free memory.
+
+        That is every network that it does not keep, and one that is larger than it has it. Those
+        of `only` stay.
+        """
+        larger = {
+            memory.stage
+            for memory in plan.stages
+            for place in PLACES
+            if self._size(memory.stage, place) > kept_bytes(memory, place)
+        }
+        self.keep_only((kept | (self.only or frozenset())) - larger)
+
+    def _size(self, stage: str, place: Place) -> int:
+        kept = self._networks.get(stage)
+        return 0 if kept is None else kept.sizes.get(place, 0)
 
     def keep_only(self, stages: frozenset[str]) -> None:
         """Release the networks of all other stages."""

@@ -44,6 +44,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(gpu_suite, "commit", lambda: FINISHED.identity.commit)
+    monkeypatch.setattr(gpu_suite, "is_dirty", lambda: False)
     monkeypatch.setattr(gpu_suite, "gpu_names", lambda: ["Accelerator"])
     return calls
 
@@ -105,7 +106,25 @@ def test_part_without_time_left_does_not_start(commands, tmp_path: Path) -> None
     assert {arguments[0] for arguments in commands} == {"kernels"}  # of 2K and the draft
 
 
+def test_parts_of_changed_sources_are_advised_to_be_measured_in_one_call(
+    commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: "repeat the command", which measured the same parts again and never came further."""
+    monkeypatch.setattr(gpu_suite, "is_dirty", lambda: True)
+    monkeypatch.setattr(gpu_suite, "commit", lambda: "abc1234-dirty")
+    lines: list[str] = []
+    missing = run_parts(tmp_path, 1.1, full=False, gpus=1, say=lines.append)
+    assert lines[0].startswith("the sources are abc1234-dirty: files of earlier calls")
+    whole = sum(part.seconds for part in SHORT) / 60 + 1
+    assert missing
+    for reason in missing.values():
+        assert f"give --minutes {whole:.0f} for all parts in one call, or commit" in reason
+        assert "PW_COMMIT" in reason
+    assert run_parts(tmp_path, whole, full=False, gpus=1, say=lines.append) == {}
+
+
 def test_part_that_fails_is_reported_and_the_others_run(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_suite, "is_dirty", lambda: False)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
     missing = run(tmp_path)
     assert all("exit code 2" in reason for reason in missing.values())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,33 @@ def test_two_processes_make_the_clip_of_one(
     assert len(alike) == 4
     assert all((part.max_abs, part.share) == (0, 0) for part in alike)
     assert "equal bit for bit" in ran.output
+
+
+def test_on_gpus_a_clip_that_is_not_timed_measures_attention_for_all_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first one that is timed would do that, which is always the one of a single GPU."""
+    made: list[tuple[str, str | None]] = []
+
+    def make(task: RankTask, setup: Setup) -> RanksClip:
+        made.append((setup.name, task.attention))
+        if len(made) == 1:
+            receipt = {"options": {"attention": "cudnn"}}
+            (task.folder / "clip.json").write_text(json.dumps(receipt))
+            return clip(9.0, (1,), {})
+        raise BadResult("timed")
+
+    gpus = [Setup(processes=count, threads=None) for count in (1, 2)]
+    monkeypatch.setattr(ranks_run, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(ranks_run, "setups_for", lambda *_: gpus)
+    monkeypatch.setattr(ranks_run, "identify", lambda *_: None)
+    monkeypatch.setattr(ranks_run, "make_clip", make)
+    with pytest.raises(BadResult, match="timed"):
+        ranks_run.measure_ranks(
+            "nano", model=None, synthetic="5b", counts=(), threads=None, rounds=1, steps=1,
+            chunk=8192, precision=None, device_name="cuda", say=print,
+        )  # fmt: skip
+    assert made == [("1 GPU", None), ("1 GPU", "cudnn")]
 
 
 def test_setups_share_the_threads_evenly() -> None:

@@ -15,6 +15,7 @@ import torch
 
 from pw_engines import EngineError, EngineSpec, EngineStore
 from pw_engines.eager import EagerEngine
+from pw_runtime import resume
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
@@ -23,9 +24,11 @@ from pw_runtime.execution.compilers import COMPILERS
 from pw_runtime.execution.decoder_lookup import decoder_segments, select_decoder_engines
 from pw_runtime.execution.engine_lookup import EngineSet, keys_of
 from pw_runtime.execution.engine_report import describe_engines
+from pw_runtime.job.preflight import computing
 from pw_runtime.presets import find_preset
 from pw_runtime.types import EnginePolicy, Prompt, Request, RunOptions
 from tests.e2e.pw import Ended, Pw
+from tests.e2e.test_decode_verb import rewrite
 
 CPU = torch.device("cpu")
 
@@ -104,6 +107,39 @@ def test_a_draft_and_policy_eager_take_none(
     ended = generate("eager", "--policy", "eager", "--draft-only")
     assert "running on the CPU in fp32: not compiled\n" in ended.err
     assert receipt(tmp_path / "eager") == {"backend": "eager", "reason": "asked for"}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_decode_takes_engines_where_its_run_did_whatever_kernels_that_had(
+    *,
+    asked: bool,
+    generate: Callable[..., Ended],
+    built: Callable[..., None],
+    pw: Pw,
+    bundle_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU "auto" selects engines, then becomes "triton", which alone would ask for none."""
+    built()
+    generate("run", "--save-latents", *(("--policy", "eager") if asked else ()))
+
+    def as_on_a_gpu(origin: dict) -> None:
+        origin["options"] |= {"kernels": "triton", "policy": "auto"}
+
+    latents = tmp_path / "run" / "0.latents.safetensors"
+    rewrite(latents, change_origin=as_on_a_gpu)
+    # No kernel of Triton runs here: the references do in their place.
+    monkeypatch.setattr(resume, "check_request", lambda request: None)
+    monkeypatch.setattr(resume, "_check_kernels", lambda file, request: None)
+    monkeypatch.setattr(
+        resume, "computing", lambda options: computing(replace(options, kernels="reference"))
+    )
+    (tmp_path / "decoded").mkdir()
+    ended = pw("decode", latents, "--model", bundle_dir, "--out", tmp_path / "decoded")
+    assert ended.code == 0, ended.err
+    assert ("on built engines in" in ended.err) is not asked
+    assert frames(tmp_path / "decoded") == frames(tmp_path / "run")
 
 
 def request_for(preset: Path, policy: EnginePolicy) -> Request:

@@ -22,6 +22,8 @@ from pw_runtime.checkpoint.loader import load_encoder
 from pw_runtime.errors import BadRequest
 from pw_runtime.job.journal import ClipLog
 from pw_runtime.job.preflight import prepare
+from pw_runtime.job.recorded import read_recorded
+from pw_runtime.job.repeat import can_explain, differences, repeat_request
 from pw_runtime.job.verify import verify_all
 from pw_runtime.models.causal_cache import CausalCache
 from pw_runtime.pipeline import encode_prompts, encode_sources
@@ -31,6 +33,7 @@ from pw_runtime.system.picture_input import fit_picture, read_picture
 from pw_runtime.system.stop import Stopped, StopRequest
 from tests.closeness import max_abs
 from tests.e2e.pw import Pw, write_preset
+from tests.e2e.test_decode_verb import rewrite
 
 DRAFT, HIGHRES = (96, 64), (192, 96)  # of the preset of tests/e2e/pw.py
 # Of a receipt; and the file of the latents, which has seconds, too.
@@ -189,6 +192,28 @@ def test_a_clip_is_decoded_from_its_latents_though_the_picture_was_moved(
     assert any("going on at the decode stage" in line for line in make(again, bundle_dir))
     assert (clip.out / "0.mkv").read_bytes() == whole
     assert [fault for one in verify_all([clip.out], None) for fault in one.faults] == []
+
+
+def test_a_decode_with_other_convolutions_than_encoded_the_picture_makes_another_clip(
+    pw: Pw, clip: Request, bundle_dir: Path
+) -> None:
+    """Seen: it passed for that of a run with the decode's alone, and was "finished"."""
+    make(clip, bundle_dir)
+    for name in ("0.mkv", "0.json"):  # as if it had been killed in the decode
+        (clip.out / name).unlink()
+    file = clip.out / "0.latents.safetensors"
+    rewrite(file, change_origin=lambda origin: origin["options"].update(conv="winograd"))
+    ended = pw("decode", file, "--model", bundle_dir, "--conv", "onednn", "--device", "cpu")
+    assert ended.code == 0, ended.err
+    with pytest.raises(BadRequest, match=r'sources\.conv is "winograd", wanted "onednn"'):
+        make(clip, bundle_dir)
+    recorded = read_recorded(clip.out / "0.json")
+    again = repeat_request(recorded, clip.out / "0.json", clip.out)
+    assert again.options.conv == "auto"  # that of the encoder, from which the rest follows
+    by_onednn = recorded.receipt | {"options": recorded.receipt["options"] | {"conv": "onednn"}}
+    (found,) = differences(recorded.receipt, by_onednn)
+    assert str(found) == "sources.conv: winograd then, onednn now"
+    assert can_explain(found, "latents")
 
 
 def test_what_was_done_to_the_picture_is_told_and_recorded(

@@ -132,6 +132,26 @@ def test_a_fault_after_the_denoise_costs_one_command(
     assert names(tmp_path / "out") == ["0.json", LATENTS, "0.mkv"]
 
 
+def test_the_command_makes_the_clip_of_the_run_that_tells_it(
+    generate, pw, tmp_path, monkeypatch
+) -> None:
+    """Its codec and its decoder, whoever made the latents: an earlier run, or one before it."""
+    other = ("--codec", "h264", "--vae-precision", "bf16")
+    with monkeypatch.context() as patch, broken_encoder(patch):
+        assert generate().code == 3
+        taken_over = generate(*other)
+        assert "going on at the decode stage" in taken_over.err
+        again = pw(*told_command(taken_over.err))
+    assert again.code == 3
+    for ended in (taken_over, again):
+        assert set(other) <= set(told_command(ended.err))
+    finished = pw(*told_command(again.err))
+    assert finished.code == 0, finished.err
+    receipt = json.loads((tmp_path / "out" / "0.json").read_text())
+    assert receipt["video"]["file"] == "0.mp4"
+    assert receipt["finished_from_latents"]["vae_precision"] == "bf16"
+
+
 KILLED = """
 import os, signal, sys
 from pw_runtime import pipeline

@@ -260,6 +260,7 @@ def test_any_change_of_a_receipt_is_taken_or_refused_in_words(clips: Path, tmp_p
         ("decode.machine.threads", {"frames", "unknown"}),
         ("noise.draft", {"latents", "unknown"}),
         ("options.linear", {"latents", "unknown"}),
+        ("sources.conv", {"latents", "unknown"}),
         ("machine.threads", {"latents", "frames", "unknown"}),
         ("versions.torch", {"latents", "frames", "unknown"}),
     ],

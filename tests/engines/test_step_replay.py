@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from pw_runtime.execution.protocols import TokenLayout
 from pw_runtime.execution.step_replay import MOST_TOKENS, StepReplay
 from pw_runtime.models.dit import Modulation
 from pw_runtime.models.embeddings import Positions
+from tests.engines.test_segments import DRAFT, network, segmented
 
 
 class Recording:
@@ -31,13 +33,17 @@ class Recording:
         self.again()
 
 
+class Texts(list[Any]):
+    """A clip's texts, of which a test can see whether they are still there."""
+
+
 class Clip:
     """A clip's step: its results, and how often it was computed."""
 
     def __init__(self, factor: float, tokens: int = 4) -> None:
         none = torch.empty(0)
         positions = Positions((1, 1, 1), none, none, none)
-        self.texts: list[Any] = [()]
+        self.texts = Texts([()])
         self.layout = TokenLayout(positions, tokens, tokens, ())
         self.factor, self.computed = factor, 0
 
@@ -177,3 +183,23 @@ def test_a_step_without_memory_for_its_recording_is_computed_and_told(recordings
         "steps are started kernel by kernel, not as a CUDA graph: CUDA out of memory. Tried to "
         "allocate 1 GiB"
     ]
+    texts, clip.texts = weakref.ref(clip.texts), Texts()
+    assert texts() is None  # nothing of the clip stays with what it will not replay
+
+
+def test_nothing_of_a_clip_stays_while_the_texts_of_the_next_one_are_computed(recordings) -> None:
+    replay, clip = StepReplay(print), Clip(2.0)
+    net = segmented(network(DRAFT, "fp32"), "fp32", 16, replay=replay)
+    for number in (1.0, 2.0):
+        clip.step(replay, number)
+    texts, clip.texts = weakref.ref(clip.texts), Texts()
+    computing, seen = net._run, []
+
+    def run(name: str, inputs: list[Tensor], **options: int) -> list[Tensor]:
+        seen.append(texts())
+        return computing(name, inputs, **options)
+
+    net._run = run
+    net.text_keys_values(torch.zeros(3, DRAFT.text_dim))
+    assert seen
+    assert not any(seen)

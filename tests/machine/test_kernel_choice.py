@@ -157,15 +157,19 @@ def test_a_measurement_is_kept_for_the_next_run_and_repeated_where_it_is_damaged
     assert first.choice == "cudnn"
 
 
-def test_a_measurement_that_ran_out_of_time_is_not_kept_and_names_what_is_missing(
+def test_a_measurement_that_ran_out_of_time_is_for_one_process_and_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PW_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernel_choice, "_of_this_process", {})
     cut, said = Trial(implementation="flash", refused=NO_TIME), list[str]()
     with patch.object(kernel_choice, "measure", side_effect=[(*TRIALS, cut), TRIALS]) as measuring:
         first = measured_attention(torch.device("cpu"), 64, CONFIG, said.append)
         assert first.choice == "cudnn"
         assert said[-1] == "this measurement is not kept: no time was left for flash"
+        assert measured_attention(torch.device("cpu"), 64, CONFIG, said.append) == first
+        assert measuring.call_count == 1
+        monkeypatch.setattr(kernel_choice, "_of_this_process", {})  # as in another process
         measured_attention(torch.device("cpu"), 64, CONFIG, said.append)
         measured_attention(torch.device("cpu"), 64, CONFIG, said.append)
     assert measuring.call_count == 2

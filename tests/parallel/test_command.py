@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pw_bench.ranks import program
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.cli import launch
-from pw_runtime.execution.engine_lookup import EngineSet
+from pw_runtime.execution.decoder_lookup import select_decoder_engines
+from pw_runtime.execution.engine_lookup import NONE_BUILT, EngineSet
 from pw_runtime.job import follow as follow_module
 from pw_runtime.job import kernel_choice, preflight
 from pw_runtime.job import take_part as take_part_module
@@ -26,6 +28,7 @@ from pw_runtime.job.take_part import take_part
 from pw_runtime.presets import PRESETS
 from pw_runtime.system import rank_processes
 from pw_runtime.system.rank_meeting import Place
+from pw_runtime.system.trace import Trace
 from pw_runtime.types import (
     Budget,
     DitConfig,
@@ -34,6 +37,7 @@ from pw_runtime.types import (
     RunOptions,
     TransformerPlan,
 )
+from tests.bench.programs import NO_JOB
 from tests.convert.loras import random_pairs, tensors_in, write_lora
 from tests.e2e.pw import Pw, write_preset
 from tests.parallel.command import run_ranks
@@ -239,14 +243,14 @@ class Meeting:
     def take_part(self) -> None:
         """Run both ranks: rank 0 first, whose commands rank 1 then obeys."""
         bundle: Any = SimpleNamespace(weights_digest="")
-
-        def program(request: Request, bundle: object, ranks: Any) -> None:
-            self.ran.append(request.options.attention)
-            ranks.command("budget")
-
         for rank in (0, 1):
             place = Place(rank, 2, rank, "", 0, hosting=False)
-            take_part(place, lambda: (self._request, bundle), program, say=print)
+            take_part(place, lambda: (self._request, bundle), self.program, say=print)
+
+    def program(self, request: Request, bundle: object, ranks: Any) -> None:
+        """Run on rank 0."""
+        self.ran.append(request.options.attention)
+        ranks.command("budget")
 
     @contextmanager
     def _joined(
@@ -257,6 +261,7 @@ class Meeting:
             rank=place.rank,
             size=place.size,
             all=None,
+            sent={"latent": place.rank + 1},
             command=lambda name, **details: self._told.append({"name": name, **details}),
             next_command=lambda: self._told.pop(0),
             gather=lambda *_: SimpleNamespace(wait=print),
@@ -288,6 +293,59 @@ def test_the_memory_that_engines_have_taken_on_a_rank_is_part_of_its_budget(
     meeting = Meeting(monkeypatch, tmp_path)
     meeting.take_part()
     assert meeting.held == [7]
+
+
+def test_every_rank_selects_engines_by_the_kernels_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those that "auto" became would leave out the engines of the decoder."""
+    monkeypatch.setenv("PW_CACHE", str(tmp_path))
+    bundle: Any = SimpleNamespace(root=tmp_path)
+    reasons, computed = [], []
+
+    def select(request: Request) -> None:
+        found = select_decoder_engines(bundle, request.preset, request.options)
+        reasons.append(found.reason)
+
+    def computing(options: RunOptions) -> nullcontext[None]:
+        computed.append(options.kernels)
+        return nullcontext()
+
+    meeting = Meeting(monkeypatch, tmp_path)
+    monkeypatch.setattr(meeting, "program", lambda request, bundle, ranks: select(request))
+    monkeypatch.setattr(take_part_module, "follow", lambda ranks, request, *_: select(request))
+    monkeypatch.setattr(take_part_module, "computing", computing)
+    meeting.take_part()
+    assert reasons == [NONE_BUILT, NONE_BUILT]
+    assert computed == ["triton"]
+
+
+def test_the_ranks_of_a_benchmark_settle_on_the_kernels_and_the_attention_of_a_clip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seen: on GPUs every rank but the first ended, as its kernels were still "auto"."""
+    Meeting(monkeypatch, tmp_path)
+    computed: list[tuple[str, str | None]] = []
+
+    def computing(options: RunOptions) -> nullcontext[None]:
+        computed.append((options.kernels, options.attention))
+        return nullcontext()
+
+    def generate(request: Request, bundle: object, ranks: object) -> None:
+        receipt = {"peak_memory_bytes": {}, "plan": {"decisions": []}, "fallbacks": []}
+        (request.out / "clip.json").write_text(json.dumps(receipt))
+
+    monkeypatch.setattr(take_part_module, "computing", computing)
+    monkeypatch.setattr(take_part_module, "follow", print)
+    monkeypatch.setattr(program, "_generate", generate)
+    monkeypatch.setattr(program, "_bundle", lambda *_: SimpleNamespace(weights_digest=""))
+    monkeypatch.setattr(program, "Trace", lambda device: Trace(torch.device("cpu")))
+    job = replace(NO_JOB, device="cuda", precision="bf16", preset=PRESETS["2k"])
+    task = program.RankTask(job=job, folder=tmp_path, divide_weights=False, chunk=8192)
+    places = [Place(rank, 2, rank, "", 0, hosting=False) for rank in (0, 1)]
+    records = [program.make_part(task, place) for place in places]
+    assert computed == [("triton", "cudnn")]
+    assert [record.sent for record in records] == [{"latent": 1}, {"latent": 2}]
 
 
 @pytest.mark.parametrize(("named", "threads"), [(None, 3), ("5", None)])

@@ -261,6 +261,40 @@ def test_what_cannot_work_is_refused_with_a_budget_that_does() -> None:
         plan_for("4k", gpu - 0.5, host)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "host", "more"),
+    [
+        (16, 8, "host memory"),
+        (8, 64, "GPU memory"),
+        (12, 12, "memory"),
+    ],
+)
+def test_the_budget_that_is_named_is_enough_and_a_little_less_is_not(
+    gpu: float, host: float, more: str
+) -> None:
+    """Seen: 30.8 GiB of a GPU, where the 16 that it had were enough with more on the host."""
+    with pytest.raises(BadRequest) as refused:
+        plan_for("4k", gpu, host)
+    wanted = str(refused.value).splitlines()[2]
+    assert f", the least {more} that is enough" in wanted
+    named = [float(number) for number in re.findall(r"([\d.]+) GiB", wanted)]
+    plan_for("4k", *named)
+    for place, given in enumerate((gpu, host)):
+        if named[place] == given:
+            continue
+        less = [size - 0.2 * (index == place) for index, size in enumerate(named)]
+        with pytest.raises(BadRequest):
+            plan_for("4k", *less)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_only_options_that_were_not_given_are_advised(kind: Precision) -> None:
+    stages = candidates(work_for("4k", vae_precision=kind), gpu=True)
+    with pytest.raises(BadRequest, match=r"too large: .*decode") as refused:
+        make_plan(stages, Budget(host=4 * GIB, device=4 * GIB))
+    assert ("--vae-precision bf16" in str(refused.value)) is (kind == "fp32")
+
+
 def test_half_the_precision_of_the_decoder_takes_half_of_its_memory() -> None:
     sizes = [
         candidates(work_for(vae_precision=kind), gpu=True)["decode"][0].memory.peak("device")

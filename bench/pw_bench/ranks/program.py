@@ -26,16 +26,14 @@ from pw_bench.e2e.synthetic import IN_MEMORY, synthetic_bundle
 from pw_engines.child import end_with_parent
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.errors import BadResult, PixelWizardError
-from pw_runtime.job.conv_choice import settle_conv
-from pw_runtime.job.follow import follow, identity_of
-from pw_runtime.job.preflight import computing
+from pw_runtime.job.take_part import take_part
 from pw_runtime.pipeline import generate
 from pw_runtime.system.machine import peak_memory
 from pw_runtime.system.progress import Reporter
-from pw_runtime.system.rank_meeting import Place, joined, place_from_environment
+from pw_runtime.system.rank_meeting import Place, place_from_environment
 from pw_runtime.system.ranks import Ranks, broken
 from pw_runtime.system.trace import Span, Trace
-from pw_runtime.types import Prompt, Request, RunOptions
+from pw_runtime.types import AttentionKernel, Prompt, Request, RunOptions
 
 CLIP: Final = "clip"  # name of the files that rank 0 makes
 
@@ -49,12 +47,14 @@ class RankTask:
         folder: for the video, its receipt and its latents.
         divide_weights: among the processes, as with `--dit_fsdp`.
         chunk: most tokens in a call, as of `--chunk`.
+        attention: as of `--attention`; None: what is fastest on a GPU is measured where nobody has.
     """
 
     job: Job
     folder: Path
     divide_weights: bool
     chunk: int
+    attention: AttentionKernel | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +82,6 @@ def make_part(task: RankTask, place: Place | None) -> RankRecord:
     """Make a clip alone, or this rank's part of it. Raises BadResult where it fails."""
     request = _request(task, place)
     device = request.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     trace, sent = Trace(device), dict[str, int]()
     first = place is None or place.rank == 0
     with trace.recording() if first else nullcontext():
@@ -91,14 +89,13 @@ def make_part(task: RankTask, place: Place | None) -> RankRecord:
         if place is None:
             _generate(request, bundle, None)
         else:
-            with joined(place, lambda: (device, identity_of(request, bundle))) as ranks:
-                if ranks.rank:
-                    with computing(request.options):
-                        follow(ranks, request, bundle)
-                else:
-                    _generate(request, bundle, ranks)
-                    ranks.command("end")
-            sent = ranks.sent
+            take_part(
+                place,
+                lambda: (request, bundle),
+                _generate,
+                say=Reporter(quiet=True).say,
+                ended=lambda ranks: sent.update(ranks.sent),
+            )
     cpu_seconds = time.process_time()
     if not first:
         return RankRecord(spans=(), peaks=peak_memory(device), cpu_seconds=cpu_seconds, sent=sent)
@@ -124,6 +121,7 @@ def _request(task: RankTask, place: Place | None) -> Request:
         policy="eager",
         device=str(device),
         chunk=task.chunk,
+        attention=task.attention,
         save_latents=True,
     )
     return Request(
@@ -132,8 +130,7 @@ def _request(task: RankTask, place: Place | None) -> Request:
         out=task.folder,
         negative=job.negative,
         noise=job.noise,
-        # Settled before ranks are compared, as `pw generate` does.
-        options=settle_conv(options.resolved(), Reporter(quiet=True).say),
+        options=options,
         divide_weights=task.divide_weights,
     )
 

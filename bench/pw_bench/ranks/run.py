@@ -10,6 +10,7 @@ with those of one process that has as many threads as each of the N.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -83,6 +84,7 @@ def measure_ranks(
         weights = _weights(preset_name, model, synthetic, folder, say)
         job = replace(make_job(weights, preset, folder, device, precision), codec="ffv1")
         task = RankTask(job=job, folder=folder, divide_weights=False, chunk=chunk)
+        task = _with_attention(task, setups[0], say)
         clips = _in_turns(task, setups, rounds, say)
         differences = _differences(task, setups, say)
     scope = scope_of(job, weights) | {
@@ -167,6 +169,19 @@ def _weights(
     bundle = open_bundle(model)
     digest = f"sha256:{bundle.digest}"
     return Weights(name=model.name, checkpoint=model, bundle=model.resolve(), digest=digest)
+
+
+def _with_attention(task: RankTask, setup: Setup, say: Callable[[str], None]) -> RankTask:
+    """Return the task with the attention that a clip of its own settles, on GPUs.
+
+    Otherwise the first clip that is timed would measure attention, and compile kernels for all.
+    """
+    if setup.threads is not None:
+        return task
+    say(f"{setup.name}: not timed, to measure attention and compile kernels")
+    _make(task, setup)
+    receipt = json.loads((_folder(task, setup) / f"{CLIP}.json").read_text(encoding="utf-8"))
+    return replace(task, attention=receipt["options"]["attention"])
 
 
 def _in_turns(

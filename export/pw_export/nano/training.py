@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class Run:
             self._saved_at = now
 
     def _save(self, seconds: float) -> None:
-        state = {"step": self.step, "steps": self.recipe.steps, "seconds": seconds}
+        state: dict[str, Any] = {"step": self.step, "steps": self.recipe.steps, "seconds": seconds}
         state |= {"average": self.average}
         state |= {"losses": self._losses, "log": self._log, "weights": self.modules.state_dict()}
         state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
