@@ -64,14 +64,22 @@ def take_draft(clip: Clip, folder: Path, bundle: Bundle) -> None:
     Raises OtherDraft where they are not there, damaged, or of another draft.
     """
     path = folder / f"{clip.prompt.id}{SUFFIX}"
-    stored = read_provenance(path)
+    try:
+        stored, (tensors, damaged) = read_provenance(path), read_sound(path)
+    except BadRequest as error:
+        raise OtherDraft(
+            error.what,
+            got=error.got,
+            wanted=f"a complete file <id>{SUFFIX} that `pw generate` left",
+            do="check the path; if the file was copied, copy it again; or make the draft again "
+            "with --draft-only --save-latents",
+        ) from error
     if differing := differences(of_draft(stored, bundle), of_draft(clip.provenance, bundle)):
         raise OtherDraft(
             f"{path} is the draft of another clip than prompt {clip.prompt.id}",
             got="; ".join(differing),
             do="give the preset and the options that it was made with, or leave --drafts out",
         )
-    tensors, damaged = read_sound(path)
     given, noise = clip.request.noise, clip.noise.get("draft")
     same_noise = stored.noise_file is None
     if noise is not None:

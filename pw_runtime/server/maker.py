@@ -21,7 +21,15 @@ from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.planning.workload import budget_of
 from pw_runtime.server.admission import Admission
 from pw_runtime.server.files import CLIP, LATENTS, PICTURE, THUMBNAIL
-from pw_runtime.server.messages import Advanced, Drafted, Event, Join, Make, stage_named
+from pw_runtime.server.messages import (
+    Advanced,
+    Drafted,
+    Event,
+    Join,
+    Make,
+    Undrafted,
+    stage_named,
+)
 from pw_runtime.system.atomic_files import atomic_file
 from pw_runtime.system.progress import Progress, Reporter
 from pw_runtime.system.stop import StopRequest
@@ -50,8 +58,6 @@ class Maker:
             self._check_options(preset)
         # Of the start: what is free later lacks what is kept loaded.
         budget = budget_of(device, join.gpu_memory, join.host_memory)
-        if join.host_memory is None:
-            budget = replace(budget, host=budget.host // join.workers)
         self._gpu_memory, self._host_memory = budget.device, budget.host
         rates = measure_rates(device, self._options.compute_precision)
         self._admission = Admission(self.bundle, self._options.resolved(), budget, rates)
@@ -89,11 +95,12 @@ class Maker:
         except OtherDraft as error:
             if job.finishes is not None:
                 raise OtherDraft(
-                    f"the draft of {job.finishes} was made with other options than this server has",
+                    f"the draft of {job.finishes} cannot be finished by this server",
                     got=error.got,
                     do="ask for the clip by its prompt and seed, without draft_id",
                 ) from error
             reporter.warn(f"its draft is made again: {error.what} ({error.got})")
+            self._send(Undrafted(job=job.job))
             shutil.rmtree(Path(job.folder) / "draft")
             (Path(job.folder) / THUMBNAIL).unlink()
             self._draft(job, reporter, stop)

@@ -32,8 +32,7 @@ class Join:
     options: RunOptions  # with the device
     loras: Mapping[StageName, tuple[LoraFile, ...]] = field(default_factory=dict)
     gpu_memory: int | None = None  # bytes; None: what is free
-    host_memory: int | None = None  # of this worker; None: its part of what is free
-    workers: int = 1  # of the server, on this machine
+    host_memory: int | None = None  # of this worker; None: what is free
     kind: Literal["join"] = "join"
 
 
@@ -132,6 +131,16 @@ class Drafted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Undrafted:
+    """A job's draft cannot be finished: it goes, and is made again."""
+
+    __pydantic_config__ = FORBID_UNKNOWN
+
+    job: str
+    kind: Literal["undrafted"] = "undrafted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
     """A job's files are complete."""
 
@@ -166,7 +175,7 @@ class Ceased:
     kind: Literal["ceased"] = "ceased"
 
 
-Event = Ready | Refused | Advanced | Drafted | Made | Failed | Ceased
+Event = Ready | Refused | Advanced | Drafted | Undrafted | Made | Failed | Ceased
 
 _ORDERS: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="kind")])
 _EVENTS: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])

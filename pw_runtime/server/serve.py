@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from pw_runtime.errors import BadRequest
 from pw_runtime.server.app import make_app
 from pw_runtime.server.guard import Guard
-from pw_runtime.server.settings import Settings, check_settings
+from pw_runtime.server.settings import Settings, check_settings, with_host_memory
 from pw_runtime.server.store import Store
 from pw_runtime.server.supervisor import Supervisor
 from pw_runtime.system.folder_lock import locked_folder
@@ -36,7 +36,7 @@ def serve(settings: Settings, say: Callable[[str], None]) -> int | None:
     with locked_folder(settings.root):
         store = Store(settings.root / QUEUE)
         try:
-            return _Server(settings, store, say).run_until_signal()
+            return _Server(with_host_memory(settings), store, say).run_until_signal()
         finally:
             store.close()
 
@@ -103,27 +103,39 @@ class _Server(uvicorn.Server):
     @asynccontextmanager
     async def _living(self, app: FastAPI) -> AsyncIterator[None]:
         await self._supervisor.start()
-        watching = asyncio.create_task(self._first_word())
+        watching = asyncio.create_task(self._tell_presets())
         try:
             yield
         finally:
             watching.cancel()
             await self._supervisor.stop()
 
-    async def _first_word(self) -> None:
-        """Tell when the first worker is ready, or end where none can work."""
-        await self._supervisor.first_word.wait()
-        if self._supervisor.failure is not None:
+    async def _tell_presets(self) -> None:
+        """Tell which presets fit, and when that changes, or end where no worker can work."""
+        supervisor, told = self._supervisor, dict[str, bool]()
+        await supervisor.first_word.wait()
+        if supervisor.failure is not None:
             self.should_exit = True
             return
+        able = self._newly_able(told)
+        if unknown := [name for name in self._settings.presets if name not in told]:
+            self._say(f"not known until every device is ready: {', '.join(unknown)}")
+        self._say(f"ready for jobs: {', '.join(able) or 'none'}")
+        while True:
+            supervisor.changed.clear()
+            await supervisor.changed.wait()
+            if able := self._newly_able(told):
+                self._say(f"now also ready for jobs: {', '.join(able)}")
+
+    def _newly_able(self, told: dict[str, bool]) -> list[str]:
+        """Say which presets do not fit, and return those that do, where `told` has it not so."""
         fits = self._supervisor.fits
-        for name, fit in fits.items():
+        news = {name: fit for name, fit in fits.items() if told.get(name) is not fit.fits}
+        for name, fit in news.items():
+            told[name] = fit.fits
             if not fit.fits:
                 self._say(f"preset {name} does not fit: {fit.reason}")
-        if unknown := [name for name in self._settings.presets if name not in fits]:
-            self._say(f"not known until every device is ready: {', '.join(unknown)}")
-        able = ", ".join(name for name, fit in fits.items() if fit.fits) or "none"
-        self._say(f"ready for jobs: {able}")
+        return [name for name, fit in news.items() if fit.fits]
 
 
 def _listening(settings: Settings) -> socket.socket:

@@ -7,10 +7,11 @@ import ipaddress
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
+from pw_runtime.system.machine import available_memory_bytes
 from pw_runtime.types import LoraFile, Preset, RunOptions, StageName
 
 TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
@@ -57,7 +58,7 @@ class Settings:
     options: RunOptions = field(default_factory=RunOptions)
     loras: Mapping[StageName, tuple[LoraFile, ...]] = field(default_factory=dict)
     gpu_memory: int | None = None  # bytes; None: what is free when a worker starts
-    host_memory: int | None = None
+    host_memory: int | None = None  # of each worker
     host: str = "127.0.0.1"
     port: int = 8000
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -84,6 +85,17 @@ def check_settings(settings: Settings) -> None:
             do="put a token of 16 characters or more into a file and give --token-file FILE, or "
             "set PW_SERVE_TOKEN; or leave --host out",
         )
+
+
+def with_host_memory(settings: Settings) -> Settings:
+    """Give each of several workers an equal part of the host memory that is free now.
+
+    A worker that is started again keeps its part: by then the others hold theirs.
+    """
+    count, free = len(settings.devices), available_memory_bytes()
+    if settings.host_memory is not None or count == 1 or free is None:
+        return settings
+    return replace(settings, host_memory=free // count)
 
 
 def is_loopback(host: str) -> bool:

@@ -277,10 +277,10 @@ class Store:
             deaths = _C.deaths + int(died)
             return _changed(connection, job_id, status="queued", deaths=deaths)
 
-    def drafted(self, job_id: str) -> Job | None:
-        """Note that a job's draft can be seen."""
+    def drafted(self, job_id: str, *, ready: bool = True) -> Job | None:
+        """Note that a job's draft can be seen, or no longer."""
         with self._transaction() as connection:
-            return _changed(connection, job_id, draft_ready=True)
+            return _changed(connection, job_id, draft_ready=ready)
 
     def end(
         self, job_id: str, *, code: str | None = None, message: str | None = None, size: int = 0

@@ -24,6 +24,7 @@ from pw_runtime.server.messages import (
     Fit,
     Made,
     Make,
+    Undrafted,
 )
 from pw_runtime.server.metrics import Metrics
 from pw_runtime.server.retention import expired
@@ -54,6 +55,8 @@ class Supervisor:
         hub: of the event streams.
         workers: one for each device.
         failure: the reason why the server cannot begin; None where it can.
+        first_word: set when a worker is ready, or none can work.
+        changed: set whenever a worker became ready, or ended.
     """
 
     def __init__(self, settings: Settings, store: Store, say: Callable[[str], None]) -> None:
@@ -68,7 +71,7 @@ class Supervisor:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._was_ready = False
-        self.first_word = asyncio.Event()  # a worker is ready, or cannot work
+        self.first_word, self.changed = asyncio.Event(), asyncio.Event()
 
     # ---- from start to end
 
@@ -252,8 +255,9 @@ class Supervisor:
         ending = self._ending.get(job.id)
         if isinstance(event, Advanced):
             self._advance(event)
-        elif isinstance(event, Drafted):
-            await self._stored(partial(self._store.drafted, job.id))
+        elif isinstance(event, Drafted | Undrafted):
+            ready = isinstance(event, Drafted)
+            await self._stored(partial(self._store.drafted, job.id, ready=ready))
         elif isinstance(event, Made):
             await self._end(job)
         elif isinstance(event, Failed):
@@ -285,7 +289,7 @@ class Supervisor:
         self.hub.changed(job.id)
 
     def state_changed(self) -> None:
-        """Take in that a worker became ready, or is no longer."""
+        """Take in that a worker became ready, or ended."""
         trouble = self.trouble
         if trouble is None:
             self._was_ready = True
@@ -293,6 +297,7 @@ class Supervisor:
             self.failure = trouble
         if trouble is None or self.failure is not None:
             self.first_word.set()
+        self.changed.set()
         self._wake()  # which jobs are for which worker may be known only now
 
     # ---- inside

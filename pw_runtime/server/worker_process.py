@@ -27,6 +27,7 @@ from pw_runtime.server.messages import (
     Order,
     Ready,
     Refused,
+    Undrafted,
     order_line,
     read_event,
 )
@@ -36,6 +37,7 @@ from pw_runtime.server.store import Job
 LONGEST_BACKOFF: Final = 60.0  # seconds
 LONGEST_LINE: Final = 2**20  # bytes
 WAKE: Final = object()
+AboutJob = Advanced | Drafted | Undrafted | Made | Failed | Ceased
 
 
 class Foreman(Protocol):
@@ -54,7 +56,7 @@ class Foreman(Protocol):
         """Take in that a worker ended, in the midst of a job or between two."""
 
     def state_changed(self) -> None:
-        """Take in that a worker became ready, or is no longer."""
+        """Take in that a worker became ready, or ended."""
 
 
 class WorkerProcess:
@@ -81,6 +83,7 @@ class WorkerProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._inbox: asyncio.Queue[Event | object | None] = asyncio.Queue()
         self._stopping = asyncio.Event()
+        self._was_mute = False  # its last process ended before it was ready
 
     @property
     def pid(self) -> int | None:
@@ -89,8 +92,11 @@ class WorkerProcess:
 
     @property
     def starting(self) -> bool:
-        """Whether it has yet to say which presets fit, or that it cannot work."""
-        return self.ready is None and self.refusal is None
+        """Tell whether it has yet to say which presets fit, or that it cannot work.
+
+        After a start that ended without a word it counts as starting only when it is ready again.
+        """
+        return self.ready is None and self.refusal is None and not self._was_mute
 
     @property
     def fits(self) -> dict[str, Fit]:
@@ -131,6 +137,7 @@ class WorkerProcess:
             except Exception as error:  # of ours: the next worker may do better than none
                 traceback.print_exc()
                 made_something, reason = False, f"{type(error).__name__}: {error}"
+            self._was_mute = self.ready is None
             job, self.job, self.ready = self.job, None, None
             self.trouble = self.refusal or f"the worker ended ({reason}) and is started again"
             self._foreman.state_changed()
@@ -168,7 +175,6 @@ class WorkerProcess:
                 loras=settings.loras,
                 gpu_memory=settings.gpu_memory,
                 host_memory=settings.host_memory,
-                workers=len(settings.devices),
             )
         )
         try:
@@ -202,10 +208,10 @@ class WorkerProcess:
             elif isinstance(event, Refused):
                 self.refusal = event.reason
                 self._foreman.state_changed()
-            elif isinstance(event, Advanced | Drafted | Made | Failed | Ceased):
+            elif isinstance(event, AboutJob):
                 made_something |= await self._about_job(event)
 
-    async def _about_job(self, event: Advanced | Drafted | Made | Failed | Ceased) -> bool:
+    async def _about_job(self, event: AboutJob) -> bool:
         """Take in what was said of a job; return whether it has ended."""
         job = self.job
         if job is None or event.job != job.id:

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from pw_bench.quality.approximations import EXACT, REFERENCE, measure_approximations, parse_variant
-from pw_bench.quality.sensitivity import Undivided, quantize_layers
+from pw_bench.quality.render import examples
+from pw_bench.quality.sensitivity import Undivided, quantize_layers, sensitivity
 from pw_bench.report import markdown
 from pw_bench.report.findings import headline
 from pw_bench.results import read_result, write_result
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.checkpoint.loader import load_dit
 from pw_runtime.errors import BadRequest
-from pw_runtime.models.quantized_linear import QuantizedLinear
+from pw_runtime.models.quantized_linear import QUANTIZED, QuantizedLinear
+from pw_runtime.presets import find_preset
 from tests.closeness import relative_l2
 from tests.e2e.pw import write_preset
 
@@ -91,3 +93,25 @@ def test_a_whole_network_behind_the_interface_of_the_stages_is_the_network(
         assert not isinstance(quantized.blocks[1].get_submodule("ffn.2"), QuantizedLinear)
         got = quantized(latent, text, rows, layout)
         assert 0 < relative_l2(got, velocity) < 0.05
+
+
+def test_every_part_of_both_networks_has_its_error_in_the_last_latent(
+    bundle_dir: Path, tmp_path: Path
+) -> None:
+    """Seen: the stages asked for more than the undivided network had, and no test ran them."""
+    preset = find_preset(str(write_preset(tmp_path / "small.toml")))
+    bundle, networks = open_bundle(bundle_dir), ("draft", "highres")
+    with torch.inference_mode():
+        found = list(sensitivity(bundle, preset, examples(1), ("int8",), lambda line: None))
+    expected = [
+        f"int8, {stage}, {part}"
+        for stage in networks
+        for part in (
+            "block 0",
+            "block 1",
+            "block 2",
+            *(f"{name} of all blocks" for name in QUANTIZED),
+        )
+    ]
+    assert [difference.side for difference in found] == expected
+    assert all(x.relative_l2 is not None and 0 < x.relative_l2 < 0.5 for x in found)

@@ -6,14 +6,17 @@ hold once the same, but only if it holds the draft for the first time
 hold deaf the same, but it does not hear that it is to end
 die       the process ends in the midst of the job
 fail      the job fails
+redo      the draft is there, then it is made again; half of it is there when it is told to end
 
-Where the model's folder is gone it says that it cannot work, and ends. 4k fits the device
-"large" alone.
+Where the model's folder is gone it says that it cannot work, and ends. Where that has a file of the
+device's name, it says nothing until it is ended. A file "joins" there has a line for each start,
+with the host memory that it was given. 4k fits the device "large" alone, and fails on others.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,11 +33,13 @@ from pw_runtime.server.messages import (
     Make,
     Ready,
     Refused,
+    Undrafted,
     event_line,
     read_order,
 )
 
 RSS = 2**20
+TOO_LARGE = "4k is too large"
 
 
 def send(event: Event) -> None:
@@ -70,6 +75,13 @@ def make(job: Make) -> None:
         write(folder / "thumbnail.jpg", "picture")
     send(Drafted(job=job.job))
     send(Advanced(job=job.job, stage="highres", step=1, steps=4, fraction=0.5, seconds_left=2.0))
+    if "redo" in job.prompt:
+        send(Undrafted(job=job.job))
+        shutil.rmtree(folder / "draft")
+        write(folder / "draft" / "0.latents.safetensors", "half the latents")
+        wait_for_end(job.job)
+        send(Ceased(job=job.job, rss=RSS))
+        return
     if "hold" in job.prompt and not ("once" in job.prompt and again):
         write(folder / "final" / "0.steps", "half a clip")
         wait_for_end("" if "deaf" in job.prompt else job.job)
@@ -82,22 +94,29 @@ def make(job: Make) -> None:
 
 
 def main() -> None:
-
     join = read_order(sys.stdin.buffer.readline())
     assert isinstance(join, Join)
     if not Path(join.model).is_dir():
         send(Refused(reason=f"the model {join.model} is gone"))
         sys.exit(2)
+    with (Path(join.model) / "joins").open("a") as file:
+        file.write(f"{join.host_memory}\n")
+    if (Path(join.model) / join.options.device).exists():
+        sys.stdin.buffer.read()
+        return
     fits = {
         name: Fit(fits=True, draft_fits=True)
         if name != "4k" or join.options.device == "large"
-        else Fit(fits=False, draft_fits=True, reason="4k is too large")
+        else Fit(fits=False, draft_fits=True, reason=TOO_LARGE)
         for name in join.presets
     }
+    too_large = [join.presets[name] for name, fit in fits.items() if not fit.fits]
     send(Ready(device="fake", bundle="0" * 64, presets=fits, rss=RSS))
     while line := sys.stdin.buffer.readline():
         order = read_order(line)
-        if isinstance(order, Make):
+        if isinstance(order, Make) and order.preset in too_large:
+            send(Failed(job=order.job, code="bad_request", reason=TOO_LARGE, rss=RSS))
+        elif isinstance(order, Make):
             make(order)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -90,6 +91,18 @@ class Served:
         """Return a video whose draft is there, and whose high-res stage runs."""
         return self.until(video_id, lambda video: video["stage"] == "highres")
 
+    def wait_for(self, is_so: Callable[[], bool]) -> None:
+        """Return when something is so."""
+        end = time.monotonic() + PATIENCE
+        while not is_so():
+            assert time.monotonic() < end, self.lines
+            assert self.process.poll() is None, self.lines
+            time.sleep(0.02)  # between two questions; nothing depends on its length
+
+    def until_said(self, text: str) -> None:
+        """Return when a line of the server has a text."""
+        self.wait_for(lambda: any(text in line for line in self.lines))
+
     def error(self, method: str, path: str, **options: Any) -> tuple[int, dict[str, Any]]:
         """Return the status and the error of a request that fails."""
         answer = self.http.request(method, path, **options)
@@ -100,9 +113,21 @@ class Served:
 
     def worker(self) -> int:
         """Return the process id of the worker."""
+        (pid,) = self.workers()
+        return pid
+
+    def workers(self) -> list[int]:
+        """Return the process ids of the workers, in the order of their starts."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        (pid,) = children.read_text().split()
-        return int(pid)
+        return [int(pid) for pid in children.read_text().split()]
+
+    def restart_second_worker(self) -> None:
+        """Kill that of two workers which was started last; return when it is started again."""
+        self.wait_for(lambda: len(self.workers()) == 2)
+        first, second = self.workers()
+        os.kill(second, signal.SIGKILL)
+        self.wait_for(lambda: self.workers()[1:] not in ([], [second]))
+        assert self.workers()[0] == first
 
     def end(self) -> int:
         """Ask for the end; return the exit code."""
@@ -176,8 +201,4 @@ def serving(root: Path, **settings: Any) -> Iterator[Served]:
 
 
 def wait_until_ready(served: Served) -> None:
-    end = time.monotonic() + PATIENCE
-    while served.http.get("/ready").status_code != 200:
-        assert time.monotonic() < end, served.lines
-        assert served.process.poll() is None, served.lines
-        time.sleep(0.02)
+    served.wait_for(lambda: served.http.get("/ready").status_code == 200)

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker whose server was started again with other options, in the midst of a job."""
+"""A worker that goes on with a draft of other options, or with a damaged one."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pw_runtime.errors import OtherDraft
+from pw_runtime.job.latents import check_latents
 from pw_runtime.presets import find_preset
+from pw_runtime.server.files import LATENTS
 from pw_runtime.server.maker import Maker
-from pw_runtime.server.messages import Join, Make
+from pw_runtime.server.messages import Drafted, Event, Join, Make, Undrafted
 from pw_runtime.system.stop import StopRequest
 from pw_runtime.types import RunOptions
 from tests.e2e.pw import write_preset
@@ -20,13 +24,23 @@ pytestmark = pytest.mark.slow
 
 
 def make(
-    bundle: Path, job: Path, *, draft_only: bool, precision: str, finishes: str | None = None
-) -> None:
+    bundle: Path,
+    job: Path,
+    *,
+    draft_only: bool,
+    precision: str = "fp32",
+    finishes: str | None = None,
+) -> list[tuple[type, bool]]:
+    """Make a job; return what was said of its draft, each time with whether that was there."""
+    told: list[tuple[type, bool]] = []
+
+    def send(event: Event) -> None:
+        if isinstance(event, Drafted | Undrafted):
+            told.append((type(event), (job / "draft" / "0.mp4").exists()))
+
     preset = find_preset(str(write_preset(job.with_suffix(".toml"))))
     options = RunOptions(device="cpu", precision=precision)  # type: ignore[arg-type]
-    maker = Maker(
-        Join(model=str(bundle), presets={"small": preset}, options=options), list().append
-    )
+    maker = Maker(Join(model=str(bundle), presets={"small": preset}, options=options), send)
     order = Make(
         job="video_1",
         folder=str(job),
@@ -38,6 +52,7 @@ def make(
         finishes=finishes,
     )
     maker.make(order, StopRequest())
+    return told
 
 
 def precision_of(video: Path) -> str:
@@ -49,7 +64,8 @@ def test_a_job_with_a_draft_of_other_options_makes_it_again(
 ) -> None:
     job = tmp_path / "job"
     make(bundle_dir, job, draft_only=True, precision="fp32")
-    make(bundle_dir, job, draft_only=False, precision="bf16")
+    told = make(bundle_dir, job, draft_only=False, precision="bf16")
+    assert told == [(Drafted, True), (Undrafted, True), (Drafted, True)]
     for part in ("draft", "final"):
         assert precision_of(job / part / "0.mp4") == "bf16"
 
@@ -59,6 +75,40 @@ def test_the_draft_of_another_job_is_never_replaced_by_another(
 ) -> None:
     job = tmp_path / "job"
     make(bundle_dir, job, draft_only=True, precision="fp32")
-    with pytest.raises(OtherDraft, match="the draft of video_0 was made with other options"):
+    with pytest.raises(OtherDraft, match=r"the draft of video_0 cannot be[\s\S]*options.precision"):
         make(bundle_dir, job, draft_only=False, precision="bf16", finishes="video_0")
     assert precision_of(job / "draft" / "0.mp4") == "fp32"
+
+
+def cut(latents: Path) -> None:
+    latents.write_bytes(latents.read_bytes()[:100])
+
+
+def strip_metadata(latents: Path) -> None:
+    save_file(load_file(latents), latents)
+
+
+def flip(latents: Path) -> None:
+    content = latents.read_bytes()
+    latents.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut, "no complete safetensors file"),
+        (strip_metadata, "without the metadata"),
+        (flip, "damaged: "),
+    ],
+)
+def test_a_damaged_draft_is_made_again_by_its_own_job_alone(
+    damage: Callable[[Path], None], told: str, bundle_dir: Path, tmp_path: Path
+) -> None:
+    job = tmp_path / "job"
+    make(bundle_dir, job, draft_only=True)
+    damage(job / "draft" / LATENTS)
+    with pytest.raises(OtherDraft, match=rf"the draft of video_0 cannot be[\s\S]*{told}"):
+        make(bundle_dir, job, draft_only=False, finishes="video_0")
+    make(bundle_dir, job, draft_only=False)
+    assert (job / "final" / "0.mp4").is_file()
+    check_latents(job / "draft" / LATENTS, None)

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pw_runtime.presets import PRESETS
-from pw_runtime.server import maker
-from pw_runtime.server.admission import Admission
-from pw_runtime.server.messages import Fit, Join, Ready
+from pw_runtime.server import settings
+from pw_runtime.server.messages import Fit, Ready
 from pw_runtime.server.settings import Settings
 from pw_runtime.server.store import Store
 from pw_runtime.server.supervisor import Supervisor
-from pw_runtime.types import Budget, RunOptions
 from tests.server.servers import serving
 from tests.server.test_limits import new_job
 
@@ -25,13 +22,22 @@ NEITHER = Fit(fits=False, draft_fits=False, reason="tiny")
 
 def supervisor(tmp_path: Path, *fits: Fit | None) -> Supervisor:
     """A supervisor with a worker for each fit of preset nano; None: it is not ready yet."""
-    settings = Settings(model=tmp_path, root=tmp_path, presets={}, devices=("a", "b")[: len(fits)])
-    made = Supervisor(settings, Store(tmp_path / "queue.sqlite"), lambda text: None)
+    devices = ("a", "b")[: len(fits)]
+    given = Settings(model=tmp_path, root=tmp_path, presets={}, devices=devices)
+    made = Supervisor(given, Store(tmp_path / "queue.sqlite"), lambda text: None)
     for worker, fit in zip(made.workers, fits, strict=True):
         if fit is not None:
             presets = {"nano": fit}
             worker.ready = Ready(device=worker.device, bundle="", presets=presets, rss=0)
     return made
+
+
+def mute_device(tmp_path: Path, device: str) -> Path:
+    """Let the fake worker of a device say nothing from its next start on, while a file is there."""
+    file = tmp_path / "model" / device
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    return file
 
 
 def test_a_job_waits_for_the_worker_that_it_fits(tmp_path: Path) -> None:
@@ -102,26 +108,71 @@ def test_the_job_of_a_worker_that_died_is_offered_to_one_that_waits(
     assert woken == ["b"]
 
 
-@pytest.mark.parametrize(("named", "expected"), [(None, 50), (80, 80)])
-def test_workers_divide_the_host_memory_that_is_free(
-    named: int | None, expected: int, bundle_dir: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("was_ready", [False, True])
+def test_a_device_is_waited_for_until_a_start_ends_without_a_word(
+    was_ready: bool, tmp_path: Path
 ) -> None:
-    budgets: list[Budget] = []
+    if not was_ready:
+        mute_device(tmp_path, "large")
+    with serving(tmp_path / "root", devices=["small", "large"]) as served:
+        if was_ready:
+            made = served.until_ended(served.create(preset="4k")["id"])
+            assert made["status"] == "completed"
+            mute_device(tmp_path, "large")
+            served.restart_second_worker()
+        video = served.create(preset="4k")
+        assert served.until_ended(served.create(preset="2k")["id"])["status"] == "completed"
+        assert served.video(video["id"])["status"] == "queued"
+        served.restart_second_worker()
+        assert served.until_ended(video["id"])["error"]["message"] == "4k is too large"
+        refused = {"prompt": "a fox", "preset": "4k"}
+        status, error = served.error("POST", "/v1/videos", json=refused)
+        assert (status, error["code"]) == (400, "does_not_fit")
 
-    class Spy(Admission):
-        def __init__(self, *given: object) -> None:
-            super().__init__(*given)  # type: ignore[arg-type]
-            budgets.append(self._budget)
 
-    monkeypatch.setattr(maker, "Admission", Spy)
-    free = 100 * 2**30 if named is None else named * 2**30
-    monkeypatch.setattr(maker, "budget_of", lambda *given: Budget(host=free, device=None))
-    join = Join(
-        model=str(bundle_dir),
-        presets={"nano": PRESETS["nano"]},
-        options=RunOptions(device="cpu"),
-        host_memory=None if named is None else named * 2**30,
-        workers=2,
-    )
-    maker.Maker(join, lambda event: None)
-    assert [budget.host for budget in budgets] == [expected * 2**30]
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ("large", "now also ready for jobs: 4k"),
+        ("tiny", "preset 4k does not fit: 4k is too large"),
+    ],
+)
+def test_whether_a_preset_fits_is_told_when_it_is_known(
+    device: str, told: str, tmp_path: Path
+) -> None:
+    mute = mute_device(tmp_path, device)
+    with serving(tmp_path / "root", devices=["small", device]) as served:
+        served.until_said("not known until every device is ready: 4k")
+        mute.unlink()
+        served.restart_second_worker()
+        served.until_said(told)
+
+
+@pytest.mark.parametrize("named", [None, 2**30])
+def test_a_worker_that_is_started_again_has_the_same_part_of_the_host_memory(
+    named: int | None, tmp_path: Path
+) -> None:
+    with serving(tmp_path / "root", devices=["a", "b"], host_memory=named) as served:
+        joins = tmp_path / "model" / "joins"
+        served.wait_for(lambda: len(joins.read_text().split()) == 2)
+        served.restart_second_worker()
+        served.wait_for(lambda: len(joins.read_text().split()) == 3)
+    (part,) = set(joins.read_text().split())
+    assert int(part) > 0
+    assert named in (None, int(part))
+
+
+@pytest.mark.parametrize(
+    ("named", "devices", "expected"),
+    [(None, ("a", "b"), 50), (80, ("a", "b"), 80), (None, ("a",), None)],
+)
+def test_workers_divide_the_host_memory_that_is_free(
+    named: int | None,
+    devices: tuple[str, ...],
+    expected: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settings, "available_memory_bytes", lambda: 100)
+    given = Settings(model=tmp_path, root=tmp_path, presets={}, devices=devices, host_memory=named)
+    assert settings.with_host_memory(given).host_memory == expected

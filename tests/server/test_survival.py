@@ -81,6 +81,20 @@ def test_a_running_job_is_cancelled_and_its_draft_stays(tmp_path: Path) -> None:
         assert served.error("POST", f"/v1/videos/{done['id']}/cancel")[0] == 409
 
 
+def test_a_draft_that_is_made_again_is_not_there_until_it_is_complete(tmp_path: Path) -> None:
+    with serving(tmp_path / "root") as served:
+        created = served.create("redo")
+        video = served.until(created["id"], lambda v: v["stage"] == "highres")
+        video = served.until(video["id"], lambda v: not v["draft_ready"])
+        path = f"/v1/videos/{video['id']}"
+        assert served.error("GET", f"{path}/content?variant=draft")[1]["code"] == "not_ready"
+        ended = served.http.post(f"{path}/cancel").json()
+        assert (ended["error"]["code"], ended["draft_ready"]) == ("cancelled", False)
+        assert not (tmp_path / "root" / "jobs" / video["id"] / "draft").exists()
+        finish = {"draft_id": video["id"]}
+        assert served.error("POST", "/v1/videos", json=finish)[1]["code"] == "draft_not_ready"
+
+
 def test_a_waiting_job_is_cancelled_and_never_made(tmp_path: Path) -> None:
     with serving(tmp_path / "root") as served:
         first = served.until_running(served.create("hold")["id"])

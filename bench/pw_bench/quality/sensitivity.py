@@ -24,7 +24,7 @@ from pw_kernels.quantized_linear import NumberFormat
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.loader import load_dit
 from pw_runtime.models import WanDiT
-from pw_runtime.models.embeddings import sinusoid
+from pw_runtime.models.embeddings import Positions, sinusoid
 from pw_runtime.models.quantized_linear import QUANTIZED, QuantizedLinear, quantized_weights
 from pw_runtime.types import Latent, Preset, StageName
 
@@ -38,7 +38,16 @@ class Undivided:
         """Take the network; a draft network has no control."""
         self.net = net
         self.text_keys_values, self.modulation = net.text_keys_values, net.modulation
-        self.layout, self.control_features = net.positions, net.draft_features
+        self.control_features = net.draft_features
+
+    def check_weights(self) -> None:
+        """Do nothing: what a velocity that is not finite is due to does not matter here."""
+
+    def layout(self, latent: Tensor, clean: int = 0) -> Positions:
+        """Compute the positions of a latent. Raises ValueError for clean frames."""
+        if clean:
+            raise ValueError("an undivided network takes all tokens with one timestep")
+        return self.net.positions(latent)
 
     def control_inputs(self, features: Tensor, t: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
         """Compute the control of one step."""
