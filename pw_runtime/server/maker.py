@@ -63,6 +63,7 @@ class Maker:
         self._admission = Admission(self.bundle, self._options.resolved(), budget, rates)
         self.fits = self._admission.fits(join.presets)
         self._warm = WarmNetworks()
+        self._warm_preset: Preset | None = None
         self._send = send
 
     def _check_options(self, preset: Preset) -> None:
@@ -82,6 +83,9 @@ class Maker:
             PixelWizardError: the clip cannot be made.
         """
         ends_with_draft = job.draft_only or job.preset.highres is None
+        if job.preset != self._warm_preset:  # of another one no network is taken again
+            self._warm.release()
+            self._warm_preset = job.preset
         self._warm.only = self._admission.kept(job.preset, draft_only=ends_with_draft)
         self._warm.keep_only(self._warm.only)
         runs = self._seconds(job, ends_with_draft=ends_with_draft)

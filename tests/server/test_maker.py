@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,32 @@ def make(
     )
     maker.make(order, StopRequest())
     return told
+
+
+def test_networks_of_another_preset_are_released_before_a_job(
+    bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made of the preset, so that no job takes them again, and no plan counts them."""
+    small = find_preset(str(write_preset(tmp_path / "small.toml")))
+    presets = {"small": small, "smaller": replace(small, video=replace(small.video, frames=1))}
+    options = RunOptions(device="cpu", precision="fp32")
+    maker = Maker(Join(model=str(bundle_dir), presets=presets, options=options), lambda _: None)
+    monkeypatch.setattr(maker, "_draft", lambda *_: None)
+    closed: list[str] = []
+    for name in ("small", "small", "smaller"):
+        order = Make(
+            job="video_1",
+            folder=str(tmp_path),
+            prompt="a fox",
+            negative="",
+            seed=1,
+            preset=presets[name],
+            draft_only=True,
+        )
+        maker.make(order, StopRequest())
+        assert closed == (["small"] if name == "smaller" else [])
+        maker._warm.only = None
+        maker._warm.keep("draft", "it", name, closed.append)
 
 
 def precision_of(video: Path) -> str:
