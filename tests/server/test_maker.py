@@ -18,7 +18,7 @@ from pw_runtime.server.files import LATENTS
 from pw_runtime.server.maker import Maker
 from pw_runtime.server.messages import Drafted, Event, Join, Make, Undrafted
 from pw_runtime.system.stop import StopRequest
-from pw_runtime.types import RunOptions
+from pw_runtime.types import Preset, RunOptions
 from tests.e2e.pw import write_preset
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,13 @@ def make(
     preset = find_preset(str(write_preset(job.with_suffix(".toml"))))
     options = RunOptions(device="cpu", precision=precision)  # type: ignore[arg-type]
     maker = Maker(Join(model=str(bundle), presets={"small": preset}, options=options), send)
-    order = Make(
+    maker.make(order_of(job, preset, draft_only=draft_only, finishes=finishes), StopRequest())
+    return told
+
+
+def order_of(job: Path, preset: Preset, *, draft_only: bool, finishes: str | None = None) -> Make:
+    """The order to make a clip, or its draft, in a folder."""
+    return Make(
         job="video_1",
         folder=str(job),
         prompt="a fox runs through snow",
@@ -52,8 +58,6 @@ def make(
         draft_only=draft_only,
         finishes=finishes,
     )
-    maker.make(order, StopRequest())
-    return told
 
 
 def test_networks_of_another_preset_are_released_before_a_job(
@@ -67,16 +71,7 @@ def test_networks_of_another_preset_are_released_before_a_job(
     monkeypatch.setattr(maker, "_draft", lambda *_: None)
     closed: list[str] = []
     for name in ("small", "small", "smaller"):
-        order = Make(
-            job="video_1",
-            folder=str(tmp_path),
-            prompt="a fox",
-            negative="",
-            seed=1,
-            preset=presets[name],
-            draft_only=True,
-        )
-        maker.make(order, StopRequest())
+        maker.make(order_of(tmp_path, presets[name], draft_only=True), StopRequest())
         assert closed == (["small"] if name == "smaller" else [])
         maker._warm.only = None
         maker._warm.keep("draft", "it", name, closed.append)
