@@ -11,17 +11,20 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from pw_runtime.cli.exit_codes import BAD_INPUT, DONE, INTERRUPTED, SOME_FAILED, exit_code_of
 from pw_runtime.errors import BadRequest, PixelWizardError
 from pw_runtime.system.packages import missing_package
 from pw_runtime.system.printable import printable
 from pw_runtime.system.streams import EnduringStream, open_missing_streams
+
+ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 def main() -> None:
@@ -53,6 +56,9 @@ def main() -> None:
         sys.stdout, sys.stderr = before
         if log := sys.modules.get("pw_runtime.cli.log"):
             log.close()
+    for number in ENDING:
+        if signal.getsignal(number) is pass_over:
+            signal.signal(number, signal.SIG_IGN)  # Python's own end sooner than the process
     if _waits_for_a_rank():
         for stream in before:
             stream.flush()
@@ -155,12 +161,27 @@ class Terminated(BaseException):
         self.number = number
 
 
+def pass_over(number: int, frame: FrameType | None) -> None:
+    """Do nothing on a signal that comes while the process ends.
+
+    In place of SIG_IGN: for a signal that came just before its handler was replaced by that,
+    Python prints a traceback out of whatever runs at that time.
+    """
+
+
+def restore(before: Mapping[signal.Signals, Handler]) -> None:
+    """Give signals their former handlers back, but those that are passed over until the end."""
+    for number, handler in before.items():
+        if signal.getsignal(number) is not pass_over:
+            signal.signal(number, handler)
+
+
 @contextmanager
 def _ending_on(*signals: signal.Signals) -> Iterator[None]:
     """Raise Terminated in the main thread on these signals, unless they are ignored (nohup)."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the unwinding
+        signal.signal(number, pass_over)  # a second one must not interrupt the unwinding
         raise Terminated(number)
 
     before = {number: signal.getsignal(number) for number in signals}
@@ -170,8 +191,7 @@ def _ending_on(*signals: signal.Signals) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore(before)
 
 
 def _is_expected(error: Exception) -> bool:

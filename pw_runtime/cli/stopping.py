@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from pw_runtime.cli.main import ENDING, Terminated, pass_over, restore
 from pw_runtime.errors import RankFailed, WriteFailed
 from pw_runtime.system.stop import Stopped, StopRequest
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from pw_runtime.system.progress import Reporter
 
 GRACE: Final = 2.0  # seconds that the step in progress may take to finish
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def stopping(stop: StopRequest, reporter: Reporter, go_on: str) -> Iterator[None
     def over(number: int, frame: FrameType | None) -> None:
         _raise(received[0])
 
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in ENDING}
     alarm = signal.signal(signal.SIGALRM, over)
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
@@ -65,8 +65,7 @@ def stopping(stop: StopRequest, reporter: Reporter, go_on: str) -> Iterator[None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, alarm)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore(before)
 
 
 def command_again(seed: int | None, arguments: Sequence[str] | None = None) -> str:
@@ -83,9 +82,7 @@ def command_again(seed: int | None, arguments: Sequence[str] | None = None) -> s
 
 def _raise(number: int) -> NoReturn:
     """Raise what ends the process on a signal; a further one does not interrupt that."""
-    from pw_runtime.cli.main import Terminated
-
     signal.setitimer(signal.ITIMER_REAL, 0)
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+    for each in ENDING:
+        signal.signal(each, pass_over)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
