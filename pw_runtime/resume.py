@@ -126,8 +126,8 @@ def finish(
         tally.clear()
         stop, progress = stop or StopRequest(), RunProgress(reporter.progress)
         runs = [
-            _run(group, bundle, reporter, overrides, stop, progress)
-            for group in _groups(clips, overrides)
+            _run(group, bundle, reporter, stop, progress)
+            for group in _groups(clips)
         ]
         for run in runs:
             locks.callback(run.journal.close)
@@ -186,15 +186,13 @@ def _run(
     group: Sequence[Clip],
     bundle: Bundle,
     reporter: Reporter,
-    overrides: Overrides,
     stop: StopRequest,
     progress: RunProgress,
 ) -> Run:
     """Plan the decode of clips that have their settings in common."""
     request = group[0].request
     say: Callable[[str], None] = reporter.say
-    asked = replace(request.options, kernels=_asked_kernels(group[0], overrides))
-    engine_set = select_decoder_engines(bundle, request.preset, asked)
+    engine_set = select_decoder_engines(bundle, request.preset, request.options)
     engines: dict[Network, EngineSet] = {"vae": engine_set}
     say(describe_engines(engines, bundle, request.preset, request.options))
     fallback = plan_run(request, bundle, say, engines, needed=())
@@ -205,24 +203,12 @@ def _run(
     return Run(*shared, Journal(reporter.warn), stop=stop, progress=progress)
 
 
-def _asked_kernels(clip: Clip, overrides: Overrides) -> Kernels:
-    """Return the kernels by which the decoder's engines are selected, as the clip's run did.
-
-    It settled its own afterwards, and "triton" leaves engines out only where it was asked for.
-    """
-    backend = clip.provenance.engines.get("vae", {}).get("backend", "eager")
-    if overrides.kernels is None and backend != "eager":
-        return "auto"
-    return clip.request.options.kernels
-
-
-def _groups(clips: Sequence[Clip], overrides: Overrides) -> list[list[Clip]]:
+def _groups(clips: Sequence[Clip]) -> list[list[Clip]]:
     """Group clips that one run can decode: all but their codec and their files is equal."""
     groups: dict[object, list[Clip]] = {}
     for clip in clips:
         settings = replace(clip.request.options, codec="h264")
-        kernels = _asked_kernels(clip, overrides)
-        groups.setdefault((settings, kernels, clip.request.preset), []).append(clip)
+        groups.setdefault((settings, clip.request.preset), []).append(clip)
     return list(groups.values())
 
 

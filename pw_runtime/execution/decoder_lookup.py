@@ -82,7 +82,7 @@ def select_decoder_engines(bundle: Bundle, preset: Preset, options: RunOptions) 
     Raises:
         BadRequest: an engine cannot be opened.
     """
-    if options.policy == "eager" or options.kernels == "triton":
+    if options.policy == "eager":
         return _eager(ASKED_FOR)
     if options.vae_precision != "fp32":
         return _eager(ONLY_FP32)

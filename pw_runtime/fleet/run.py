@@ -106,7 +106,9 @@ def finished_clips(request: Request, bundle: Bundle) -> dict[str, Path]:
     ]
     for clip in clips:
         require_storable(clip.provenance)
-    settle_existing(clips, local, elsewhere=True)
+    options = request.options
+    asked = {"kernels": options.kernels, "attention": options.attention_kernel}
+    settle_existing(clips, local, elsewhere=[name for name in asked if asked[name] == "auto"])
     examine_pictures(clips)
     examine_videos(clips)
     return {clip.prompt.id: clip.video for clip in clips if clip.video is not None}

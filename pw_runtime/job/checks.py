@@ -169,12 +169,6 @@ def _check_kernels(request: Request) -> None:
             got="--kernels triton with a preset that sets it",
             do="leave --kernels out; --attention alone may stay",
         )
-    if options.kernels == "triton" and options.policy == "engines":
-        raise BadRequest(
-            "engines cannot contain the kernels of single operations",
-            got="--kernels triton with --policy engines",
-            do="leave one of them out; --attention works with engines",
-        )
     if attention != "auto" and not available(attention):
         raise BadRequest(
             f"{attention} is not installed", do=f"pip install {attention}, or choose another one"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,13 +31,19 @@ def settle_existing(
     request: Request,
     say: Callable[[str], None] = lambda text: None,
     *,
-    elsewhere: bool = False,
+    elsewhere: Collection[str] | None = None,
 ) -> None:
     """Take over what earlier runs left of the same clips, before anything is computed.
 
     A finished clip gets its video, and is not computed; an unfinished one gets what was computed
-    for it. `request.fresh` takes over nothing, `request.overwrite` replaces other clips. Other
-    machines that compute `elsewhere` take over no unfinished clip.
+    for it. `request.fresh` takes over nothing, `request.overwrite` replaces other clips.
+
+    Args:
+        clips: of the run.
+        request: that they are of.
+        say: told what is computed anew, and why.
+        elsewhere: options that other machines settle, which compute all and take over no unfinished
+            clip; None: this one computes.
 
     Raises:
         BadRequest: a file would be replaced that may not be, with every field that differs.
@@ -50,11 +56,11 @@ def settle_existing(
         if request.overwrite:
             require_one_container(clip)
         try:
-            _settle_video(clip, request, standing)
+            _settle_video(clip, request, standing, elsewhere or ())
             journal = None
             if clip.video is None:
-                journal = _journal_of(clip, request, standing, say, elsewhere=elsewhere)
-            if journal is not None and not elsewhere:
+                journal = _journal_of(clip, request, standing, say, elsewhere)
+            if journal is not None and elsewhere is None:
                 journals[journal[0]] = (clip, journal[1])
         except BadRequest as error:
             if not request.overwrite:
@@ -127,7 +133,9 @@ def require_one_container(clip: Clip) -> None:
             )
 
 
-def _settle_video(clip: Clip, request: Request, standing: _Standing) -> None:
+def _settle_video(
+    clip: Clip, request: Request, standing: _Standing, unsettled: Collection[str]
+) -> None:
     """Take a finished video of the same clip; note what is of another one.
 
     Raises BadRequest where its receipt cannot be read.
@@ -143,7 +151,8 @@ def _settle_video(clip: Clip, request: Request, standing: _Standing) -> None:
         return
     receipt = read_receipt(path)
     try:
-        differing = differences(of_receipt(receipt), of_clip(clip))
+        found, wanted = of_receipt(receipt), of_clip(clip)
+        differing = differences(_without(found, unsettled), _without(wanted, unsettled))
         video_bytes = receipt["video"]["bytes"]
     except KeyError as error:
         raise BadRequest(
@@ -170,8 +179,7 @@ def _journal_of(
     request: Request,
     standing: _Standing,
     say: Callable[[str], None],
-    *,
-    elsewhere: bool,
+    elsewhere: Collection[str] | None,
 ) -> tuple[Path, Provenance] | None:
     """Find the most that was computed for the same clip; note what is of another one."""
     if request.fresh:
@@ -188,7 +196,7 @@ def _journal_of(
         except BadRequest as error:
             say(f"prompt {clip.prompt.id} is computed anew: {error}")
             continue
-        differing = _differences(clip, stored, anywhere=elsewhere)
+        differing = _differences(clip, stored, elsewhere)
         if not differing:
             found.append((path, stored))
         elif not request.overwrite:
@@ -201,15 +209,22 @@ def _journal_of(
     return None
 
 
-def _differences(clip: Clip, stored: Provenance, *, anywhere: bool) -> list[str]:
+def _differences(clip: Clip, stored: Provenance, elsewhere: Collection[str] | None) -> list[str]:
     """Describe how a clip differs from the one that an earlier run has begun."""
+    anywhere = elsewhere is not None
     given = {stage: tensor_digest(x) for stage, x in clip.noise.items()}
     begun: Fields = {stage: x for stage, x in stored.noise.items() if stage in given or not given}
     found = of_latents(stored, anywhere=anywhere)
     wanted = of_latents(clip.provenance, anywhere=anywhere)
     found["noise file"] = {} if stored.noise_file is None else begun
     wanted["noise file"] = {stage: given[stage] for stage in begun if stage in given}
-    return differences(found, wanted)
+    return differences(_without(found, elsewhere or ()), _without(wanted, elsewhere or ()))
+
+
+def _without(fields: Fields, unsettled: Collection[str]) -> Fields:
+    """Leave out options that are not settled here."""
+    options = {name: x for name, x in fields["options"].items() if name not in unsettled}
+    return {**fields, "options": options}
 
 
 def _settle_sheet(clips: tuple[Clip, ...], request: Request, standing: _Standing) -> None:
@@ -235,7 +250,7 @@ def _remove_leftovers(clip: Clip) -> None:
         return  # why silent: there is none, or none of ours
     if clip.keeps_latents or stored.options.save_latents:
         return
-    if not _differences(clip, stored, anywhere=True):
+    if not _differences(clip, stored, elsewhere=()):
         latents.unlink()
 
 

@@ -24,13 +24,12 @@ from pw_kernels.attention.sparse import HEAD_WIDTHS
 from pw_kernels.attention.trials import NO_TIME, Trial, candidates, fastest, measure
 from pw_kernels.library import Library, library, source_digest
 from pw_runtime.errors import BadRequest
-from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.system.atomic_files import write_text
 from pw_runtime.system.input_files import MAX_JSON, UnreadableInput, read_text
 from pw_runtime.system.places import MEASURED, cache_root
 from pw_runtime.system.trace import span
 from pw_runtime.system.trusted_folder import trusted_folder
-from pw_runtime.types import AttentionKernel, DitConfig, Network, Request, RunOptions, StageName
+from pw_runtime.types import AttentionKernel, DitConfig, Request, RunOptions, StageName
 
 SECONDS: Final = 20.0  # most that a measurement takes
 
@@ -54,17 +53,18 @@ _of_this_process: dict[Path, Measured] = {}  # by the file that they would have 
 def settle_kernels(
     request: Request,
     configs: Mapping[StageName, DitConfig],
-    engines: Mapping[Network, EngineSet],
     say: Callable[[str], None],
     *,
     measure_here: bool = True,
 ) -> RunOptions:
-    """Return options whose `kernels` and `attention` say what will run.
+    """Return options whose `kernels` and `attention` say what will run, beside engines or without.
+
+    The choice is that of all stages, also where a run makes the draft alone or computes no draft:
+    a draft and the clip that another run makes of it are then those of one run.
 
     Args:
         request: its options have a device and a precision.
-        configs: of the transformers, by stage.
-        engines: as selected; with engines, kernels of single operations are not used.
+        configs: of the transformers of all stages that the preset has, by stage.
         say: reports what was chosen, and why.
         measure_here: False leaves `attention` at "auto" where another rank measures it.
 
@@ -73,14 +73,13 @@ def settle_kernels(
     options = request.options
     no_kernel = _why_no_sparse_kernel(options, configs)
     if options.kernels == "auto":
-        compiled = any(engines[stage].backend != "eager" for stage in request.computed)
-        reason = _why_reference(request, compiled=compiled) or no_kernel
+        reason = _why_reference(request) or no_kernel
         options = replace(
             options,
             kernels="triton" if reason is None else "reference",
             attention=options.attention_kernel,
         )
-        if reason is not None and not compiled:
+        if reason is not None:
             say(f"operations run on PyTorch: {reason}")
     elif options.kernels == "triton" and no_kernel is not None:
         raise BadRequest(
@@ -90,8 +89,9 @@ def settle_kernels(
         )
     if options.attention_kernel != "auto":
         return options
-    stages = request.computed
-    if options.blocks != "segments" or options.compute_precision != "bf16" or not stages:
+    stages = {stage: request.preset.stages()[stage] for stage in configs}
+    exact = options.blocks != "segments" or options.compute_precision != "bf16"
+    if exact or not request.computed:
         return replace(options, attention="reference")
     if not measure_here:
         return options
@@ -177,12 +177,12 @@ def facts(device: torch.device) -> dict[str, str]:
     return {name: str(value) for name, value in named.items()}
 
 
-def _why_reference(request: Request, *, compiled: bool) -> str | None:
+def _why_reference(request: Request) -> str | None:
     """Return why our kernels do not run; None where they do."""
     if request.device.type != "cuda":
         return "our kernels are for GPUs"
-    if compiled:
-        return "engines have kernels of their own"
+    if request.options.blocks != "segments":
+        return "engines of whole blocks have kernels of their own"
     quirks = [name for name, on in asdict(request.preset.compat).items() if on]
     if quirks:
         return f"the preset repeats the official rounding (compat.{', compat.'.join(quirks)})"

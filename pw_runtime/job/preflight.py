@@ -102,7 +102,7 @@ def _planned(
         reporter.say(text)
     if approximate := approximations(options):
         reporter.say(f"approximate: {'; '.join(approximate)}")
-    request = replace(request, options=settled(request, bundle, engines, reporter.say))
+    request = replace(request, options=settled(request, bundle, reporter.say))
     if ranks is not None:
         require_divisible(options, divide_weights=request.divide_weights)
     with span("sources"):
@@ -219,7 +219,6 @@ def held_by(engines: Mapping[Network, EngineSet]) -> int:
 def settled(
     request: Request,
     bundle: Bundle,
-    engines: Mapping[Network, EngineSet],
     say: Callable[[str], None],
     *,
     measure_here: bool = True,
@@ -230,9 +229,14 @@ def settled(
     """
     with span("CPU kernels"):
         options = settle_conv(request.options, say)
-    configs = {stage: require_dit(bundle, stage) for stage in request.computed}
+    networks = {"draft": bundle.networks.draft, "highres": bundle.networks.highres}
+    configs = {
+        stage: entry.config
+        for stage in request.preset.stages()
+        if (entry := networks[stage]) is not None
+    }
     request = replace(request, options=options)
-    return settle_kernels(request, configs, engines, say, measure_here=measure_here)
+    return settle_kernels(request, configs, say, measure_here=measure_here)
 
 
 @contextmanager

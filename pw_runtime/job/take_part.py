@@ -16,7 +16,7 @@ from pw_runtime.job.follow import follow, identity_of
 from pw_runtime.job.preflight import computing, held_by, selected, settled
 from pw_runtime.system.rank_meeting import Place, joined
 from pw_runtime.system.ranks import DEADLINE, Ranks
-from pw_runtime.types import Kernels, Request
+from pw_runtime.types import Request
 
 Result = TypeVar("Result")
 
@@ -48,7 +48,7 @@ def take_part(
         BadRequest: a rank does not come, cannot take part, or would compute something else.
         RankFailed: a rank died.
     """
-    known: list[tuple[Request, Bundle, Kernels, int]] = []
+    known: list[tuple[Request, Bundle, int]] = []
 
     def prepared() -> tuple[torch.device, dict[str, str]]:
         request, bundle = prepare()
@@ -57,34 +57,26 @@ def take_part(
         # it was asked for.
         request = replace(request, options=request.options.resolved())
         asked, engines = request.options, selected(request, bundle)
-        options = settled(request, bundle, engines, say, measure_here=place.rank == 0)
+        options = settled(request, bundle, say, measure_here=place.rank == 0)
         request = replace(request, options=options)
-        known.append((request, bundle, asked.kernels, held_by(engines)))
+        known.append((request, bundle, held_by(engines)))
         if request.device.type == "cuda":
             torch.cuda.set_device(request.device)
         compared = replace(request, options=replace(options, attention=asked.attention))
         return request.device, identity_of(compared, bundle)
 
     with joined(place, prepared, deadline=deadline) as ranks:
-        request, bundle, kernels, held = known[0]
+        request, bundle, held = known[0]
         request = _with_common_attention(ranks, request)
-        given = _to_select_by(request, kernels)
         if place.rank:
             with computing(request.options):
-                follow(ranks, given, bundle, held)
+                follow(ranks, request, bundle, held)
             ended(ranks)
             return None
-        result = run(given, bundle, ranks)
+        result = run(request, bundle, ranks)
         ranks.command("end")
         ended(ranks)
         return result
-
-
-def _to_select_by(request: Request, asked: Kernels) -> Request:
-    """Return the request by which engines are selected again: "triton" would leave them out."""
-    if request.options.kernels != "triton":
-        return request
-    return replace(request, options=replace(request.options, kernels=asked))
 
 
 def _with_common_attention(ranks: Ranks, request: Request) -> Request:

@@ -350,7 +350,8 @@ def plan_run(
     if request.device.type == "cpu":
         work = replace(work, rates=A_CPU)
     if warm is not None:
-        work = replace(work, process=warm.process_bytes(work.process))
+        of_first = request.host_memory is not None  # what is free now lacks what came since
+        work = replace(work, process=warm.process_bytes(work.process, of_first=of_first))
     if budget is None:
         held = work.held_scratch + (0 if warm is None else warm.device_bytes)
         limits = request.gpu_memory, request.host_memory

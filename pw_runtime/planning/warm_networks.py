@@ -55,10 +55,12 @@ def _weight(memory: StageMemory) -> int:
     return sum(kept_bytes(memory, place) for place in PLACES)
 
 
-def _fits(plan: RunPlan, kept: frozenset[str]) -> bool:
+def _fits(plan: RunPlan, kept: frozenset[str], others: Mapping[Place, int] = _NOTHING) -> bool:
+    """Tell whether every stage fits beside what is kept of the plan, and other networks."""
     limits: dict[Place, int] = {"host": plan.budget.host, "device": plan.budget.device or 0}
     return all(
-        memory.peak(place) + bytes_beside(plan, kept, memory.stage, place) <= limit
+        memory.peak(place) + bytes_beside(plan, kept, memory.stage, place) + others.get(place, 0)
+        <= limit
         for memory in plan.stages
         for place, limit in limits.items()
     )
@@ -89,15 +91,16 @@ class WarmNetworks:
         self._engines: dict[Network, tuple[Hashable, EngineSet]] = {}
         self._process: int | None = None
 
-    def process_bytes(self, now: int) -> int:
-        """Return the bytes that the process took before its first run.
+    def process_bytes(self, now: int, *, of_first: bool) -> int:
+        """Return the bytes that the process takes beside the kept networks.
 
         Args:
             now: what it takes at this moment, kept networks included.
+            of_first: return what it took before its first run, for a budget that was fixed then.
         """
         if self._process is None:
             self._process = now
-        return self._process
+        return self._process if of_first else max(self._process, now - self._bytes("host"))
 
     def engines(
         self, network: Network, made_of: Hashable, select: Callable[[], EngineSet]
@@ -138,7 +141,10 @@ class WarmNetworks:
     @property
     def device_bytes(self) -> int:
         """Bytes on the device that the kept networks take."""
-        return sum(kept.sizes.get("device", 0) for kept in self._networks.values())
+        return self._bytes("device")
+
+    def _bytes(self, place: Place) -> int:
+        return sum(self._size(stage, place) for stage in self._networks)
 
     @property
     def is_empty(self) -> bool:
@@ -152,16 +158,29 @@ class WarmNetworks:
     def make_room(self, plan: RunPlan, kept: frozenset[str]) -> None:
         """Release what a plan, which keeps `kept`, takes to be free memory.
 
-        That is every network that it does not keep, and one that is larger than it has it. Those
-        of `only` stay.
+        That is every network of its stages that it does not keep or has smaller. Of other stages
+        those of `only` stay; without it, the largest that fit beside all that it counts.
         """
+        others = self._networks.keys() - {memory.stage for memory in plan.stages}
         larger = {
             memory.stage
             for memory in plan.stages
             for place in PLACES
             if self._size(memory.stage, place) > kept_bytes(memory, place)
         }
-        self.keep_only((kept | (self.only or frozenset())) - larger)
+        staying = kept - larger
+        if self.only is not None:
+            self.keep_only(staying | (others & self.only))
+            return
+        beside: dict[Place, int] = dict.fromkeys(PLACES, 0)
+        for stage in sorted(others, key=self._all_of, reverse=True):
+            more = {place: beside[place] + self._size(stage, place) for place in PLACES}
+            if _fits(plan, kept, more):
+                staying, beside = staying | {stage}, more
+        self.keep_only(staying)
+
+    def _all_of(self, stage: str) -> int:
+        return sum(self._size(stage, place) for place in PLACES)
 
     def _size(self, stage: str, place: Place) -> int:
         kept = self._networks.get(stage)

@@ -17,6 +17,7 @@ from pw_runtime.planning.time_estimate import Rates
 from pw_runtime.planning.warm_networks import stages_to_keep
 from pw_runtime.planning.workload import Workload, workload
 from pw_runtime.server.messages import Fit
+from pw_runtime.system.machine import rss_bytes
 from pw_runtime.types import Budget, Preset, RunOptions, RunPlan
 
 REMEMBERED: Final = 64  # plans: a third of a second each at 4K
@@ -29,6 +30,7 @@ class Admission:
         """Plan with a bundle and options; `rates` are the device's, for times."""
         self._bundle, self._options = bundle, options
         self._budget, self._rates = budget, rates
+        self._process = rss_bytes()  # without the networks that later jobs keep loaded
         self._plan = lru_cache(REMEMBERED)(self._make_plan)
         self._seconds = lru_cache(REMEMBERED)(self._estimate)
 
@@ -54,7 +56,8 @@ class Admission:
 
     def _work(self, preset: Preset, draft_only: bool) -> Workload:
         options = replace(self._options, draft_only=draft_only)
-        return workload(self._bundle.networks, preset, options, loras=self._bundle.loras)
+        work = workload(self._bundle.networks, preset, options, loras=self._bundle.loras)
+        return replace(work, process=self._process)
 
     def _fit(self, preset: Preset) -> Fit:
         try:

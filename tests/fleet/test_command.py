@@ -131,6 +131,31 @@ def test_a_dry_run_counts_the_clips_that_would_be_skipped(
     assert receipt["options"]["device"] == "cpu"
 
 
+def test_a_clip_of_a_gpu_is_finished_whatever_kernels_were_settled_there(
+    pw: Pw, bundle_dir: Path, tmp_path: Path
+) -> None:
+    """Seen: a fleet of GPUs could not go on, because "auto" was settled as on a CPU."""
+    preset = write_preset(tmp_path / "small.toml")
+    words = ["generate", "--model", bundle_dir, "--preset", preset, "--out", tmp_path / "out"]
+    assert pw(*words, "--prompt", "a cat", "--conv", "onednn").code == 0
+    file = tmp_path / "out" / "0.json"
+    receipt = json.loads(file.read_text())
+    receipt["options"] |= {"device": "cuda:0", "kernels": "triton", "attention": "gluon"}
+    file.write_text(json.dumps(receipt))
+    options = RunOptions(device="cuda", precision="fp32", conv="onednn")
+    request = Request(
+        prompts=(Prompt("a cat"),),
+        preset=find_preset(str(preset)),
+        out=tmp_path / "out",
+        options=options,
+    )
+    bundle = open_bundle(bundle_dir)
+    assert finished_clips(request, bundle) == {"0": tmp_path / "out" / "0.mp4"}
+    named = replace(request, options=replace(options, kernels="reference"))
+    with pytest.raises(BadRequest, match=r'kernels is "triton", wanted "reference"'):
+        finished_clips(named, bundle)
+
+
 def test_pictures_and_videos_are_found_from_everywhere_and_looked_at_before_any_works(
     bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,6 @@ from pw_kernels.op import select
 from pw_runtime.cli.doctor import _measured
 from pw_runtime.cli.generate import generate
 from pw_runtime.errors import BadRequest
-from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.job import kernel_choice
 from pw_runtime.job.checks import check_request
 from pw_runtime.job.conv_choice import computing_as
@@ -48,24 +47,17 @@ def request(tmp_path: Path, **options: object) -> Request:
 def options_of(
     made: Request,
     *,
-    backend: str = "eager",
     say: Callable[[str], None] = print,
     config: DitConfig = CONFIG,
 ) -> tuple[RunOptions, list[int]]:
     """Return the settled options, and the sizes at which attention was measured."""
-    engines = EngineSet({}, {}, backend, "a test")  # type: ignore[arg-type]
     with patch.object(kernel_choice, "measured_attention", return_value=MEASURED) as measured:
-        options = settle_kernels(
-            made,
-            {"draft": CONFIG, "highres": config},
-            {"draft": engines, "highres": engines},
-            say,
-        )
+        options = settle_kernels(made, {"draft": CONFIG, "highres": config}, say)
     return options, [call.args[1] for call in measured.call_args_list]
 
 
-def settled(made: Request, *, backend: str = "eager", say: Callable[[str], None] = print) -> object:
-    options, tokens = options_of(made, backend=backend, say=say)
+def settled(made: Request, *, say: Callable[[str], None] = print) -> object:
+    options, tokens = options_of(made, say=say)
     return options.kernels, options.attention, tokens
 
 
@@ -81,7 +73,7 @@ TWO_K = 31 * 45 * 80
         ({"kernels": "reference", "attention": "auto"}, ("reference", "cudnn", [TWO_K])),
         ({"attention": "gluon"}, ("triton", "gluon", [])),
         ({"precision": "fp32"}, ("triton", "reference", [])),
-        ({"draft_only": True}, ("triton", "cudnn", [31 * 8 * 14])),
+        ({"draft_only": True}, ("triton", "cudnn", [TWO_K])),  # as the run that goes on from it
         ({"device": "cpu", "precision": None}, ("reference", "reference", [])),
     ],
 )
@@ -91,8 +83,10 @@ def test_what_runs_is_settled_by_device_precision_and_measurement(
     assert settled(request(tmp_path, **options)) == expected
 
 
-def test_engines_leave_attention_alone_to_be_chosen(tmp_path: Path) -> None:
-    assert settled(request(tmp_path), backend="tensorrt") == ("reference", "cudnn", [TWO_K])
+def test_engines_of_whole_blocks_leave_nothing_to_choose(tmp_path: Path) -> None:
+    made = request(tmp_path)
+    whole = replace(made, options=replace(made.options, blocks="attention"))
+    assert settled(whole) == ("reference", "reference", [])
 
 
 def test_the_official_rounding_keeps_the_reference_and_that_is_said(tmp_path: Path) -> None:

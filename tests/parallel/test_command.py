@@ -22,7 +22,7 @@ from pw_runtime.cli import launch
 from pw_runtime.execution.decoder_lookup import select_decoder_engines
 from pw_runtime.execution.engine_lookup import NONE_BUILT, EngineSet
 from pw_runtime.job import follow as follow_module
-from pw_runtime.job import kernel_choice, preflight
+from pw_runtime.job import kernel_choice
 from pw_runtime.job import take_part as take_part_module
 from pw_runtime.job.take_part import take_part
 from pw_runtime.presets import PRESETS
@@ -205,6 +205,11 @@ def test_a_rank_releases_its_network_before_it_loads_one_for_a_smaller_plan(
     assert alive == [2]
 
 
+CONFIG = DitConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
+ENTRY = SimpleNamespace(config=CONFIG)
+BUNDLE = SimpleNamespace(weights_digest="", networks=SimpleNamespace(draft=ENTRY, highres=ENTRY))
+
+
 class Meeting:
     """Two ranks on GPUs that take part one after the other, in this process.
 
@@ -227,12 +232,10 @@ class Meeting:
         engines = EngineSet({}, {"block": engine}, "eager", "a test")
         chosen = (SimpleNamespace(choice=name) for name in ("cudnn", "flash"))
         stages = {"draft": engines, "highres": engines}
-        config = DitConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
         for module, name, fake in (
             (take_part_module, "joined", self._joined),
             (take_part_module, "selected", lambda *_: stages),
             (take_part_module, "computing", self._computing),
-            (preflight, "require_dit", lambda *_: config),
             (kernel_choice, "measured_attention", lambda *_: next(chosen)),
             (follow_module, "budget_of", self._budget),
             (torch.cuda, "set_device", print),
@@ -242,7 +245,7 @@ class Meeting:
 
     def take_part(self) -> None:
         """Run both ranks: rank 0 first, whose commands rank 1 then obeys."""
-        bundle: Any = SimpleNamespace(weights_digest="")
+        bundle: Any = BUNDLE
         for rank in (0, 1):
             place = Place(rank, 2, rank, "", 0, hosting=False)
             take_part(place, lambda: (self._request, bundle), self.program, say=print)
@@ -295,10 +298,10 @@ def test_the_memory_that_engines_have_taken_on_a_rank_is_part_of_its_budget(
     assert meeting.held == [7]
 
 
-def test_every_rank_selects_engines_by_the_kernels_that_were_asked_for(
+def test_settled_kernels_leave_no_engines_out_on_any_rank(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Those that "auto" became would leave out the engines of the decoder."""
+    """Seen: those that "auto" became left out the engines of the decoder."""
     monkeypatch.setenv("PW_CACHE", str(tmp_path))
     bundle: Any = SimpleNamespace(root=tmp_path)
     reasons, computed = [], []
@@ -338,7 +341,7 @@ def test_the_ranks_of_a_benchmark_settle_on_the_kernels_and_the_attention_of_a_c
     monkeypatch.setattr(take_part_module, "computing", computing)
     monkeypatch.setattr(take_part_module, "follow", print)
     monkeypatch.setattr(program, "_generate", generate)
-    monkeypatch.setattr(program, "_bundle", lambda *_: SimpleNamespace(weights_digest=""))
+    monkeypatch.setattr(program, "_bundle", lambda *_: BUNDLE)
     monkeypatch.setattr(program, "Trace", lambda device: Trace(torch.device("cpu")))
     job = replace(NO_JOB, device="cuda", precision="bf16", preset=PRESETS["2k"])
     task = program.RankTask(job=job, folder=tmp_path, divide_weights=False, chunk=8192)

@@ -236,10 +236,19 @@ def test_a_draft_and_the_clip_made_of_it_share_what_is_loaded() -> None:
     assert loading_options(draft) != loading_options(replace(draft, linear="int8"))
 
 
-def test_what_the_process_took_is_that_of_its_first_run() -> None:
+def test_what_the_process_took_is_that_of_its_first_run_in_a_budget_of_that_time() -> None:
     warm = WarmNetworks()
-    assert warm.process_bytes(5) == 5
-    assert warm.process_bytes(500) == 5
+    assert warm.process_bytes(5, of_first=True) == 5
+    assert warm.process_bytes(500, of_first=True) == 5
+
+
+def test_what_a_program_took_since_counts_in_a_budget_of_what_is_free_now() -> None:
+    """Seen: a program's 30 GiB of pictures counted as free, as only the budget knew of them."""
+    warm = WarmNetworks()
+    assert warm.process_bytes(100, of_first=False) == 100
+    warm.keep("draft", "exact", "net", print, {"host": 200})
+    assert warm.process_bytes(330, of_first=False) == 330 - 200
+    assert warm.process_bytes(250, of_first=False) == 100  # what it gave back is not counted on
 
 
 @pytest.fixture
@@ -332,7 +341,30 @@ def test_the_first_of_two_runs_that_make_a_clip_keeps_what_the_second_has_room_f
     warm.make_room(draft, frozenset({"draft"}))
     assert not closed
     warm.only = None
+    warm.keep("highres", "exact", "large", closed.append, {"device": 80 * GIB})
     warm.make_room(draft, frozenset({"draft"}))
+    assert closed == ["large"]
+
+
+def test_a_draft_alone_leaves_the_high_res_network_where_memory_does(free: list[int]) -> None:
+    """Seen: it was loaded again after every look at a draft, with 100 GiB free."""
+    free[0] = 141 * GIB
+    warm = WarmNetworks()
+    stages_run(plan_on_gpu(warm=warm), warm)
+    all_of_them = warm.device_bytes
+    free[0] -= all_of_them
+    plan_on_gpu(warm=warm, draft_only=True)
+    assert warm.device_bytes == all_of_them > 20 * GIB
+
+
+def test_a_network_of_the_plan_that_it_does_not_keep_makes_room_whatever_another_run_keeps() -> (
+    None
+):
+    warm, closed, plan = WarmNetworks(), [], plan_within(80)
+    warm.only = frozenset({"draft"})
+    size = next(kept_bytes(memory, "device") for memory in plan.stages if memory.stage == "draft")
+    warm.keep("draft", "exact", "net", closed.append, {"device": size})
+    warm.make_room(plan, frozenset())
     assert closed == ["net"]
 
 

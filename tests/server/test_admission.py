@@ -13,6 +13,7 @@ import pytest
 from pw_export.wan22_configs import NETWORKS
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.errors import BadRequest
+from pw_runtime.planning import workload
 from pw_runtime.planning.time_estimate import KNOWN
 from pw_runtime.presets import PRESETS
 from pw_runtime.server.admission import Admission
@@ -54,6 +55,15 @@ def test_what_stays_loaded_is_that_of_the_whole_clip() -> None:
     everything = {"text", "draft", "highres", "decode"}
     assert large.kept(PRESETS["2k"], draft_only=False) == everything
     assert large.kept(PRESETS["2k"], draft_only=True) == everything - {"highres"}
+
+
+def test_networks_that_jobs_keep_loaded_are_no_part_of_what_the_worker_itself_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen: a job was refused by the memory of the network that it would have used again."""
+    large = admission(host=64, device=80)
+    monkeypatch.setattr(workload, "rss_bytes", lambda: 63 * GIB)
+    assert large.kept(PRESETS["2k"], draft_only=False) == {"text", "draft", "highres", "decode"}
 
 
 def finished(number: int, completed_at: int, size: int) -> Job:
