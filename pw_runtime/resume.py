@@ -125,10 +125,7 @@ def finish(
         verify(bundle, bundle.networks.vae.files)
         tally.clear()
         stop, progress = stop or StopRequest(), RunProgress(reporter.progress)
-        runs = [
-            _run(group, bundle, reporter, stop, progress)
-            for group in _groups(clips)
-        ]
+        runs = [_run(group, bundle, reporter, stop, progress) for group in _groups(clips)]
         for run in runs:
             locks.callback(run.journal.close)
         with report_on_abort(clips, reporter):

@@ -40,6 +40,10 @@ def unavailable(device: torch.device) -> str | None:
         return f"OpenVINO's engines are for the CPU, got the device {device}: use --device cpu"
     if importlib.util.find_spec("openvino") is None:
         return f"OpenVINO is not installed: {INSTALL}"
+    try:
+        importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:  # any folder named openvino will be found
+        return f"openvino is found, but no package of this name is installed: {INSTALL}"
     return None
 
 

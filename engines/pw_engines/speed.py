@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -93,10 +93,17 @@ def measure_speed(
             threads=torch.get_num_threads(),
             seconds=best[name],
             eager=best[""],
-            error=max(relative_l2(*pair) for pair in zip(results[name], results[""], strict=True)),
+            error=_largest_error(results[name], results[""]),
         )
         for name in engines
     }
+
+
+def _largest_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest relative L2 distance of an output, NaN if one of them is NaN."""
+    errors = [relative_l2(*pair) for pair in zip(got, expected, strict=True)]
+    # why not max(): it keeps a number that comes before NaN
+    return torch.tensor(errors, dtype=torch.float64).max().item()
 
 
 def _outputs(spec: EngineSpec, sizes: Mapping[str, int], device: torch.device) -> list[Tensor]:

@@ -19,8 +19,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,13 +106,8 @@ class EngineStore:
         The lock is released when its holder exits, however it ends. Raises StoreError.
         """
         self.make_root()
-        with _open_lock(self.root / ".locks" / key.folder) as descriptor:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        with _lock(self.root / ".locks" / key.folder, wait=wait) as mine:
+            yield mine
 
     @contextmanager
     def publishing(self, key: EngineKey, name: str) -> Iterator[Path]:
@@ -184,6 +179,22 @@ class EngineStore:
         except OSError as error:
             raise StoreError(f"cannot remove {self.root / folder}: {error.strerror}") from error
 
+    def prune(self, reason_of: Callable[[Entry], str | None]) -> Iterator[tuple[str, str | None]]:
+        """Remove the engines that there is a reason to; yield the name and the reason of each.
+
+        Each is verified while it is locked, so that the reason holds for what is removed. One that
+        another process has locked stays, and its reason is None. Raises StoreError.
+        """
+        for folder in self._folders():
+            with _lock(self.root / ".locks" / folder.name, wait=False) as mine:
+                if not folder.is_dir():  # removed by another process meanwhile
+                    continue
+                reason = reason_of(_entry(folder, verify=True)) if mine else None
+                if reason:
+                    self.remove(folder.name)
+            if reason or not mine:
+                yield folder.name, reason
+
     def remove_leftovers(self) -> list[Path]:
         """Remove the folders of killed builds; return their paths. Raises StoreError."""
         removed = []
@@ -213,7 +224,6 @@ class EngineStore:
         """Create the folder, for this user alone, if it does not exist. Raises StoreError."""
         try:
             make_private(self.root)
-            (self.root / ".locks").mkdir(exist_ok=True)
         except OSError as error:
             raise StoreError(
                 f"cannot create the engine store {self.root}: {error.strerror}; "
@@ -273,10 +283,13 @@ def _entry(folder: Path, verify: bool) -> Entry:
     if verify and not damage:
         damage = _verify(folder, manifest)
     key = manifest.get("key", {})
+    size = 0
     try:
-        size = sum(path.lstat().st_size for path in folder.iterdir())
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):  # `record` has just renamed its partial file
+                size += path.lstat().st_size
     except OSError as error:
-        size, damage = 0, damage or f"it cannot be read ({error.strerror})"
+        damage = damage or f"it cannot be read ({error.strerror})"
     return Entry(
         folder=folder.name,
         segment=key.get("spec", {}).get("segment", "?"),
@@ -300,12 +313,19 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _open_lock(path: Path) -> Iterator[int]:
+def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a file that is made if need be; yields False if another process has it (wait=False)."""
     try:
+        path.parent.mkdir(exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise StoreError(f"cannot lock {path}: {error.strerror}") from error
     try:
-        yield descriptor
+        mine = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            mine = False
+        yield mine
     finally:
         os.close(descriptor)

@@ -171,6 +171,11 @@ def build(job: Job, tell: Callable[[Event], None] = lambda event: None) -> Built
             if store.find(job.key).path is not None:
                 return Built(job, 0.0)
             segment = job.source.segments(compiler, device)[job.segment]
+            if segment.spec != job.key.spec:
+                raise EngineError(
+                    f"{job.segment} has changed since this build began, in its sources or its "
+                    "weights: run `pw build` again"
+                )
             with torch.inference_mode(), store.publishing(job.key, compiler.file) as path:
                 _compile(job, segment, path, device, tell)
                 parity = _check(job, segment, path, device)
@@ -233,11 +238,14 @@ def unusable(entry: Entry) -> str | None:
         return "built from other sources of the networks"
     if compiler.backend == "tensorrt-rtx":
         return _unusable_rtx(platform)
-    device = torch.device("cuda" if "gpu" in platform else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "built for a GPU, and none is available"
-    reason = compiler.unavailable(device)
-    if reason is None and platform not in map(dict, compiler.platforms(device)):
+    devices = [torch.device("cpu")]
+    if "gpu" in platform:
+        if not torch.cuda.is_available():
+            return "built for a GPU, and none is available"
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    reason = compiler.unavailable(devices[0])
+    here = (facts for device in devices for facts in compiler.platforms(device))
+    if reason is None and platform not in map(dict, here):
         reason = f"built for another machine or other versions: {platform}"
     return reason
 

@@ -39,6 +39,7 @@ class Measured:
     job: Job
     speed: Speed | None = None
     error: str | None = None
+    removed: bool = False
 
 
 def measure_jobs(jobs: Iterable[Job], tokens: Sequence[int]) -> Iterator[Measured]:
@@ -90,23 +91,27 @@ def _measure(jobs: list[Job], size: int) -> list[Measured]:
     }
     if all(known.values()):
         return [Measured(job, speed) for job, speed in known.items()]
+    # One that was wrong at another size is removed by now.
+    gone = [job for job, file in found if file.path is None]
+    results = [Measured(job, error="not measured: it is not in the store") for job in gone]
+    left = [(job, file.path) for job, file in found if file.path is not None]
+    if not left:
+        return results
     compiler = COMPILERS[jobs[0].compiler]
     segment = jobs[0].source.segments(compiler, None)[jobs[0].segment]
     try:
         engines: dict[str, Engine] = {
-            job.compiler: COMPILERS[job.compiler].load(segment.spec, file.path, device)
-            for job, file in found
-            if file.path is not None
+            job.compiler: COMPILERS[job.compiler].load(segment.spec, path, device)
+            for job, path in left
         }
         with torch.inference_mode():
             speeds = measure_speed(engines, segment.module, size, device)
-    except EngineError as error:
-        return [Measured(job, error=f"not measured: {error}") for job in jobs]
-    return [
-        _recorded(store, Measured(job, speeds[job.compiler]))
-        for job in jobs
-        if job.compiler in speeds
-    ]
+    except (EngineError, OSError) as error:
+        reason = (
+            f"an engine is gone or unreadable: {error}" if isinstance(error, OSError) else error
+        )
+        return results + [Measured(job, error=f"not measured: {reason}") for job, _ in left]
+    return results + [_recorded(store, Measured(job, speeds[job.compiler])) for job, _ in left]
 
 
 def _recorded(store: EngineStore, measured: Measured) -> Measured:
@@ -122,6 +127,7 @@ def _recorded(store: EngineStore, measured: Measured) -> Measured:
         return replace(measured, error=str(error))
     return replace(
         measured,
+        removed=True,
         error=f"removed: with {speed.tokens} tokens it is {speed.error:.1e} from its segment "
         f"(relative L2), more than {tolerance_of(key.spec):.1e}",
     )

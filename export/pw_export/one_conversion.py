@@ -15,18 +15,30 @@ from pw_runtime.system.atomic_files import write_failed
 
 
 def fingerprint(wan: Path, draft: Path | None, highres: Path | None) -> str:
-    """Return a digest of path, size and modification time of every source file."""
+    """Return a digest of name, path, size and modification time of every source file."""
     digest = hashlib.sha256()
     for role, source in (("wan", wan), ("draft", draft), ("highres", highres)):
         if source is None:
             continue
-        files = sorted(source.rglob("*")) if source.is_dir() else [source]
-        for file in files:
+        for file in _files(source):
             if file.is_file():
                 state = file.stat()
-                name = file.resolve()
-                digest.update(f"{role}\0{name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+                names = f"{role}\0{file.relative_to(source)}\0{file.resolve()}"
+                digest.update(f"{names}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:20]
+
+
+def _files(source: Path) -> list[Path]:
+    """Return every file of a source, by name; those in linked folders too, as loaders read them."""
+    if not source.is_dir():
+        return [source]
+    files: list[Path] = []
+    for folder, folders, names in os.walk(source, followlinks=True):
+        if any(os.path.samefile(folder, parent) for parent in Path(folder).parents):
+            folders.clear()  # a link to a folder that it stands in: its files are there already
+            continue
+        files += [Path(folder, name) for name in names]
+    return sorted(files)
 
 
 @contextmanager
@@ -37,16 +49,17 @@ def one_conversion(out: Path, sources: str, say: Callable[[str], None]) -> Itera
 
     Args:
         out: the bundle.
-        sources: digest of what it is made from.
+        sources: what it is made from, as a text of any length.
         say: called with a line before waiting.
 
     Raises BadRequest where the other process makes it from other sources,
     WriteFailed where the lock cannot be created.
     """
     path = out.absolute().with_name(f".{out.absolute().name}.lock")
+    digest = hashlib.sha256(sources.encode()).hexdigest()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(path, out, sources, say)
+        descriptor = _locked(path, out, digest, say)
     except OSError as error:
         raise write_failed(out.absolute(), error) from error
     try:
@@ -59,7 +72,7 @@ def one_conversion(out: Path, sources: str, say: Callable[[str], None]) -> Itera
 
 
 def _locked(path: Path, out: Path, sources: str, say: Callable[[str], None]) -> int:
-    """Return the descriptor of the locked file, which holds our number and sources."""
+    """Return the descriptor of the locked file: it holds our number and the digest `sources`."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

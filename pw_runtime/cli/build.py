@@ -162,10 +162,11 @@ def build(**options: Any) -> int:
             reporter.say(f"  {job.key.folder}")
         return DONE
     workers = options["jobs"] or (1 if device.type == "cuda" else os.cpu_count() or 1)
-    failed = _build(missing, workers, reporter)
+    failed = _build(missing, stored, workers, reporter)
     if device.type == "cpu" and compilers != ["tensorrt-rtx"]:
         stages = RunOptions(precision=precision, device="cpu", chunk=chunk, linear=linear)
-        show_speeds([*missing, *stored], bundle, stages, preset, reporter)
+        removed = show_speeds([*missing, *stored], bundle, stages, preset, reporter)
+        failed = failed or removed
     return SOME_FAILED if failed else DONE
 
 
@@ -256,12 +257,12 @@ def _pending(
     return jobs, built
 
 
-def _build(jobs: list[Job], workers: int, reporter: Reporter) -> int:
-    """Build engines in parallel, report each, and return how many failed."""
+def _build(jobs: list[Job], stored: list[Job], workers: int, reporter: Reporter) -> bool:
+    """Build engines in parallel beside those in the store, report each; tell whether one failed."""
     from pw_export.build import run_jobs
 
     if not jobs:
-        return 0
+        return False
     _open_store().make_root()
 
     def on_event(job: Job, event: Event) -> None:
@@ -286,11 +287,30 @@ def _build(jobs: list[Job], workers: int, reporter: Reporter) -> int:
     start = time.monotonic()
     with reporter.tasks() as tasks:
         results = run_jobs(jobs, workers, on_built, on_event)
-    failed = sum(result.error is not None for result in results)
-    reporter.say(f"{len(jobs) - failed} engines in {time.monotonic() - start:.0f} s")
+    failed = [result.job for result in results if result.error is not None]
+    reporter.say(f"{len(jobs) - len(failed)} engines in {time.monotonic() - start:.0f} s")
     if failed:
-        reporter.warn(f"{failed} of {len(jobs)} engines failed; the model will run without engines")
-    return failed
+        outcome = _outcome(failed, [*jobs, *stored])
+        reporter.warn(f"{len(failed)} of {len(jobs)} engines failed; {outcome}")
+    return bool(failed)
+
+
+def _outcome(failed: list[Job], jobs: list[Job]) -> str:
+    """Say what will run where some of the jobs of a build failed.
+
+    A network runs on engines only where one compiler has built all of them.
+    """
+
+    def compilers_of(some: list[Job], *, decoder: bool) -> set[str]:
+        return {job.compiler for job in some if job.segment.startswith("vae_") == decoder}
+
+    outcomes = []
+    for name, decoder in (("model", False), ("decoder", True)):
+        if lacking := compilers_of(failed, decoder=decoder):
+            complete = ", ".join(sorted(compilers_of(jobs, decoder=decoder) - lacking))
+            outcome = f"has all engines of {complete}" if complete else "will run without engines"
+            outcomes.append(f"the {name} {outcome}")
+    return ", ".join(outcomes)
 
 
 def _open_store() -> EngineStore:
@@ -369,12 +389,15 @@ def prune_engines(everything: bool) -> int:
     """Remove engines that this version cannot use on this machine: damaged, foreign, incomplete."""
     from pw_export.build import unusable
 
+    def reason_to_remove(entry: Entry) -> str | None:
+        return "asked for" if everything else entry.damage or unusable(entry)
+
     store = _open_store()
-    for entry in store.entries(verify=True):
-        reason = "asked for" if everything else entry.damage or unusable(entry)
-        if reason:
-            store.remove(entry.folder)
-            click.echo(printable(f"removed {entry.folder}: {reason}"))
+    for folder, reason in store.prune(reason_to_remove):
+        line = (
+            f"removed {folder}: {reason}" if reason else f"kept {folder}: another process builds it"
+        )
+        click.echo(printable(line))
     for path in store.remove_leftovers():
         click.echo(f"removed {path.name}: an incomplete build")
     return DONE

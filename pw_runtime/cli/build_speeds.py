@@ -27,7 +27,7 @@ def show_speeds(
     options: RunOptions,
     preset: Preset | None,
     reporter: Reporter,
-) -> None:
+) -> bool:
     """Measure engines that are not measured yet, print the figures and what will run.
 
     Args:
@@ -36,6 +36,9 @@ def show_speeds(
         options: of the build.
         preset: whose sizes are measured; None: a few sizes.
         reporter: prints them.
+
+    Returns:
+        True if an engine computed something else than its segment, and was removed.
     """
     from pw_engines import EngineStore
     from pw_export.build_speed import TOKENS, measure_jobs
@@ -52,12 +55,13 @@ def show_speeds(
         for job in jobs
         if not job.segment.startswith("vae_") and store.find(job.key).path is not None
     ]
-    lines = []
+    lines, removed = [], False
     for measured in measure_jobs(built, tokens):
-        if measured.speed is not None:
-            lines.append(_line(measured.job, measured.speed))
-        else:
+        removed = removed or measured.removed
+        if measured.error is not None:
             reporter.warn(f"{measured.job.key.folder}: {measured.error}")
+        elif measured.speed is not None:
+            lines.append(_line(measured.job, measured.speed))
     for line in [_HEADING, *lines] if lines else ():
         reporter.say(line)
     networks = {"draft": bundle.networks.draft, "highres": bundle.networks.highres}
@@ -71,10 +75,11 @@ def show_speeds(
         if preset is not None:
             counts = tuple(s.tokens(preset.video) for n, s in preset.stages().items() if n == name)
         for count in counts:
-            ratio = partial(step_ratio, layers=network.config.num_layers, tokens=count)
+            ratio = partial(step_ratio, config=network.config, linear=options.linear, tokens=count)
             ratios = measured_ratios(segments, store, options.torch_device, ratio)
             if ratios:
                 reporter.say(_verdict(f"{name} network, {count} tokens", ratios))
+    return removed
 
 
 _HEADING: Final = (

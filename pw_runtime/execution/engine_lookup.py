@@ -154,10 +154,10 @@ def select_engines(
         command = f"{command} --preset {preset_name(preset)}"
         option = f"--blocks {blocks}"
         return choose_engines(segments, "engines", EngineStore(), device, command, option)
-    # Engines contain kernels of their own: with --kernels triton, the segments run.
-    policy = "eager" if options.kernels == "triton" else options.policy
-    ratio = partial(step_ratio, layers=config.num_layers, tokens=tokens)
-    engines = choose_engines(segments, policy, EngineStore(), device, command, ratio_of=ratio)
+    ratio = partial(step_ratio, config=config, linear=linear, tokens=tokens)
+    engines = choose_engines(
+        segments, options.policy, EngineStore(), device, command, ratio_of=ratio
+    )
     keep = kept_fraction(options, stage)
     return replace(
         engines,
@@ -240,7 +240,7 @@ def find_engines(
             continue
         if reason := compiler.unavailable(device):
             # What cannot run on a CPU is for GPUs, unless engines of it are there.
-            if device.type != "cpu" or built_elsewhere(store, segments, compiler.backend, ()):
+            if device.type != "cpu" or built_elsewhere(store, segments, compiler, ()):
                 missing[compiler.backend] = reason  # once for both front ends
             continue
         built = _built(store, label, segments, device)
@@ -289,8 +289,8 @@ def _built(
     }
     files = {name: file for name, (_, file) in found.items()}
     absent = [f"{name} ({file.reason})" for name, file in files.items() if file.path is None]
-    if len(absent) == len(files):
-        elsewhere = built_elsewhere(store, segments, compiler.backend, platforms)
+    if all(file.state == "missing" for file in files.values()):
+        elsewhere = built_elsewhere(store, segments, compiler, platforms)
         return Unavailable(f"{elsewhere}: build them again" if elsewhere else NONE_BUILT)
     if absent:
         return Unavailable(f"no {', '.join(absent)}")
@@ -300,10 +300,10 @@ def _built(
 def _opened(built: _Built, store: EngineStore, device: torch.device, command: str) -> EngineSet:
     """Open engines. Raises BadRequest where one cannot be opened, or without temporary room."""
     compiler, files = COMPILERS[built.label], built.files
-    if compiler.backend == "aoti":  # which PyTorch unpacks before it opens them
-        size = sum(file.path.stat().st_size for file in files.values() if file.path)
-        require_temporary_room(2 * size + 16 * 2**20, "unpacking engines")
     try:
+        if compiler.backend == "aoti":  # which PyTorch unpacks before it opens them
+            size = sum(file.path.stat().st_size for file in files.values() if file.path)
+            require_temporary_room(2 * size + 16 * 2**20, "unpacking engines")
         engines = {
             name: _load(compiler, built.segments[name], file.path, device)
             for name, file in files.items()
@@ -313,6 +313,12 @@ def _opened(built: _Built, store: EngineStore, device: torch.device, command: st
             f"an engine in {store.root} cannot be opened",
             got=error,
             do=f"run `pw engines prune --all` and `{command}`, or add --policy eager",
+        ) from error
+    except OSError as error:
+        raise BadRequest(
+            f"an engine in {store.root} is gone or cannot be read, after it was found there",
+            got=error,
+            do=f"run again; if that fails too, `{command}`, or add --policy eager",
         ) from error
     by = f", front end {compiler.frontend}" if compiler.frontend else ""
     digest = digest_of(built.keys[name].digest.encode() for name in sorted(built.keys))

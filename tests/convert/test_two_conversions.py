@@ -16,6 +16,7 @@ import pytest
 import pw_export.convert
 from pw_export.bundle_cache import cached_bundle
 from pw_export.convert import convert
+from pw_export.one_conversion import fingerprint, one_conversion
 from pw_runtime.checkpoint.bundle import MANIFEST, open_bundle, verify
 from pw_runtime.errors import BadRequest
 from tests.oracle.checkpoint import Checkpoint
@@ -168,3 +169,73 @@ def test_damaged_bundle_of_another_process_is_not_taken(
         pw_export.convert.convert_once(
             wan=checkpoint.base, out=out, draft=None, highres=None, ema=False, say=print
         )
+
+
+class Waits(Exception):
+    """Raised in place of waiting."""
+
+
+def test_sources_of_any_length_are_known_again(tmp_path: Path) -> None:
+    """Seen: with a LoRA their text was longer than what was read of the lock."""
+
+    def say(line: str) -> None:
+        raise Waits(line)
+
+    out = tmp_path / "bundle"
+    with one_conversion(out, "x" * 200, say):
+        with (
+            pytest.raises(Waits, match=f"waiting for process {os.getpid()}"),
+            one_conversion(out, "x" * 200, say),
+        ):
+            pass
+        with (
+            pytest.raises(BadRequest, match="from another checkpoint"),
+            one_conversion(out, "x" * 199 + "y", say),
+        ):
+            pass
+
+
+def folder_of_links(folder: Path, **links: Path) -> Path:
+    folder.mkdir()
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    return folder
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> list[Path]:
+    """Two folders of weights of the same size and time."""
+    folders = [tmp_path / "v1", tmp_path / "v2"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(folder.name.encode())
+        os.utime(folder / "model.safetensors", (1, 1))
+    return folders
+
+
+def test_sources_differ_where_a_linked_folder_is_another(
+    versions: list[Path], tmp_path: Path
+) -> None:
+    """Seen: the bundle of the first was taken for the second."""
+    wan = folder_of_links(tmp_path / "wan", transformer=versions[0])
+    before = fingerprint(wan, None, None)
+    assert fingerprint(wan, None, None) == before
+    (wan / "transformer").unlink()
+    (wan / "transformer").symlink_to(versions[1])
+    assert fingerprint(wan, None, None) != before
+
+
+def test_folders_with_nothing_but_links_are_different_sources(
+    versions: list[Path], tmp_path: Path
+) -> None:
+    links = dict(zip(("transformer", "vae"), versions, strict=True))
+    swapped = dict(zip(("vae", "transformer"), versions, strict=True))
+    first = folder_of_links(tmp_path / "first", **links)
+    second = folder_of_links(tmp_path / "second", **swapped)
+    assert fingerprint(first, None, None) != fingerprint(second, None, None)
+
+
+def test_a_link_to_a_folder_above_it_adds_nothing(versions: list[Path], tmp_path: Path) -> None:
+    before = fingerprint(versions[0], None, None)
+    (versions[0] / "back").symlink_to(tmp_path)
+    assert fingerprint(versions[0], None, None) == before

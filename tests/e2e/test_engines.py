@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pw_engines import EngineStore, Speed
+from pw_export.build import Built
+from pw_export.build_jobs import Job
+from pw_export.build_speed import Measured
 from tests.e2e.pw import Pw
 
 
@@ -23,6 +27,30 @@ def test_dry_run_names_the_engines_and_makes_none(pw: Pw, bundle_dir: Path, tmp_
     assert "0 built, 9 to build" in ended.err
     assert "block_out-aoti-" in ended.err
     assert not (tmp_path / "cache").exists()
+
+
+def test_an_engine_that_the_measurement_removes_is_told_and_fails_the_build(
+    pw: Pw, bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: it vanished, with its figures as the only word."""
+
+    def published(jobs: list[Job], *arguments: object) -> list[Built]:
+        for job in jobs:
+            store = EngineStore(job.store)
+            with store.locked(job.key), store.publishing(job.key, "engine.pt2") as path:
+                path.write_text("engine")
+        return [Built(job, 1.0) for job in jobs]
+
+    def removed(jobs: list[Job], tokens: object) -> list[Measured]:
+        speed = Speed(tokens=64, threads=1, seconds=1.0, eager=2.0, error=0.5)
+        return [Measured(jobs[0], speed, error="removed: it is wrong", removed=True)]
+
+    monkeypatch.setattr("pw_export.build.run_jobs", published)
+    monkeypatch.setattr("pw_export.build_speed.measure_jobs", removed)
+    ended = pw("build", "--model", bundle_dir, "--backend", "aoti")
+    assert ended.code == 3, ended.err
+    assert "removed: it is wrong" in ended.err
+    assert "2.00x" not in ended.err
 
 
 def test_tensorrt_on_a_cpu_is_refused_with_its_reason(pw: Pw, bundle_dir: Path) -> None:

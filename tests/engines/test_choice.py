@@ -27,8 +27,8 @@ from pw_runtime.execution.engine_lookup import (
 )
 from pw_runtime.execution.engine_records import step_ratio, tokens_per_call
 from pw_runtime.execution.transformer_segments import Segment, segments_of
-from pw_runtime.types import RunOptions
-from tests.engines.test_segments import DRAFT
+from pw_runtime.types import DitConfig, LinearFormat, Precision, RunOptions
+from tests.engines.test_segments import DRAFT, HIGHRES
 
 CPU = torch.device("cpu")
 PLATFORMS = [(("cpu", "any"),)]
@@ -134,6 +134,35 @@ def test_a_changed_file_counts_as_missing(store: EngineStore, segments: dict[str
     assert choice.backend == "eager"
     assert "no embed" in choice.reason
     assert "SHA-256 differs" in choice.reason
+
+
+def test_engines_that_are_all_damaged_are_not_said_to_be_missing(
+    store: EngineStore, segments: dict[str, Segment]
+) -> None:
+    for segment in segments.values():
+        put(store, segment)
+        path = store.find(keys_of(segment, "aoti", PLATFORMS)[0]).path
+        assert path is not None
+        path.write_text("evil")
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
+    assert choice.backend == "eager"
+    assert choice.reason.count("SHA-256 differs") == len(segments)
+
+
+@pytest.mark.parametrize("compiler", ["aoti", "openvino"])
+def test_an_engine_that_is_removed_before_it_is_opened_is_one_error(
+    store: EngineStore, segments: dict[str, Segment], compiler: engine_lookup.CompilerName
+) -> None:
+    for segment in segments.values():
+        put(store, segment, compiler=compiler)
+
+    def remove(found: object, files: dict[str, Lookup]) -> None:
+        """Stand in for another process: ratios are asked for after the engines were found."""
+        assert files["head"].path is not None
+        store.remove(files["head"].path.parent.name)
+
+    with pytest.raises(BadRequest, match=r"(?s)is gone or cannot be read.*head-.*do this: run"):
+        choose_engines(segments, "auto", store, CPU, "pw build", ratio_of=remove)
 
 
 @pytest.fixture
@@ -270,7 +299,7 @@ def choose(
     layers: int = 30,
 ) -> EngineSet:
     def ratio_of(found: dict[str, Segment], files: dict[str, Lookup]) -> float | None:
-        return step_ratio(found, files, layers, tokens=24)
+        return step_ratio(found, files, replace(DRAFT, num_layers=layers), "exact", tokens=24)
 
     return choose_engines(segments, policy, store, CPU, "pw build", ratio_of=ratio_of)
 
@@ -292,6 +321,51 @@ def test_blocks_count_as_often_as_they_run(
     chosen = choose(store, segments, "engines", layers=30)
     assert (chosen.backend, chosen.to_dict()["measured"]) == ("aoti", "0.96")
     assert choose(store, segments, "engines", layers=1).backend == "openvino"
+
+
+LAYERS = 30
+
+
+@pytest.mark.parametrize(
+    ("config", "precision", "linear", "ratios", "expected"),
+    [
+        # embed, head and modulation once; the parts of the exact blocks, then of the 28 others
+        (DRAFT, "fp32", "int8", {"block_in": 0.5, "block_in_int8": 4}, (3 + 2 * 1.5 + 28 * 5) / 63),
+        # block 0 has its own block_in
+        (DRAFT, "bf16", "exact", {"block_in_first": 0.1, "block_in": 2}, (3 + 1.1 + 29 * 3) / 63),
+        # of the two exact blocks, the first
+        (
+            DRAFT,
+            "bf16",
+            "int8",
+            {"block_in_first": 0.1, "block_in": 7, "block_in_int8": 4},
+            (3 + 1.1 + 8 + 28 * 5) / 63,
+        ),
+        # the control once for each block that receives it; there the input is fp32
+        (
+            replace(HIGHRES, control_blocks=(0, 2)),
+            "bf16",
+            "exact",
+            {"block_in_first": 0.1, "block_in": 2, "control": 3},
+            (3 + 2 * 3 + 30 * 3) / 65,
+        ),
+    ],
+)
+def test_every_segment_counts_as_often_as_a_step_runs_it(
+    config: DitConfig,
+    precision: Precision,
+    linear: LinearFormat,
+    ratios: dict[str, float],
+    expected: float,
+) -> None:
+    config = replace(config, num_layers=LAYERS)
+    segments = segments_of(config, precision, 64, linear)
+    speed = Speed(tokens=24, threads=torch.get_num_threads(), seconds=1.0, eager=1.0, error=0.0)
+    files = {
+        name: Lookup(state="fresh", speeds=(replace(speed, eager=ratios.get(name, 1.0)),))
+        for name in segments
+    }
+    assert step_ratio(segments, files, config, linear, 24) == pytest.approx(expected)
 
 
 def test_engines_slower_than_uncompiled_are_left_out_and_the_reason_says_so(
@@ -347,7 +421,10 @@ def test_the_measurement_nearest_to_the_calls_of_a_clip_counts(
         name: store.find(keys_of(segment, "aoti", PLATFORMS)[0])
         for name, segment in segments.items()
     }
-    ratios = [step_ratio(segments, files, 100, tokens) for tokens in (10, 24, 50, 64, 100_000)]
+    config = replace(DRAFT, num_layers=100)
+    ratios = [
+        step_ratio(segments, files, config, "exact", tokens) for tokens in (10, 24, 50, 64, 100_000)
+    ]
     assert [ratio is not None and ratio > 1 for ratio in ratios] == [False, False, True, True, True]
     assert (tokens_per_call(100, 64), tokens_per_call(64, 64), tokens_per_call(3, 64)) == (
         50,
@@ -371,6 +448,23 @@ def test_engines_of_another_version_or_processor_are_named(
 
     assert on(cpu="other") == "built with cpu any where this is other: build them again"
     assert on(cpu="any", processor="0") == "built for another processor: build them again"
+
+
+def test_engines_of_the_other_front_end_are_not_said_to_be_of_another_version(
+    store: EngineStore, segments: dict[str, Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two front ends have one backend, and platforms that always differ."""
+    for segment in segments.values():
+        put(store, segment, compiler="torch-tensorrt")
+    compilers = engine_lookup.COMPILERS
+    onnx = replace(
+        compilers["tensorrt"],
+        unavailable=lambda device: None,
+        platforms=lambda device: [(("cpu", "any"), ("recipe", "0"))],
+    )
+    monkeypatch.setattr(engine_lookup, "COMPILERS", MappingProxyType({"tensorrt": onnx}))
+    choice = choose_engines(segments, "auto", store, CPU, "pw build")
+    assert choice.reason == "no engine is built"
 
 
 def test_engines_of_a_backend_that_was_removed_are_named(

@@ -164,6 +164,23 @@ def test_it_is_for_cpus_and_says_how_it_is_installed(monkeypatch: pytest.MonkeyP
     assert 'pip install "pixelwizard-runtime[openvino]"' in str(openvino.unavailable(CPU))
 
 
+def test_a_folder_that_is_named_like_it_is_no_installation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seen: a checkout of OpenVINO in the working folder ended every run on a CPU."""
+
+    def missing(name: str) -> str:
+        raise openvino.importlib.metadata.PackageNotFoundError(name)
+
+    (tmp_path / "openvino").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(openvino.importlib.metadata, "version", missing)
+    assert openvino.importlib.util.find_spec("openvino") is not None
+    reason = str(openvino.unavailable(CPU))
+    assert "no package of this name is installed" in reason
+    assert openvino.INSTALL in reason
+
+
 def test_a_broken_installation_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise ImportError("libopenvino.so: cannot open shared object file")

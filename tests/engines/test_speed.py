@@ -77,6 +77,19 @@ def test_an_engine_that_computes_nonsense_has_no_small_error() -> None:
     assert math.isnan(measure_speed(turns, Mix(), 16, CPU, clock=clock)["nan"].error)
 
 
+def test_nonsense_in_another_output_than_the_first_is_no_small_error() -> None:
+    """Seen: max() of a number and NaN was the number."""
+
+    class SecondIsNan(Taking):
+        def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+            super().run(inputs, outputs)
+            outputs[1].fill_(math.nan)
+
+    clock = Clock()
+    speeds = measure_speed({"nan": SecondIsNan(clock, 1.0)}, Mix(), 16, CPU, clock=clock)
+    assert math.isnan(speeds["nan"].error)
+
+
 def test_the_store_keeps_one_speed_per_size_and_number_of_threads(store: EngineStore) -> None:
     put(store)
     assert store.find(key()).speeds == ()

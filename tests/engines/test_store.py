@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 from pw_engines import store as store_module
 from pw_engines.manifest import MANIFEST
-from pw_engines.store import EngineStore, StoreError, default_root
+from pw_engines.store import EngineStore, Entry, StoreError, default_root
 from tests.engines.small import DATA, NAME, key, put
 
 
@@ -129,6 +129,47 @@ def test_removed_engines_are_gone(store: EngineStore) -> None:
     assert store.find(key()).state == "missing"
     with pytest.raises(StoreError, match="is not an engine of"):
         store.remove(folder.name)
+
+
+def test_an_engine_that_is_built_again_meanwhile_is_not_pruned(store: EngineStore) -> None:
+    keys = sorted((key(), key(backend="tensorrt")), key=lambda one: one.folder)
+    for one in keys:
+        (put(store, one) / NAME).write_bytes(b"damaged")
+    first, second = (one.folder for one in keys)
+
+    def reason_of(entry: Entry) -> str:
+        if entry.folder == first:  # another process builds the second one now
+            put(store, keys[1])
+        return entry.damage
+
+    assert [name for name, _ in store.prune(reason_of)] == [first]
+    assert [entry.folder for entry in store.entries(verify=True)] == [second]
+
+
+def test_an_engine_that_is_being_built_is_kept_and_named(store: EngineStore) -> None:
+    folder = put(store)
+    with store.locked(key()):
+        assert list(store.prune(lambda entry: "asked for")) == [(folder.name, None)]
+        assert store.find(key()).state == "fresh"
+    assert list(store.prune(lambda entry: "asked for")) == [(folder.name, "asked for")]
+    assert store.find(key()).state == "missing"
+
+
+def test_a_file_that_is_renamed_while_it_is_listed_is_no_damage(
+    store: EngineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the partial manifest is, when a measurement is added."""
+    folder, listed = put(store), Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        yield from listed(path)
+        if path == folder:
+            yield path / f".{MANIFEST}.partial"
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    (entry,) = store.entries(verify=True)
+    assert entry.damage == ""
+    assert entry.bytes > len(DATA)
 
 
 def test_only_engines_are_removed(store: EngineStore) -> None:

@@ -26,8 +26,9 @@ from pw_export.build_jobs import (
     pick_compiler,
     platform_for,
 )
+from pw_runtime.cli.build import _outcome
 from pw_runtime.errors import BadRequest
-from pw_runtime.execution.compilers import COMPILERS, Compiler
+from pw_runtime.execution.compilers import COMPILERS, Compiler, CompilerName
 from pw_runtime.execution.transformer_segments import segments_of
 from pw_runtime.presets import NANO_CLIP, NANO_DRAFT
 from pw_runtime.types import Preset
@@ -122,6 +123,46 @@ def test_a_compiler_that_fails_is_reported(store: EngineStore, quick: pytest.Mon
     assert store.remove_leftovers() == []
 
 
+@pytest.mark.parametrize("change", [{"sources": "0"}, {"weights": "0"}])
+def test_an_engine_is_not_published_under_the_key_of_other_sources_or_weights(
+    store: EngineStore, quick: pytest.MonkeyPatch, change: dict[str, str]
+) -> None:
+    job = jobs(store)[0][0]
+    key = replace(job.key, spec=replace(job.key.spec, **change))
+    built = build(replace(job, key=key))
+    assert "has changed since this build began" in str(built.error)
+    assert "run `pw build` again" in str(built.error)
+    assert store.entries(verify=False) == []
+
+
+@pytest.mark.parametrize("compiler", ["aoti", "tensorrt"])
+def test_the_decoder_has_the_same_specs_with_its_weights_and_without(
+    compiler: CompilerName, bundle_dir: Path
+) -> None:
+    """They are looked up without the weights, and built with them."""
+    source = DecoderSource(bundle_dir, SMALL)
+    looked_up = source.segments(COMPILERS[compiler], None)
+    built = source.segments(COMPILERS[compiler], CPU)
+    assert {name: one.spec for name, one in built.items()} == {
+        name: one.spec for name, one in looked_up.items()
+    }
+
+
+def test_a_failure_is_told_by_the_networks_that_lack_engines(
+    store: EngineStore, quick: pytest.MonkeyPatch
+) -> None:
+    """Seen: "the model will run without engines", beside all those of another compiler."""
+    aoti = jobs(store)[0]
+    openvino = [replace(job, compiler="openvino") for job in aoti]
+    decoder = [replace(aoti[0], segment="vae_frame_2x3")]
+    everything = [*aoti, *openvino, *decoder]
+    assert _outcome(openvino[:1], everything) == "the model has all engines of aoti"
+    assert _outcome(decoder, everything) == "the decoder will run without engines"
+    assert _outcome([aoti[0], openvino[1], *decoder], everything) == (
+        "the model will run without engines, the decoder will run without engines"
+    )
+
+
 def test_what_was_just_built_is_not_built_again(
     store: EngineStore, quick: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +235,26 @@ def test_engines_of_other_sources_are_of_no_use(
     assert unusable(replace(entry, key=unknown)) == "its key is of another version"
     spec = entry.key["spec"] | {"sources": "0"}
     assert unusable(replace(entry, key=entry.key | {"spec": spec})) is not None
+
+
+def test_engines_of_every_gpu_of_the_machine_are_of_use(
+    store: EngineStore, quick: pytest.MonkeyPatch
+) -> None:
+    """Seen: those of the second GPU were pruned."""
+    gpus = [SimpleNamespace(name=f"GPU {x}", major=8, minor=x) for x in (6, 9)]
+    quick.setattr(torch.cuda, "is_available", lambda: True)
+    quick.setattr(torch.cuda, "device_count", lambda: 2)
+    quick.setattr(
+        torch.cuda, "get_device_properties", lambda device: gpus[torch.device(device).index or 0]
+    )
+    build(jobs(store)[0][0])
+    (entry,) = store.entries(verify=False)
+    for index in range(2):
+        (platform,) = COMPILERS["aoti"].platforms(torch.device("cuda", index))
+        key = entry.key | {"platform": [list(fact) for fact in platform]}
+        assert unusable(replace(entry, key=key)) is None
+    other = [list(fact) for fact in platform if fact[0] != "gpu"] + [["gpu", "GPU 7"]]
+    assert "another machine" in str(unusable(replace(entry, key=entry.key | {"platform": other})))
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -95,7 +97,12 @@ def test_an_engine_that_is_wrong_at_this_size_is_removed(
     (measured,) = build_speed._measure(jobs, 24)
     assert measured.speed is not None
     assert "removed: with 24 tokens it is nan from its segment" in str(measured.error)
+    assert measured.removed
     assert store.find(jobs[0].key).state == "missing"
+    # Seen: a traceback at the next size.
+    assert build_speed._measure(jobs, 48) == [
+        Measured(jobs[0], error="not measured: it is not in the store")
+    ]
 
 
 def test_an_engine_that_cannot_be_opened_is_not_measured(
@@ -108,6 +115,18 @@ def test_an_engine_that_cannot_be_opened_is_not_measured(
     ]
 
 
+def test_an_engine_that_is_removed_before_it_is_opened_is_not_measured(
+    jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(spec: EngineSpec, path: Path, device: torch.device) -> EagerEngine:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    compilers = {**COMPILERS, "aoti": replace(COMPILERS["aoti"], load=gone)}
+    monkeypatch.setattr(build_speed, "COMPILERS", MappingProxyType(compilers))
+    (measured,) = build_speed._measure(jobs, 24)
+    assert "not measured: an engine is gone or unreadable" in str(measured.error)
+
+
 def test_a_process_that_dies_leaves_the_engines_unmeasured(
     store: EngineStore, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,8 +137,6 @@ def test_a_process_that_dies_leaves_the_engines_unmeasured(
 
 
 def _die(jobs: list[Job], size: int) -> list[Measured]:
-    import os
-
     os._exit(1)
 
 
