@@ -107,6 +107,17 @@ def finish(
         BadRequest, BadWeights: nothing was decoded.
         KeyboardInterrupt, Stopped: finished clips are on disk.
     """
+    clips = open_clips(files, bundle, reporter, overrides)
+    return finish_clips(clips, bundle, reporter, overwrite=overwrite, stop=stop)
+
+
+def open_clips(
+    files: Sequence[Path], bundle: Bundle, reporter: Reporter, overrides: Overrides
+) -> list[Clip]:
+    """Return the clips of latents files, with nothing decoded; arguments are those of `finish`.
+
+    Raises BadRequest: a file, or what is asked for, cannot work.
+    """
     clips = []
     for file in files:
         provenance = check_latents(file, bundle)
@@ -117,6 +128,21 @@ def finish(
         check_request(request)
         request = replace(request, options=settle_conv(request.options, reporter.say))
         clips.append(resume_clip(file, provenance, request, bundle))
+    return clips
+
+
+def finish_clips(
+    clips: Sequence[Clip],
+    bundle: Bundle,
+    reporter: Reporter,
+    *,
+    overwrite: bool = False,
+    stop: StopRequest | None = None,
+) -> tuple[Outcome, ...]:
+    """Decode and encode clips that `open_clips` returned; all else is as of `finish`.
+
+    The video of each that is finished is in it, also where the run is ended early.
+    """
     with ExitStack() as locks:
         for folder in sorted({clip.request.out.resolve() for clip in clips}):
             locks.enter_context(locked_folder(folder))

@@ -64,7 +64,8 @@ def decode(latents: tuple[Path, ...], **options: Any) -> int:
     """Finish clips from the <id>.latents.safetensors that an earlier `pw generate` left."""
     from pw_runtime.checkpoint.bundle import open_bundle
     from pw_runtime.job.checks import pick_device
-    from pw_runtime.resume import Overrides, finish
+    from pw_runtime.job.clip import Clip
+    from pw_runtime.resume import Overrides, finish_clips, open_clips
     from pw_runtime.system.progress import Reporter
     from pw_runtime.system.stop import StopRequest
 
@@ -74,8 +75,15 @@ def decode(latents: tuple[Path, ...], **options: Any) -> int:
     bundle, overwrite = open_bundle(options["model"]), options["overwrite"]
 
     def run() -> Sequence[Outcome]:
-        stop = StopRequest()
-        with stopping(stop, reporter, command_again(None)):
-            return finish(latents, bundle, reporter, overrides, overwrite=overwrite, stop=stop)
+        stop, clips = StopRequest(), list[Clip]()
+
+        def go_on() -> str:
+            # why without these: the command would be refused, because their clips exist
+            done = {clip.latents for clip in clips if clip.latents and clip.video is not None}
+            return command_again(done=done)
+
+        with stopping(stop, reporter, go_on):
+            clips += open_clips(latents, bundle, reporter, overrides)
+            return finish_clips(clips, bundle, reporter, overwrite=overwrite, stop=stop)
 
     return traced(partial(exit_code, run, reporter), options["trace"], device)

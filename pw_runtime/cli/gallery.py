@@ -167,8 +167,11 @@ def finish(drafts: tuple[str, ...], folder: Path | None, **options: Any) -> int:
         from pw_runtime.job.drafts import DECIDED, read_drafts
 
         found = read_drafts(drafts, folder)
-        decided = {name: getattr(found.origin.options, name) for name in DECIDED}
-        options = options | decided
+        earlier, device = found.origin.options, pick_device(options["device"])
+        options = options | {name: getattr(earlier, name) for name in DECIDED}
+        started = any(x.image or x.draft_video for x in found.prompts)
+        if started and options["conv"] == "auto" and device.type == "cpu":
+            options["conv"] = earlier.conv  # it encoded what the drafts start from
         options |= {
             "drafts": found.folder,
             "seed": found.origin.seeds["base"],
@@ -176,7 +179,7 @@ def finish(drafts: tuple[str, ...], folder: Path | None, **options: Any) -> int:
             "out": options["out"] or found.folder / "finished",
         }
         preset = _preset(options, found.preset)
-        return request_of(options, found.prompts, preset, pick_device(options["device"]))
+        return request_of(options, found.prompts, preset, device)
 
     return make_clips("finish", {**options, **OF_FINISH}, read)
 

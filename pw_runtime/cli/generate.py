@@ -279,7 +279,7 @@ def _run(
 
         def made() -> Sequence[Outcome]:
             stop = StopRequest()
-            with stopping(stop, reporter, command_again(drawn)):
+            with stopping(stop, reporter, partial(command_again, drawn)):
                 outcomes = generate(request, bundle, reporter, ranks, stop=stop)
             if then is not None:
                 then(request, outcomes, reporter)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -22,7 +23,7 @@ GRACE: Final = 2.0  # seconds that the step in progress may take to finish
 
 
 @contextmanager
-def stopping(stop: StopRequest, reporter: Reporter, go_on: str) -> Iterator[None]:
+def stopping(stop: StopRequest, reporter: Reporter, go_on: Callable[[], str]) -> Iterator[None]:
     """Turn the first signal inside the block into a request to stop, and obey a second one at once.
 
     What has not stopped when the grace is over is interrupted. Signals that are ignored stay so
@@ -30,8 +31,8 @@ def stopping(stop: StopRequest, reporter: Reporter, go_on: str) -> Iterator[None
 
     Args:
         stop: asks the run.
-        reporter: tells the user which command goes on, where the block was ended early.
-        go_on: this command.
+        reporter: tells the user how to go on, where the block was ended early.
+        go_on: returns the words for that.
 
     Raises:
         KeyboardInterrupt, Terminated: as the signal would have done.
@@ -58,7 +59,7 @@ def stopping(stop: StopRequest, reporter: Reporter, go_on: str) -> Iterator[None
     except BaseException as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if received or isinstance(error, WriteFailed | RankFailed):
-            reporter.warn(f"to go on where this run has ended: {go_on}")
+            reporter.warn(go_on())
         if isinstance(error, Stopped) and received:
             _raise(received[0])
         raise
@@ -68,16 +69,18 @@ def stopping(stop: StopRequest, reporter: Reporter, go_on: str) -> Iterator[None
         restore(before)
 
 
-def command_again(seed: int | None, arguments: Sequence[str] | None = None) -> str:
-    """Return the command line that goes on with this run.
+def command_again(seed: int | None = None, done: Collection[Path] = ()) -> str:
+    """Say which command line goes on with this run, or with --fresh begins it again.
 
     Args:
         seed: that was drawn; None: the command names it.
-        arguments: of `pw`; None: those of this process.
+        done: arguments of `pw` with which nothing is left to do.
     """
-    words = [word for word in (arguments or sys.argv[1:]) if word != "--fresh"]
+    words = [word for word in sys.argv[1:] if Path(word) not in done]
     drawn = [] if seed is None else ["--seed", str(seed)]
-    return shlex.join(["pw", *words, *drawn])
+    # why not without --fresh: finished clips would then stay, and begun ones of them be removed
+    told = "to begin again" if "--fresh" in words else "to go on where this run has ended"
+    return f"{told}: {shlex.join(['pw', *words, *drawn])}"
 
 
 def _raise(number: int) -> NoReturn:

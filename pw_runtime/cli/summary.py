@@ -15,17 +15,28 @@ from pw_runtime.types import Outcome, Request
 
 
 class SummaryReporter(Reporter):
-    """Keeps stdout free for the summary: finished clips are said on stderr, and collected."""
+    """Keeps stdout free for the summary: finished clips are said on stderr, and collected.
+
+    Attributes:
+        videos: of the finished clips.
+        failures: why the others have failed, by the id of the prompt.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         """Collect nothing yet."""
         super().__init__(quiet=quiet)
         self.videos: list[Path] = []
+        self.failures: dict[str, str] = {}
 
     def finished(self, path: Path) -> None:
         """Say that a clip is complete."""
         self.videos.append(path)
         self.say(f"finished: {path}")
+
+    def failed(self, clip: str, error: str) -> None:
+        """Say that a clip has failed."""
+        self.failures[clip] = error
+        super().failed(clip, error)
 
 
 def summarised(
@@ -39,14 +50,17 @@ def summarised(
     def run() -> Sequence[Outcome]:
         start = time.monotonic()
         document.update(out=str(request.out), seed=request.seed)
-        outcomes: Sequence[Outcome] = ()
+        known: Sequence[Outcome] | None = None
         try:
-            outcomes = make()
+            known = outcomes = make()
+        except BadRequest:
+            known = ()  # it was refused
+            raise
         except (BadResult, WriteFailed) as error:  # `exit_code` ends these
             document["error"] = str(error)
             raise
         finally:
-            known = outcomes or _unended(request, reporter.videos)
+            known = _unended(request, reporter) if known is None else known
             clips = [_clip(request, outcome) for outcome in known]
             document["seconds"] = round(time.monotonic() - start, 3)
             document["finished"] = sum(clip["video"] is not None for clip in clips)
@@ -57,12 +71,12 @@ def summarised(
     return run
 
 
-def _unended(request: Request, videos: Sequence[Path]) -> list[Outcome]:
+def _unended(request: Request, reporter: SummaryReporter) -> list[Outcome]:
     """Return what is known of the clips of a run that ended early."""
-    finished = {video.stem: video for video in videos}
+    finished = {video.stem: video for video in reporter.videos}
     return [
-        Outcome(prompt=prompt, video=finished.get(prompt.id), error=None)
-        for prompt in request.prompts
+        Outcome(prompt=x, video=finished.get(x.id), error=reporter.failures.get(x.id))
+        for x in request.prompts
     ]
 
 

@@ -8,6 +8,7 @@ attention, queries, keys and values go to the ranks of their heads, and results 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -122,6 +123,7 @@ class DividedDiT(SegmentedDiT):
             raise ValueError(f"rank {ranks.rank} is not among the {split.ranks} of the split")
         self._active, self._group = groups
         self._pass = ranks.rank // split.sequence  # where each group has a pass of its own
+        self._begins = True  # the next text is the first one of a clip
         self._texts: list[tuple[TextKeysValues, ...]] = []
         self._controlled: tuple[Tensor, Tensor] | None = None  # [1] t and dt of the control
         self._stepped: tuple[Tensor, Tensor | None] = (torch.empty(0), None)  # of the modulation
@@ -132,9 +134,17 @@ class DividedDiT(SegmentedDiT):
     # ---- what the stages call, on rank 0 ---------------------------------------------------
 
     def text_keys_values(self, context: Tensor) -> tuple[TextKeysValues, ...]:
-        """Compute the keys and values of a text, where a pass of this rank takes it, else none."""
-        self._tell("text", context=context)
-        return self._text(context)
+        """Compute the keys and values of a text, where a pass of this rank takes it, else none.
+
+        Raises RankFailed where weights are gathered and this rank fails: the others wait for it.
+        """
+        new, self._begins = self._begins, True  # also where this fails: the others have the text
+        self._tell("text", context=context, new=new)
+        gathered = isinstance(self._weights, GatheredWeights)
+        with self._awaited("a text") if gathered else nullcontext():
+            text = self._text(context, new=new)
+        self._begins = False
+        return text
 
     def modulation(self, t: Tensor, dt: Tensor | None = None) -> Modulation:
         """Compute the modulation rows; see `protocols.Transformer`."""
@@ -143,6 +153,7 @@ class DividedDiT(SegmentedDiT):
 
     def layout(self, latent: Tensor, clean: int = 0) -> TokenLayout:
         """Divide the tokens of a latent; return those of this rank."""
+        self._begins = True  # this clip has all its texts
         self._tell("layout", shape=list(latent.shape), clean=clean)
         return self._divide(latent, clean)
 
@@ -180,17 +191,8 @@ class DividedDiT(SegmentedDiT):
             dt=None if dt is None else dt.tolist(),
             control=None if control is None else [x.tolist() for x in self._controlled or ()],
         )
-        try:
+        with self._awaited("a step"):
             return self._collected(latent, texts, modulation, layout, control, on_block)
-        except RankFailed:
-            raise
-        except Exception as error:
-            self._ranks.fail(error)
-            text = f"rank 0 failed in the middle of a step: {error}"
-            raise RankFailed(text, do="`pw docs parallel`; for memory: a smaller plan") from None
-        except BaseException as error:  # an interrupt; the others are in the middle of the step
-            self._ranks.fail(error)
-            raise
 
     def close(self) -> None:
         """Release the weights on all ranks."""
@@ -204,7 +206,7 @@ class DividedDiT(SegmentedDiT):
         """Repeat a call of rank 0 on this one."""
         match command["name"]:
             case "text":
-                self._text(self._told(command, "context"))
+                self._text(self._told(command, "context"), new=command["new"])
             case "layout":
                 latent = torch.empty(command["shape"], device=self._ranks.device)
                 self._divide(latent, command["clean"])
@@ -245,6 +247,21 @@ class DividedDiT(SegmentedDiT):
         for rows in self._own_passes(latent, texts, modulation, layout, control, lambda: None):
             self._ranks.send(rows.reshape(-1), 0, "velocities").wait()
 
+    @contextmanager
+    def _awaited(self, part: str) -> Iterator[None]:
+        """End the run where rank 0 fails in a part for which the others wait. Raises RankFailed."""
+        try:
+            yield
+        except RankFailed:
+            raise
+        except Exception as error:
+            self._ranks.fail(error)
+            text = f"rank 0 failed in the middle of {part}: {error}"
+            raise RankFailed(text, do="`pw docs parallel`; for memory: a smaller plan") from None
+        except BaseException as error:  # an interrupt; the others are in the middle of the part
+            self._ranks.fail(error)
+            raise
+
     # ---- on every rank -----------------------------------------------------------------------
 
     def _tell(self, name: str, **details: Any) -> None:
@@ -264,8 +281,9 @@ class DividedDiT(SegmentedDiT):
         self._ranks.broadcast(x.view(-1), what, group=self._active).wait()
         return x
 
-    def _text(self, context: Tensor) -> tuple[TextKeysValues, ...]:
-        if self._division is not None:  # the texts of the next clip follow
+    def _text(self, context: Tensor, *, new: bool) -> tuple[TextKeysValues, ...]:
+        """Compute a text; the first one of a `new` clip frees what is kept of the last clip."""
+        if new:
             self._texts, self._division, self._features = [], None, None
         self._ranks.at(f"{self._stage}, text")
         mine = self._split.guidance == 1 or self._pass == len(self._texts)

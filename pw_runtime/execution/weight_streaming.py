@@ -104,15 +104,11 @@ class StreamedWeights:
         self._segments, self._precision, self._device = dict(segments), precision, device
         self._thread = ThreadPoolExecutor(1, "weights")
         self._slots: dict[str, _Slot] = {}
-        for part in BLOCK_PARTS:
-            for block in range(net.config.num_layers):
-                name = segment_of_block(net, part, block)
-                if name in self._slots or name not in segments:
-                    continue
-                names = names_in_block(segments[name], block)
-                slot = _Slot([self._converted(key) for key in names], device)
-                self._slots[name] = slot
-                slot.filling = self._thread.submit(self._fill, name, block)
+        try:
+            self._make_slots()
+        except BaseException:
+            self.close()  # or copies go on into memory that the next attempt may get
+            raise
 
     def acquire(self, segment: str, block: int = 0) -> list[Tensor]:
         """Wait for a block's weights and return them; see `Weights.acquire`."""
@@ -121,7 +117,7 @@ class StreamedWeights:
             names = names_in_block(self._segments[segment], block)
             return [self._on_device(name) for name in names]
         name, slot = entry
-        slot.filling.result()
+        slot.filling.exception()  # only waits: what failed is done again
         if slot.block != block:  # after an error, or where another block was prefetched
             self._thread.submit(self._fill, name, block).result()
         slot.wait()
@@ -141,6 +137,18 @@ class StreamedWeights:
         self._thread.shutdown(cancel_futures=True)
         for slot in self._slots.values():
             slot.finish()
+
+    def _make_slots(self) -> None:
+        """Make a slot for each kind of block, and begin to fill it with the first such block."""
+        for part in BLOCK_PARTS:
+            for block in range(self._net.config.num_layers):
+                name = segment_of_block(self._net, part, block)
+                if name in self._slots or name not in self._segments:
+                    continue
+                names = names_in_block(self._segments[name], block)
+                slot = _Slot([self._converted(key) for key in names], self._device)
+                self._slots[name] = slot
+                slot.filling = self._thread.submit(self._fill, name, block)
 
     def _slot(self, segment: str, block: int) -> tuple[str, _Slot] | None:
         """Find the slot for a segment's block; segments with the same weights share one."""

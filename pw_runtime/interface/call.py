@@ -112,6 +112,10 @@ class CallReporter(Reporter):
         if not (self._forgets and self._stop.requested):
             self._outer.warn(text)
 
+    def failed(self, clip: str, error: str) -> None:
+        """Pass on that a clip has failed."""
+        self._outer.failed(clip, error)
+
     def finished(self, path: Path) -> None:
         """Say that a clip is complete: the caller gets its path."""
         self._outer.say(f"finished: {path}")
@@ -167,7 +171,8 @@ def target_of(
                 "is .png",
             )
         ids, folder = [folder.stem], folder.parent
-    return Target(folder, make_prompts(list(zip(ids, texts, strict=True))))
+    stripped = [text.strip() for text in texts]  # as the command line does
+    return Target(folder, make_prompts(list(zip(ids, stripped, strict=True))))
 
 
 def with_numbers(

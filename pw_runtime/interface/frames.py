@@ -54,7 +54,7 @@ class HeldFrames:
             for clip in run.unfinished():
                 with run.step(clip, "decode", total, timed=False) as step:
                     self.frames[clip.prompt.id] = decoder.run(step, _decoded, run, clip, step)
-                    clip.release_tensors()
+                    run.clear(clip)
 
 
 def _decoded(vae: VaeDecoder, run: Run, clip: Clip, step: Step) -> torch.Tensor:

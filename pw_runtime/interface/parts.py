@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pw_runtime.errors import BadRequest, BadResult
+from pw_runtime.interface.arguments import require_texts
 from pw_runtime.interface.call import Callback
 from pw_runtime.interface.frames import HeldFrames
 from pw_runtime.interface.pipe import Pipeline
@@ -41,6 +42,7 @@ class Parts:
         self, prompt: str, negative: str | None, seed: int, image: StartPicture | None = None
     ) -> torch.Tensor:
         """Make the draft of a clip, from a picture where one is given: see `Pipeline`."""
+        require_texts(prompt)
         request = self._pipe.request(prompt, negative, seed)
         stages = {name: STAGES[name] for name in ("text", "encode", "draft")}
         with picture_file(image) as start:
@@ -54,6 +56,7 @@ class Parts:
 
         Raises BadRequest where the preset has no high-res stage, or drafts of another size.
         """
+        require_texts(prompt)
         request = self._pipe.request(prompt, negative, seed)
         if "highres" not in request.stages:
             raise BadRequest(

@@ -6,12 +6,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Unpack, overload
+from typing import TYPE_CHECKING, Final, Unpack, overload
 
 from pw_runtime.checkpoint.bundle import Bundle
 from pw_runtime.checkpoint.lora_choice import choose_loras
@@ -37,6 +37,7 @@ from pw_runtime.interface.call import (
 from pw_runtime.interface.frames import HeldFrames, OutputType, as_output, check_output_type
 from pw_runtime.interface.start_picture import picture_file
 from pw_runtime.job.checks import pick_device
+from pw_runtime.job.latents import SUFFIX, stages_of
 from pw_runtime.job.run import Run
 from pw_runtime.job.sources import started_from
 from pw_runtime.pipeline import STAGES, generate
@@ -44,10 +45,12 @@ from pw_runtime.planning.oom_fallback import free_memory
 from pw_runtime.planning.warm_networks import WarmNetworks
 from pw_runtime.presets import find_preset
 from pw_runtime.sampling.noise import resolve_base_seed
+from pw_runtime.stages.codecs import suffix
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.stop import Stopped, StopRequest
 from pw_runtime.types import (
     OFFICIAL_NEGATIVE,
+    Codec,
     LoraFile,
     Outcome,
     Preset,
@@ -61,13 +64,17 @@ if TYPE_CHECKING:
 
     from pw_runtime.interface.start_picture import StartPicture
 
+# why of the process: which implementation of an operation runs is a choice of the process, and a
+# call makes it for as long as it runs (pw_kernels.op.using)
+_CALLS: Final = threading.RLock()
+
 
 class Pipeline:
     """A model and a preset; every call makes the clips of one or several prompts.
 
     Networks stay loaded between calls as far as memory allows, and as long as nothing they are
-    made of changes. One call runs at a time: another thread waits. `close` releases the memory,
-    as does the end of a `with` block.
+    made of changes. One call runs at a time, of all pipelines of a process: another thread waits.
+    `close` releases the memory, as does the end of a `with` block.
     """
 
     def __init__(
@@ -76,16 +83,20 @@ class Pipeline:
         preset: Preset,
         options: RunOptions,
         *,
+        usual_codec: bool = False,
         reporter: Reporter | None = None,
         gpu_memory: int | None = None,
         host_memory: int | None = None,
     ) -> None:
-        """Take an open bundle; `from_pretrained` opens one. Nothing is loaded before a call."""
+        """Take an open bundle; `from_pretrained` opens one. Nothing is loaded before a call.
+
+        With `usual_codec` the codec is that of the command line where none is named.
+        """
         self._bundle, self._preset, self._options = bundle, preset, options
+        self._usual_codec = usual_codec
         self._reporter = Warnings() if reporter is None else reporter
         self._gpu_memory, self._host_memory = gpu_memory, host_memory
         self._warm: WarmNetworks | None = WarmNetworks()
-        self._calls = threading.Lock()
         self._stop: StopRequest | None = None  # of the call in progress
 
     @classmethod
@@ -120,7 +131,8 @@ class Pipeline:
                 ("style.safetensors:0.8"), or `LoraFile`s.
             loras_highres: for the high-res transformer, in place of `loras`; empty: none.
             device: "auto" is the first CUDA device, or else the CPU.
-            options: of every run; None: as of the command line.
+            options: of every run; None: as of the command line, also the codec: "png" for one
+                frame.
             reporter: shows progress; None says warnings alone: in the log where logging is
                 configured, else on stderr.
             gpu_memory: maximum bytes; None: what is free.
@@ -138,6 +150,7 @@ class Pipeline:
             host_memory=host_memory,
         )
         told = Warnings() if reporter is None else reporter
+        usual_codec = options is None
         options = RunOptions() if options is None else options
         require_options(options)
         if device != "auto":
@@ -159,6 +172,7 @@ class Pipeline:
             bundle,
             numbers,
             options,
+            usual_codec=usual_codec,
             reporter=told,
             gpu_memory=gpu_memory,
             host_memory=host_memory,
@@ -255,24 +269,22 @@ class Pipeline:
                 )
         single, texts = isinstance(prompt, str), [prompt] if isinstance(prompt, str) else prompt
         draft_only = draft_only or self._options.draft_only
-        target = target_of(output, texts, self._options, single=single)
+        preset = with_numbers(
+            self._preset,
+            draft_only=draft_only,
+            steps=num_inference_steps,
+            guidance=guidance_scale,
+            frames=num_frames,
+        )
+        options = replace(self._options, draft_only=draft_only, codec=self._codec(preset, output))
+        if draft_strength is not None:
+            options = replace(options, draft_strength=float(draft_strength))
+        target = target_of(output, texts, options, single=single)
         request = replace(
             self.request("", negative_prompt, seed),
-            preset=with_numbers(
-                self._preset,
-                draft_only=draft_only,
-                steps=num_inference_steps,
-                guidance=guidance_scale,
-                frames=num_frames,
-            ),
+            preset=preset,
             out=target.folder,
-            options=replace(
-                self._options,
-                draft_only=draft_only,
-                draft_strength=self._options.draft_strength
-                if draft_strength is None
-                else float(draft_strength),
-            ),
+            options=options,
             overwrite=overwrite,
         )
         with picture_file(image) as start:
@@ -283,6 +295,7 @@ class Pipeline:
                 outputs = self._frames(request, output_type or "np", callback)
             else:
                 outputs = [written(request, x) for x in self.run(request, callback)]
+        outputs = [replace(x, prompt=text) for x, text in zip(outputs, texts, strict=True)]
         if not single:
             return outputs
         if outputs[0].error is not None:
@@ -297,7 +310,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Release the networks, after the call in progress. No call can follow."""
-        with self._calls:
+        with self._alone():
             if self._warm is not None:
                 self._warm.release()
                 self._warm = None
@@ -317,7 +330,7 @@ class Pipeline:
     def request(self, prompt: str, negative: str | None, seed: int) -> Request:
         """Return the request for a clip of one prompt, without a folder. Raises BadRequest."""
         return Request(
-            prompts=(Prompt(prompt),),
+            prompts=(Prompt(prompt.strip()),),  # as the command line does
             preset=self._preset,
             out=Path(),
             negative=OFFICIAL_NEGATIVE if negative is None else negative,
@@ -326,6 +339,23 @@ class Pipeline:
             gpu_memory=self._gpu_memory,
             host_memory=self._host_memory,
         )
+
+    def _codec(self, preset: Preset, output: str | Path | None) -> Codec:
+        """Return the codec of a call: that of the options, or the usual one where none is named."""
+        ours = self._options.codec
+        named = not self._usual_codec or Path(output or "").suffix.lower() == suffix(ours)
+        return ours if named else preset.video.usual_codec
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until no pipeline makes a call. Raises BadRequest within one of this pipeline."""
+        with _CALLS:
+            if self._stop is not None:
+                raise BadRequest(
+                    "the callback of a call uses the same pipeline",
+                    do="call or close it when that call has ended: return False to end it",
+                )
+            yield
 
     def _frames(
         self, request: Request, kind: OutputType, callback: Callback | None
@@ -352,23 +382,19 @@ class Pipeline:
     ) -> tuple[Outcome, ...]:
         """Run with stages that leave no file; what the others write is gone afterwards.
 
-        It stays where a clip failed: its latents are there, and the user was told. Arguments and
-        errors are those of `run`.
+        It stays where a clip has failed, or the run was interrupted, with a draft or more of a clip
+        there, of which the user was told. Arguments and errors are those of `run`.
         """
-        folder, keep = Path(tempfile.mkdtemp(prefix="pw-frames-")), True
+        folder, complete = Path(tempfile.mkdtemp(prefix="pw-frames-")), False
         request, stop = replace(request, out=folder, in_memory=True), StopRequest()
         try:
             outcomes = self.run(request, callback, stages, forgetting=stop)
-            keep = any(outcome.error is not None for outcome in outcomes)
+            complete = all(outcome.error is None for outcome in outcomes)
             return outcomes
-        except BadRequest:
-            keep = False
-            raise
         finally:
-            if stop.requested or not keep:
+            kept = (file for file in folder.glob(f"*{SUFFIX}") if stages_of(file))
+            if complete or stop.requested or next(kept, None) is None:
                 shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # what failed before anything was computed left nothing
-                folder.rmdir()
 
     def run(
         self,
@@ -389,11 +415,12 @@ class Pipeline:
         Raises:
             Those of a call, and what the callback raises.
         """
-        with self._calls:
+        with self._alone():
             if self._warm is None:
                 raise BadRequest("the pipeline is closed", do="make another one")
             self._stop = stop = forgetting or StopRequest()
             forgets = forgetting is not None
+            self._reporter.begin()
             reporter = CallReporter(self._reporter, callback, stop, forgets=forgets)
             try:
                 outcomes = generate(

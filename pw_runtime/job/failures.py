@@ -32,7 +32,7 @@ def isolate_failure(clip: Clip, reporter: Reporter) -> Iterator[None]:
         clip.error = str(cause) or type(cause).__name__
         if not isinstance(cause, PixelWizardError):
             reporter.warn(traceback.format_exc())
-        reporter.warn(f"prompt {clip.prompt.id} failed: {clip.error}")
+        reporter.failed(clip.prompt.id, clip.error)
         _rescue(clip, reporter)
         report_resumable(clip, reporter)
         del cause, error  # their tracebacks hold the tensors of what failed, and each other

@@ -22,7 +22,7 @@ from pw_runtime.checkpoint.bundle import Bundle, verify
 from pw_runtime.checkpoint.loader import load_decoder
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.decoder_lookup import on_engines, select_decoder_engines
-from pw_runtime.execution.divided_transformer import DividedDiT, load_divided
+from pw_runtime.execution.divided_transformer import DividedDiT, form_groups, load_divided
 from pw_runtime.execution.engine_lookup import EngineSet, select_engines
 from pw_runtime.execution.protocols import Decoder
 from pw_runtime.job.receipt import versions
@@ -185,9 +185,11 @@ class _Follower:
 
     def _load(self, command: Mapping[str, Any]) -> None:
         stage, options = command["stage"], self._request.options
+        plan = _PLAN.validate_python(command["plan"])
+        # First, as rank 0 does: it would wait for days where this rank has no memory for engines.
+        form_groups(self._ranks, plan.split)
         engines = select_engines(self._bundle, stage, options, self._request.preset)
         self._require_same(engines, f"{stage} network", command["engines"])
-        plan = _PLAN.validate_python(command["plan"])
         self._transformer = load_divided(self._bundle, stage, engines, plan, options, self._ranks)
 
     def _load_decoder(self) -> None:

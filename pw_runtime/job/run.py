@@ -31,7 +31,7 @@ from pw_runtime.job.failures import isolate_failure
 from pw_runtime.job.follow import tell_of_decode
 from pw_runtime.job.frame_log import FrameLog
 from pw_runtime.job.journal import ClipLog, Journal
-from pw_runtime.job.receipt import versions
+from pw_runtime.job.receipt import machine, versions
 from pw_runtime.job.sources import sound_of
 from pw_runtime.models import VaeDecoder
 from pw_runtime.planning.oom_fallback import OomFallback
@@ -136,6 +136,9 @@ class Run:
     def _made_of(self, clip: Clip, latent: Latent, pixels: PixelFormat) -> dict[str, str]:
         """Return everything that decides the pixels of a clip's tiles."""
         plan, options, preset = self.fallback.plan.decode, clip.request.options, self.request.preset
+        facts = machine(self.request.device)  # of this process: another one made the latents
+        if self.request.device.type != "cpu":
+            del facts["threads"]
         return {
             "latent": tensor_digest(latent.x),
             "decoder": clip.provenance.vae,
@@ -147,6 +150,7 @@ class Run:
             "compat": str(preset.compat),
             "pixels": pixels,
             **versions(),
+            **{name: str(fact) for name, fact in facts.items()},
         }
 
     def clips_for(self, stage: StageName) -> Iterator[tuple[Clip, TextContext]]:
@@ -274,7 +278,7 @@ class Run:
         for other in self.clips[self.clips.index(clip) + 1 :]:
             if other.needs not in (None, "decode"):
                 other.error = f"not computed: the latents of {clip.prompt.id} could not be written"
-                self.reporter.warn(f"prompt {other.prompt.id} {other.error}")
+                self.reporter.failed(other.prompt.id, other.error)
                 self.progress.drop(other.target)
                 other.release_tensors()
 
@@ -330,6 +334,10 @@ class Run:
         """Report a finished video, and remove latents that nobody asked to keep."""
         clip.video = clip.target
         self.reporter.finished(clip.video)
+        self.clear(clip)
+
+    def clear(self, clip: Clip) -> None:
+        """Remove what a finished clip no longer needs, from the disk and from memory."""
         self.journal.drop(clip)
         try:
             remove_tiles(clip.path(TILES))

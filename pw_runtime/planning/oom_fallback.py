@@ -31,6 +31,7 @@ from pw_runtime.planning.warm_networks import (
 )
 from pw_runtime.planning.workload import (
     budget_of,
+    empty_caches,
     request_workload,
 )
 from pw_runtime.system.machine import peak_memory, reset_peak_memory, return_freed_memory
@@ -119,8 +120,8 @@ class OomFallback:
         scarce: Place = "host" if budget.device is None else "device"
         for index in range(self._index[stage] + 1, len(options)):
             option = options[index]
-            smaller = option.memory.peak(scarce) < current.memory.peak(scarce)
-            lighter = option.weights(scarce) < current.weights(scarce) or not loading
+            smaller = option.memory.required(scarce) < current.memory.required(scarce)
+            lighter = _weights(option, scarce) < _weights(current, scarce) or not loading
             if smaller and lighter and fits(option.memory, budget):
                 return index
         return None
@@ -162,6 +163,14 @@ class OomFallback:
                 for memory in self.plan.stages
             },
         }
+
+
+def _weights(option: Candidate[Any], place: Place) -> int:
+    """Return the bytes of weights that a budget must have, as `StageMemory.required` counts."""
+    memory = option.memory
+    by_rank = (replace(memory, items=items) for items in (memory.items, *memory.others))
+    weights = [replace(option, memory=of_rank).weights(place) for of_rank in by_rank]
+    return sum(weights) if place == "host" else max(weights)
 
 
 class LazyNetwork(Generic[Net]):
@@ -284,7 +293,7 @@ def free_memory(device: torch.device) -> None:
     with span("free memory"):
         return_freed_memory()
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            empty_caches()
 
 
 # In the words of PyTorch, CUDA, its libraries and TensorRT.

@@ -180,6 +180,13 @@ def computed_draft(draft: StageConfig, prompts: Iterable[Prompt], strength: floa
     return replace(draft, steps=steps_left(draft, strength)) if begun else draft
 
 
+def empty_caches() -> None:
+    """Give back the memory that PyTorch keeps after use: of the GPU, and pinned memory."""
+    torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():  # nothing is pinned before, and builds for CPUs lack this
+        torch._C._host_emptyCache()
+
+
 def budget_of(
     device: torch.device, gpu: int | None, host: int | None, *, ranks: int = 1, held: int = 0
 ) -> Budget:
@@ -195,6 +202,8 @@ def budget_of(
             "--gpu-memory limits the memory of a GPU, and this run is on the CPU",
             do="give --host-memory instead",
         )
+    if device.type == "cuda":
+        empty_caches()  # memory that PyTorch caches is free
     if host is None:
         host = available_memory_bytes()
         if host is None:
@@ -204,6 +213,5 @@ def budget_of(
             )
         host += ranks * rss_bytes()  # what the program holds is part of what it may take
     if device.type == "cuda" and gpu is None:
-        torch.cuda.empty_cache()  # memory that PyTorch caches is free
         gpu = torch.cuda.mem_get_info(device)[0] + held
     return Budget(host=host, device=gpu)

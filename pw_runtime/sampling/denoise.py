@@ -71,7 +71,9 @@ def denoise(
             ones are too large for the arithmetic. The first step of a batch shows it.
     """
     schedule = make_schedule(config.solver, config.steps, config.shift)
-    texts = [net.text_keys_values(text.of(name).to(noise.device)) for name in config.passes]
+    # All before the first text: a failure between two would leave other ranks with one of them.
+    contexts = [text.of(name).to(noise.device) for name in config.passes]
+    texts = [net.text_keys_values(context) for context in contexts]
     layout = net.layout(noise, clean=0 if fixed is None else fixed.shape[1])
     features = None if conditioning is None else net.control_features(conditioning.x)
     block_fraction = 1 / sum(map(len, texts))  # of a step

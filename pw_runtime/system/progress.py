@@ -109,6 +109,14 @@ class Reporter:
         else:
             print(name, file=self._stdout, flush=True)
 
+    def failed(self, clip: str, error: str) -> None:
+        """Say that a clip has failed, and why, also when quiet."""
+        self.warn(f"prompt {clip} failed: {error}")
+
+    def begin(self) -> None:
+        """Forget how far the run before this one was."""
+        self._run = None
+
     def progress(self, progress: Progress) -> None:
         """Show how far the run is, beside the stage in progress; called after every block."""
         before, now = self._run, time.monotonic()

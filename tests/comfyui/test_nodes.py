@@ -74,6 +74,20 @@ def test_a_draft_from_an_image_is_that_of_the_pipeline_from_the_same_picture(
         call(nodes["Draft"], model=model, **MADE_OF, image=image.repeat(2, 1, 1, 1))
 
 
+def test_an_empty_prompt_is_refused_and_white_space_around_one_is_nothing(
+    nodes: dict[str, type], model: Pipeline
+) -> None:
+    """It is what the nodes have before a prompt is written."""
+    (draft,) = call(nodes["Draft"], model=model, **MADE_OF)
+    (same,) = call(nodes["Draft"], model=model, **{**MADE_OF, "prompt": " a red ball\n"})
+    assert torch.equal(draft[SAMPLES], same[SAMPLES])
+    empty = {**MADE_OF, "prompt": " "}
+    with pytest.raises(BadRequest, match="a prompt is empty"):
+        call(nodes["Draft"], model=model, **empty)
+    with pytest.raises(BadRequest, match="a prompt is empty"):
+        call(nodes["Finish"], model=model, draft=draft, **empty)
+
+
 def test_an_image_on_a_gpu_is_fetched(nodes: dict[str, type]) -> None:
     class Elsewhere(torch.Tensor):
         def to(self, *given: Any, **options: Any) -> torch.Tensor:

@@ -219,3 +219,22 @@ def test_drafts_that_began_with_a_video_are_finished_as_a_direct_run_would(
 
 def _pixels(video: Path) -> list[bytes]:
     return [frame.to_ndarray(format="yuv420p").tobytes() for frame in video_frames(video)]
+
+
+@pytest.mark.parametrize("option", [("--conv", "onednn"), ("--vae-precision", "bf16")])
+def test_drafts_that_start_from_a_picture_are_finished_with_the_convolutions_of_its_encoder(
+    pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path, option: tuple[str, str]
+) -> None:
+    """Seen: the command that `pw gallery` told was refused, on a CPU."""
+    picture = tmp_path / "first.png"
+    Image.new("RGB", (96, 48), (200, 40, 40)).save(picture)
+    made = pw(
+        "gallery", "--model", bundle_dir, "--preset", preset, "--prompt", "a cat", "--device",
+        "cpu", "--image", picture, "--count", "1", "--out", tmp_path / "drafts", *option,
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    (command,) = [line.split() for line in made.err.splitlines() if "pw finish" in line]
+    finished = pw(*command[1:])
+    assert finished.code == 0, finished.err
+    receipt = json.loads((tmp_path / "drafts" / "finished" / "0-1.json").read_text())
+    assert receipt["options"]["conv"] == "onednn"

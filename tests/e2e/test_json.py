@@ -111,6 +111,29 @@ def test_an_interrupted_run_still_names_what_is_finished(
     assert [clip["video"] is None for clip in document["clips"]] == [False, True]
 
 
+def test_an_interrupted_run_still_names_what_has_failed_before(
+    generate: Callable[..., tuple[Ended, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(vae: Any, run: Any, clip: Any, step: Any) -> None:
+        raise BadResult("nothing to see") if clip.prompt.id == "0" else KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "decode_clip", failing)
+    ended, document = generate("--prompt", "a cat", "--prompt", "a dog")
+    assert ended.code == 130
+    assert (document["finished"], document["failed"]) == (0, 1)
+    assert [clip["error"] for clip in document["clips"]] == ["nothing to see", None]
+
+
+def test_what_is_refused_once_the_model_is_open_has_no_clips_either(
+    generate: Callable[..., tuple[Ended, dict[str, Any]]],
+) -> None:
+    assert generate("--prompt", "a cat")[0].code == 0
+    ended, document = generate("--prompt", "a dog")
+    assert ended.code == 2
+    assert "an earlier run" in document["error"]
+    assert document["clips"] == []
+
+
 def test_a_refused_request_is_a_document_with_its_error_and_no_clips(
     generate: Callable[..., tuple[Ended, dict[str, Any]]],
 ) -> None:

@@ -324,7 +324,7 @@ def test_after_a_refused_write_no_further_clip_is_computed(
 ) -> None:
     ended = generate("--prompt", "a cat", "--prompt", "a dog")
     assert ended.code == 3
-    assert "prompt 1 not computed: the latents of 0 could not be written" in ended.err
+    assert "prompt 1 failed: not computed: the latents of 0 could not be written" in ended.err
     assert "draft 1" not in ended.err
     assert (tmp_path / "out" / "0.mkv").exists()  # decoded from memory
 

@@ -201,6 +201,21 @@ def test_tiles_of_other_convolutions_are_not_taken_up(
     assert "going on" not in resumed.err
 
 
+def test_tiles_of_another_number_of_threads_are_not_taken_up(
+    generate, pw, bundle_dir, tmp_path, monkeypatch
+) -> None:
+    """It decides last bits, as the processor does: the video would be of two decodes."""
+    with monkeypatch.context() as patch:
+        fail_in_the_second_band(patch)
+        assert generate("tiles").code == 3
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    resumed = pw("decode", tmp_path / "tiles" / "0.latents.safetensors", "--model", bundle_dir)
+    assert resumed.code == 0, resumed.err
+    assert "0.tiles is of another decode (threads): decoding from the start" in resumed.err
+    assert "going on" not in resumed.err
+
+
 @pytest.mark.parametrize("edit", [None, "latent"])
 def test_tiles_made_after_a_fallback_are_gone_on_with(
     generate, pw, bundle_dir, tmp_path, monkeypatch, edit

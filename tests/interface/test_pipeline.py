@@ -9,6 +9,7 @@ import logging
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -17,15 +18,19 @@ import pytest
 import torch
 from PIL import Image
 from PIL.ExifTags import Base
+from rich.console import Console
 
-from pw_runtime import Cancelled, Pipeline, Progress, RunOptions
+from pw_kernels import op as op_module
+from pw_runtime import Cancelled, Pipeline, Progress, Reporter, RunOptions
+from pw_runtime import pipeline as pipeline_module
 from pw_runtime.errors import BadRequest, BadResult, BadWeights
 from pw_runtime.interface import frames as frames_module
 from pw_runtime.interface import pipe as pipe_module
 from pw_runtime.interface.start_picture import picture_file
 from pw_runtime.job import networks as networks_module
+from pw_runtime.system import progress as progress_module
 from pw_runtime.system.picture_input import read_picture
-from pw_runtime.types import Request
+from pw_runtime.types import Outcome, Request
 from tests.convert.test_hub_cache import publish
 from tests.e2e.pw import Pw, write_preset
 from tests.oracle.checkpoint import Checkpoint
@@ -123,15 +128,16 @@ def test_frames_are_those_of_the_lossless_file_bit_for_bit(
     assert leftovers() == set()
 
 
+@pytest.mark.parametrize("text", [PROMPT, f" {PROMPT}\n"])
 def test_the_file_is_that_of_the_command_line(
-    pipe: Pipeline, pw: Pw, bundle_dir: Path, small: Path, tmp_path: Path
+    pipe: Pipeline, pw: Pw, bundle_dir: Path, small: Path, tmp_path: Path, text: str
 ) -> None:
     ended = pw(
-        "generate", "--model", bundle_dir, "--preset", small, "--prompt", PROMPT, "--seed", 4,
+        "generate", "--model", bundle_dir, "--preset", small, "--prompt", text, "--seed", 4,
         "--device", "cpu", "--out", tmp_path / "cli",
     )  # fmt: skip
     assert ended.code == 0
-    pipe(PROMPT, seed=4, output=tmp_path / "api" / "0.mp4")
+    assert pipe(text, seed=4, output=tmp_path / "api" / "0.mp4").prompt == text
     assert (tmp_path / "api" / "0.mp4").read_bytes() == (tmp_path / "cli" / "0.mp4").read_bytes()
 
 
@@ -153,7 +159,7 @@ def test_a_list_is_one_run_and_a_clip_that_fails_has_its_error(
     assert isinstance(cat.frames, torch.Tensor)
     assert (ball.frames, ball.error) == (None, "nothing to see")
     (kept,) = leftovers()  # its latents are not lost
-    assert (kept / "1.latents.safetensors").exists()
+    assert {file.name for file in kept.iterdir()} == {"1.latents.safetensors"}
     failing_ids.add("0")
     with pytest.raises(BadResult, match="nothing to see"):
         pipe("a cat", draft_only=True)
@@ -429,3 +435,124 @@ def test_what_no_run_could_have_is_refused_when_the_model_is_opened(
 
 def test_an_output_is_shown_without_its_pixels(pipe: Pipeline) -> None:
     assert "frames" not in repr(pipe(PROMPT, draft_only=True))
+
+
+def test_the_progress_of_a_call_is_its_own(
+    bundle_dir: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: the end of the first call beside the second, and the time since the first began."""
+    now, reporter, screens = 100.0, Reporter(), list[str]()
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def made(request: Request, bundle: object, told: Reporter, **rest: object) -> list[Outcome]:
+        nonlocal now
+        screen = io.StringIO()
+        reporter._console = Console(file=screen, force_terminal=True, width=100)
+        with told.steps("draft 0", 1):
+            assert reporter._bars is not None
+            reporter._bars.refresh()
+            screens.append(screen.getvalue())
+            for fraction in (0.0, 1.0):
+                told.progress(Progress(clip="0", stage="draft", done=fraction, total=1,
+                                       fraction=fraction, seconds_left=None))  # fmt: skip
+                now += 3700
+            reporter._bars.refresh()
+            screens.append(screen.getvalue())
+        return [Outcome(prompt=request.prompts[0], video=tmp_path / "0.mp4", error=None)]
+
+    monkeypatch.setattr(pipe_module, "generate", made)
+    with Pipeline.from_pretrained(
+        bundle_dir, preset=small, device="cpu", reporter=reporter
+    ) as pipe:
+        for _ in range(2):
+            pipe(PROMPT, output=tmp_path)
+    assert ["whole run" in screen for screen in screens] == [False, True, False, True]
+    assert "2:03:20" in screens[1]
+    assert "2:03:20" in screens[3]
+    assert "4:06:40" not in screens[3]
+
+
+def test_calls_of_two_pipelines_do_not_overlap(bundle_dir: Path, small: Path) -> None:
+    """Seen: kernels of the one in the clip of the other, as they are chosen for the process."""
+    begun, calling = threading.Event(), threading.Event()
+    order: list[str] = []
+    first, second = (
+        Pipeline.from_pretrained(
+            bundle_dir, preset=small, options=RunOptions(device="cpu", conv=conv)
+        )
+        for conv in ("onednn", "auto")
+    )
+
+    def told(progress: Progress) -> None:
+        begun.set()
+        calling.wait()
+        order.append("first")
+
+    def other() -> None:
+        begun.wait()
+        calling.set()
+        second(PROMPT, draft_only=True, callback=lambda progress: order.append("second"))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    first(PROMPT, num_inference_steps=40, callback=told)
+    thread.join()
+    assert set(order) == {"first", "second"}
+    assert order == sorted(order)
+    assert op_module._requested == {}
+
+
+def test_a_callback_cannot_call_or_close_its_own_pipeline(pipe: Pipeline) -> None:
+    for use in (lambda: pipe(PROMPT), pipe.close):
+        with pytest.raises(BadRequest, match="the callback of a call uses the same pipeline"):
+            pipe(PROMPT, draft_only=True, callback=lambda progress, use=use: use())  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("error", [BadResult("nothing to see"), KeyboardInterrupt()])
+def test_what_ends_before_there_is_a_draft_leaves_no_folder(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Seen: a folder with the text alone, of which nobody was told."""
+
+    def ended(*given: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline_module, "denoise_draft", ended)
+    with pytest.raises(type(error)):
+        pipe(PROMPT)
+    assert leftovers() == set()
+
+
+def test_an_interrupted_call_keeps_the_latents_of_which_it_tells(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoded = frames_module._decoded
+
+    def interrupted(vae: Any, run: Any, clip: Any, step: Any) -> torch.Tensor:
+        if clip.prompt.id == "1":
+            raise KeyboardInterrupt
+        return decoded(vae, run, clip, step)
+
+    monkeypatch.setattr(frames_module, "_decoded", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipe(["a cat", PROMPT], draft_only=True)
+    (folder,) = leftovers()
+    assert {file.name for file in folder.iterdir()} == {"1.latents.safetensors"}
+    assert f"the latents of 1 are kept in {folder}" in caplog.text
+
+
+def test_one_frame_is_the_picture_of_the_command_line(
+    pipe: Pipeline, pw: Pw, bundle_dir: Path, small: Path, tmp_path: Path
+) -> None:
+    ended = pw(
+        "generate", "--model", bundle_dir, "--preset", small, "--prompt", PROMPT, "--frames", "1",
+        "--device", "cpu", "--out", tmp_path / "cli",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    wanted = (tmp_path / "cli" / "0.png").read_bytes()
+    for output, file in (("api", "api/0.png"), ("api/a.png", "api/a.png")):
+        out = pipe(PROMPT, num_frames=1, output=tmp_path / output)
+        assert out.video == tmp_path / file
+        assert out.video.read_bytes() == wanted
+    video = tmp_path / "a.mp4"
+    assert pipe(PROMPT, num_frames=1, output=video).video == video

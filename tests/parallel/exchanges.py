@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
 
+from pw_runtime.execution.divided_transformer import form_groups
+from pw_runtime.job import follow as follow_module
+from pw_runtime.job.follow import on_all_ranks
 from pw_runtime.system import rank_watch
 from pw_runtime.system import ranks as ranks_module
 from pw_runtime.system.ranks import Ranks
+from pw_runtime.types import Split, TransformerPlan
 
 NCCL = """NCCL error in: x.cpp:1, unhandled cuda error
 Last error:
@@ -119,6 +125,40 @@ def busy(ranks: Ranks) -> object:
         ranks.next_command()
         ranks.send(answer, 0, "answer of a rank").wait()
         return ranks.next_command()["name"]
+
+
+def short_of_memory(ranks: Ranks) -> object:
+    """Load a network twice; another rank has no memory for its engines the first time."""
+    plan = TransformerPlan(split=Split(guidance=1, sequence=2))
+    if ranks.rank == 0:
+        ends = [_loaded(ranks, plan), _loaded(ranks, plan)]
+        ranks.command("end")
+        return ends
+    given: list[object] = [MemoryError("no memory for engines"), SimpleNamespace(digest="")]
+    request: Any = SimpleNamespace(options=None, preset=None, device=torch.device("cpu"))
+    bundle: Any = None
+    with (
+        patch.object(follow_module, "select_engines", Mock(side_effect=given)),
+        patch.object(follow_module, "load_divided", _groups_of),
+    ):
+        follow_module.follow(ranks, request, bundle)
+    return None
+
+
+def _loaded(ranks: Ranks, plan: TransformerPlan) -> str:
+    """Have all ranks load a network, of which only the groups are formed."""
+    try:
+        with on_all_ranks(ranks, "load", stage="draft", plan=asdict(plan), engines=""):
+            form_groups(ranks, plan.split)
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    return "loaded"
+
+
+def _groups_of(
+    bundle: object, stage: str, engines: object, plan: Any, options: object, ranks: Ranks
+) -> None:
+    form_groups(ranks, plan.split)
 
 
 def _lost(ranks: Ranks, end: object) -> object:

@@ -196,7 +196,11 @@ def test_a_rank_releases_its_network_before_it_loads_one_for_a_smaller_plan(
     monkeypatch.setattr(follow_module, "select_engines", lambda *_: SimpleNamespace(digest=""))
     sent = SimpleNamespace(wait=lambda: None)
     ranks: Any = SimpleNamespace(
-        rank=1, next_command=next_command, at=print, send=lambda *arguments: sent
+        rank=1,
+        next_command=next_command,
+        at=print,
+        group=lambda *arguments: None,
+        send=lambda *arguments: sent,
     )
     request: Any = SimpleNamespace(options=None, preset=None, device=torch.device("cpu"))
     bundle: Any = None

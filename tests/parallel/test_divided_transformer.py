@@ -77,6 +77,31 @@ def test_latents_are_equal_bit_for_bit_on_one_to_five_ranks(tmp_path: Path) -> N
             _require_planned_traffic(case, [result[index][1] for result in results])
 
 
+def test_a_clip_after_one_whose_second_text_did_not_fit_on_rank_0_is_that_of_one_rank(
+    tmp_path: Path,
+) -> None:
+    """The others had that text, and took the next clip's for further ones of the failed clip."""
+    torch.set_num_threads(1)
+    splits = [{"guidance": 1, "sequence": 2}, {"guidance": 2, "sequence": 1}]
+    function = "tests.parallel.transformers:clip_after_a_failed_text"
+    made = run(function, tmp_path, [2], json.dumps(splits))[2][0]
+    assert isinstance(made, list), made
+    with torch.inference_mode():
+        expected = make_clip(whole(CONFIG, "fp32"), CONFIG, 1)
+    assert len(made) == len(splits)
+    assert all(torch.equal(x, expected) for x in made)
+
+
+def test_gathered_weights_of_a_text_that_do_not_fit_on_rank_0_end_the_run_on_all_ranks(
+    tmp_path: Path,
+) -> None:
+    """The others wait in a gather: no smaller plan can begin there."""
+    function = "tests.parallel.transformers:gathered_text_without_memory"
+    first, second = run(function, tmp_path, [2])[2]
+    assert first.startswith("RankFailed: rank 0 failed in the middle of a text: not enough for a")
+    assert second.startswith("RankFailed: rank 0 failed: not enough for a slot")
+
+
 def _require_planned_traffic(case: dict[str, Any], sent: list[dict[str, int]]) -> None:
     """Compare the bytes that all ranks sent for two clips with the closed form."""
     config = HIGHRES if case.get("highres") else CONFIG

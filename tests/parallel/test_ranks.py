@@ -53,6 +53,13 @@ def test_every_rank_learns_which_rank_failed_and_where(
         assert re.match(f"RankFailed: rank 2 {what}; it was at draft 7, step 3", text)
 
 
+def test_a_rank_without_memory_for_engines_leaves_no_rank_alone_in_forming_groups(
+    tmp_path: Path,
+) -> None:
+    ends = run("tests.parallel.exchanges:short_of_memory", tmp_path, [2])[2][0]
+    assert ends == ["out of memory on rank 1", "loaded"]
+
+
 @pytest.mark.slow
 def test_a_rank_may_check_its_files_while_the_others_wait_with_the_next_command(
     tmp_path: Path,

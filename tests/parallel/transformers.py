@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from pydantic import TypeAdapter
@@ -85,6 +86,58 @@ def make_clip(net: Any, config: DitConfig, seed: int = 0, *, picture: bool = Fal
     return denoise(*inputs, fixed=noise[:, :1] / 2 if picture else None).x
 
 
+def obey(ranks: Ranks, net: DividedDiT | None) -> None:
+    """Follow rank 0 to the end of a case."""
+    while (command := ranks.next_command())["name"] != "end of a case":
+        if command["name"] != "release" and net is not None:
+            net.follow(command)
+
+
+def clip_after_a_failed_text(ranks: Ranks, splits: str) -> object:
+    """Make a clip for each split after one whose second text does not fit on rank 0."""
+    compute, made = SegmentedDiT.text_keys_values, []
+    for values in json.loads(splits):
+        net = divided(ranks, CONFIG, "fp32", _SPLIT.validate_python(values), {})
+        assert net is not None
+        if ranks.rank:
+            obey(ranks, net)
+            continue
+        fits = iter((True, False))
+
+        def some(net: SegmentedDiT, context: Tensor, fits: Any = fits) -> Any:
+            if next(fits, True):
+                return compute(net, context)
+            raise torch.OutOfMemoryError("not enough for a text")
+
+        with patch.object(SegmentedDiT, "text_keys_values", some):
+            try:
+                make_clip(net, CONFIG, 0)
+            except torch.OutOfMemoryError:
+                made.append(make_clip(net, CONFIG, 1))
+        net.close()
+        ranks.command("end of a case")
+    return made
+
+
+def gathered_text_without_memory(ranks: Ranks) -> object:
+    """Begin a clip; rank 0 has no memory for the weights of a text in block 1."""
+    split = Split(guidance=1, sequence=2)
+    net = divided(ranks, CONFIG, "fp32", split, {"gathered": True})
+    assert net is not None
+    if ranks.rank:
+        obey(ranks, net)
+        return None
+    slot, fits = GatheredWeights._slot, iter((True, False))
+
+    def some(weights: GatheredWeights, key: str) -> Any:
+        if next(fits):
+            return slot(weights, key)
+        raise torch.OutOfMemoryError("not enough for a slot")
+
+    with patch.object(GatheredWeights, "_slot", some):
+        return make_clip(net, CONFIG)
+
+
 def clips(ranks: Ranks, cases: str) -> object:
     """Make two clips in each case for so many ranks; return them, on rank 0, and what was sent."""
     results = []
@@ -101,10 +154,6 @@ def clips(ranks: Ranks, cases: str) -> object:
             ranks.command("end of a case")
         else:
             made = []
-            while (command := ranks.next_command())["name"] != "end of a case":
-                if command["name"] == "release":
-                    continue
-                if net is not None:
-                    net.follow(command)
+            obey(ranks, net)
         results.append((made, dict(ranks.sent)))
     return results

@@ -13,9 +13,9 @@ import torch
 from pw_export.wan22_configs import NETWORKS
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.errors import BadRequest
-from pw_runtime.planning.candidates import candidates, decode_candidates
+from pw_runtime.planning.candidates import Candidate, candidates, decode_candidates
 from pw_runtime.planning.decode_choices import decode_choices, decode_traffic
-from pw_runtime.planning.oom_fallback import OomFallback
+from pw_runtime.planning.oom_fallback import OomFallback, free_memory
 from pw_runtime.planning.planner import GIB, fits, make_plan
 from pw_runtime.planning.report import division_report, plan_report
 from pw_runtime.planning.stage_times import seconds_by_stage
@@ -30,11 +30,13 @@ from pw_runtime.types import (
     Codec,
     Compat,
     DecodePlan,
+    MemoryItem,
     Precision,
     Prompt,
     Request,
     RunOptions,
     RunPlan,
+    StageMemory,
     StageName,
     TilingConfig,
 )
@@ -126,6 +128,40 @@ def test_encoders_that_do_not_fit_on_the_gpu_are_loaded_on_the_cpu() -> None:
         assert index is not None
         fallback.fall_back(stage, index, "while loading")
         assert fallback.choice(stage) == "host"
+
+
+@pytest.mark.parametrize("loading", [True, False])
+def test_a_way_that_takes_less_of_all_ranks_is_smaller_though_the_first_one_takes_more(
+    loading: bool,
+) -> None:
+    """The ranks share the host."""
+
+    def way(*weights: int) -> Candidate[DecodePlan]:
+        first, *others = (
+            (MemoryItem(name="weights", kind="weights", bytes=size, place="host"),)
+            for size in weights
+        )
+        memory = StageMemory(stage="decode", items=first, others=tuple(others))
+        return Candidate(choice=DecodePlan(tiling=TilingConfig()), name="a way", memory=memory)
+
+    stages = {"decode": (way(4, 9), way(5, 9), way(6, 6))}
+    fallback = OomFallback(stages, Budget(host=20), torch.device("cpu"))
+    assert fallback.next_smaller("decode", loading=loading) == 2
+
+
+def test_memory_that_is_freed_for_another_attempt_includes_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("device"))
+    monkeypatch.setattr(
+        torch._C, "_host_emptyCache", lambda: given_back.append("pinned"), raising=False
+    )
+    free_memory(torch.device("cpu"))
+    assert given_back == []
+    free_memory(torch.device("cuda"))
+    assert given_back == ["device", "pinned"]
 
 
 def test_files_that_hold_the_precision_are_not_copied_to_host_memory() -> None:
