@@ -23,7 +23,7 @@ def test_the_right_one_of_two_is_the_larger_or_of_two_alike_the_left_one() -> No
     twice = [(s, m, m.other) for s, m in wrong_drafts(pairs=False) if m.other is not None]
     assert len(twice) > 200
     for scene, draft, ghost in twice:
-        assert replace(draft, other=None, stretch=1.0) == scene
+        assert replace(draft, other=None, stretch=1.0, growth=0.0) == scene
         assert (ghost.colour, ghost.shape, ghost.dy) == (scene.colour, scene.shape, scene.dy)
         assert 0 < ghost.x < scene.width
         assert ghost.radius < scene.radius * (ALIKE if ghost.x < scene.x else 1.0)
@@ -39,6 +39,24 @@ def test_two_shapes_stay_two_where_they_are() -> None:
             kept = replace(wrong, shape=right.shape, stretch=1.0, other=right.other)
             assert kept == right
     assert any(draft.shape != scene.shape for scene, draft in pairs)
+
+
+def test_a_growing_shape_has_its_size_at_half_time() -> None:
+    still = replace(draw_scene(0), motion="left", dx=0.0, dy=0.0, camera="still")
+    plain, growing = (
+        (
+            render(replace(still, growth=growth), 256, 128, 3)
+            - render(replace(still, radius=1e-3), 256, 128, 3)
+        )
+        .abs()
+        .sum(0)
+        .gt(0.2)
+        .sum((1, 2))
+        for growth in (0.0, 0.4)
+    )
+    assert plain[1] == growing[1]
+    ratio = growing[[0, 2]] / plain[[0, 2]]
+    assert torch.allclose(ratio.sqrt(), torch.tensor([0.8, 1.2]), atol=0.03)
 
 
 def test_a_stretched_shape_is_wider_and_as_large() -> None:

@@ -13,18 +13,20 @@ from typing import Final
 
 from pw_export.nano.scenes import SHAPES, Scene
 
-TWICE: Final = 0.75  # share of mistaken drafts of one shape that show it twice
+TWICE: Final = 0.85  # share of mistaken drafts of one shape that show it twice
 STRETCH: Final = 1.35  # the most that a shape is too wide or too narrow
 APART: Final = (1.4, 3.2)  # distance of the two, in radii of the right one
-LEAST: Final = 0.4  # radius of the second shape, relative to the right one's
+LEAST: Final = 0.65  # radius of the second shape, relative to the right one's
+GROWTH: Final = 0.4  # the most that one of two grows or shrinks during the clip
 ALIKE: Final = 0.85  # from here on the two are alike, and the left one is right
 
 
 def mistaken(scene: Scene, draw: random.Random) -> Scene:
     """Return a scene as a draft may get it wrong.
 
-    One shape is stretched, and mostly there twice: the larger one is right, and of two that are
-    alike the left one. Two shapes are stretched, and of any form.
+    One shape is stretched, and mostly there twice: the one that is larger at half time is right,
+    and of two that are alike the left one. They may grow or shrink. Two shapes are stretched, and
+    of any form.
     """
     if scene.other is not None:
         return replace(_deformed(scene, draw), other=_deformed(scene.other, draw))
@@ -36,7 +38,11 @@ def mistaken(scene: Scene, draw: random.Random) -> Scene:
     x = draw.choice(places or [scene.width - scene.x])
     ratio = draw.uniform(LEAST, ALIKE if x < scene.x else 1.0)
     ghost = replace(scene, x=x, radius=ratio * scene.radius, stretch=_stretch(draw))
-    return replace(wrong, other=ghost)
+    return replace(_growing(wrong, draw), other=_growing(ghost, draw))
+
+
+def _growing(scene: Scene, draw: random.Random) -> Scene:
+    return replace(scene, growth=draw.uniform(-GROWTH, GROWTH) if draw.random() < 0.5 else 0.0)
 
 
 def _deformed(scene: Scene, draw: random.Random) -> Scene:

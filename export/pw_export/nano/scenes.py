@@ -82,6 +82,7 @@ class Scene:
     aspect: float = WIDE
     other: Scene | None = None
     stretch: float = 1.0  # width of the shape in units of its height; of equal area
+    growth: float = 0.0  # of the radius from the first frame to the last, in units of the radius
 
     @property
     def width(self) -> float:
@@ -247,8 +248,11 @@ def _painted(
     if scene.stretch != 1.0:
         wider = math.sqrt(scene.stretch)
         offset = offset[0] / wider, offset[1] * wider
-    cover = (0.5 - outside(scene.shape, *offset, scene.radius) * pixels).clamp(0, 1)
-    light = 1.0 - 0.12 * (offset[1] / scene.radius).clamp(-1, 1)
+    radius: float | Tensor = scene.radius
+    if scene.growth:
+        radius = scene.radius * (1 + scene.growth * (time - 0.5))
+    cover = (0.5 - outside(scene.shape, *offset, radius) * pixels).clamp(0, 1)
+    light = 1.0 - 0.12 * (offset[1] / radius).clamp(-1, 1)
     paint = picture.new_tensor(COLOURS[scene.colour]).view(3, 1, 1, 1) * light
     return torch.lerp(picture, paint.expand_as(picture), cover.expand(picture.shape[1:]))
 
@@ -268,7 +272,7 @@ def _landscape(
     return torch.lerp(sky.expand(3, *cover.shape), ground.expand(3, *cover.shape), cover)
 
 
-def outside(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
+def outside(shape: str, x: Tensor, y: Tensor, radius: float | Tensor) -> Tensor:
     """Return the signed distance from the edge, positive outside; all areas are about equal."""
     if shape == "circle":
         return torch.sqrt(x * x + y * y) - radius

@@ -36,7 +36,9 @@ from pw_export.nano.data import (
 from pw_export.nano.scenes import WIDE, Landscape, Scene, render
 from pw_export.nano.train_draft import DIT, SHIFT, TEXT_ENCODER, TextToLatent, named
 from pw_export.nano.train_highres import (
+    HD,
     HIGHRES,
+    USUAL,
     Teacher,
     on_token_grid,
     shortcut_loss,
@@ -149,15 +151,15 @@ def train_highres(
     low, small, large = clips
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        chosen, count, size = small, HIGHRES_BATCH, SMALL
+        chosen, count, size, shift = small, HIGHRES_BATCH, SMALL, USUAL.shift
         if step % LARGE_EVERY == LARGE_EVERY - 1:
-            chosen, count, size = large, LARGE_BATCH, HD_SIZE
+            chosen, count, size, shift = large, LARGE_BATCH, HD_SIZE, HD.shift
         indices = torch.randint(len(chosen.scenes), (count,), generator=generator)
         texts = teacher.texts([chosen.scenes[int(i)] for i in indices], generator)
         with torch.no_grad():
             drafts = teacher.drafts(low.latents[indices], texts, generator)
         drafts = on_token_grid(drafts, size)
-        return shortcut_loss(net, chosen.latents[indices], texts, drafts, generator)
+        return shortcut_loss(net, chosen.latents[indices], texts, drafts, shift, generator)
 
     return _trained(work, "lora-highres", net, added, loss, recipe)
 
