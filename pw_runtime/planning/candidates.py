@@ -52,9 +52,12 @@ class Candidate(Generic[Choice]):
     advice: str = ""
 
     def weights(self, place: Place) -> int:
-        """Return the bytes in one place of weights that the stage computes with there."""
-        items = (item for item in self.memory.items if item.place == place)
-        return sum(item.bytes for item in items if item.kind == "weights")
+        """Return the bytes of weights that a budget must have; see `StageMemory.required`."""
+        by_rank = [
+            sum(item.bytes for item in items if (item.place, item.kind) == (place, "weights"))
+            for items in (self.memory.items, *self.memory.others)
+        ]
+        return sum(by_rank) if place == "host" else max(by_rank)
 
 
 Candidates = Mapping[str, tuple[Candidate[Any], ...]]

@@ -121,7 +121,7 @@ class OomFallback:
         for index in range(self._index[stage] + 1, len(options)):
             option = options[index]
             smaller = option.memory.required(scarce) < current.memory.required(scarce)
-            lighter = _weights(option, scarce) < _weights(current, scarce) or not loading
+            lighter = option.weights(scarce) < current.weights(scarce) or not loading
             if smaller and lighter and fits(option.memory, budget):
                 return index
         return None
@@ -163,14 +163,6 @@ class OomFallback:
                 for memory in self.plan.stages
             },
         }
-
-
-def _weights(option: Candidate[Any], place: Place) -> int:
-    """Return the bytes of weights that a budget must have, as `StageMemory.required` counts."""
-    memory = option.memory
-    by_rank = (replace(memory, items=items) for items in (memory.items, *memory.others))
-    weights = [replace(option, memory=of_rank).weights(place) for of_rank in by_rank]
-    return sum(weights) if place == "host" else max(weights)
 
 
 class LazyNetwork(Generic[Net]):
