@@ -12,6 +12,7 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,7 +81,7 @@ def build(spec: EngineSpec, onnx: bytes, path: Path) -> None:
     openvino = _bindings()
     limits = dict(spec.limits)
     try:
-        core = openvino.Core()
+        core = _core()
         model = core.read_model(onnx)
         model.reshape(
             {
@@ -121,7 +122,7 @@ class OpenvinoEngine:
         self._openvino = _bindings()
         settings = {**_SETTINGS, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         try:
-            compiled = self._openvino.Core().import_model(path.read_bytes(), "CPU", settings)
+            compiled = _core().import_model(path.read_bytes(), "CPU", settings)
             self._request: Any = compiled.create_infer_request()
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot open {path}: {_reason(error)}") from error
@@ -174,6 +175,22 @@ def _bindings() -> Any:
     finally:
         if known is None:
             del sys.modules[hidden]
+
+
+def _core() -> Any:
+    """Return a new Core of OpenVINO's whose plugin for CPUs was loaded in a thread of its own.
+
+    It replaces the signal stack of the thread that loads it by one of some 11 KiB, which would have
+    to hold all signals that Python gets at once there: three of them ended the process by SIGSEGV.
+
+    Raises:
+        EngineError: the import fails.
+        RuntimeError: the plugin cannot be loaded.
+    """
+    core = _bindings().Core()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        thread.submit(core.get_property, "CPU", "FULL_DEVICE_NAME").result()
+    return core
 
 
 def _reason(error: Exception) -> str:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,41 @@ def test_threads_are_those_of_pytorch(segments: dict[str, Segment], built: Path)
             assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     finally:
         torch.set_num_threads(threads)
+
+
+class SignalStack(ctypes.Structure):
+    """The stack_t of sigaltstack(2)."""
+
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack() -> tuple[int | None, int, int]:
+    """Return address, flags and bytes of the stack that this thread handles signals on."""
+    stack = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.sp, stack.flags, stack.size
+
+
+@needs_openvino
+@pytest.mark.skipif(sys.platform != "linux", reason="the plugin sets signal stacks on Linux alone")
+def test_the_signal_stack_of_the_thread_stays_as_it_was(
+    segments: dict[str, Segment], tmp_path: Path
+) -> None:
+    """The plugin's own has room for two signals: a third at the same time ended the process."""
+    segment = segments["block_out"]
+    onnx = export_segment(segment, varying=True)
+
+    def stacks() -> tuple[tuple[int | None, int, int], ...]:
+        before = signal_stack()
+        openvino.build(segment.spec, onnx, tmp_path / "engine")
+        built = signal_stack()
+        engine = openvino.load(segment.spec, tmp_path / "engine", CPU)
+        require_parity("block_out", check_parity(engine, segment.module, CPU))
+        return before, built, signal_stack()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:  # that has had no engine yet
+        before, *after = thread.submit(stacks).result()
+    assert after == [before, before]
 
 
 @needs_openvino
