@@ -323,8 +323,12 @@ OFFICIAL_NEGATIVE = (
 class LoraFile:
     """A LoRA that a user names for a network."""
 
-    path: Path
+    path: Path  # or a text, which becomes one
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Make a path of a text."""
+        object.__setattr__(self, "path", Path(self.path))
 
     def __str__(self) -> str:
         """Return it as --lora takes it."""
@@ -416,6 +420,7 @@ class Request:
     host_memory: int | None = None
     in_memory: bool = False  # frames are kept in memory to the end, and not encoded
     partial: bool = False  # some prompts of a list, which options may concern elsewhere
+    fail_fast: bool = False  # a clip's error ends the run, and nothing is kept outside its folders
 
     def __post_init__(self) -> None:
         """Take paths that are given as text."""

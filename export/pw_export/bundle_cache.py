@@ -27,7 +27,7 @@ def cached_bundle(
 
     Raises BadRequest, BadWeights and WriteFailed as `convert` does.
     """
-    bundle = _bundles() / fingerprint(wan, draft, highres)
+    bundle = _bundles() / f"{FORMAT}-{fingerprint(wan, draft, highres)}"
     if (bundle / MANIFEST).exists():
         say(f"using the bundle {bundle}, converted from {wan} by an earlier run")
         return bundle

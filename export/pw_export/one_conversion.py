@@ -10,35 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pw_export.checkpoints.layouts import source_files
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.atomic_files import write_failed
 
 
 def fingerprint(wan: Path, draft: Path | None, highres: Path | None) -> str:
-    """Return a digest of name, path, size and modification time of every source file."""
+    """Return a digest of name, path, size and modification time of all that may be converted."""
     digest = hashlib.sha256()
     for role, source in (("wan", wan), ("draft", draft), ("highres", highres)):
         if source is None:
             continue
-        for file in _files(source):
-            if file.is_file():
+        for file in source_files(source) if source.is_dir() else [source]:
+            with suppress(OSError):  # gone since it was listed, or named by whoever opens it
                 state = file.stat()
                 names = f"{role}\0{file.relative_to(source)}\0{file.resolve()}"
                 digest.update(f"{names}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:20]
-
-
-def _files(source: Path) -> list[Path]:
-    """Return every file of a source, by name; those in linked folders too, as loaders read them."""
-    if not source.is_dir():
-        return [source]
-    files: list[Path] = []
-    for folder, folders, names in os.walk(source, followlinks=True):
-        if any(os.path.samefile(folder, parent) for parent in Path(folder).parents):
-            folders.clear()  # a link to a folder that it stands in: its files are there already
-            continue
-        files += [Path(folder, name) for name in names]
-    return sorted(files)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from pw_export.onnx_decoder import decoder_model
 from pw_export.onnx_quantized import product_of_quantized
 from pw_export.wan22_configs import DRAFT, HIGHRES, VAE
 from pw_kernels.op import using
+from pw_runtime.errors import PixelWizardError
 from pw_runtime.execution.decoder_segments import DecoderSegment, segments_of_decode
 from pw_runtime.execution.transformer_segments import WITH_ATTENTION, Segment, segments_of
 from pw_runtime.presets import PRESETS
@@ -284,7 +285,10 @@ def main() -> None:
     arguments = parser.parse_args()
     networks = {"draft": DRAFT, "highres": HIGHRES}
     decoder = (VAE, PRESETS[arguments.preset]) if arguments.preset else None
-    export_onnx(networks, arguments.precision, arguments.tokens, arguments.out, decoder=decoder)
+    try:
+        export_onnx(networks, arguments.precision, arguments.tokens, arguments.out, decoder=decoder)
+    except PixelWizardError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -392,7 +392,7 @@ def _damaged(path: Path, error: Exception) -> BadWeights:
 
 
 def _no_bundle(path: Path, error: UnreadableInput) -> BadWeights:
-    marks = [mark for mark in _CHECKPOINT_MARKS if (path / mark).exists()]
+    marks = [mark for mark in _CHECKPOINT_MARKS if os.path.exists(path / mark)]
     if marks:
         return BadWeights(
             f"{path} is a published checkpoint, not a bundle",

@@ -17,6 +17,7 @@ CHANNELS: Final = 48  # of the latents, which noise, presets and receipts take f
 STAGES: Final = 4  # of the VAE: 16 pixels are one latent cell
 WIDTH: Final = (1, 2**16)
 LAYERS: Final = (1, 512)
+GROUPS: Final = 16  # of channels, which the adapter of the high-res network normalizes
 EPS: Final = (1e-12, 1.0)
 MEAN: Final = (-1e4, 1e4)
 STD: Final = (1e-4, 1e4)
@@ -102,6 +103,8 @@ def _problems_of_config(config: Config) -> Iterator[str]:
         if not least <= value <= most:
             wanted = f"{least:g}" if least == most else f"{least:g} to {most:g}"
             yield f"{name} is {value}, wanted {wanted}"
+    if isinstance(config, DitConfig) and config.adapter_dim % GROUPS:
+        yield f"adapter_dim is {config.adapter_dim}, wanted a multiple of {GROUPS}"
     if isinstance(config, VaeConfig):
         yield from _problems_of_vae(config)
     if isinstance(config, TextEncoderConfig):

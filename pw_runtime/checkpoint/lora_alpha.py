@@ -20,6 +20,10 @@ KEY: Final = "lora_adapter_metadata"
 CONFIG: Final = "adapter_config.json"
 _PEFT: Final = "base_model.model."
 _PREFIX: Final = "transformer."
+# Ways of PEFT's to begin a training that subtract the first matrices from the network's weights.
+_OTHER_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PATTERN: Final = re.compile(r"[\w.^$|\\*+-]{1,300}")  # no groups: repeats in repeats have no end
+_REPEATS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,12 @@ def _alpha(text: str, where: str) -> MetadataAlpha | None:
     found = {name.removeprefix(_PREFIX): value for name, value in content.items()}
     if found.get("use_dora"):
         raise UnreadableInput(f"weights of DoRA, by {where}; DoRA rescales weights")
+    made = str(found.get("init_lora_weights")).lower()
+    if made.startswith(_OTHER_BASE):
+        raise UnreadableInput(
+            f"changes of other weights than the published ones, by {where}: init_lora_weights is "
+            f"{made[:40]!r}; PEFT saves it for these with path_initial_model_for_weight_conversion"
+        )
     alpha, patterns = found.get("lora_alpha"), found.get("alpha_pattern") or {}
     if alpha is None:
         return None
@@ -99,6 +109,11 @@ def _alpha(text: str, where: str) -> MetadataAlpha | None:
     try:
         for pattern in patterns:
             re.compile(pattern)
+            if not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > _REPEATS:
+                raise UnreadableInput(
+                    f"{where} has the pattern {ascii(pattern)[:80]}, which may take for ever; "
+                    f"wanted names with dots, and at most {_REPEATS} repeats outside groups"
+                )
     except re.error as error:
         raise UnreadableInput(f"{where} has a broken pattern: {error}") from error
     return MetadataAlpha(float(alpha), patterns, bool(found.get("use_rslora")))

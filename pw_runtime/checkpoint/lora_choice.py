@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from os.path import exists  # Path.exists raises for a folder that may not be searched
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +24,7 @@ def parse_lora(text: str) -> LoraFile:
     Raises BadRequest for no file name, and for a scale that is no finite number.
     """
     path = Path(text)
-    match = None if not text or path.exists() else _SCALED.fullmatch(text)
+    match = None if not text or exists(text) else _SCALED.fullmatch(text)
     if match is None:
         if not text:
             raise BadRequest("a LoRA has no file name", wanted="FILE or FILE:SCALE")

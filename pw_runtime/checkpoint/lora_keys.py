@@ -74,6 +74,7 @@ _REFUSED: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
         "of the image encoder that only image-to-video models of Wan2.1 have",
     ),
 )
+_MODULATION: Final = re.compile(r"(?<=\.)diff_m$")  # of LightX2V: of a block, of the head
 _BLOCK: Final = re.compile(r"blocks_(\d+)_")
 _HIGHRES: Final = re.compile(r"(spatial_adapter|dt_embedding)_")
 
@@ -92,6 +93,7 @@ def target_of(key: str, config: DitConfig) -> Target | str:
         if refused.search(key):
             return reason
     plain, modules = key[_PREFIX.match(key).end() :], _modules(config)  # type: ignore[union-attr]
+    plain = _MODULATION.sub("modulation.diff", plain)
     shapes = expected_shapes("draft", config)
     for pattern, part, leaves in _MODULE_AND_PART:
         if match := pattern.fullmatch(plain):

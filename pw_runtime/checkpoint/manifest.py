@@ -18,7 +18,10 @@ ConfigT = TypeVar("ConfigT", DitConfig, VaeConfig, TextEncoderConfig)
 
 FORMAT = 1
 MANIFEST = "bundle.json"
-REMAKE = "copy the bundle again, or convert the checkpoint again with this version of `pw convert`"
+REMAKE = (
+    "copy the bundle again, or convert the checkpoint again with this version of `pw convert`; of "
+    "one in the cache remove the folder and run the same command again"
+)
 _MAX_NAMES = 8  # in a message
 
 

@@ -42,7 +42,7 @@ def find_model(name: str) -> Path:
     Raises BadRequest where ORG/NAME is neither a path nor in the cache, or there incompletely.
     """
     path = Path(name)
-    if path.exists():
+    if os.path.exists(path):  # which Path.exists cannot tell of a folder that may not be searched
         return _snapshot(path, path.name) if _is_repository(path) else path
     match = _NAME.fullmatch(name)
     if match is None:
@@ -51,7 +51,7 @@ def find_model(name: str) -> Path:
     repository = hub_cache() / f"{_REPOSITORY}{organisation}--{model}"
     download = f"hf download {organisation}/{model}" + below.replace("/", " ", 1)
     if not _is_repository(repository):
-        if Path(organisation).exists() or model.endswith(_FILES):
+        if os.path.exists(organisation) or model.endswith(_FILES):
             return path  # a path with a slip in it
         raise BadRequest(
             f"there is no model {name}",

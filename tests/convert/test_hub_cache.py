@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pw_runtime.checkpoint.lora_choice import parse_lora
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.hub_cache import find_model, hub_cache, in_hub_cache
 from tests.e2e.pw import Pw
@@ -73,6 +75,19 @@ def test_a_path_that_exists_is_that_path(
     assert find_model("2k/model.pt") == Path("2k/model.pt")
     assert find_model("/no/such/place") == Path("/no/such/place")
     assert find_model("../up/there") == Path("../up/there")
+
+
+@pytest.mark.parametrize("function", [find_model, lambda name: parse_lora(name).path])
+def test_a_path_that_cannot_be_looked_up_is_left_to_whoever_opens_it(
+    function: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert function("x" * 300) == Path("x" * 300)
+
+    def forbidden(path: Path, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    assert function(f"{tmp_path}/closed/x.safetensors") == tmp_path / "closed/x.safetensors"
 
 
 def test_the_error_has_the_command_that_downloads(hub: Path, tmp_path: Path) -> None:

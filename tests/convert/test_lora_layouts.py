@@ -226,6 +226,21 @@ def test_every_tensor_of_the_network_can_be_named(prefix: str) -> None:
             assert target_of(flat, TINY_HIGHRES) == Target(tensor, "difference")
 
 
+@pytest.mark.parametrize("module", ["blocks.0", "head"])
+def test_the_modulation_of_lightx2v_is_that_of_the_module(module: str) -> None:
+    found = target_of(f"diffusion_model.{module}.diff_m", TINY_HIGHRES)
+    assert found == Target(f"{module}.modulation", "difference")
+
+
+def test_a_lora_may_be_named_by_a_text(bundle_dir: Path, tmp_path: Path) -> None:
+    pairs = random_pairs(open_bundle(bundle_dir))
+    file = write_lora(tmp_path / "lora.safetensors", tensors_in("ComfyUI", pairs))
+    named = [LoraFile(str(file), 0.7), LoraFile(file, 0.7)]  # type: ignore[arg-type]
+    assert named[0] == named[1]
+    got, expected = (loaded(with_lora(bundle_dir, lora)) for lora in named)
+    assert all(torch.equal(got[name], x) for name, x in expected.items())
+
+
 @pytest.mark.parametrize("layout", ["ComfyUI", "kijai"])
 def test_diffusers_reads_the_same_products(layout: str, bundle_dir: Path) -> None:
     """Its reader is a second implementation, of the blocks alone and with rounding of its own."""

@@ -17,6 +17,7 @@ from pw_export.nano import (
     NANO_VAE,
     write_nano_checkpoint,
 )
+from pw_export.nano.__main__ import main as write_nano
 from pw_runtime.checkpoint.bundle import Bundle, sha256_of, verify
 from pw_runtime.checkpoint.loader import load_decoder, load_dit
 from pw_runtime.errors import BadRequest
@@ -51,6 +52,16 @@ def digests(folder: Path) -> dict[str, str]:
         for file in folder.rglob("*")
         if file.is_file()
     }
+
+
+def test_the_module_refuses_a_folder_that_exists_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pw_export.nano", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        write_nano()
+    assert ended.value.code == 2
+    assert "exists" in capsys.readouterr().err
 
 
 def test_nano_checkpoint_converts_to_the_stated_networks(bundle: Bundle) -> None:

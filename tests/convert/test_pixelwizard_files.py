@@ -66,7 +66,11 @@ def test_generator_is_preferred_and_ema_is_used_on_request(
 ) -> None:
     both = saved(tmp_path / "d.pt", {"generator": plain, "generator_ema": doubled(plain)})
     first = quietly(tmp_path / "one", wan=checkpoint.base, draft=both)
-    second = quietly(tmp_path / "two", wan=checkpoint.base, draft=both, ema=True)
+    lines: list[str] = []
+    second = convert(
+        wan=checkpoint.base, draft=both, ema=True, out=tmp_path / "two", say=lines.append
+    )
+    assert "d.pt: using its member generator_ema, not generator" in lines
     assert holds(first, "draft", plain)
     assert first.manifest.source["draft"] == f"{tmp_path.name}/d.pt:generator"
     assert holds(second, "draft", doubled(plain))

@@ -126,6 +126,26 @@ def test_layouts_may_be_mixed(
     assert all(holds(bundle, network, state) for network, state in states.items())
 
 
+def test_of_two_layouts_the_official_one_is_taken_and_the_other_is_named(
+    checkpoint: Checkpoint, states: dict[str, State], tmp_path: Path
+) -> None:
+    """Seen: diffusers' transformer beside the official VAE and text encoder, without a word."""
+    wan = write_diffusers(tmp_path / "wan", checkpoint.base)
+    shutil.copytree(checkpoint.base, wan, dirs_exist_ok=True)
+    doubled = {name: 2 * x for name, x in states["draft"].items()}
+    (wan / "unet").mkdir()
+    save_file(doubled, wan / "unet" / "other.safetensors")
+    lines: list[str] = []
+    bundle = convert(wan=wan, out=tmp_path / "b", say=lines.append)
+    assert all(holds(bundle, network, state) for network, state in states.items())
+    told = [line for line in lines if ", not " in line]
+    assert told == [
+        f"VAE: {VAE}, not vae/",
+        f"text encoder: {T5}, not text_encoder/",
+        "transformer: diffusion_pytorch_model*, not transformer/, unet/other.safetensors",
+    ]
+
+
 def test_tokenizer_inside_a_text_encoder_is_left_out_with_a_notice(
     checkpoint: Checkpoint, states: dict[str, State], tmp_path: Path
 ) -> None:

@@ -235,6 +235,19 @@ def test_folders_with_nothing_but_links_are_different_sources(
     assert fingerprint(first, None, None) != fingerprint(second, None, None)
 
 
+def test_files_that_no_conversion_reads_do_not_make_another_source(versions: list[Path]) -> None:
+    """Seen: every picture that ComfyUI made had its checkpoint converted once more."""
+    wan = versions[0]
+    before = fingerprint(wan, None, None)
+    for name in ("output/0.png", "models/loras/style.safetensors", "0.mp4"):
+        (wan / name).parent.mkdir(parents=True, exist_ok=True)
+        (wan / name).write_bytes(b"x")
+    assert fingerprint(wan, None, None) == before
+    (wan / "models" / "vae").mkdir()
+    (wan / "models" / "vae" / "wan2.2_vae.safetensors").write_bytes(b"x")
+    assert fingerprint(wan, None, None) != before
+
+
 def test_a_link_to_a_folder_above_it_adds_nothing(versions: list[Path], tmp_path: Path) -> None:
     before = fingerprint(versions[0], None, None)
     (versions[0] / "back").symlink_to(tmp_path)

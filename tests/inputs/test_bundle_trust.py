@@ -86,6 +86,7 @@ DECLARED: list[tuple[Change, str]] = [
     (config("draft", text_len=10**12), "text_len is"),
     (config("highres", text_len=17), "highres.config.text_len differs"),
     (config("highres", adapter_dim=-1), "adapter_dim is -1"),
+    (config("highres", adapter_dim=24), "adapter_dim is 24, wanted a multiple of 16"),
     (config("highres", control_blocks=[99]), "control_blocks|no blocks"),
     (config("text_encoder", num_layers=2_000_006), "num_layers is 2000006"),
     (config("text_encoder", num_heads=0), "num_heads is 0"),

@@ -182,6 +182,18 @@ def test_a_file_that_changes_nothing_is_refused(bundle_dir: Path, tmp_path: Path
         ({"transformer.use_dora": True}, "DoRA"),
         ({"transformer.lora_alpha": "8"}, "alpha that is no number"),
         ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"(": 8}}, "broken pattern"),
+        (
+            {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"([a-z]+|.)+": 8}},
+            "'([a-z]+|.)+', which may take for ever",
+        ),
+        (
+            {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {".*.*.*.*q": 8}},
+            "at most 3 repeats outside groups",
+        ),
+        (
+            {"transformer.lora_alpha": 8, "transformer.init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights is 'pissa_niter_4'",
+        ),
     ],
 )
 def test_metadata_that_cannot_be_followed_are_refused(

@@ -46,6 +46,11 @@ _LOOKED_FOR: dict[Role, str] = {
     "VAE": f"{_VAE}, vae/ with config.json",
     "text encoder": f"{_TEXT_ENCODER}, text_encoder/",
 }
+_DIFFUSERS: dict[Role, str] = {
+    "transformer": "transformer",
+    "VAE": "vae",
+    "text encoder": "text_encoder",
+}
 Say = Callable[[str], None]
 
 
@@ -98,11 +103,12 @@ def open_base(wan: Path, say: Say) -> Base:
             if inside
             else "check the path, or download the whole folder again",
         )
-    if (wan / "transformer").is_dir():
+    official = any(wan.glob(f"{_DIT_STEM}*"))
+    if (wan / "transformer").is_dir() and not official:
         layout, config = "diffusers", wan / "transformer" / "config.json"
         fields = diffusers_dit(config)
     else:
-        layout = "official" if list(wan.glob(f"{_DIT_STEM}*")) else "single files"
+        layout = "official" if official else "single files"
         config = wan / "config.json"
         fields = official_dit(config) if lexists(config) else {}
     return Base(
@@ -145,6 +151,8 @@ def _open_dit(wan: Path, layout: str, singles: list[_Single], say: Say) -> tuple
     if layout == "single files":
         file = _pick("transformer", wan, singles, say)
         return file, transformer_refs(file, read_network(file, say))
+    published = {"official": f"{_DIT_STEM}*", "diffusers": "transformer/"}
+    _tell_others("transformer", wan, published[layout], singles, say)
     folder = wan if layout == "official" else wan / "transformer"
     what = folder / f"{_DIT_STEM}*"
     return what, transformer_refs(what, read_shards(folder, _DIT_STEM, say))
@@ -153,8 +161,10 @@ def _open_dit(wan: Path, layout: str, singles: list[_Single], say: Say) -> tuple
 def _open_vae(wan: Path, singles: list[_Single], say: Say) -> Part[VaeConfig]:
     folder = wan / "vae"
     if lexists(wan / _VAE):
+        _tell_others("VAE", wan, _VAE, singles, say)
         return vae_part(wan / _VAE, read_network(wan / _VAE, say), {})
     if lexists(folder / "config.json"):
+        _tell_others("VAE", wan, "vae/", singles, say)
         fields = diffusers_vae(folder / "config.json")
         return vae_part(folder, read_shards(folder, _DIT_STEM, say), fields)
     file = _pick("VAE", wan, singles, say)
@@ -164,13 +174,43 @@ def _open_vae(wan: Path, singles: list[_Single], say: Say) -> Part[VaeConfig]:
 def _open_text_encoder(wan: Path, singles: list[_Single], say: Say) -> Part[TextEncoderConfig]:
     folder = wan / "text_encoder"
     if lexists(wan / _TEXT_ENCODER):
+        _tell_others("text encoder", wan, _TEXT_ENCODER, singles, say)
         file = wan / _TEXT_ENCODER
         return text_encoder_part(file, read_network(file, say), {})
     if folder.is_dir():
+        _tell_others("text encoder", wan, "text_encoder/", singles, say)
         fields = transformers_text_encoder(folder / "config.json")
         return text_encoder_part(folder, read_shards(folder, "model", say), fields)
     file = _pick("text encoder", wan, singles, say)
     return text_encoder_part(file, read_network(file, say), {})
+
+
+def _tell_others(role: Role, wan: Path, taken: str, singles: list[_Single], say: Say) -> None:
+    """Say which other layouts of a network the folder has, beside the one that is taken."""
+    folder = _DIFFUSERS[role]
+    has_diffusers = lexists(wan / folder / "config.json")
+    others = [f"{folder}/"] if has_diffusers and taken != f"{folder}/" else []
+    for single in singles:
+        ours = role != "transformer" or single.channels == len(LATENT_MEAN)
+        inside = has_diffusers and single.path.parent == wan / folder
+        if single.kind and single.kind.role == role and ours and not inside:
+            others.append(str(single.path.relative_to(wan)))
+    if others:
+        say(f"{role}: {taken}, not {some_names(others)}")
+
+
+def source_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that a conversion may read, by name."""
+    inside = {*_FOLDERS, *_TOKENIZERS, *_DIFFUSERS.values()}
+    kinds = (*SINGLE_FILES, *_OTHER_WEIGHTS, ".json", ".model")
+    files = [
+        file
+        for parent in _PARENTS
+        for name in inside
+        for file in (folder / parent / name).glob("*")
+        if file.suffix in kinds
+    ]
+    return sorted(set(files))
 
 
 def _single_files(wan: Path) -> list[_Single]:

@@ -44,6 +44,8 @@ def pixelwizard_member(
     member = "generator_ema" if ema else members[0]
     if member == "generator_ema" and not ema:
         say(f"{path.name}: no generator, using generator_ema")
+    if rest := [str(name) for name in content if name != member]:
+        say(f"{path.name}: using its member {member}, not {some_names(rest)}")
     inner = content[member]
     if not isinstance(inner, Mapping):
         raise _no_state_dict(path, f"{member} is a {type(inner).__name__}")

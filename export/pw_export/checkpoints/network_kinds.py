@@ -63,7 +63,7 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
 )
 _LORA_DOWN = re.compile(r"[._]lora([._](A|down)\b|_linear_layer\.down\b)")
 _LORA = re.compile(
-    r"[._]lora[._](A|B|up|down|mid|linear_layer)\b|^lora_(unet|te)|\.diff(_b)?$|\.dora_scale$"
+    r"[._]lora[._](A|B|up|down|mid|linear_layer)\b|^lora_(unet|te)|\.diff(_[bm])?$|\.dora_scale$"
     r"|\.(hada|lokr)_w\d"
 )
 

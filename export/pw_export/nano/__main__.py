@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pw_export.nano.random_weights import write_nano_checkpoint
 from pw_export.nano.weights import TRAINED, write_trained_checkpoint
+from pw_runtime.errors import PixelWizardError
 
 
 def main() -> None:
@@ -21,10 +22,13 @@ def main() -> None:
     weights.add_argument("--weights", type=Path, default=TRAINED, help="folder of trained weights")
     weights.add_argument("--seed", type=int, help="random weights with this seed instead")
     arguments = parser.parse_args()
-    if arguments.seed is None:
-        write_trained_checkpoint(arguments.out, arguments.weights)
-    else:
-        write_nano_checkpoint(arguments.out, arguments.seed)
+    try:
+        if arguments.seed is None:
+            write_trained_checkpoint(arguments.out, arguments.weights)
+        else:
+            write_nano_checkpoint(arguments.out, arguments.seed)
+    except PixelWizardError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
