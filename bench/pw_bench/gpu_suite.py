@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from pw_bench.measure.environment import commit, is_dirty
+from pw_bench.measure.interruption import REASON
 from pw_bench.results import read_result
 from pw_engines.child import child_environment
 from pw_runtime.errors import BadRequest
@@ -128,12 +129,22 @@ def run_parts(
             continue
         say(f"== {part.name}: pw bench {' '.join(part.arguments)}")
         command = [sys.executable, "-m", "pw_runtime", "bench", *part.arguments]
-        code = subprocess.run(
-            [*command, "--out", str(out)], env=child_environment(), check=False
-        ).returncode
+        code = _run_part([*command, "--out", str(out)])
         if code != 0 or not out.exists():
             missing[part.name] = f"it ended with exit code {code}, and printed why above"
     return missing
+
+
+def _run_part(command: list[str]) -> int:
+    """Run a part to its end and return its exit code; interrupted, it may write what it has."""
+    with subprocess.Popen(command, env=child_environment()) as part:
+        try:
+            return part.wait()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):  # Ctrl-C reaches it by itself
+                part.terminate()
+            part.wait()
+            raise
 
 
 def _at_once(parts: Sequence[Part], say: Callable[[str], None]) -> str:
@@ -155,7 +166,7 @@ def is_done(out: Path) -> bool:
         result = read_result(out)
     except BadRequest:
         return False
-    interrupted = any(skipped.reason == "interrupted" for skipped in result.skipped)
+    interrupted = any(skipped.reason == REASON for skipped in result.skipped)
     identity = result.identity
     same_sources = not identity.dirty and identity.commit == commit()
     same_gpus = [gpu.name for gpu in identity.machine.gpus] == gpu_names()

@@ -146,7 +146,7 @@ class Identity:
     load_average: float | None  # of the minute before: what else the machine had to do
     weights: Mapping[str, str]  # name of a bundle or of synthetic weights -> digest or seed
     engines: Mapping[str, str]  # network -> backend and digest of its key
-    operations: Mapping[str, str]  # operation -> implementation; for `kernels` the default one
+    operations: Mapping[str, str]  # operation -> implementation; for `kernels` the usual one
     libraries: Mapping[str, str] = field(default_factory=dict)  # below the packages -> version
     gpu_start: GpuState | None = None
     gpu_end: GpuState | None = None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -37,6 +38,7 @@ from pw_runtime.errors import BadRequest
 from pw_runtime.system.packages import require_packages
 
 if TYPE_CHECKING:
+    from pw_bench.results import Result
     from pw_runtime.types import Precision
 
 
@@ -52,6 +54,18 @@ def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--checkpoint", type=FOLDER, help="Weights in the official layout, instead of random ones."
     )
     return checkpoint(size(command))
+
+
+def measured(measure: Callable[[], Result], keep: Callable[[Result], int]) -> int:
+    """Measure and keep the result: also what there is of it when a signal ends the process."""
+    from pw_bench.measure.interruption import Interrupted
+
+    try:
+        result = measure()
+    except Interrupted as interrupted:
+        keep(interrupted.result)
+        raise interrupted.cause from None
+    return keep(result)
 
 
 @click.group()
@@ -77,11 +91,15 @@ def kernels(
 
     if out is not None:
         require_folder(out)
-    result = measure_kernels(sizes, only, quick=quick, interpret=interpret, say=click.echo)
-    show(result)
-    if out is not None:
-        write_result(result, out)
-    return DONE
+
+    def keep(result: Result) -> int:
+        show(result)
+        if out is not None:
+            write_result(result, out)
+        return DONE
+
+    options = {"quick": quick, "interpret": interpret}
+    return measured(partial(measure_kernels, sizes, only, **options, say=click.echo), keep)
 
 
 @bench.command()
@@ -117,7 +135,8 @@ def stages(
     from pw_bench.results import require_folder
 
     require_folder(out)
-    result = measure_stages(
+    measure = partial(
+        measure_stages,
         preset,
         checkpoint=checkpoint,
         synthetic=synthetic,
@@ -128,7 +147,7 @@ def stages(
         precision=precision,
         device_name=device,
     )
-    return save(result, out)
+    return measured(measure, partial(save, out=out))
 
 
 @bench.command()
@@ -176,7 +195,8 @@ def e2e(
     from pw_bench.results import require_folder
 
     require_folder(out)
-    result = measure_e2e(
+    measure = partial(
+        measure_e2e,
         preset,
         draft_only=draft_only,
         checkpoint=checkpoint,
@@ -187,7 +207,7 @@ def e2e(
         precision=precision,
         device_name=device,
     )
-    return save(result, out)
+    return measured(measure, partial(save, out=out))
 
 
 @bench.command()

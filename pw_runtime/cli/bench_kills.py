@@ -10,6 +10,7 @@ import click
 
 from pw_bench.choices import SyntheticSize
 from pw_runtime.cli.bench_networks import out_option, save
+from pw_runtime.cli.exit_codes import SOME_FAILED
 from pw_runtime.cli.options import FOLDER, PresetName
 from pw_runtime.system.packages import require_packages
 
@@ -48,7 +49,10 @@ def kills(
     seed: int,
     out: Path,
 ) -> int:
-    """Kill a batch at random moments: does it go on, with the same files, and at which cost?"""
+    """Kill a batch at random moments: does it go on, with the same files, and at which cost?
+
+    The exit code is 3 where a file differs from that of a run that was not killed.
+    """
     require_packages("`pw bench kills`", "tokenizers")
     from pw_bench.kills.run import measure_kills
     from pw_bench.results import require_folder
@@ -65,4 +69,5 @@ def kills(
         seed=seed,
         say=click.echo,
     )
-    return save(result, out)
+    code = save(result, out)
+    return SOME_FAILED if result.kills is not None and result.kills.altered else code

@@ -68,6 +68,9 @@ def write_clip_receipt(clip: Clip, loading: float, video: VideoFile, fallback: O
         seconds = {"load_all_networks": round(loading, 4), **seconds}
     # The transformers ran as the provenance says, the decoder as this run has it.
     ran = replace(provenance.options, vae_precision=options.vae_precision, conv=options.conv)
+    # The planner may have given a stage fewer tokens in a call than were asked for.
+    chunks = {chosen.chunk for chosen in fallback.plan.transformers.values()} or {ran.chunk}
+    ways = [replace(ran, chunk=chunk) for chunk in sorted(chunks)]
     backends = {network: entry["backend"] for network, entry in provenance.engines.items()}
     receipt = Receipt(
         prompt=_recorded_prompt(provenance.prompt),
@@ -81,7 +84,7 @@ def write_clip_receipt(clip: Clip, loading: float, video: VideoFile, fallback: O
             for name, config in clip.request.computed_for(provenance.prompt).items()
         },
         options=asdict(provenance.options),
-        exactness=asdict(exactness(backends, ran, replace(ran, kernels=options.kernels))),
+        exactness=asdict(exactness(backends, *ways, replace(ways[0], kernels=options.kernels))),
         bundle=provenance.bundle,
         video={"file": clip.target.name, **asdict(video)},
         latents=_kept_latents(clip),

@@ -88,7 +88,7 @@ def _plans(work: Workload, *, gpu: bool) -> list[DecodePlan]:
     counts = [first.strips]
     if first.tiling == "exact":
         counts = _doubled(first.strips, most)
-    stored = {"frames": 0, "tiles": _store_bytes(work)}
+    stored = {"frames": 0, "tiles": work.preset.video.frames * work.frame_bytes}
     orders: tuple[DecodeOrder, ...] = ("frames", "tiles")
     if first.order != "auto":
         orders = (first.order,)
@@ -172,12 +172,6 @@ def _pixels(work: Workload) -> int:
     return last.width * last.height
 
 
-def _store_bytes(work: Workload) -> int:
-    """Return the bytes of a clip's finished tiles on the disk; see `stages.codecs`."""
-    rgb = work.options.codec in ("ffv1", "png") or work.preset.compat.truncating_uint8
-    return work.preset.video.frames * _pixels(work) * (6 if rgb else 3) // 2
-
-
 def _itemsize(work: Workload) -> int:
     return 4 if work.options.vae_precision == "fp32" else 2
 
@@ -216,12 +210,15 @@ def _items(work: Workload, plan: DecodePlan, rank: int, *, gpu: bool) -> tuple[M
             on_gpu=gpu,
             ranks=plan.ranks,
             rank=rank,
+            rgb=work.rgb,
         )
     # Each strip is a picture of its own, with caches of its own; they run one after the other.
     items: dict[tuple[str, Place], MemoryItem] = {}
     for strip in make_strips(columns, tiling.strips, tiling.overlap):
         width = strip.last - strip.first
-        alone = decode_memory(config, frames=frames, rows=rows, columns=width, itemsize=itemsize)
+        alone = decode_memory(
+            config, frames=frames, rows=rows, columns=width, itemsize=itemsize, rgb=work.rgb
+        )
         for item in alone:
             earlier = items.get((item.name, item.place), replace(item, bytes=0))
             size = max(earlier.bytes, item.bytes)

@@ -32,6 +32,7 @@ def decode_memory(
     on_gpu: bool = False,
     ranks: int = 1,
     rank: int = 0,
+    rgb: bool = False,
 ) -> tuple[MemoryItem, ...]:
     """List what is in memory at the device's peak during the exact decode of a clip.
 
@@ -46,6 +47,7 @@ def decode_memory(
         on_gpu: in the order `tiles`, what waits for a band is in pinned host memory.
         ranks: that divide the bands, at most as many; more than one decode frame by frame.
         rank: the one whose memory it is.
+        rgb: frames are packed as RGB; else as planes, with half as many bytes.
 
     Returns:
         The items; those at "device" add up to its peak. The frames of one chunk are at "host".
@@ -71,7 +73,7 @@ def decode_memory(
     # The first rank puts frames together from those of all ranks, the others send the last ones.
     begun = frames_begun(ranks) if ranks > 1 else 0
     lines = 2 * own if rank else (1 + begun) * sum(heights)
-    host[PACKED] = VAE_STRIDE[0] * lines * columns * VAE_STRIDE[2] * 3 // 2
+    host[PACKED] = VAE_STRIDE[0] * lines * columns * VAE_STRIDE[2] * (6 if rgb else 3) // 2
     return (
         *(_item(name, size, "device") for name, size in counter.peak.items()),
         *(_item(name, size, "host") for name, size in host.items() if size),

@@ -21,7 +21,6 @@ from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.planning.candidates import Candidate, Candidates, candidates
 from pw_runtime.planning.planner import fits, gib, make_plan, plan_of
 from pw_runtime.planning.stage_times import expected_seconds
-from pw_runtime.planning.time_estimate import A_CPU
 from pw_runtime.planning.warm_networks import (
     PLACES,
     WarmNetworks,
@@ -348,8 +347,6 @@ def plan_run(
         needed=needed,
         ranks=ranks,
     )
-    if request.device.type == "cpu":
-        work = replace(work, rates=A_CPU)
     if warm is not None:
         of_first = request.host_memory is not None  # what is free now lacks what came since
         work = replace(work, process=warm.process_bytes(work.process, of_first=of_first))

@@ -119,7 +119,7 @@ def traffic_of_decode(work: Workload, plan: DecodePlan) -> DecodeTraffic:
         bands = [band.stop - band.start for band in make_bands(rows, plan.tiling.strips, work.vae)]
         itemsize = 4 if work.options.vae_precision == "fp32" else 2
         border = sum(waiting_sizes(work.vae, frames, rows, columns, bands, itemsize)[SEAMS])
-    pixels = work.preset.video.frames * last.width * last.height * 3 // 2
+    pixels = work.preset.video.frames * work.frame_bytes
     latent = 4 * shape[0] * frames * rows * columns
     return DecodeTraffic(border, further, pixels * further // plan.ranks, latent * further)
 

@@ -78,6 +78,19 @@ KNOWN: Mapping[str, Rates] = MappingProxyType(
 )
 
 
+def division_rates(device: torch.device) -> Rates:
+    """Return the rates by which divisions among devices like this one are put in order.
+
+    Those of the card, or of an H200 where they are not known or there is no GPU here; a guess for
+    processes on a CPU. A run and `pw plan` take the same.
+    """
+    if device.type == "cpu":
+        return A_CPU
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
+    found = (rates for card, rates in KNOWN.items() if name.endswith(card))
+    return next(found, KNOWN["H200"])
+
+
 def denoise_seconds(
     config: DitConfig,
     stage: StageConfig,

@@ -10,7 +10,7 @@ import torch
 
 from pw_runtime.checkpoint.bundle import Networks
 from pw_runtime.errors import BadRequest
-from pw_runtime.planning.time_estimate import KNOWN, Rates
+from pw_runtime.planning.time_estimate import KNOWN, Rates, division_rates
 from pw_runtime.sampling.schedule import steps_left
 from pw_runtime.system.machine import available_memory_bytes, rss_bytes
 from pw_runtime.types import (
@@ -65,6 +65,18 @@ class Workload:
         All engines of a library share one buffer, as large as any of them needs.
         """
         return max(self.scratch.values(), default=0)
+
+    @property
+    def rgb(self) -> bool:
+        """True where frames are decoded to RGB, as `stages.codecs.pixel_format_for` says."""
+        lossless = self.in_memory or self.options.codec in ("ffv1", "png")
+        return lossless or self.preset.compat.truncating_uint8
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of a decoded frame: RGB, or planes with half as many."""
+        last = list(self.stages.values())[-1]
+        return last.width * last.height * (6 if self.rgb else 3) // 2
 
     @property
     def tiling(self) -> TilingConfig:
@@ -160,7 +172,7 @@ def request_workload(
         scratch=scratch,
         needed=needed,
     )
-    return replace(work, in_memory=request.in_memory)
+    return replace(work, in_memory=request.in_memory, rates=division_rates(request.device))
 
 
 def everything(request: Request) -> frozenset[str]:

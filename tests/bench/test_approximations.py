@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pw_bench.quality.approximations import EXACT, REFERENCE, measure_approximations, parse_variant
+from pw_bench.quality.linear_error import measure_linear_error
 from pw_bench.quality.render import examples
+from pw_bench.quality.run import measure_quality
 from pw_bench.quality.sensitivity import Undivided, quantize_layers, sensitivity
 from pw_bench.report import markdown
 from pw_bench.report.findings import headline
-from pw_bench.results import read_result, write_result
+from pw_bench.results import Result, read_result, write_result
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.checkpoint.loader import load_dit
 from pw_runtime.errors import BadRequest
@@ -46,6 +50,30 @@ def test_what_is_no_variant_is_one_error(text: str, what: str) -> None:
     assert what in str(raised.value)
 
 
+@pytest.mark.parametrize("highres", [True, False])
+def test_clips_that_cannot_be_judged_are_refused_before_any_is_made(
+    bundle_dir: Path, highres: bool
+) -> None:
+    """Seen: an AssertionError after all clips, and captions that were fewer than the clips."""
+    preset, clips = ("nano", 2) if highres else ("draft", 1)
+    message = "--captions 2, or" if highres else "a preset without one"
+    with pytest.raises(BadRequest, match=message):
+        measure_approximations(
+            bundle_dir, preset, ("step_cache=0.5",), clips=clips, captions=1, say=pytest.fail
+        )
+
+
+@pytest.mark.parametrize("measure", [measure_quality, measure_linear_error])
+def test_a_preset_without_a_high_res_stage_is_refused_at_the_start(
+    bundle_dir: Path, measure: Callable[..., Result]
+) -> None:
+    more: dict[str, Any] = {"tokens": 2, "say": pytest.fail}
+    if measure is measure_quality:
+        more = {"captions": 1, "sheet": None}
+    with pytest.raises(BadRequest, match="a preset without one"):
+        measure(bundle_dir, "draft", clips=1, **more)
+
+
 @pytest.mark.slow
 def test_variants_are_compared_with_the_exact_clip_and_labelled(
     bundle_dir: Path, tmp_path: Path
@@ -63,6 +91,8 @@ def test_variants_are_compared_with_the_exact_clip_and_labelled(
         f"{name}/CPU time" for name in (EXACT, *variants)
     ]
     assert "steps, " in result.sides[variants[0]]
+    assert result.identity.operations["attention"] == "reference"
+    assert result.identity.engines[f"{EXACT}/vae"] == "eager"
     assert result.sides[variants[1]].endswith("0 to 0 steps, 0.0 on average")
     assert result.quality is not None
     assert [variant.name for variant in result.quality.variants][1:] == [EXACT, *variants]

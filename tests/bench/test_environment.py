@@ -8,15 +8,24 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from pw_bench.measure import environment
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
 def git(folder: Path, *arguments: str) -> None:
     who = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
     subprocess.run(["git", "-C", folder, *who, *arguments], check=True, capture_output=True)
+
+
+def test_implementations_are_recorded_once_they_are_known() -> None:
+    """Seen: "reference" in every file, whatever the clips had run on."""
+    assert environment.identify(CPU).operations == {}
+    found = environment.identify(CPU, operations=environment.usual_operations(CPU)).operations
+    assert found["attention"] == "reference"
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from __future__ import annotations
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from pw_bench.measure.environment import NO_CHECKOUT
 from pw_bench.results import Skipped, read_result, write_result
 from pw_runtime.cli.bench import bench
 from pw_runtime.cli.bench import gpu_suite as command
+from pw_runtime.cli.main import Terminated
 from pw_runtime.cli.options import SOME_FAILED
 from pw_runtime.errors import BadRequest
 from tests.bench.small_results import figure, result
@@ -36,13 +36,13 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Return the arguments of every `pw bench` that is run; each writes its file."""
     calls: list[list[str]] = []
 
-    def run(command: list[str], check: bool, env: dict[str, str]) -> SimpleNamespace:
+    def run(command: list[str]) -> int:
         arguments = command[command.index("bench") + 1 :]
         calls.append(arguments)
         write_result(FINISHED, Path(arguments[-1]))
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu_suite, "_run_part", run)
     monkeypatch.setattr(gpu_suite, "commit", lambda: FINISHED.identity.commit)
     monkeypatch.setattr(gpu_suite, "is_dirty", lambda: False)
     monkeypatch.setattr(gpu_suite, "gpu_names", lambda: ["Accelerator"])
@@ -125,10 +125,43 @@ def test_parts_of_changed_sources_are_advised_to_be_measured_in_one_call(
 
 def test_part_that_fails_is_reported_and_the_others_run(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_suite, "is_dirty", lambda: False)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    monkeypatch.setattr(gpu_suite, "_run_part", lambda command: 2)
     missing = run(tmp_path)
     assert all("exit code 2" in reason for reason in missing.values())
     assert len(missing) == len(SHORT)
+
+
+@pytest.mark.parametrize(
+    ("signal", "told"),
+    [(KeyboardInterrupt(), ["wait", "wait"]), (Terminated(15), ["wait", "terminate", "wait"])],
+)
+def test_part_that_runs_may_write_its_file_when_a_signal_ends_the_suite(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, signal: BaseException, told: list[str]
+) -> None:
+    """Seen: it was killed a quarter of a second after Ctrl-C, and its samples were lost."""
+    heard: list[str] = []
+
+    class Part:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None: ...
+
+        def __enter__(self) -> Part:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def wait(self) -> int:
+            heard.append("wait")
+            if len(heard) == 1:
+                raise signal
+            return 130
+
+        def terminate(self) -> None:
+            heard.append("terminate")
+
+    monkeypatch.setattr(subprocess, "Popen", Part)
+    with pytest.raises(type(signal)):
+        gpu_suite._run_part(["pw"])
+    assert heard == told
 
 
 def test_parts_for_several_gpus_run_where_there_are_some(commands, tmp_path: Path) -> None:
@@ -157,7 +190,7 @@ def test_missing_or_unreadable_parts_make_the_command_fail(
     arguments = ["--out", str(tmp_path)]
     assert CliRunner().invoke(command, arguments, standalone_mode=False).return_value == 0
     (tmp_path / "e2e-2k.json").write_text("{}")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    monkeypatch.setattr(gpu_suite, "_run_part", lambda command: 2)
     answer = CliRunner().invoke(command, arguments, standalone_mode=False)
     assert answer.return_value == SOME_FAILED
     assert "not there yet: e2e-2k" in answer.output

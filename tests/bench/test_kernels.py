@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -20,6 +21,7 @@ from pw_bench.measure.timing import QUICK
 from pw_bench.results import Result, read_result
 from pw_kernels.interpreter import install_exact_casts
 from pw_runtime.cli.bench import kernels
+from pw_runtime.cli.main import Terminated
 from pw_runtime.errors import BadRequest
 from tests.bench.small_results import CEILINGS
 
@@ -81,11 +83,13 @@ def test_error_that_is_no_runtime_error_is_a_refusal_too() -> None:
     assert check(broken, "reference").refused == "OutOfResources"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, out: Path, measured: Any, only: str = "") -> Result:
+def run(
+    monkeypatch: pytest.MonkeyPatch, out: Path, measured: Any, only: str = "", **options: Any
+) -> Result:
     """`pw bench kernels` on tiny sizes, with `measured` in place of its `measure`."""
     monkeypatch.setattr(module, "measure", measured)
     arguments = ["--sizes", "tiny", "--quick", "--only", only, "--out", str(out)]
-    ran = CliRunner().invoke(kernels, arguments, catch_exceptions=False)
+    ran = CliRunner().invoke(kernels, arguments, catch_exceptions=False, **options)
     assert ran.exit_code == 0, ran.output
     return read_result(out)
 
@@ -106,6 +110,23 @@ def test_operation_that_nothing_can_run_leaves_the_others(
     refusals = {row.figure.split("/")[0]: row.refused for row in result.kernels}
     assert refusals["gate_residual"] == "out of memory"
     assert None in refusals.values()
+
+
+@pytest.mark.parametrize("fit", [0, 3])
+def test_case_that_does_not_fit_is_rows_of_refusals(fit: int) -> None:
+    """Seen: its arguments were made once more, out of memory again, and that ended the run."""
+    case, made = CASES["gate_residual"], []
+
+    def arguments() -> tuple[Any, ...]:
+        made.append(len(made))
+        if len(made) > fit:
+            raise RuntimeError("out of memory")
+        return case.arguments()
+
+    large = replace(case, arguments=arguments, implementations=("reference",))
+    ((row, figure),) = module.measure(large, CPU, CEILINGS, QUICK)
+    assert (row.refused, row.error, figure) == ("out of memory", None, None)
+    assert len(made) == fit + 1
 
 
 def test_convolutions_are_compared_with_the_faster_of_product_and_convolution() -> None:
@@ -131,16 +152,22 @@ def test_the_share_is_of_the_rate_that_allows_the_longer_time(copy: float, bound
     assert figure.of_ceiling == pytest.approx(least / figure.median)
 
 
-def test_operations_before_ctrl_c_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signal", [KeyboardInterrupt(), Terminated(15)])
+def test_operations_before_a_signal_are_kept_and_it_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, signal: BaseException
+) -> None:
+    """Seen: SIGTERM lost them, and after Ctrl-C the exit code was 0."""
     whole, names = module.measure, []
 
     def measured(case: Case, *rest: Any) -> list[module.Measured]:
         if names:
-            raise KeyboardInterrupt
+            raise signal
         names.append(case.name)
         return whole(case, *rest)
 
-    result = run(monkeypatch, tmp_path / "r.json", measured)
+    with pytest.raises((Terminated, click.Abort)):  # click's word for Ctrl-C
+        run(monkeypatch, tmp_path / "r.json", measured, standalone_mode=False)
+    result = read_result(tmp_path / "r.json")
     assert [row.figure.split("/")[0] for row in result.kernels] == names
     assert result.skipped[-1].reason == "interrupted"
 

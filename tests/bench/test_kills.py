@@ -5,16 +5,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from pw_bench.kills import run as kills_run
 from pw_bench.kills.program import KillTask
-from pw_bench.kills.run import _killed, _Life
+from pw_bench.kills.run import _costs, _killed, _Life, _ratio
+from pw_bench.report import markdown
+from pw_bench.report.findings import headline
 from pw_bench.report.tables import kills_tables
+from pw_bench.result_sections import Kills
+from pw_bench.results import Figure, read_result
+from pw_runtime.cli.bench_kills import kills as command
+from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.errors import BadResult
 from pw_runtime.presets import PRESETS
+from tests.bench.small_results import result
 
 ENDED = {"wall": 2.0, "cpu": 1.0, "failed": []}
 
@@ -106,3 +115,40 @@ def test_a_file_that_differs_is_named_and_a_failure_ends_the_measurement(
     monkeypatch.setattr(kills_run, "_live", lives(task, *failed, content="pixels"))
     with pytest.raises(BadResult, match="out of memory"):
         _killed(task, whole, 1, 0, lambda line: None)
+
+
+def table(*altered: str) -> Kills:
+    return Kills(
+        kills=2, processes=3, batches=1, files=2, altered=altered, killed_in={"draft": 2},
+        again={"draft": (0.5,)},
+    )  # fmt: skip
+
+
+def test_the_cost_of_the_journal_is_the_ratio_of_its_figures(
+    task: KillTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: figures under other names than the ratio's, which therefore never made a headline."""
+    monkeypatch.setattr(kills_run, "_live", lambda *_: replace(life(ENDED), seconds=3.0))
+    costs = _costs(task, tmp_path, 3, lambda line: None)
+    figures = tuple(Figure(name=name, unit="s", samples=tuple(x)) for name, x in costs.items())
+    assert len(figures) == 6
+    found = replace(result(), kind="kills", figures=figures, ratios=(_ratio(costs),))
+    assert headline(found).reasons == ()
+    assert any("with journal against without journal" in x for x in headline(found).statements)
+
+
+def test_the_tables_of_kills_are_in_the_markdown() -> None:
+    found = replace(result(), kind="kills", kills=table("0.mp4"))
+    assert "| kills | processes | batches, all complete |" in markdown([found])
+
+
+@pytest.mark.parametrize(("altered", "code"), [((), DONE), (("0.mp4",), SOME_FAILED)])
+def test_a_file_that_differs_makes_the_command_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, altered: tuple[str, ...], code: int
+) -> None:
+    found = replace(result(), kind="kills", kills=table(*altered))
+    monkeypatch.setattr(kills_run, "measure_kills", lambda *_, **__: found)
+    arguments = ["--preset", "nano", "--out", str(tmp_path / "r.json")]
+    ended = CliRunner().invoke(command, arguments, standalone_mode=False, catch_exceptions=False)
+    assert ended.return_value == code
+    assert read_result(tmp_path / "r.json").kills == table(*altered)

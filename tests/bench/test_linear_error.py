@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pw_bench.quality.linear_error import _block_differences, _wide_block, quant
 from pw_export import wan22_configs
 from pw_kernels.quantized_linear import GRIDS
 from pw_runtime.models.quantized_linear import QUANTIZED, QuantizedLinear
+from tests.e2e.pw import write_preset
 from tests.networks import TINY_DRAFT
 
 
@@ -48,3 +50,14 @@ def test_a_quantized_block_leaves_the_exact_one_alone(small: None) -> None:
         assert isinstance(quantized.get_submodule("ffn.2"), QuantizedLinear)
         assert torch.equal(call(block), before)
         assert not torch.equal(call(quantized), before)
+
+
+@pytest.mark.slow
+def test_the_file_has_what_the_clips_ran_on(small: None, bundle_dir: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path / "small.toml")
+    result = linear_error.measure_linear_error(
+        bundle_dir, str(preset), clips=1, tokens=4, say=lambda line: None
+    )
+    assert result.identity.engines["vae"] == "eager"
+    assert result.identity.operations["attention"] == "reference"
+    assert len(result.equivalence) == len(GRIDS)

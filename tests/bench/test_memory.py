@@ -45,7 +45,7 @@ def test_every_length_is_a_clip_of_its_own_process(
     def run_process(task: Task, environment: object, nvml: object) -> ProcessRun:
         lengths.append(task.job.preset.video.frames)
         assert task.job.noise.exists()
-        return ProcessRun(clips=(MADE,))
+        return ProcessRun(clips=(MADE,), engines={"vae": "eager"}, operations={"pack": "cpu"})
 
     monkeypatch.setattr(generate_memory, "run_process", run_process)
     out = tmp_path / "r.json"
@@ -56,6 +56,10 @@ def test_every_length_is_a_clip_of_its_own_process(
     assert ran.exit_code == 0, ran.output
     result = read_result(out)
     assert lengths == [5, 9]
+    assert (result.identity.engines, result.identity.operations) == (
+        {"vae": "eager"},
+        {"pack": "cpu"},
+    )
     assert [clip.side for clip in result.clips] == ["5 frames", "9 frames"]
     held = {figure.name: figure.median for figure in result.figures if figure.counted}
     assert held["9 frames/the clip in fp32"] == 3 * 64 * 32 * 4 * 9

@@ -80,6 +80,8 @@ def test_two_processes_make_the_clip_of_one(
     assert len(alike) == 4
     assert all((part.max_abs, part.share) == (0, 0) for part in alike)
     assert "equal bit for bit" in ran.output
+    assert result.identity.engines["vae"] == "eager"
+    assert result.identity.operations["attention"] == "reference"
 
 
 def test_on_gpus_a_clip_that_is_not_timed_measures_attention_for_all_that_are(
@@ -137,6 +139,18 @@ def test_gpus_are_taken_as_far_as_there_are(monkeypatch: pytest.MonkeyPatch) -> 
         setups_for(torch.device("cuda"), (8,), None)
     with pytest.raises(BadRequest, match="a GPU for each process"):
         setups_for(torch.device("cuda:1"), (2,), None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "several"), [(3, {2}), (5, {2, 4}), (6, {2, 4}), (7, {2, 4}), (8, {2, 4, 8})]
+)
+def test_gpus_need_no_even_division(
+    gpus: int, several: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: 3, 5 and 7 GPUs were refused, and of 6 no more than 2 were taken."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    setups = setups_for(torch.device("cuda"), (), None)
+    assert {setup.processes for setup in setups} == several | {1}
 
 
 def test_stages_have_the_largest_memory_and_the_cpu_time_of_all_processes() -> None:

@@ -17,6 +17,7 @@ from pw_bench.e2e.session import Measurements, Session, compare_programs
 from pw_bench.e2e.worker import Task
 from pw_bench.result_sections import Clip, Equivalence, StepDifference
 from pw_bench.results import Skipped
+from pw_runtime.cli.main import Terminated
 from pw_runtime.errors import BadResult
 from pw_runtime.system.progress import Reporter
 from tests.bench.programs import NO_JOB
@@ -44,7 +45,9 @@ def same(program: str, label: Any) -> Equivalence:
 def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Measurements]:
     """Return `compare_programs` with its processes replaced by a function of seconds."""
 
-    def run(seconds: Seconds, label: Any = "rounding", rounds: int = 3) -> Measurements:
+    def run(
+        seconds: Seconds, label: Any = "rounding", rounds: int = 3, **changes: Any
+    ) -> Measurements:
         started: list[str] = []
 
         def run_process(task: Task, environment: object, nvml: object) -> ProcessRun:
@@ -66,7 +69,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Me
             programs=("ours", "official"), job=NO_JOB, folder=tmp_path, rounds=rounds, warm=2,
             environment={}, nvml=None, reporter=Reporter(quiet=True),
         )  # fmt: skip
-        return compare_programs(session)
+        return compare_programs(replace(session, **changes))
 
     return run
 
@@ -149,10 +152,13 @@ def test_our_own_failure_is_an_error(compare: Callable[..., Measurements], numbe
         compare(seconds)
 
 
-def test_samples_before_ctrl_c_are_kept(compare: Callable[..., Measurements]) -> None:
+@pytest.mark.parametrize("signal", [KeyboardInterrupt(), Terminated(15)])
+def test_samples_before_a_signal_are_kept(
+    compare: Callable[..., Measurements], signal: BaseException
+) -> None:
     def seconds(program: str, number: int) -> float:
         if (program, number) == ("official", 1):
-            raise KeyboardInterrupt
+            raise signal
         return 10.0
 
     measured = compare(seconds)
@@ -160,6 +166,39 @@ def test_samples_before_ctrl_c_are_kept(compare: Callable[..., Measurements]) ->
     assert samples["ours/cold"] == (10.0, 10.0)
     assert samples["official/cold"] == (10.0,)
     assert measured.skipped == (Skipped(part="the remaining rounds", reason="interrupted"),)
+    assert measured.interruption.cause is signal
+
+
+def test_a_signal_before_any_sample_ends_the_measurement(
+    compare: Callable[..., Measurements],
+) -> None:
+    def seconds(program: str, number: int) -> float:
+        if number == 0:
+            raise KeyboardInterrupt
+        return 10.0
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(seconds)
+
+
+@pytest.mark.parametrize(
+    ("device", "rounds", "untimed"), [("cuda", 3, 1), ("cuda", 1, 0), ("cpu", 3, 0)]
+)
+def test_a_program_alone_compiles_on_a_gpu_before_it_is_timed(
+    compare: Callable[..., Measurements], device: str, rounds: int, untimed: int
+) -> None:
+    """Seen: the first of its cold clips compiled the kernels of all the others."""
+    numbers: list[int] = []
+
+    def seconds(program: str, number: int) -> float:
+        numbers.append(number)
+        return 10.0
+
+    job = replace(NO_JOB, device=device)
+    measured = compare(seconds, rounds=rounds, programs=("ours",), job=job)
+    assert numbers == [-1] * untimed + [*range(rounds)]
+    assert len(measured.figures[0].samples) == rounds
+    assert measured.equivalence == ()
 
 
 def test_program_that_fails_later_keeps_its_samples_and_the_others_go_on(
@@ -195,12 +234,12 @@ def test_repeated_rounds_that_do_not_end_leave_the_first_ones(
 
 
 def test_implementations_are_listed_by_program_where_they_differ() -> None:
-    samples = {
-        "ours": Samples(operations={"attention": "reference", "dup_up_add": "reference"}),
-        "ours-cudnn": Samples(operations={"attention": "cudnn", "dup_up_add": "reference"}),
-        "official": Samples(),
+    operations = {
+        "ours": {"attention": "reference", "dup_up_add": "reference"},
+        "ours-cudnn": {"attention": "cudnn", "dup_up_add": "reference"},
+        "official": {},
     }
-    assert operations_of(samples) == {
+    assert operations_of(operations) == {
         "attention": "reference (ours); cudnn (ours-cudnn)",
         "dup_up_add": "reference",
     }

@@ -24,6 +24,35 @@ def test_candidates_take_turns() -> None:
     assert all(len(timing.samples) == 3 for timing in timings.values())
 
 
+def test_the_gpu_is_busy_for_longer_than_a_launch_before_a_sample_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen: one fill, of 65 us, so that samples had the host's time to launch a kernel."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None:
+            order.append("event")
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0
+
+    class Buffer:
+        def fill_(self, value: int) -> None:
+            order.append("fill")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Buffer())
+    seconds = timing._gpu_sample(lambda: order.append("run"), CPU)
+    assert seconds == 2e-3
+    assert order == ["fill"] * timing.FLUSHES + ["event", "run", "event"]
+    assert timing.FLUSHES * timing.FLUSHED_BYTES / 4.8e12 > 5e-4  # at an H200's peak rate
+
+
 def test_memory_of_the_ceilings_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr(peaks, "_measure", lambda *_: done.append("measured"))

@@ -3,12 +3,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pw_runtime.checkpoint.bundle import open_bundle
+from pw_runtime.pipeline import generate
+from pw_runtime.planning import candidates
+from pw_runtime.planning.candidates import SMALLER_CHUNK
 from pw_runtime.planning.exactness import approximations, exactness
-from pw_runtime.types import RunOptions
+from pw_runtime.presets import find_preset
+from pw_runtime.system.progress import Reporter
+from pw_runtime.types import Prompt, Request, RunOptions, TransformerPlan
+from tests.e2e.pw import write_preset
 
 EAGER = {"draft": "eager", "highres": "eager", "vae": "eager"}
 
@@ -63,3 +73,25 @@ def test_another_run_that_decodes_adds_what_it_does() -> None:
     label = exactness(EAGER, made, decoded)
     assert len(label.approximate) == 1
     assert label.rounding == ("operations (--kernels triton)",)
+
+
+def test_a_clip_at_the_smaller_chunk_of_the_planner_is_rounding(
+    bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: "exact", as only the chunk that was asked for counted."""
+    usual = candidates.variants
+
+    def smaller(*arguments: Any) -> list[TransformerPlan]:
+        return [replace(plan, chunk=SMALLER_CHUNK) for plan in usual(*arguments)]
+
+    request = Request(
+        prompts=(Prompt("a red ball", "0", 1),),
+        preset=find_preset(str(write_preset(tmp_path / "small.toml"))),
+        out=tmp_path / "out",
+        options=options(policy="eager"),
+    )
+    monkeypatch.setattr(candidates, "variants", smaller)
+    generate(request, open_bundle(bundle_dir), Reporter(quiet=True))
+    label = json.loads((tmp_path / "out" / "0.json").read_text(encoding="utf-8"))["exactness"]
+    assert label["label"] == "rounding"
+    assert label["rounding"] == [f"parts of the tokens (--chunk {SMALLER_CHUNK})"]

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -18,6 +22,7 @@ from pw_export.wan22_configs import NETWORKS
 from pw_runtime.cli.plan import plan as plan_command
 from pw_runtime.errors import BadRequest
 from pw_runtime.execution.division import block_traffic, rank_share, run_of, step_traffic
+from pw_runtime.execution.engine_lookup import EngineSet
 from pw_runtime.models import VaeDecoder
 from pw_runtime.models.adapter import SpatialAdapter
 from pw_runtime.models.causal_cache import Seam
@@ -25,19 +30,25 @@ from pw_runtime.models.tiling import make_bands
 from pw_runtime.models.vae_blocks import Upsample
 from pw_runtime.planning.candidates import candidates, split_text, splits
 from pw_runtime.planning.decode_choices import decode_choices
-from pw_runtime.planning.decode_memory import busiest_share, decode_memory
+from pw_runtime.planning.decode_memory import PACKED, busiest_share, decode_memory
+from pw_runtime.planning.oom_fallback import plan_run
 from pw_runtime.planning.planner import GIB, make_plan
 from pw_runtime.planning.rank_report import ranks_report
 from pw_runtime.planning.stage_times import seconds_by_stage, traffic_of_decode
-from pw_runtime.planning.time_estimate import KNOWN
+from pw_runtime.planning.time_estimate import A_CPU, KNOWN, Rates
 from pw_runtime.planning.transformer_memory import stage_memory, weight_bytes
 from pw_runtime.planning.workload import Workload, workload
 from pw_runtime.presets import PRESETS
+from pw_runtime.stages.codecs import RECIPES, pixel_format_for
 from pw_runtime.stages.decode_tiles import Bands
 from pw_runtime.types import (
     Blocks,
     Budget,
+    Codec,
+    Compat,
     DecodePlan,
+    Prompt,
+    Request,
     RunOptions,
     RunPlan,
     Split,
@@ -98,6 +109,33 @@ def test_the_fastest_division_comes_first_and_a_slow_link_changes_it() -> None:
     assert candidates(work, gpu=True)["highres"][0].choice.split == Split(sequence=2)
     slow = replace(work, rates=replace(KNOWN["RTX 4090"], link=1e9))
     assert candidates(slow, gpu=True)["highres"][0].choice.split == Split(guidance=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "division"),
+    [
+        ("NVIDIA GeForce RTX 4090", Split(guidance=2)),
+        ("NVIDIA H200", Split(sequence=2)),
+        ("NVIDIA L40S", Split(sequence=2)),  # not known: as an H200
+    ],
+)
+def test_a_run_takes_the_division_that_is_planned_for_its_card(name: str, division: Split) -> None:
+    """Seen: `pw plan --gpu "RTX 4090"` showed one division, and the run took an H200's."""
+    bundle: Any = SimpleNamespace(networks=NETWORKS, loras={})
+    request = Request(
+        prompts=(Prompt("a cat"),),
+        preset=PRESETS["2k"],
+        out=Path("out"),
+        options=RunOptions(device="cuda", precision="bf16"),
+    )
+    budget = Budget(host=256 * GIB, device=141 * GIB)
+    with (
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.get_device_name", return_value=name),
+    ):
+        engines = {"vae": EngineSet({}, {}, "eager", "")}
+        found = plan_run(request, bundle, print, engines, ranks=2, budget=budget)
+    assert found.plan.transformers["highres"].split == division
 
 
 def test_weights_are_divided_where_they_do_not_fit_and_before_they_are_streamed() -> None:
@@ -332,6 +370,18 @@ def test_the_command_line_plans_for_devices_that_are_not_here() -> None:
 
 
 @pytest.mark.parametrize(
+    ("rates", "division"), [(A_CPU, (1, 2)), (replace(A_CPU, link=1e6), (2, 1))]
+)
+def test_the_command_line_plans_processes_on_a_cpu_with_the_rates_of_their_run(
+    rates: Rates, division: tuple[int, int]
+) -> None:
+    with patch("pw_runtime.planning.time_estimate.A_CPU", rates):
+        ended = run("--devices", "2", "--precision", "bf16", "--json")
+    split = json.loads(ended.output)["transformers"]["highres"]["split"]
+    assert (split["guidance"], split["sequence"]) == division
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--devices", "0"), "invalid devices '0': expected e.g. 8 or 8x24GiB"),
@@ -363,6 +413,32 @@ def test_every_gpu_with_known_rates_can_be_named() -> None:
     (option,) = [one for one in plan_command.params if one.name == "gpu"]
     assert list(option.type.choices) == list(KNOWN)
     assert all(rates.link for rates in KNOWN.values())
+
+
+@pytest.mark.parametrize("codec", RECIPES)
+@pytest.mark.parametrize("truncating", [False, True])
+def test_frames_in_rgb_count_three_bytes_a_pixel(codec: Codec, truncating: bool) -> None:
+    """Seen: every codec counted as planes, with half as many."""
+    work = replace(work_for(2, "2k"), options=RunOptions(precision="bf16", codec=codec))
+    compat = Compat(truncating_uint8=truncating)
+    work = replace(work, preset=replace(work.preset, compat=compat))
+    planes = replace(work, options=RunOptions(precision="bf16", codec="h264"))
+    planes = replace(planes, preset=PRESETS["2k"])
+    times = 2 if pixel_format_for(codec, compat) == "rgb24" else 1
+    plan = next(plan for plan, _ in decode_choices(work, gpu=True) if plan.ranks == 2)
+    pixels, fewer = (traffic_of_decode(one, plan).pixels for one in (work, planes))
+    assert pixels == times * fewer
+    packed, less = (
+        next(item.bytes for item in items if item.name == PACKED)
+        for one in (work, planes)
+        for _, (items, *_) in [next(decode_choices(one, gpu=True))]
+    )
+    assert packed == times * less
+
+
+def test_frames_that_stay_in_memory_are_rgb() -> None:
+    work = work_for(1, "2k")
+    assert replace(work, in_memory=True).frame_bytes == 2 * work.frame_bytes == 3 * 2560 * 1440
 
 
 def test_a_decode_on_one_rank_sends_nothing() -> None:

@@ -8,6 +8,7 @@ runs the same prompts and seeds and, to see differences of the runtime alone, `-
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -77,7 +78,7 @@ def compare_pair(name: str, clip: Path, reference: Path) -> Pair:
 def find_pairs(a: Path, b: Path) -> dict[str, tuple[Path, Path]]:
     """Return pairs of clips by name: two files, or the clips of two folders. Raises BadRequest."""
     for path in (a, b):
-        if not path.exists():
+        if not os.path.exists(path):
             raise BadRequest(f"{path} does not exist", do="give two clips, or two folders of clips")
         if not (path.is_file() or path.is_dir()):
             raise BadRequest(

@@ -131,15 +131,15 @@ def _quotient(medians: Mapping[str, float], measure: str, pair: tuple[str, str])
     return None if a is None or b is None else a / b
 
 
-def operations_of(samples: ByProgram) -> dict[str, str]:
+def operations_of(by_program: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Return operation -> implementation, with the programs that ran it where they differ."""
-    names = sorted({name for sample in samples.values() for name in sample.operations})
+    names = sorted({name for chosen in by_program.values() for name in chosen})
     operations = {}
     for name in names:
         programs: dict[str, list[str]] = {}
-        for program, sample in samples.items():
-            if name in sample.operations:
-                programs.setdefault(sample.operations[name], []).append(program)
+        for program, chosen in by_program.items():
+            if name in chosen:
+                programs.setdefault(chosen[name], []).append(program)
         texts = [f"{implementation} ({', '.join(ran)})" for implementation, ran in programs.items()]
         operations[name] = "; ".join(texts) if len(programs) > 1 else next(iter(programs))
     return operations

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pw_bench.choices import SyntheticSize
-from pw_runtime.types import Codec, Precision, Preset
+from pw_runtime.types import Codec, Precision, Preset, RunOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,7 @@ class ClipFacts:
         peaks: peak bytes by place ("host", "device"), of a program that resets the counters.
         predicted: peak bytes by stage and place, from the plan.
         measured: the same as measured.
+        options: of a clip of this runtime, which say what is approximated.
     """
 
     fallbacks: tuple[str, ...] = ()
@@ -62,6 +63,7 @@ class ClipFacts:
     peaks: Mapping[str, int] = field(default_factory=dict)
     predicted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     measured: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    options: RunOptions = field(default_factory=RunOptions)
 
 
 class Program(Protocol):

@@ -63,7 +63,8 @@ def measure_e2e(
         precision: of the transformers; None for the device's default.
         device_name: as for `pw generate`.
 
-    Raises BadRequest, BadWeights, BadResult where our own program makes no clip.
+    Raises BadRequest, BadWeights; BadResult where our own program makes no clip; Interrupted with
+    what was measured before.
     """
     device = pick_device(device_name)
     preset = find_preset(preset_name)
@@ -96,7 +97,7 @@ def measure_e2e(
     identity = replace(identity, weights={weights.name: weights.digest})
     result = envelope("e2e", scope_of(job, weights), identity, ceilings, nvml)
     result = replace(result, sides={program: describe(program) for program in programs})
-    return _filled(result, measured, figures, skipped)
+    return measured.interruption.ended_with(_filled(result, measured, figures, skipped))
 
 
 def _filled(

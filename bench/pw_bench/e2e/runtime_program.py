@@ -69,10 +69,8 @@ class RuntimeProgram:
             raise RuntimeError(outcome.error)
         assert outcome.video == video
         receipt = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
-        settled = {name: receipt["options"][name] for name in ("conv", "kernels", "attention")}
-        with computing_as(replace(request.options, **settled)):
-            operations = {name: select(name, request.device) for name in OPS}
-        return facts_of(receipt, operations)
+        operations = operations_in(receipt, request.options)
+        return replace(facts_of(receipt, operations), options=request.options)
 
     def _open(self, job: Job) -> Bundle:
         if job.in_memory is None and not (job.keep_networks and self._bundle):
@@ -82,6 +80,13 @@ class RuntimeProgram:
                 self._bundle = synthetic_bundle(Path(self._folder.name), IN_MEMORY[job.in_memory])
         assert self._bundle is not None
         return self._bundle
+
+
+def operations_in(receipt: Mapping[str, Any], options: RunOptions) -> dict[str, str]:
+    """Return operation -> implementation of a clip: what its run settled, by its receipt."""
+    settled = {name: receipt["options"][name] for name in ("conv", "kernels", "attention")}
+    with computing_as(replace(options, **settled)):
+        return {name: select(name, options.torch_device) for name in sorted(OPS)}
 
 
 def facts_of(receipt: Mapping[str, Any], operations: Mapping[str, str]) -> ClipFacts:

@@ -3,7 +3,8 @@
 
 Every round starts a process of each program, which makes a clip (cold) and then more (warm).
 Before the rounds, where there are several programs, each makes the clip once with its latents
-kept and its frames lossless; equivalence is determined from these.
+kept and its frames lossless; equivalence is determined from these. On a GPU a program alone makes
+it too, before several rounds: all of them then find its kernels compiled.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
+
+import torch
 
 from pw_bench.choices import OURS, ProgramName
 from pw_bench.clips.equivalence import Output, compare_outputs
@@ -27,6 +30,7 @@ from pw_bench.e2e.job import Job
 from pw_bench.e2e.process import ProgramFailed, run_process
 from pw_bench.e2e.programs import REFERENCE
 from pw_bench.e2e.worker import Task
+from pw_bench.measure.interruption import Interruption
 from pw_bench.measure.nvml import Nvml
 from pw_bench.result_sections import Clip, Equivalence, Ratio
 from pw_bench.results import Figure, Skipped
@@ -73,13 +77,14 @@ class Measurements:
     engines: Mapping[str, str]
     operations: Mapping[str, str]
     threads: int
+    interruption: Interruption
 
 
 def compare_programs(session: Session) -> Measurements:
     """Run programs in turns and compare what they make.
 
     A program that fails at once is skipped with its last lines. One that fails later keeps its
-    samples, marked, and the others go on; what was measured before Ctrl-C is kept.
+    samples, marked, and the others go on; what was measured before a signal is kept.
 
     Raises BadResult where our own program makes no clip.
     """
@@ -87,7 +92,7 @@ def compare_programs(session: Session) -> Measurements:
     equivalence, programs = _compare_clips(session, skipped)
     samples = {program: Samples() for program in programs}
     rejected: dict[ProgramName, Samples] = {}
-    try:
+    with Interruption() as interruption:
         failed = _run_rounds(session, samples, skipped)
         complete = {program: sample for program, sample in samples.items() if program not in failed}
         stable = all(figure.stable for figure in times_of(complete, {}))
@@ -96,10 +101,9 @@ def compare_programs(session: Session) -> Measurements:
             again = {program: Samples() for program in complete}
             if not _run_rounds(session, again, skipped):  # else only the first rounds count
                 samples, rejected = samples | again, complete
-    except KeyboardInterrupt:
-        session.reporter.warn("interrupted: what was measured until now is kept")
-        skipped.append(Skipped(part="the remaining rounds", reason="interrupted"))
     samples = {program: sample for program, sample in samples.items() if sample.cold}
+    interruption.require(samples)
+    skipped += interruption.skipped("the remaining rounds")
     reasons = [part.reason for part in skipped if part.part == OURS]
     if reasons and OURS not in samples:
         raise BadResult(OURS_FAILED, got="; ".join(reasons))
@@ -115,8 +119,9 @@ def compare_programs(session: Session) -> Measurements:
             for program, sample in samples.items()
             for network, engine in sample.engines.items()
         },
-        operations=operations_of(samples),
+        operations=operations_of({name: one.operations for name, one in samples.items()}),
         threads=max((sample.threads for sample in samples.values()), default=0),
+        interruption=interruption,
     )
 
 
@@ -124,9 +129,10 @@ def _compare_clips(
     session: Session, skipped: list[Skipped]
 ) -> tuple[tuple[Equivalence, ...], list[ProgramName]]:
     """Compare every program's clip with the reference's; also return who could make it."""
-    if len(session.programs) == 1:
-        return (), [*session.programs]
     job, reporter = session.job, session.reporter
+    compiles = session.rounds > 1 and torch.device(job.device).type == "cuda"
+    if len(session.programs) == 1 and not compiles:
+        return (), [*session.programs]
     outputs: dict[ProgramName, Output] = {}
     for program in dict.fromkeys((REFERENCE, *session.programs)):
         reporter.say(f"{program}: the clip with all its latents")

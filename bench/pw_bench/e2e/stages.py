@@ -18,22 +18,32 @@ from typing import Final
 import torch
 
 from pw_bench.choices import OURS, ProgramName, SyntheticSize
-from pw_bench.e2e.job import Job
+from pw_bench.e2e.job import ClipFacts, Job
 from pw_bench.e2e.programs import CONTENDERS
 from pw_bench.e2e.synthetic import IN_MEMORY
 from pw_bench.e2e.weights import make_job, pick_weights, scope_of
 from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.interruption import Interruption
 from pw_bench.measure.nvml import Nvml, skipped_without_gpu
 from pw_bench.measure.peaks import measure_ceilings
 from pw_bench.measure.timing import FULL
-from pw_bench.results import Ceilings, Figure, Result, Skipped
+from pw_bench.results import Ceilings, Figure, Result
 from pw_runtime.checkpoint.bundle import Networks, open_bundle
+from pw_runtime.execution.sparse_stage import kept_fraction
 from pw_runtime.job.checks import pick_device
 from pw_runtime.planning.time_estimate import Rates, decode_seconds, denoise_seconds
 from pw_runtime.presets import find_preset
 from pw_runtime.system.progress import Reporter
 from pw_runtime.system.trace import Span, Trace
-from pw_runtime.types import DitConfig, Precision, Preset, StageConfig, TransformerPlan
+from pw_runtime.types import (
+    DitConfig,
+    Precision,
+    Preset,
+    RunOptions,
+    StageConfig,
+    StageName,
+    TransformerPlan,
+)
 
 # Spans that make up a figure. Steps are named by the stage around them.
 SPANS: Final = (
@@ -65,6 +75,15 @@ class MinimumWork:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """Clips one after the other: their figures, the facts of the last one, how they ended."""
+
+    figures: tuple[Figure, ...]
+    facts: ClipFacts
+    interruption: Interruption
+
+
 def measure_stages(
     preset_name: str,
     *,
@@ -90,27 +109,33 @@ def measure_stages(
         device_name: as for `pw generate`.
         side: which of this runtime's programs makes the clips.
 
-    Raises BadRequest, BadWeights.
+    Raises BadRequest, BadWeights; Interrupted with the clips that were made before.
     """
     device, preset = pick_device(device_name), find_preset(preset_name)
     if steps is not None:
         preset = limit_steps(preset, steps)
     reporter, nvml = Reporter(), Nvml(device.index or 0)
-    skipped = skipped_without_gpu(device)
     identity = identify(device, nvml)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = pick_weights(preset_name, checkpoint, synthetic, folder, reporter.say)
         job = make_job(weights, preset, folder, device, precision)
         ceilings = measure_ceilings(device, FULL)
-        figures = time_stages(job, clips, ceilings, reporter, skipped, cold=cold, side=side)
+        series = time_stages(job, clips, ceilings, reporter, cold=cold, side=side)
     words = f"{SCOPE}, {'none' if cold else 'the first'} left out: {CONTENDERS[side].description}"
-    identity = replace(identity, weights={weights.name: weights.digest})
-    return replace(
-        envelope("stages", scope_of(job, weights) | {"words": words}, identity, ceilings, nvml),
-        figures=tuple(figures),
-        skipped=tuple(skipped),
+    identity = replace(
+        identity,
+        weights={weights.name: weights.digest},
+        engines=series.facts.engines,
+        operations=series.facts.operations,
     )
+    interrupted = series.interruption.skipped("the remaining clips")
+    result = replace(
+        envelope("stages", scope_of(job, weights) | {"words": words}, identity, ceilings, nvml),
+        figures=series.figures,
+        skipped=(*skipped_without_gpu(device), *interrupted),
+    )
+    return series.interruption.ended_with(result)
 
 
 def time_stages(
@@ -118,42 +143,34 @@ def time_stages(
     clips: int,
     ceilings: Ceilings,
     reporter: Reporter,
-    skipped: list[Skipped],
     *,
     cold: bool = False,
     side: ProgramName = OURS,
-) -> list[Figure]:
+) -> Series:
     """Make clips, one more than counted unless `cold`: the first warms the process up.
 
-    Ctrl-C ends the series early.
+    A signal ends the series early.
     """
     program, device = CONTENDERS[side].make(), torch.device(job.device)
     traces: list[list[Span]] = []
-    peaks: list[float] = []  # of the GPU's memory, where one is used
-    fallbacks: set[str] = set()
-    with tempfile.TemporaryDirectory() as folder:
-        left_out = 0 if cold else 1
+    made: list[ClipFacts] = []
+    left_out = 0 if cold else 1
+    with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
         for number in range(clips + left_out):
             trace = Trace(device)
-            try:
-                with trace.recording():
-                    facts = program.clip(job, Path(folder) / f"{number}.mp4")
-            except KeyboardInterrupt:
-                if len(traces) <= left_out:
-                    raise
-                reporter.warn("interrupted: the clips until now count")
-                skipped.append(Skipped(part="the remaining clips", reason="interrupted"))
-                break
+            with trace.recording():
+                facts = program.clip(job, Path(folder) / f"{number}.mp4")
             traces.append(trace.spans)
-            fallbacks.update(facts.fallbacks)
-            peaks += [facts.peaks["device"]] if "device" in facts.peaks else []
+            made.append(facts)
             reporter.say(f"clip {number + 1} of {clips + left_out}")
+    interruption.require(made[left_out:])
     networks = IN_MEMORY[job.in_memory] if job.in_memory else open_bundle(job.bundle).networks
-    work = minimum_work(networks, job.preset, ceilings)
+    work = minimum_work(networks, job.preset, ceilings, made[-1].options)
+    fallbacks = {text for facts in made for text in facts.fallbacks}
     figures = figures_of(traces[left_out:], work, tuple(sorted(fallbacks)))
-    if peaks[left_out:]:
-        figures.append(Figure(name="GPU memory", unit="B", samples=tuple(peaks[left_out:])))
-    return figures
+    if peaks := [one.peaks["device"] for one in made[left_out:] if "device" in one.peaks]:
+        figures.append(Figure(name="GPU memory", unit="B", samples=tuple(peaks)))
+    return Series(figures=tuple(figures), facts=made[-1], interruption=interruption)
 
 
 def limit_steps(preset: Preset, steps: int) -> Preset:
@@ -166,8 +183,14 @@ def limit_steps(preset: Preset, steps: int) -> Preset:
     )
 
 
-def minimum_work(networks: Networks, preset: Preset, ceilings: Ceilings) -> dict[str, MinimumWork]:
-    """Return the work of the figures whose arithmetic is known; for steps, the mean."""
+def minimum_work(
+    networks: Networks, preset: Preset, ceilings: Ceilings, options: RunOptions
+) -> dict[str, MinimumWork]:
+    """Return the work of the figures whose arithmetic is known; for steps, the mean.
+
+    That of a step is not, where some are extrapolated or lack a pass, or where the products are in
+    a format whose rate was not measured.
+    """
     count = Rates(matmul=1.0, attention=1.0, conv=1.0, copy=1.0, source="arithmetic alone")
     best = Rates(
         matmul=ceilings.gemm.rate,
@@ -179,9 +202,10 @@ def minimum_work(networks: Networks, preset: Preset, ceilings: Ceilings) -> dict
     )
     video = preset.video
 
-    def step(config: DitConfig, stage: StageConfig) -> MinimumWork:
+    def step(name: StageName, config: DitConfig, stage: StageConfig) -> MinimumWork:
+        keep = kept_fraction(options, name)
         flops, seconds = (
-            denoise_seconds(config, stage, video, TransformerPlan(), rates) / stage.steps
+            denoise_seconds(config, stage, video, TransformerPlan(), rates, keep=keep) / stage.steps
             for rates in (count, best)
         )
         return MinimumWork(flops=flops, seconds=seconds)
@@ -195,10 +219,12 @@ def minimum_work(networks: Networks, preset: Preset, ceilings: Ceilings) -> dict
         )
         return MinimumWork(flops=flops, seconds=seconds)
 
-    work = {"draft step": step(networks.draft.config, preset.draft)}
-    if preset.highres is not None:
+    work, exact = {}, options.linear == "exact"
+    if exact and options.step_cache is None:
+        work["draft step"] = step("draft", networks.draft.config, preset.draft)
+    if exact and not options.guidance_reuse and preset.highres is not None:
         assert networks.highres is not None
-        work["highres step"] = step(networks.highres.config, preset.highres)
+        work["highres step"] = step("highres", networks.highres.config, preset.highres)
     first, both = decode(1), decode(5)
     later = MinimumWork(flops=both.flops - first.flops, seconds=both.seconds - first.seconds)
     return work | {"first chunk": first, "chunk": later}

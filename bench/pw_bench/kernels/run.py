@@ -11,7 +11,7 @@ computed into memory filled with NaN, and computed twice: a difference between t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -22,7 +22,8 @@ from pw_bench.choices import CaseSize
 from pw_bench.kernels.cases import Case, CaseTensors
 from pw_bench.kernels.cases_decoder import decoder_cases
 from pw_bench.kernels.cases_transformer import transformer_cases
-from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.environment import envelope, identify, usual_operations
+from pw_bench.measure.interruption import Interruption
 from pw_bench.measure.nvml import Nvml
 from pw_bench.measure.peaks import measure_ceilings
 from pw_bench.measure.timing import FULL, QUICK, Protocol, time_all
@@ -56,10 +57,8 @@ def measure_kernels(
         interpret: run the kernels in Triton's interpreter, on the CPU.
         say: receives the measured ceilings, before the operations run.
 
-    Returns:
-        The result; after Ctrl-C, that of the operations measured until then.
-
-    Raises BadRequest where no operation has such a name.
+    Raises BadRequest where no operation has such a name; Interrupted with the operations that were
+    measured before.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not interpret else "cpu")
     if interpret:
@@ -69,7 +68,7 @@ def measure_kernels(
     protocol = QUICK if quick else FULL
     cases = select_cases(sizes, only, CaseTensors(device, interpreted=interpret))
     nvml = Nvml()
-    identity = identify(device, nvml)
+    identity = identify(device, nvml, operations=usual_operations(device))
     ceilings = measure_ceilings(device, protocol)
     say(
         f"{device}: product {ceilings.gemm.rate / 1e9:,.1f} GFLOP/s, attention "
@@ -78,14 +77,11 @@ def measure_kernels(
     )
     measured: list[Measured] = []
     skipped = [] if device.type == "cuda" else [Skipped(part="kernels on a GPU", reason=NO_GPU)]
-    try:
-        with torch.inference_mode():
-            for case in cases:
-                measured += measure(case, device, ceilings, protocol)
-    except KeyboardInterrupt:
-        if not measured:
-            raise
-        skipped.append(Skipped(part="the remaining operations", reason="interrupted"))
+    with Interruption() as interruption, torch.inference_mode():
+        for case in cases:
+            measured += measure(case, device, ceilings, protocol)
+    interruption.require(measured)
+    skipped += interruption.skipped("the remaining operations")
     scope = {
         "words": "one call of each operation on random tensors, its caches cold on a GPU",
         "sizes": ", ".join(sizes),
@@ -93,12 +89,13 @@ def measure_kernels(
         "kernels": library.status(),
         "baseline of errors": "cudnn for attention where it runs, else the reference",
     }
-    return replace(
+    result = replace(
         envelope("kernels", scope, identity, ceilings, nvml),
         figures=tuple(figure for _, figure in measured if figure is not None),
         kernels=tuple(row for row, _ in measured),
         skipped=tuple(skipped),
     )
+    return interruption.ended_with(result)
 
 
 def select_cases(sizes: Sequence[CaseSize], only: str, tensors: CaseTensors) -> list[Case]:
@@ -129,20 +126,23 @@ def measure(
     rows = {name: check(case, name) for name in case.implementations}
     ran = [name for name, row in rows.items() if row.refused is None]
     timed = [name for name in ran if device.type == "cuda" or name == "reference"]
-    arguments = case.arguments()
-    runs = {str(name): lambda name=name: case.run(name, arguments) for name in timed}
-    timings = time_all(runs, device, protocol) if runs else {}
+    if not timed:
+        return [(row, None) for row in _with_ratios(rows).values()]
+    try:
+        arguments = case.arguments()
+        runs = {str(name): lambda name=name: case.run(name, arguments) for name in timed}
+        timings = time_all(runs, device, protocol)
+    except Exception as error:  # as in `check`: memory may run out here
+        rows |= {name: replace(_row(case, name), refused=_reason(error)) for name in timed}
+        return [(row, None) for row in _with_ratios(rows).values()]
     cost = case.cost(arguments)
     bound: Literal["flops", "bytes"] = "bytes"
     work, ceiling = cost.bytes, ceilings.copy.rate
     arithmetic = _arithmetic_ceiling(case, ceilings)
     if cost.flops / arithmetic > work / ceiling:  # the longer of the two least times
         bound, work, ceiling = "flops", cost.flops, arithmetic
-    baseline = next((rows[name] for name in ("cudnn", "reference") if name in ran), None)
     measured: list[Measured] = []
-    for name, row in rows.items():
-        if row.error and baseline is not None and baseline.error:
-            row = replace(row, error_ratio=row.error / baseline.error)
+    for name, row in _with_ratios(rows).items():
         if name not in timed:
             measured.append((row, None))
             continue
@@ -158,6 +158,31 @@ def measure(
     return measured
 
 
+def _with_ratios(rows: Mapping[Implementation, KernelRow]) -> dict[Implementation, KernelRow]:
+    """Return the rows with their errors beside that of the baseline, where both ran."""
+    bases = (rows[name] for name in ("cudnn", "reference") if name in rows)
+    base = next((row.error for row in bases if row.refused is None), None)
+    return {
+        name: replace(row, error_ratio=row.error / base) if row.error and base else row
+        for name, row in rows.items()
+    }
+
+
+def _row(case: Case, implementation: Implementation) -> KernelRow:
+    """Return the row of an implementation, without results."""
+    return KernelRow(
+        figure=f"{case.name}/{case.size}/{implementation}",
+        op=case.name,
+        size=case.size,
+        implementation=implementation,
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _arithmetic_ceiling(case: Case, ceilings: Ceilings) -> float:
     """Return the FLOP/s that an operation's arithmetic can have."""
     if case.op in ("attention", "sparse_attention"):
@@ -169,13 +194,7 @@ def _arithmetic_ceiling(case: Case, ceilings: Ceilings) -> float:
 
 def check(case: Case, implementation: Implementation) -> KernelRow:
     """Run twice on poisoned memory and compare with the exact rows and with each other."""
-    row = KernelRow(
-        figure=f"{case.name}/{case.size}/{implementation}",
-        op=case.name,
-        size=case.size,
-        implementation=implementation,
-    )
-    results = []
+    row, results = _row(case, implementation), []
     try:
         for _ in range(2):
             arguments = case.arguments()
@@ -184,8 +203,7 @@ def check(case: Case, implementation: Implementation) -> KernelRow:
             if len(results) == 1:
                 exact = case.exact(case.arguments())
     except Exception as error:  # Triton's are no RuntimeError; no failure may stop the others
-        lines = str(error).splitlines() or [type(error).__name__]
-        return replace(row, refused=lines[0])
+        return replace(row, refused=_reason(error))
     return replace(
         row,
         error=relative_l2(case.sample(results[0]), exact),

@@ -116,8 +116,7 @@ def measure_kills(
         whole = _finished(task)
         table = _killed(replace(task, out=folder / "killed"), whole, kills, seed, say)
     figures = tuple(
-        Figure(name=f"{what}, {how} journal", unit="s", samples=tuple(samples))
-        for (what, how), samples in costs.items()
+        Figure(name=name, unit="s", samples=tuple(samples)) for name, samples in costs.items()
     )
     scope = {
         "words": "a batch in new processes on a CPU, --policy eager, killed and run again",
@@ -150,28 +149,35 @@ def _weights(
 
 def _costs(
     task: KillTask, folder: Path, pairs: int, say: Callable[[str], None]
-) -> dict[tuple[str, str], list[float]]:
-    """Measure whole runs with and without the journal, in turns; the first stays in its folder."""
-    costs: dict[tuple[str, str], list[float]] = {}
+) -> dict[str, list[float]]:
+    """Measure whole runs with and without the journal, in turns; the first stays in its folder.
+
+    Returns the samples by name of the figure.
+    """
+    costs: dict[str, list[float]] = {}
     for pair in range(pairs):
         for how in ("with", "without") if pair % 2 == 0 else ("without", "with"):
             out = task.out if (pair, how) == (0, "with") else folder / "cost"
             life = _live(replace(task, out=out, journal=how == "with"), LONGEST)
             if life.ended is None or life.ended["failed"]:
                 raise BadResult("a run failed without a kill", got=life.ended)
-            for what, name in (("CPU time", "cpu"), ("time", "wall"), ("process", None)):
-                value = life.ended[name] if name else life.seconds
-                costs.setdefault((what, how), []).append(value)
+            for name, seconds in (
+                (f"{how} journal/CPU time", life.ended["cpu"]),
+                (f"{how} journal/time", life.ended["wall"]),
+                (f"process {how} journal/time", life.seconds),
+            ):
+                costs.setdefault(name, []).append(seconds)
             say(f"{how} journal: {life.ended['cpu']:.2f} s of CPU time, {life.ended['wall']:.2f} s")
             shutil.rmtree(folder / "cost", ignore_errors=True)
     return costs
 
 
-def _ratio(costs: dict[tuple[str, str], list[float]]) -> Ratio:
+def _ratio(costs: dict[str, list[float]]) -> Ratio:
     """Return how many times as fast a run with journal is as the one beside it without."""
 
-    def times(what: str) -> float:
-        pairs = zip(costs[what, "with"], costs[what, "without"], strict=True)
+    def times(measure: str) -> float:
+        both = (costs[f"{how} journal/{measure}"] for how in ("with", "without"))
+        pairs = zip(*both, strict=True)
         return statistics.median(without / with_ for with_, without in pairs)
 
     return Ratio(

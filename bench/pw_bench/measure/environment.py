@@ -24,12 +24,15 @@ NO_CHECKOUT = "not a checkout"
 _HERE = Path(__file__).parent
 
 
-def identify(device: torch.device, nvml: Nvml | None = None) -> Identity:
+def identify(
+    device: torch.device, nvml: Nvml | None = None, *, operations: Mapping[str, str] | None = None
+) -> Identity:
     """Record machine and checkout, before the command does anything else. Takes seconds.
 
     Args:
         device: device under test.
         nvml: of that device; None where its state is not recorded.
+        operations: operation -> implementation; None: not known yet, as are the engines.
     """
     gpu = nvml if device.type == "cuda" else None
     return Identity(
@@ -40,11 +43,16 @@ def identify(device: torch.device, nvml: Nvml | None = None) -> Identity:
         load_average=os.getloadavg()[0],
         weights={},
         engines={},
-        operations={name: select(name, device) for name in sorted(OPS)},
+        operations=operations or {},
         libraries=libraries(),
         gpu_start=None if gpu is None else gpu.state(),
         nvml="" if gpu is None else gpu.reason,
     )
+
+
+def usual_operations(device: torch.device) -> dict[str, str]:
+    """Return operation -> implementation where none is requested: in this process, not in clips."""
+    return {name: select(name, device) for name in sorted(OPS)}
 
 
 def commit() -> str:

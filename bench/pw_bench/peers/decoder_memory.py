@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.environment import envelope, identify, usual_operations
 from pw_bench.peers.subprocess_ab import reset_peak
 from pw_bench.results import Figure, Result
 from pw_export.wan22_configs import VAE
@@ -36,7 +36,8 @@ def measure_decoder_memory(
         strips: bands that the decode is cut into.
         say: receives progress.
     """
-    identity = identify(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    identity = identify(cpu, operations=usual_operations(cpu))
     before = reset_peak()
     torch.manual_seed(0)
     net = VaeDecoder(VAE).requires_grad_(False)

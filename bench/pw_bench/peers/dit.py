@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pw_bench.e2e.diffusers_networks import wan_transformer
-from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.environment import envelope, identify, usual_operations
 from pw_bench.peers.subprocess_ab import Run, figures_of, ratios_of, run_in_turns, serve
 from pw_bench.result_sections import OutputDifference
 from pw_bench.results import Result
@@ -116,7 +116,8 @@ class DitWork:
 
 def measure_dit_peers(work: DitWork, rounds: int) -> Result:
     """Compare the transformers, with `rounds` samples of each."""
-    identity = identify(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    identity = identify(cpu, operations=usual_operations(cpu))
     trials = run_in_turns(__name__, (DIFFUSERS, PER_TOKEN, OURS), work, rounds)
     figures = figures_of(trials)
     reference = trials[DIFFUSERS].output

@@ -18,7 +18,7 @@ import torch
 
 from pw_bench.choices import OURS
 from pw_bench.e2e.job import Job
-from pw_bench.e2e.process import ProgramFailed, run_process
+from pw_bench.e2e.process import ProcessRun, ProgramFailed, run_process
 from pw_bench.e2e.weights import write_noise
 from pw_bench.e2e.worker import Task
 from pw_bench.measure.environment import envelope, identify
@@ -54,9 +54,10 @@ def measure_generate_memory(
     clips = []
     for count in frames:
         preset = Preset(draft=DRAFT, highres=highres, video=VideoConfig(frames=count, fps=24))
-        clip = make_clip(model, preset, device)
-        clips.append(replace(clip, side=f"{count} frames"))
-        say(f"{count} frames: {clip.wall:.0f} s")
+        run = make_clip(model, preset, device)
+        identity = replace(identity, engines=run.engines, operations=run.operations)
+        clips.append(replace(run.clips[0], side=f"{count} frames"))
+        say(f"{count} frames: {clips[-1].wall:.0f} s")
     return replace(
         envelope(
             "generate-memory",
@@ -78,7 +79,7 @@ def measure_generate_memory(
     )
 
 
-def make_clip(model: Path, preset: Preset, device: torch.device) -> Clip:
+def make_clip(model: Path, preset: Preset, device: torch.device) -> ProcessRun:
     """Make one clip in a process of its own. Raises BadResult where it fails."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -96,10 +97,9 @@ def make_clip(model: Path, preset: Preset, device: torch.device) -> Clip:
             codec="h264",
         )
         try:
-            run = run_process(Task(program=OURS, job=job, folder=videos, clips=1), {}, None)
+            return run_process(Task(program=OURS, job=job, folder=videos, clips=1), {}, None)
         except ProgramFailed as error:
             raise BadResult("the clip could not be made", got=error) from error
-    return run.clips[0]
 
 
 def figures_of(clip: Clip, clip_bytes: int) -> tuple[Figure, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pw_bench.e2e.diffusers_networks import wan_autoencoder
-from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.environment import envelope, identify, usual_operations
 from pw_bench.peers.subprocess_ab import Run, figures_of, ratios_of, run_in_turns, serve
 from pw_bench.result_sections import OutputDifference
 from pw_bench.results import Result
@@ -56,7 +56,8 @@ class VaeWork:
 
 def measure_vae_peers(work: VaeWork, rounds: int) -> Result:
     """Compare the decoders, with `rounds` samples of each."""
-    identity = identify(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    identity = identify(cpu, operations=usual_operations(cpu))
     trials = run_in_turns(__name__, (DIFFUSERS, TILED, OURS), work, rounds)
     figures = figures_of(trials)
     reference = to_bytes(trials[DIFFUSERS].output).int()

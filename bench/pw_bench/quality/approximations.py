@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pw_bench.clips.compare import compare_pair
-from pw_bench.e2e.runtime_program import Silent
+from pw_bench.e2e.aggregate import operations_of
+from pw_bench.e2e.job import ClipFacts
+from pw_bench.e2e.runtime_program import Silent, facts_of, operations_in
 from pw_bench.measure.environment import envelope, identify
 from pw_bench.quality.gate import TRUE, highres_of, mean, shares, true_video
 from pw_bench.quality.measure import classify, sharpness
@@ -57,6 +59,7 @@ class Made:
     seen: list[Attributes] = field(default_factory=list)
     edges: list[float] = field(default_factory=list)  # gradient energy
     extrapolated: list[int] = field(default_factory=list)  # steps
+    facts: ClipFacts = field(default_factory=ClipFacts)  # of the last one
 
 
 def parse_variant(text: str) -> RunOptions:
@@ -108,6 +111,15 @@ def measure_approximations(
     """
     options = {EXACT: REFERENCE, **{text: parse_variant(text) for text in variants}}
     bundle, preset = open_bundle(model), find_preset(preset_name)
+    if captions:
+        highres_of(preset)  # refused now, not after all clips
+    if 0 < captions < clips:
+        raise BadRequest(
+            "the clips that are compared are those of the first captions",
+            got=f"--captions {captions} --clips {clips}",
+            wanted="at least as many captions as clips, or none",
+            do=f"give --captions {clips}, or --captions 0",
+        )
     identity = identify(torch.device("cpu"))
     held_out = examples(max(clips, captions))
     made = {name: Made() for name in options}
@@ -137,7 +149,17 @@ def measure_approximations(
         "precision": "fp32",
         "device": "cpu",
     }
-    identity = replace(identity, weights={model.name: f"sha256:{bundle.digest}"})
+    facts = {name: one.facts for name, one in made.items()}
+    identity = replace(
+        identity,
+        weights={model.name: f"sha256:{bundle.digest}"},
+        engines={
+            f"{name}/{network}": engine
+            for name, one in facts.items()
+            for network, engine in one.engines.items()
+        },
+        operations=operations_of({name: one.operations for name, one in facts.items()}),
+    )
     return replace(
         envelope("approximations", scope, identity),
         figures=figures,
@@ -167,8 +189,9 @@ def _make_clips(
         clip = _pixels(outcome.video)
         made[name].seen.append(classify(clip))
         made[name].edges.append(sharpness(clip))
-        notices = read_receipt(outcome.video.with_suffix(".json"))["notices"]
-        counts = (_EXTRAPOLATED.match(notice) for notice in notices)
+        receipt = read_receipt(outcome.video.with_suffix(".json"))
+        made[name].facts = facts_of(receipt, operations_in(receipt, one))
+        counts = (_EXTRAPOLATED.match(notice) for notice in receipt["notices"])
         made[name].extrapolated += [int(count[1]) for count in counts if count]
 
 

@@ -20,6 +20,7 @@ from pw_bench.quality.measure import (
 from pw_bench.quality.render import HARD, Example, Renderer, examples
 from pw_bench.result_sections import Attributes, HardCaptions, Likeness, Variant
 from pw_export.nano.scenes import Scene, render
+from pw_runtime.errors import BadRequest
 from pw_runtime.execution.transformer import SegmentedDiT
 from pw_runtime.types import Latent, Preset, StageConfig
 
@@ -186,8 +187,13 @@ def likeness(name: str, videos: list[Tensor], true: list[Tensor]) -> Likeness:
 
 
 def highres_of(preset: Preset) -> StageConfig:
-    """Return the high-res stage of a preset that has one."""
-    assert preset.highres is not None
+    """Return the high-res stage of a preset. Raises BadRequest where it has none."""
+    if preset.highres is None:
+        raise BadRequest(
+            "this is measured on clips of the high-res stage",
+            got="a preset without one",
+            do="choose another --preset: nano, for instance",
+        )
     return preset.highres
 
 

@@ -23,8 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pw_bench.e2e.job import ClipFacts
+from pw_bench.e2e.runtime_program import facts_of, operations_in
 from pw_bench.measure.environment import envelope, identify
 from pw_bench.quality.approximations import EXACT, REFERENCE, clip_difference
+from pw_bench.quality.gate import highres_of
 from pw_bench.quality.render import Example, examples
 from pw_bench.quality.sensitivity import sensitivity
 from pw_bench.result_sections import Equivalence, OutputDifference
@@ -35,6 +38,7 @@ from pw_kernels.quantized_linear import GRIDS, NumberFormat
 from pw_runtime import Prompt, Reporter, Request, find_preset, generate
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
 from pw_runtime.checkpoint.loader import load_dit, load_text_network
+from pw_runtime.job.receipt import read_receipt
 from pw_runtime.models.blocks import Block, TextKeysValues
 from pw_runtime.models.embeddings import Positions, rope_tables
 from pw_runtime.models.quantized_linear import (
@@ -76,7 +80,7 @@ def measure_linear_error(
 
     Args:
         model: bundle of the built-in model.
-        preset_name: of its clips.
+        preset_name: of its clips; with a high-res stage.
         clips: number of held-out captions to make clips of.
         tokens: of the blocks of published width.
         say: called with a line for every part.
@@ -84,6 +88,7 @@ def measure_linear_error(
     Raises BadRequest, BadWeights, BadResult.
     """
     bundle, preset = open_bundle(model), find_preset(preset_name)
+    highres_of(preset)  # refused now, not after the first parts
     identity = identify(CPU)
     held_out = examples(clips)
     differences: list[OutputDifference] = []
@@ -95,7 +100,9 @@ def measure_linear_error(
             say(f"layers and a block, {words}")
             differences += _block_differences(words, block, call)
         differences += sensitivity(bundle, preset, held_out, tuple(GRIDS), say)
-    equivalence = tuple(_clip_differences(bundle, preset, held_out, say))
+    with TemporaryDirectory() as folder:
+        facts = _make_clips(bundle, preset, held_out, Path(folder), say)
+        equivalence = tuple(_clip_differences(held_out, Path(folder)))
     scope = {
         "words": "quantized linear layers beside exact ones in fp32",
         "built-in model": f"block 1 of the draft network, in the first step of {preset_name}",
@@ -105,7 +112,12 @@ def measure_linear_error(
         "precision": "fp32",
         "device": "cpu",
     }
-    identity = replace(identity, weights={model.name: f"sha256:{bundle.digest}"})
+    identity = replace(
+        identity,
+        weights={model.name: f"sha256:{bundle.digest}"},
+        engines=facts.engines,
+        operations=facts.operations,
+    )
     return replace(
         envelope("linear-error", scope, identity),
         differences=tuple(differences),
@@ -216,22 +228,28 @@ def _difference(side: str, got: Tensor, expected: Tensor) -> OutputDifference:
     )
 
 
-def _clip_differences(
-    bundle: Bundle, preset: Preset, held_out: list[Example], say: Callable[[str], None]
-) -> Iterator[Equivalence]:
-    """Make clips with every format, and compare their latents and frames with the exact ones."""
+def _make_clips(
+    bundle: Bundle,
+    preset: Preset,
+    held_out: list[Example],
+    folder: Path,
+    say: Callable[[str], None],
+) -> ClipFacts:
+    """Make clips with every format, in a folder of its name; return the facts of an exact one."""
     prompts = tuple(
         Prompt(example.text, str(example.position), example.position) for example in held_out
     )
-    names = get_args(LinearFormat)
-    with TemporaryDirectory() as folder:
-        for linear in names:
-            say(f"clips, {linear}")
-            options = replace(REFERENCE, linear=linear)
-            out = Path(folder, linear)
-            request = Request(prompts=prompts, preset=preset, out=out, options=options)
-            generate(request, bundle, Reporter(quiet=True))
-        for linear in names:
-            for example in held_out if linear != EXACT else ():
-                side = f"{linear}, caption {example.position}"
-                yield clip_difference(side, Path(folder), linear, example)
+    for linear in get_args(LinearFormat):
+        say(f"clips, {linear}")
+        options, out = replace(REFERENCE, linear=linear), folder / linear
+        request = Request(prompts=prompts, preset=preset, out=out, options=options)
+        generate(request, bundle, Reporter(quiet=True))
+    receipt = read_receipt(folder / EXACT / f"{prompts[0].id}.json")
+    return facts_of(receipt, operations_in(receipt, REFERENCE))
+
+
+def _clip_differences(held_out: list[Example], folder: Path) -> Iterator[Equivalence]:
+    """Compare latents and frames of the clips of every format with the exact ones."""
+    for linear in get_args(LinearFormat):
+        for example in held_out if linear != EXACT else ():
+            yield clip_difference(f"{linear}, caption {example.position}", folder, linear, example)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.environment import envelope, identify, usual_operations
 from pw_bench.quality.gate import (
     USUAL,
     adherence,
     fewer_steps,
     from_true_drafts,
     hard_captions,
+    highres_of,
     highres_variants,
     reconstruction,
 )
@@ -52,7 +53,9 @@ def measure_quality(
     Raises BadRequest, BadWeights.
     """
     bundle, preset = open_bundle(model), find_preset(preset_name)
-    identity = identify(torch.device("cpu"))
+    highres_of(preset)  # refused now, not after the first clips
+    cpu = torch.device("cpu")
+    identity = identify(cpu, operations=usual_operations(cpu))
     held_out = examples(captions)
     with torch.inference_mode():
         renderer = load_renderer(bundle)

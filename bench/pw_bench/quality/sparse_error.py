@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pw_bench.measure.environment import envelope, identify
+from pw_bench.measure.environment import envelope, identify, usual_operations
 from pw_bench.quality.render import Example, examples, load_network, load_renderer
 from pw_bench.result_sections import OutputDifference
 from pw_bench.results import Figure, Result
@@ -83,7 +83,7 @@ def measure_sparse_error(model: Path, preset_name: str, say: Callable[[str], Non
     bundle, preset = open_bundle(model), find_preset(preset_name)
     if preset.highres is None:
         raise BadRequest("sparse attention is for the high-res stage", got="a preset without one")
-    identity = identify(CPU)
+    identity = identify(CPU, operations=usual_operations(CPU))
     differences: list[OutputDifference] = []
     with torch.inference_mode():
         say("attention of the built-in model")

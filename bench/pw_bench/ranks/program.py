@@ -22,6 +22,7 @@ import torch
 from pydantic import TypeAdapter
 
 from pw_bench.e2e.job import Job
+from pw_bench.e2e.runtime_program import facts_of, operations_in
 from pw_bench.e2e.synthetic import IN_MEMORY, synthetic_bundle
 from pw_engines.child import end_with_parent
 from pw_runtime.checkpoint.bundle import Bundle, open_bundle
@@ -68,6 +69,8 @@ class RankRecord:
         sent: bytes to other ranks, by kind.
         decisions: of the plan; of rank 0.
         fallbacks: what ran otherwise than planned; of rank 0.
+        engines: network -> backend and start of the digest of its key; of rank 0.
+        operations: operation -> implementation, outside engines; of rank 0.
     """
 
     spans: tuple[Span, ...]
@@ -76,6 +79,8 @@ class RankRecord:
     sent: Mapping[str, int] = field(default_factory=dict)
     decisions: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    engines: Mapping[str, str] = field(default_factory=dict)
+    operations: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_part(task: RankTask, place: Place | None) -> RankRecord:
@@ -100,14 +105,17 @@ def make_part(task: RankTask, place: Place | None) -> RankRecord:
     if not first:
         return RankRecord(spans=(), peaks=peak_memory(device), cpu_seconds=cpu_seconds, sent=sent)
     receipt = json.loads((task.folder / f"{CLIP}.json").read_text(encoding="utf-8"))
-    earlier = receipt["peak_memory_bytes"]  # the counters began again at each stage
+    facts = facts_of(receipt, operations_in(receipt, request.options))
+    earlier = facts.peaks  # the counters began again at each stage
     return RankRecord(
         spans=tuple(trace.spans),
         peaks={at: max(size, earlier.get(at, 0)) for at, size in peak_memory(device).items()},
         cpu_seconds=cpu_seconds,
         sent=sent,
         decisions=tuple(receipt["plan"]["decisions"]),
-        fallbacks=tuple(receipt["fallbacks"]),
+        fallbacks=facts.fallbacks,
+        engines=facts.engines,
+        operations=facts.operations,
     )
 
 

@@ -96,9 +96,12 @@ def measure_ranks(
     figures = tuple(
         figure for setup in setups for figure in figures_of(setup.name, clips[setup.name])
     )
+    first = clips[setups[0].name][0].records[0]
     identity = replace(
         identity,
         weights={weights.name: weights.digest},
+        engines=first.engines,
+        operations=first.operations,
         threads=setups[0].threads or identity.threads,
     )
     return replace(
@@ -130,7 +133,9 @@ def setups_for(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     places = gpus or threads or cores or 1
     what = "GPUs" if gpus else "threads"
-    several = sorted({*counts} - {1}) or [n for n in (2, 4, 8) if n <= places and places % n == 0]
+    several = sorted({*counts} - {1})
+    if not several:  # threads are divided evenly, and a GPU is left over without harm
+        several = [n for n in (2, 4, 8) if n <= places and (gpus or places % n == 0)]
     if not several:
         raise BadRequest(
             "`pw bench ranks` compares several processes with one",

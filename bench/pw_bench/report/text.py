@@ -45,6 +45,9 @@ def _section(result: Result) -> Iterator[str]:
     if result.quality is not None:
         for table in tables.quality_tables(result.quality):
             yield from _table(table)
+    if result.kills is not None:
+        for table in tables.kills_tables(result.kills):
+            yield from _table(table)
     for make, rows in (
         (tables.figures_table, result.quality is None or result.figures),
         (tables.ratios_table, result.ratios),
