@@ -140,7 +140,7 @@ def start_ranks(devices: Sequence[str]) -> int:
     threads = None
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, _cores() // len(devices))
-    program = [sys.executable, "-m", "pw_runtime", *sys.argv[1:]]
+    program = [sys.executable, "-P", "-m", "pw_runtime", *sys.argv[1:]]
     with rank_processes(program, len(devices), threads=threads) as ranks:
         code = _ended(ranks[0])
     return 128 - code if code < 0 else code

@@ -41,9 +41,11 @@ from pw_runtime.fleet.messages import (
 )
 from pw_runtime.fleet.output_folder import OutputFolder, StagedFileLost
 from pw_runtime.fleet.work_queue import WorkQueue
+from pw_runtime.job.clip import FRAMES, STEPS, TILES
 from pw_runtime.job.latents import SUFFIX
 from pw_runtime.job.receipt import versions
 from pw_runtime.system.progress import Advance, Reporter
+from pw_runtime.system.tile_store import state_of
 from pw_runtime.types import Outcome, Request
 
 POLL_SECONDS = 10.0  # longest wait of a worker for its next event
@@ -340,8 +342,11 @@ class Fleet:
     ) -> None:
         """Put a finished clip into the output folder. Raises WorkerLost, WriteFailed."""
         video = self._take(name, handle, files)
-        if not self._request.options.save_latents:  # of an attempt that failed
-            self._folder.remove(f"{prompt_id}{SUFFIX}")
+        begun = [STEPS, FRAMES, TILES, state_of(Path(TILES)).name]
+        if not self._request.options.save_latents:
+            begun.append(SUFFIX)
+        for ending in begun:  # of an attempt that failed, or of another run
+            self._folder.remove(prompt_id + ending)
         self._work.made(name, prompt_id, video)
         self._clips[name] += 1
         self._reporter.finished(video)

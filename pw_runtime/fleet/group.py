@@ -20,7 +20,7 @@ from pw_runtime.errors import PixelWizardError
 from pw_runtime.fleet.messages import Ended, Event, Found, Order, Part
 from pw_runtime.system.rank_processes import end_ranks, rank_processes
 
-PROGRAM: Final = (sys.executable, "-m", "pw_runtime.fleet.rank")
+PROGRAM: Final = (sys.executable, "-P", "-m", "pw_runtime.fleet.rank")
 
 
 class GroupLost(Exception):

@@ -11,7 +11,7 @@ import torch
 
 from pw_kernels.attention.libraries import available
 from pw_kernels.library import library, status
-from pw_runtime.errors import BadRequest
+from pw_runtime.errors import BadRequest, WriteFailed
 from pw_runtime.execution.sparse_stage import require_sparse_attention
 from pw_runtime.job.contact_sheet import SHEET
 from pw_runtime.job.latents import SUFFIX
@@ -21,6 +21,7 @@ from pw_runtime.prompts import check_prompts, check_text
 from pw_runtime.sampling.guidance_reuse import require_reusable
 from pw_runtime.sampling.step_cache import require_cacheable
 from pw_runtime.stages.codecs import check_codec, check_limits
+from pw_runtime.system.folder_lock import FULL
 from pw_runtime.types import Precision, Request, RunOptions
 
 
@@ -37,6 +38,10 @@ def pick_device(name: str) -> torch.device:
         raise BadRequest(
             "unknown device", got=name, wanted="auto, cpu, cuda or cuda:N", do="see `pw doctor`"
         ) from error
+    if str(device) != name or name.startswith("cpu:"):  # torch wraps large numbers around
+        raise BadRequest(
+            "unknown device", got=name, wanted="auto, cpu, cuda or cuda:N", do="see `pw doctor`"
+        )
     if device.type not in ("cpu", "cuda"):
         raise BadRequest(
             "unsupported device", got=name, wanted="auto, cpu, cuda or cuda:N", do="see `pw doctor`"
@@ -56,7 +61,10 @@ def default_precision(requested: Precision | None, device: torch.device) -> Prec
 
 
 def check_request(request: Request) -> None:
-    """Check codec, kernels and the output folder, which is created. Raises BadRequest."""
+    """Check codec, kernels and the output folder, which is created.
+
+    Raises BadRequest; WriteFailed where the disk takes no further file.
+    """
     check_content(request)
     options = request.options
     if not {options.kernels, options.attention_kernel} <= {"auto", "reference"}:
@@ -103,13 +111,19 @@ def check_content(request: Request) -> None:
 
 
 def make_output_folder(request: Request) -> None:
-    """Create the output folder. Raises BadRequest where that or the spill folder is unusable."""
+    """Create the output folder.
+
+    Raises:
+        BadRequest: that or the spill folder is unusable.
+        WriteFailed: the disk takes no further file.
+    """
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadRequest(
+        kind = WriteFailed if error.errno in FULL else BadRequest
+        raise kind(
             f"cannot create the output folder {request.out}",
-            got="a file of that name" if request.out.is_file() else error.strerror,
+            got="a file of that name" if os.path.isfile(request.out) else error.strerror,
             do="choose another --out",
         ) from error
     for folder in filter(None, (request.out, request.spill)):

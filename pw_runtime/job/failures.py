@@ -21,7 +21,10 @@ from pw_runtime.system.tile_store import state_of
 def isolate_failure(clip: Clip, reporter: Reporter) -> Iterator[None]:
     """Keep a failure inside its prompt, and what was computed for it on disk.
 
-    Raises BadWeights: no other prompt could work with that model; RankFailed: none could be made.
+    Raises:
+        BadWeights: no other prompt could work with that model.
+        RankFailed: none could be made.
+        Whatever the prompt failed by, where its request is to fail fast.
     """
     try:
         yield
@@ -30,12 +33,15 @@ def isolate_failure(clip: Clip, reporter: Reporter) -> Iterator[None]:
     except Exception as error:
         cause = out_of_memory(error) or error
         clip.error = str(cause) or type(cause).__name__
-        if not isinstance(cause, PixelWizardError):
+        if not (isinstance(cause, PixelWizardError) or clip.request.fail_fast):
             reporter.warn(traceback.format_exc())
         reporter.failed(clip.prompt.id, clip.error)
         _rescue(clip, reporter)
         report_resumable(clip, reporter)
-        del cause, error  # their tracebacks hold the tensors of what failed, and each other
+        del cause  # their tracebacks hold the tensors of what failed, and each other
+        if clip.request.fail_fast:
+            raise
+        del error
 
 
 @contextmanager
@@ -58,13 +64,19 @@ def report_on_abort(clips: Iterable[Clip], reporter: Reporter) -> Iterator[None]
 
 
 def _rescue(clip: Clip, reporter: Reporter) -> None:
-    """Write what was computed for a clip to the disk: where it belongs, or else anywhere."""
+    """Write what was computed for a clip to the disk: where it belongs, or else anywhere.
+
+    A request that is to fail fast keeps nothing elsewhere: nobody would look for it there.
+    """
     if clip.draft is None and clip.highres is None:
         return
     if clip.kept is None:
         try:
             save_latents(clip, clip.request.spill or clip.request.out)
         except Exception as refused:
+            if clip.request.fail_fast:
+                reporter.warn(f"its latents could not be kept: {refused}")
+                return
             folder = Path(tempfile.mkdtemp(prefix="pw-latents-"))
             try:
                 save_latents(clip, folder)

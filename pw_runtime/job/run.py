@@ -292,13 +292,14 @@ class Run:
         if following is None:
             return
         latents = sum(latents_bytes(clip) for clip in self.unfinished() if clip.latents is None)
-        spill, tiles = self.request.spill, self.fallback.plan.decode.store_bytes
+        out, spill = following.request.out, self.request.spill  # clips of a decode have their own
+        tiles = self.fallback.plan.decode.store_bytes
         tiles = max(0, tiles - allocated_bytes(following.path(TILES)))
         if spill is None:
             latents, tiles = latents + tiles, 0
-        self._retrying(partial(require_room, spill or self.request.out, latents))
+        self._retrying(partial(require_room, spill or out, latents))
         if tiles:
-            self._retrying(partial(require_room, self.request.out, tiles))
+            self._retrying(partial(require_room, out, tiles))
 
     def _retrying(self, write: Callable[[], Written]) -> Written:
         """Call `write` until the disk allows it, if the user asked for that; else once.

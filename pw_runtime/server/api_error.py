@@ -56,18 +56,18 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """Return the answer."""
         detail = ErrorDetail(
-            message=str(self),
+            message=_encodable(str(self)),
             type=_TYPES.get(self.status, "invalid_request_error"),
             code=self.code,
-            param=self.param,
+            param=None if self.param is None else _encodable(self.param),
         )
         content = {"error": detail.model_dump()}
         return JSONResponse(content, status_code=self.status, headers=self.headers)
 
 
-def not_found(job_id: str) -> ApiError:
+def not_found(job_id: str, param: str = "video_id") -> ApiError:
     """Return the error that there is no such video."""
-    return ApiError(404, "not_found", f"there is no video {job_id[:80]!a}", param="video_id")
+    return ApiError(404, "not_found", f"there is no video {job_id[:80]!a}", param=param)
 
 
 def invalid(error: ValidationError | RequestValidationError) -> ApiError:
@@ -75,8 +75,16 @@ def invalid(error: ValidationError | RequestValidationError) -> ApiError:
     problems = error.errors()
     named = [".".join(str(part) for part in item["loc"]) for item in problems]
     told = [f"{n}: {item['msg']}" for n, item in zip(named, problems, strict=True)][:MOST_PROBLEMS]
-    param = named[0].rpartition(".")[2] if named else None
+    place = problems[0]["loc"]
+    if isinstance(error, RequestValidationError):
+        place = place[1:]  # the first part is "query" or "body"
+    param = place[0] if place and isinstance(place[0], str) else None
     return ApiError(400, "invalid_value", "; ".join(told), param=param)
+
+
+def _encodable(text: str) -> str:
+    """Return a text that UTF-8 can encode: JSON may have lone surrogates."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def install(app: FastAPI) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import FastAPI, Header, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
@@ -19,12 +19,13 @@ from pydantic import BaseModel
 from pw_runtime.errors import WriteFailed
 from pw_runtime.server import api_error, files
 from pw_runtime.server.api_error import ApiError, ErrorBody, not_found
-from pw_runtime.server.create_video import CreateVideo, read_body
+from pw_runtime.server.create_video import CreateVideo, fingerprint_of, read_body
+from pw_runtime.server.file_response import RangedFile
 from pw_runtime.server.guard import COOKIE, client_of, session_of
 from pw_runtime.server.metrics import CONTENT_TYPE
 from pw_runtime.server.offer import Offer, require_id
 from pw_runtime.server.settings import Settings
-from pw_runtime.server.store import Job, QueueFull, Store
+from pw_runtime.server.store import Job, KeyReused, QueueFull, Store
 from pw_runtime.server.supervisor import Supervisor
 from pw_runtime.server.video import Deleted, Video, VideoList
 
@@ -108,6 +109,17 @@ def _job(store: Store, video_id: str) -> Job:
     return job
 
 
+def _draft(store: Store, body: CreateVideo) -> Job | None:
+    """Return the job whose draft a request finishes, if it names one. Raises ApiError."""
+    if body.draft_id is None:
+        return None
+    draft = store.get(require_id(body.draft_id, "draft_id"))
+    if draft is None:
+        message = f"there is no video {body.draft_id}"
+        raise ApiError(400, "not_found", message, param="draft_id")
+    return draft
+
+
 def _described(model: type[BaseModel]) -> dict[str, Any]:
     """Return a model's schema, complete in itself: OpenAPI has no place for its definitions."""
     schema = model.model_json_schema()
@@ -137,25 +149,23 @@ def _add_videos(app: FastAPI, settings: Settings, store: Store, supervisor: Supe
     ) -> Response:
         """Queue a video, or `n` of them."""
         body, picture = await read_body(request, settings.limits)
-        draft = None
-        if body.draft_id is not None:
-            draft = store.get(require_id(body.draft_id, "draft_id"))
-            if draft is None:
-                message = f"there is no video {body.draft_id}"
-                raise ApiError(400, "not_found", message, param="draft_id")
-            picture = files.picture_of(settings.root, draft)
-        offer = Offer(settings=settings, fits=supervisor.fits)
         client = request.scope["client_name"]
-        jobs = offer.jobs(body, client, idempotency_key, draft, picture)
-        try:
-            added = await supervisor.submit(jobs, picture)
+        try:  # what was accepted once stays so, whatever has changed since then
+            added = store.repeated(client, idempotency_key, fingerprint_of(body, picture))
+            if not added:
+                draft = _draft(store, body)
+                if draft is not None:
+                    picture = files.picture_of(settings.root, draft)
+                offer = Offer(settings=settings, fits=supervisor.fits)
+                jobs = offer.jobs(body, client, idempotency_key, draft, picture)
+                added = await supervisor.submit(jobs, picture)
         except QueueFull as error:
             message = f"the queue is full: {error.limit} jobs {error.whose} wait; try again later"
             headers = {"retry-after": "30"}
             raise ApiError(429, "queue_full", message, headers=headers) from error
         except WriteFailed as error:
             raise ApiError(503, "storage_unavailable", str(error)) from error
-        except ValueError as error:
+        except KeyReused as error:
             message = "this Idempotency-Key was used with another request"
             raise ApiError(409, "idempotency_key_reused", message) from error
         return _answer(supervisor.video(added[0]), POLL)
@@ -169,7 +179,7 @@ def _add_videos(app: FastAPI, settings: Settings, store: Store, supervisor: Supe
         """List videos, the newest first."""
         seq = None
         if after is not None and (seq := store.place(after)) is None:
-            seq = _job(store, after).seq  # which says that there is none
+            raise not_found(after, "after")
         jobs = store.page(after=seq, limit=limit + 1, newest_first=order == "desc")
         positions = store.positions()
         data = [supervisor.video(job, positions.get(job.id)) for job in jobs[:limit]]
@@ -210,8 +220,8 @@ def _add_files(app: FastAPI, settings: Settings, store: Store) -> None:
 
     @app.get(
         "/v1/videos/{video_id}/content",
-        response_class=FileResponse,
-        responses={200: {"content": kinds}, 206: {"content": kinds}, 416: {"description": "range"}},
+        response_class=RangedFile,
+        responses={200: {"content": kinds}, 206: {"content": kinds}, 416: {"model": ErrorBody}},
     )
     async def get_content(
         video_id: str, variant: Literal["video", "draft", "thumbnail"] = "video"
@@ -225,7 +235,7 @@ def _add_files(app: FastAPI, settings: Settings, store: Store) -> None:
         kind, name = ("image/jpeg", "jpg") if variant == "thumbnail" else ("video/mp4", "mp4")
         headers = {"cache-control": "private, no-cache"}
         filename = f"{job.id}-{variant}.{name}"
-        return FileResponse(
+        return RangedFile(
             path,
             media_type=kind,
             filename=filename,
@@ -233,14 +243,18 @@ def _add_files(app: FastAPI, settings: Settings, store: Store) -> None:
             headers=headers,
         )
 
-    @app.get("/v1/videos/{video_id}/receipt", response_model=dict[str, Any])
+    @app.get(
+        "/v1/videos/{video_id}/receipt",
+        response_model=dict[str, Any],
+        responses={416: {"model": ErrorBody}},
+    )
     async def get_receipt(video_id: str) -> Response:
         """Return what made a video, with what, in which time and memory."""
         job = _job(store, video_id)
         path = files.receipt(settings.root, job)
         if job.status != "completed" or not path.is_file():
             raise _not_there(job, "receipt")
-        return FileResponse(path, media_type="application/json")
+        return RangedFile(path, media_type="application/json")
 
 
 def _not_there(job: Job, what: str) -> ApiError:

@@ -18,6 +18,7 @@ from pw_runtime.server.api_error import ApiError, invalid
 from pw_runtime.server.settings import Limits
 
 REFERENCE: Final = "input_reference"
+_DECODING: Final = asyncio.Lock()  # one picture at a time: one of 100 megapixels takes 1.4 GB
 
 _REFUSED: Final[Mapping[str, str]] = {
     "num_inference_steps": "the steps are the preset's: choose another preset",
@@ -82,7 +83,8 @@ async def read_body(request: Request, limits: Limits) -> tuple[CreateVideo, byte
     from pw_runtime.system.picture_input import decode_picture
 
     try:
-        await asyncio.to_thread(decode_picture, picture, REFERENCE)
+        async with _DECODING:
+            await asyncio.to_thread(decode_picture, picture, REFERENCE)
     except BadRequest as error:
         raise ApiError(400, "invalid_picture", str(error), param=REFERENCE) from error
     return body, picture
@@ -97,7 +99,8 @@ def parse_body(content: object) -> CreateVideo:
         name = str(unknown[0])
         known = ", ".join(CreateVideo.model_fields)
         why = _REFUSED.get(name, f"the fields are {known}")
-        raise ApiError(400, "unknown_field", f"{name[:80]!a} is not accepted: {why}", param=name)
+        message = f"{name[:80]!a} is not accepted: {why}"
+        raise ApiError(400, "unknown_field", message, param=name[:80])
     given = {name: value for name, value in content.items() if value is not None}
     if not isinstance(given.get(REFERENCE, {}), dict):
         message = (

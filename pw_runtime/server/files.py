@@ -28,6 +28,11 @@ def folder_of(root: Path, job_id: str) -> Path:
     return root / "jobs" / job_id
 
 
+def job_ids(root: Path) -> list[str]:
+    """Return the ids of all jobs that have a folder."""
+    return [path.name for path in (root / "jobs").iterdir() if ID.fullmatch(path.name)]
+
+
 def content(root: Path, job: Job, variant: Variant) -> Path:
     """Return the path of a variant of a job's video, whether or not it is there."""
     folder = folder_of(root, job.id)

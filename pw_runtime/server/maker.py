@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from pw_runtime.checkpoint.bundle import open_bundle
 from pw_runtime.checkpoint.lora import with_loras
-from pw_runtime.errors import BadResult, OtherDraft
+from pw_runtime.errors import OtherDraft
 from pw_runtime.job.checks import check_content, pick_device
 from pw_runtime.models.quantized_linear import require_quantizable
 from pw_runtime.pipeline import generate
@@ -52,7 +56,7 @@ class Maker:
         """Open the bundle and plan all presets. Raises BadRequest, BadWeights."""
         self.bundle = with_loras(open_bundle(join.model), join.loras)
         device = pick_device(join.options.device)
-        self.device = str(device)
+        self.device, self._torch_device = str(device), device
         self._options = replace(join.options, device=self.device, save_latents=False)
         for preset in join.presets.values():
             self._check_options(preset)
@@ -110,6 +114,18 @@ class Maker:
             self._draft(job, reporter, stop)
             self._finish(job, reporter, stop)
 
+    def recover(self) -> None:
+        """Free what a failed job left.
+
+        Raises what the GPU raises for all further work, where an error has broken its context.
+        """
+        gc.collect()  # tracebacks can form cycles, which hold tensors
+        if self._torch_device.type != "cuda":
+            return
+        with suppress(torch.OutOfMemoryError):  # other processes have it, for a while
+            torch.zeros(1, device=self._torch_device)
+        torch.cuda.synchronize(self._torch_device)
+
     def _draft(self, job: Make, reporter: Reporter, stop: StopRequest) -> None:
         """Make the draft and its small picture, unless they are there."""
         folder = Path(job.folder)
@@ -158,10 +174,9 @@ class Maker:
             overwrite=True,
             gpu_memory=self._gpu_memory,
             host_memory=self._host_memory,
+            fail_fast=True,
         )
-        outcome = generate(request, self.bundle, reporter, warm=self._warm, stop=stop)[0]
-        if outcome.error is not None:
-            raise BadResult(outcome.error)
+        generate(request, self.bundle, reporter, warm=self._warm, stop=stop)
 
 
 class _JobReporter(Reporter):

@@ -48,7 +48,8 @@ class Settings:
         hang_seconds: from the order to end a job until a worker that does not hear it is killed;
             longer than a block of the largest clip takes.
         backoff_seconds: before a worker that died is started again; doubles up to a minute.
-        worker: command of the worker program, to which the server's process id is added.
+        worker: command of the worker program, to which the server's process id is added; -P, so
+            that it imports nothing from the current folder.
     """
 
     model: Path
@@ -66,7 +67,7 @@ class Settings:
     grace_seconds: float = 15.0
     backoff_seconds: float = 1.0
     hang_seconds: float = 600.0
-    worker: tuple[str, ...] = (sys.executable, "-m", "pw_runtime.server.worker")
+    worker: tuple[str, ...] = (sys.executable, "-P", "-m", "pw_runtime.server.worker")
 
     @property
     def model_name(self) -> str:

@@ -72,11 +72,15 @@ class Job(NewJob):
     created_at: int  # seconds since 1970, like the others
     started_at: int | None
     completed_at: int | None
-    deaths: int  # of workers in this job
+    deaths: int  # of workers in this job, and refusals of its files by a disk with room
     error_code: str | None
     error_message: str | None
     bytes: int  # of its files, when it has ended
     removing: bool
+
+
+class KeyReused(Exception):
+    """An Idempotency-Key was used with another request."""
 
 
 class QueueFull(Exception):
@@ -196,9 +200,22 @@ class Store:
         query = select(JOBS).where(_C.status.in_(statuses), ~_C.removing).order_by(_C.seq)
         return self._select(query)
 
+    def ids(self) -> set[str]:
+        """Return the ids of all jobs, also of those that are being removed."""
+        with self._engine.connect() as connection:
+            return set(connection.execute(select(_C.id)).scalars())
+
     def being_removed(self) -> list[Job]:
         """Return the jobs whose files are to be removed."""
         return self._select(select(JOBS).where(_C.removing))
+
+    def repeated(self, client: str, key: str | None, fingerprint: str) -> list[Job]:
+        """Return the jobs that a client's request got which was made before with the same key.
+
+        Raises KeyReused: the key was used with another request.
+        """
+        with self._engine.connect() as connection:
+            return _repeated(connection, client, key, fingerprint)
 
     def position(self, job: Job) -> int | None:
         """Return the number of queued jobs that run before a queued one."""
@@ -230,17 +247,12 @@ class Store:
 
         Raises:
             QueueFull: there would be more waiting jobs than `most`, or than `most_of_client`.
-            ValueError: the key was used with another request.
+            KeyReused: the key was used with another request.
         """
         first = jobs[0]
         with self._transaction() as connection:
-            if first.key is not None:
-                same = (_C.client == first.client, _C.key == first.key, ~_C.removing)
-                rows = connection.execute(select(JOBS).where(*same).order_by(_C.seq)).all()
-                if rows:
-                    if rows[0].fingerprint != first.fingerprint:
-                        raise ValueError(first.key)
-                    return [_job(row) for row in rows]
+            if known := _repeated(connection, first.client, first.key, first.fingerprint):
+                return known
             waiting = select(func.count()).where(_C.status == "queued", ~_C.removing)
             if connection.execute(waiting).scalar_one() + len(jobs) > most:
                 raise QueueFull("of all clients", most)
@@ -271,10 +283,10 @@ class Store:
             started = func.coalesce(_C.started_at, int(time.time()))
             return _changed(connection, job_id, status="in_progress", started_at=started)
 
-    def requeue(self, job_id: str, *, died: bool = False) -> Job | None:
-        """Let a job that was in progress wait again; `died` counts a death of its worker."""
+    def requeue(self, job_id: str, *, counted: bool = False) -> Job | None:
+        """Let a job that was in progress wait again; `counted` as an attempt that has failed."""
         with self._transaction() as connection:
-            deaths = _C.deaths + int(died)
+            deaths = _C.deaths + int(counted)
             return _changed(connection, job_id, status="queued", deaths=deaths)
 
     def drafted(self, job_id: str, *, ready: bool = True) -> Job | None:
@@ -345,6 +357,17 @@ def _changed(connection: Connection, job_id: str, **values: Any) -> Job | None:
     query = update(JOBS).where(_C.id == job_id, ~_C.removing).values(**values).returning(JOBS)
     row = connection.execute(query).one_or_none()
     return None if row is None else _job(row)
+
+
+def _repeated(connection: Connection, client: str, key: str | None, fingerprint: str) -> list[Job]:
+    """Return the jobs of an earlier request with this key. Raises KeyReused."""
+    if key is None:
+        return []
+    same = (_C.client == client, _C.key == key, ~_C.removing)
+    rows = connection.execute(select(JOBS).where(*same).order_by(_C.seq)).all()
+    if rows and rows[0].fingerprint != fingerprint:
+        raise KeyReused(key)
+    return [_job(row) for row in rows]
 
 
 def _job(row: Any) -> Job:

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 from sqlalchemy.exc import OperationalError
 
 from pw_runtime.server import files
+from pw_runtime.server.disk_room import DiskRoom
 from pw_runtime.server.hub import Hub
 from pw_runtime.server.messages import (
     Advanced,
@@ -33,7 +34,7 @@ from pw_runtime.server.store import Job, NewJob, Store
 from pw_runtime.server.video import Video, preset_of, video_of
 from pw_runtime.server.worker_process import WorkerProcess
 
-MOST_DEATHS: Final = 3  # of workers in one job
+MOST_ATTEMPTS: Final = 3  # at one job, that end with its worker or with a file that is refused
 RETENTION_SECONDS: Final = 60.0  # between two looks at what is too old
 RETRY_SECONDS: Final = 1.0  # between two attempts to write to a disk that refuses
 Written = TypeVar("Written")
@@ -65,6 +66,7 @@ class Supervisor:
         self.metrics = Metrics(store.counts, self.hub, self.workers)
         self.failure: str | None = None
         self._settings, self._store, self._say = settings, store, say
+        self._room = DiskRoom(settings.root, settings.backoff_seconds, say, self.state_changed)
         self._advanced: dict[str, Advanced] = {}
         self._stage_began: dict[str, float] = {}
         self._ending: dict[str, _Ending] = {}
@@ -82,8 +84,13 @@ class Supervisor:
             self._say(f"{job.id} goes on where it was")
         for job in await asyncio.to_thread(self._store.being_removed):
             await self._erase(job.id)
+        accepted = await asyncio.to_thread(self._store.ids)
+        for job_id in await asyncio.to_thread(files.job_ids, self._settings.root):
+            if job_id not in accepted:  # a kill came before its record
+                await self._erase(job_id)
         self._tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
         self._tasks.append(asyncio.create_task(self._retain()))
+        self._tasks.append(asyncio.create_task(self._room.watch()))
 
     async def stop(self) -> None:
         """End the workers, which keep what their jobs have, and all streams."""
@@ -117,9 +124,9 @@ class Supervisor:
 
     @property
     def trouble(self) -> str | None:
-        """The reason why no worker is ready; None where one is."""
+        """The reason why no job would be begun; None where one would."""
         if any(worker.ready is not None for worker in self.workers):
-            return None
+            return self._room.trouble
         return self.workers[0].trouble
 
     # ---- what clients ask for
@@ -127,7 +134,7 @@ class Supervisor:
     async def submit(self, jobs: Sequence[NewJob], picture: bytes | None = None) -> list[Job]:
         """Queue jobs, which may start from a picture.
 
-        Raises QueueFull, ValueError for a key that was used otherwise, and WriteFailed.
+        Raises QueueFull, KeyReused, and WriteFailed.
         """
         limits, first = self._settings.limits, jobs[0]
         bounds = {"most": limits.queued, "most_of_client": limits.queued_per_client}
@@ -200,7 +207,9 @@ class Supervisor:
     # ---- what workers ask for and say
 
     async def next_job(self, worker: WorkerProcess) -> Job | None:
-        """Take the next job of the queue that is not for another worker."""
+        """Take the next job of the queue that is not for another worker; none without room."""
+        if self._room.trouble is not None:
+            return None
         while True:
             no_clips = self._for_others(worker, lambda fit: fit.fits)
             no_drafts = self._for_others(worker, lambda fit: fit.draft_fits)
@@ -259,7 +268,11 @@ class Supervisor:
             ready = isinstance(event, Drafted)
             await self._stored(partial(self._store.drafted, job.id, ready=ready))
         elif isinstance(event, Made):
+            self._room.taken()
             await self._end(job)
+        elif isinstance(event, Failed) and event.code == "write_failed":
+            has_room = await self._room.refused(event.reason)
+            await self._try_again(job, event.code, event.reason, counted=has_room)
         elif isinstance(event, Failed):
             await self._end(job, code=event.code, message=event.reason)
         elif isinstance(event, Ceased) and ending is not None:
@@ -273,20 +286,10 @@ class Supervisor:
         """Let the job of a worker that died wait again, or fail where it is not the first."""
         self.metrics.restarts.inc()
         self._say(f"the worker on {worker.device} ended ({reason}); it is started again")
-        if job is None:
-            return
-        if job.id not in self._ending and job.deaths + 1 < MOST_DEATHS:
-            await self._stored(partial(self._store.requeue, job.id, died=True))
-        ending = self._ending.get(job.id)
-        if ending is not None:
-            await self._end(job, code=ending.code, message=ending.message)
-        elif job.deaths + 1 >= MOST_DEATHS:
-            message = f"{MOST_DEATHS} workers ended while they made it, the last one by {reason}"
-            await self._end(job, code="worker_died", message=message)
-        else:
-            self._forget(job.id)
-            self._wake()
-        self.hub.changed(job.id)
+        if job is not None:
+            message = f"the last of {MOST_ATTEMPTS} attempts ended with its worker, by {reason}"
+            await self._try_again(job, "worker_died", message, counted=True)
+            self.hub.changed(job.id)
 
     def state_changed(self) -> None:
         """Take in that a worker became ready, or ended."""
@@ -306,6 +309,23 @@ class Supervisor:
         """Tell idle workers that there may be a job for them."""
         for worker in self.workers:
             worker.wake()
+
+    async def _try_again(self, job: Job, code: str, message: str, *, counted: bool) -> None:
+        """Let a job wait again, unless it is to end, or was tried too often and ends with `code`.
+
+        `counted` is false where the attempt says nothing about the job.
+        """
+        attempts = job.deaths + int(counted)
+        if job.id not in self._ending and attempts < MOST_ATTEMPTS:
+            await self._stored(partial(self._store.requeue, job.id, counted=counted))
+        ending = self._ending.get(job.id)
+        if ending is not None:
+            await self._end(job, code=ending.code, message=ending.message)
+        elif attempts >= MOST_ATTEMPTS:
+            await self._end(job, code=code, message=message)
+        else:
+            self._forget(job.id)
+            self._wake()
 
     def _advance(self, advanced: Advanced) -> None:
         before = self._advanced.get(advanced.job)

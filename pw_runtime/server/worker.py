@@ -95,7 +95,8 @@ class Orders:
 
 def main() -> int:
     """Work until the orders end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server says when to end
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the server says when to end; systemd tells all
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
     events = Events(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
@@ -146,6 +147,7 @@ def _work(join: Join, orders: Orders, events: Events) -> int:
         if reason is None:
             events.send(Made(job=job.job, rss=rss_bytes()))
         else:
+            maker.recover()  # where that fails, this process ends, and another makes the job
             events.send(Failed(job=job.job, code=reason[0], reason=reason[1], rss=rss_bytes()))
         if weights is not None:  # no job could be made with this model
             raise weights

@@ -124,8 +124,7 @@ class WorkerProcess:
         """Ask the worker to end; what its job has is kept."""
         self._stopping.set()
         self._inbox.put_nowait(WAKE)
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
+        self._end_orders()
 
     async def run(self) -> None:
         """Keep a worker running until `stop`. Raises nothing that a worker does."""
@@ -177,6 +176,8 @@ class WorkerProcess:
                 host_memory=settings.host_memory,
             )
         )
+        if self._stopping.is_set():  # since before there was a process to tell
+            self._end_orders()
         try:
             made_something = await self._converse()
         except BaseException:
@@ -241,6 +242,11 @@ class WorkerProcess:
         process = self._process
         if process is not None and process.stdin is not None and not process.stdin.is_closing():
             process.stdin.write(order_line(order))
+
+    def _end_orders(self) -> None:
+        """Ask the process, where there is one, to end."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
 
     async def _ended(self) -> int:
         """Wait for the process, which has closed its output, and kill it if it stays."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -10,11 +11,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
-from pw_runtime.errors import BadRequest
+from pw_runtime.errors import BadRequest, WriteFailed
 from pw_runtime.system.input_files import kind_of
 
 NAME = ".pw.lock"
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # of a disk that takes no file
 
 
 @contextmanager
@@ -25,6 +28,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         BadRequest: another run holds it, or the folder cannot be locked.
+        WriteFailed: the disk takes no further file.
     """
     path = folder / NAME
     descriptor = _acquire(path)
@@ -58,7 +62,8 @@ def _acquire(path: Path) -> int:
                 do="wait until it has ended, or choose another folder",
             ) from error
         except OSError as error:
-            raise BadRequest(
+            kind = WriteFailed if error.errno in FULL else BadRequest
+            raise kind(
                 f"cannot lock the output folder {path.parent}",
                 got=error.strerror,
                 do="choose an --out on a file system that supports locks, and that you may write",

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from pw_runtime.errors import BadRequest, WriteFailed
 from pw_runtime.job import clip as clip_module
 from pw_runtime.job import clip_receipt as receipt_module
 from pw_runtime.job import run as run_module
-from pw_runtime.system.folder_lock import locked_folder
+from pw_runtime.system.folder_lock import NAME, locked_folder
 from tests.e2e.pw import Ended, Pw
 
 LATENTS = "0.latents.safetensors"
@@ -194,3 +195,35 @@ def test_a_folder_without_room_for_a_name_is_locked_all_the_same(
     ):
         pass
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_a_full_disk_is_no_bad_request_where_the_folder_is_made_and_locked(
+    call: str, generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(os, call)
+
+    def full(path: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(path) in (tmp_path / "out", tmp_path / "out" / NAME):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, full)
+    ended = generate()
+    assert ended.code == 3, ended.err
+    assert f"got: {os.strerror(errno.ENOSPC)}" in ended.err
+
+
+def test_a_decode_of_two_folders_looks_for_room_in_each(
+    generate: Generate, pw: Pw, bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        assert generate("--draft-only", "--save-latents", "--out", folder).code == 0
+        for name in ("0.mkv", "0.json"):
+            (folder / name).unlink()
+    looked: list[Path] = []
+    monkeypatch.setattr(run_module, "require_room", lambda folder, size: looked.append(folder))
+    files = [folder / LATENTS for folder in folders]
+    assert pw("decode", *files, "--model", bundle_dir).code == 0
+    assert looked == folders

@@ -80,6 +80,20 @@ def run(bundle_dir: Path, words: Words) -> Run:
     return start
 
 
+@pytest.mark.parametrize("save_latents", [False, True])
+def test_nothing_of_a_begun_clip_stays_beside_the_finished_one(
+    run: Run, request_for: Callable[[int], Request], save_latents: bool
+) -> None:
+    request = request_for(1)
+    request = replace(request, options=replace(request.options, save_latents=save_latents))
+    begun = ["0.steps.safetensors", "0.frames.safetensors", "0.tiles", "0.tiles.state"]
+    request.out.mkdir()
+    for name in begun:
+        (request.out / name).touch()
+    run(request, SimulatedCluster())
+    assert sorted(path.name for path in request.out.iterdir()) == ["0.json", "0.mp4"]
+
+
 def only_once(fate: Fate, *ids: str) -> Decide:
     """A fate that each of these prompts meets at its first try."""
     met: set[str] = set()

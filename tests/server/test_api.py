@@ -45,7 +45,20 @@ def test_a_part_of_a_video_is_served(shared: Served) -> None:
     path = f"/v1/videos/{video['id']}/content"
     part = shared.http.get(path, headers={"range": "bytes=0-3"})
     assert (part.status_code, part.text) == (206, "clip")
-    assert shared.http.get(path, headers={"range": "bytes=9999-"}).status_code == 416
+
+
+@pytest.mark.parametrize("rest", ["content", "receipt"])
+def test_a_range_that_cannot_be_had_is_an_error_of_the_one_shape(shared: Served, rest: str) -> None:
+    path = f"/v1/videos/{shared.until_ended(shared.create()['id'])['id']}/{rest}"
+    whole = shared.http.get(path)
+    beyond = shared.http.get(path, headers={"range": "bytes=9999-"})
+    assert beyond.headers["content-range"] == f"bytes */{len(whole.content)}"
+    status, error = shared.error("GET", path, headers={"range": "bytes=9999-"})
+    assert (status, error["code"], error["param"]) == (416, "range_not_satisfiable", "range")
+    status, error = shared.error("GET", path, headers={"range": "bytes=x"})
+    assert (status, error["code"], error["param"]) == (400, "invalid_range", "range")
+    ignored = shared.http.get(path, headers={"range": "items=0-1"})
+    assert (ignored.status_code, ignored.content) == (200, whole.content)
 
 
 @pytest.mark.parametrize("rest", ["", "/content", "/content?variant=draft", "/receipt"])
@@ -93,6 +106,9 @@ def test_a_form_is_taken_like_json(shared: Served) -> None:
         ({"prompt": "a", "priority": 101}, "priority", "-100 to 100"),
         ({"prompt": "a", "model": "sora-2"}, "model", "no model"),
         ({"prompt": "a", "steps": 4}, "steps", "the fields are"),
+        ({"prompt": "a", "seconds": [1]}, "seconds", "valid string"),
+        ({"\ud800": 1}, "\\ud800", "the fields are"),
+        ({"prompt": "a", "input_reference": {"\ud800": 1}}, "input_reference", "unicode"),
         ({"prompt": "a", "input_reference": "x"}, "input_reference", "a file of a form"),
         ({"prompt": "a", "draft_id": "../../etc"}, "draft_id", "not the id"),
         ({"draft_id": "video_" + "0" * 32}, "draft_id", "no video"),
@@ -136,6 +152,23 @@ def test_a_size_selects_the_preset(shared: Served) -> None:
 )
 def test_errors_have_one_shape(shared: Served, method: str, path: str, status: int) -> None:
     assert shared.error(method, path)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "param"),
+    [
+        ("GET", "/v1/videos?after=", None, "after"),
+        ("GET", "/v1/videos?limit=many", None, "limit"),
+        ("GET", "/v1/videos/x", None, "video_id"),
+        ("POST", "/v1/session", b'{"token": 1}', "token"),
+        ("POST", "/v1/session", b"{", None),
+    ],
+)
+def test_an_error_names_the_parameter_in_the_wrong(
+    shared: Served, method: str, path: str, body: bytes | None, param: str | None
+) -> None:
+    headers = {"content-type": "application/json"}
+    assert shared.error(method, path, content=body, headers=headers)[1]["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -185,6 +218,18 @@ def test_a_request_that_is_repeated_with_its_key_is_one_job(shared: Served) -> N
     assert len({answer.json()["id"] for answer in answers}) == 1
     status, error = shared.error("POST", "/v1/videos", json={"prompt": "a wolf"}, headers=headers)
     assert (status, error["code"]) == (409, "idempotency_key_reused")
+
+
+def test_a_repeated_request_is_answered_though_its_draft_was_deleted_meanwhile(
+    shared: Served,
+) -> None:
+    draft = shared.until_ended(shared.create(draft_only=True)["id"])
+    headers, body = {"idempotency-key": "finish"}, {"draft_id": draft["id"]}
+    first = shared.http.post("/v1/videos", json=body, headers=headers)
+    assert first.status_code == 200, first.text
+    shared.http.delete(f"/v1/videos/{draft['id']}")
+    again = shared.http.post("/v1/videos", json=body, headers=headers)
+    assert (again.status_code, again.json().get("id")) == (200, first.json()["id"])
 
 
 def test_a_draft_is_finished_at_another_preset(shared: Served) -> None:

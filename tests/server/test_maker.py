@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker that goes on with a draft of other options, or with a damaged one."""
+"""A worker that goes on with a draft of other options or a damaged one, and how its jobs fail."""
 
 from __future__ import annotations
 
 import json
+import tempfile
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from pw_runtime.errors import OtherDraft
+from pw_runtime import pipeline
+from pw_runtime.errors import BadRequest, BadResult, OtherDraft, WriteFailed
+from pw_runtime.job import clip as clip_module
 from pw_runtime.job.latents import check_latents
 from pw_runtime.presets import find_preset
 from pw_runtime.server.files import LATENTS
@@ -134,3 +141,73 @@ def test_a_damaged_draft_is_made_again_by_its_own_job_alone(
     make(bundle_dir, job, draft_only=False)
     assert (job / "final" / "0.mp4").is_file()
     check_latents(job / "draft" / LATENTS, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (WriteFailed("cannot write the file"), WriteFailed),
+        (BadRequest("no such thing"), BadRequest),
+        (MemoryError(), BadResult),
+        (ZeroDivisionError(), ZeroDivisionError),
+    ],
+)
+def test_a_job_ends_with_the_kind_of_error_that_its_stage_raised(
+    error: Exception,
+    kind: type[Exception],
+    bundle_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "denoise_draft", fails)
+    with pytest.raises(kind):
+        make(bundle_dir, tmp_path / "job", draft_only=True)
+
+
+def test_a_job_whose_folder_refuses_its_latents_leaves_nothing_outside(
+    bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: latents in /tmp, which nobody removed."""
+    write_latents, elsewhere = clip_module.write_latents, tmp_path / "tmp"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+
+    def full(path: Path, *arguments: Any) -> None:
+        if elsewhere not in path.parents:
+            raise WriteFailed("cannot write the file")
+        write_latents(path, *arguments)
+
+    def fails(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(clip_module, "write_latents", full)
+    monkeypatch.setattr(pipeline, "decode_clip", fails)
+    with pytest.raises(ZeroDivisionError):
+        make(bundle_dir, tmp_path / "job", draft_only=True)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_failed_job_leaves_no_tensors(
+    bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[weakref.ref[torch.Tensor]] = []
+
+    def fails(*arguments: object, **options: object) -> None:
+        tensor = torch.zeros(1)
+        left.append(weakref.ref(tensor))
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "denoise_draft", fails)
+    preset = find_preset(str(write_preset(tmp_path / "small.toml")))
+    options = RunOptions(device="cpu", precision="fp32")
+    maker = Maker(
+        Join(model=str(bundle_dir), presets={"a": preset}, options=options), lambda _: None
+    )
+    with suppress(BadResult):
+        maker.make(order_of(tmp_path / "job", preset, draft_only=True), StopRequest())
+    maker.recover()
+    assert left
+    assert not any(reference() is not None for reference in left)

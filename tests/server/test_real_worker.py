@@ -132,6 +132,21 @@ def test_a_running_job_ends_within_a_block_and_the_worker_stays(served: Served) 
     assert served.worker() == worker
 
 
+def test_a_signal_to_all_processes_of_a_service_leaves_a_worker_to_the_server(
+    served: Served,
+) -> None:
+    """systemd sends SIGTERM to the whole control group: the step in hand was lost."""
+    worker = served.worker()
+    video = served.create(PROMPT, preset="long")
+    served.until(video["id"], lambda v: v["seconds_left"] is not None)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        os.kill(worker, number)
+    ended = served.http.post(f"/v1/videos/{video['id']}/cancel").json()
+    assert ended["error"]["code"] == "cancelled"
+    assert served.until_ended(served.create(PROMPT)["id"])["status"] == "completed"
+    assert served.worker() == worker
+
+
 def test_after_a_kill_of_its_worker_a_job_goes_on_in_the_midst_of_a_stage(served: Served) -> None:
     video = served.create(PROMPT, preset="deep")
     before = served.until(video["id"], lambda v: v["stage"] == "highres" and v["step"] > 40)

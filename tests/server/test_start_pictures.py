@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import errno
 import hashlib
 import io
+import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,12 @@ from typing import Any
 import pytest
 from openai import OpenAI
 from PIL import Image
+from starlette.requests import Request
 
 from pw_runtime.errors import WriteFailed
 from pw_runtime.server import files
+from pw_runtime.server.create_video import read_body
+from pw_runtime.server.settings import Limits
 from pw_runtime.server.store import Store
 from tests.server.servers import Served, serving
 from tests.server.test_limits import new_job
@@ -136,6 +141,30 @@ def test_sizes_have_limits(served: Served) -> None:
     assert (status, error["code"]) == (413, "body_too_large")
     status, error = served.error("POST", "/v1/videos", json={"prompt": "a" * 2**19})
     assert (status, error["code"]) == (413, "body_too_large")
+
+
+def test_one_picture_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of many requests at once would take all memory: 1.4 GB each."""
+    now, most = 0, 0
+
+    async def decode(*arguments: object) -> None:
+        nonlocal now, most
+        now, most = now + 1, max(most, now + 1)
+        for _ in range(9):  # others may go on meanwhile
+            await asyncio.sleep(0)
+        now -= 1
+
+    async def receive() -> dict[str, Any]:
+        body = {"prompt": "a fox", "input_reference": data_url(png())}
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    async def read_three() -> None:
+        scope = {"type": "http", "method": "POST", "headers": []}
+        await asyncio.gather(*(read_body(Request(scope, receive), Limits()) for _ in range(3)))
+
+    monkeypatch.setattr(asyncio, "to_thread", decode)
+    asyncio.run(read_three())
+    assert most == 1
 
 
 def test_a_draft_takes_no_other_picture(served: Served) -> None:

@@ -32,7 +32,7 @@ def test_every_change_is_read_at_once(store: Store) -> None:
     assert store.get(job.id) == claimed
     assert claimed.status == "in_progress"
     assert store.drafted(job.id) == store.get(job.id)
-    assert store.requeue(job.id, died=True) == store.get(job.id)
+    assert store.requeue(job.id, counted=True) == store.get(job.id)
     ended = store.end(job.id, code="cancelled", message="by request", size=5)
     assert store.get(job.id) == ended
     assert store.remove(job.id)

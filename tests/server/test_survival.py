@@ -3,16 +3,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.server.servers import PATIENCE, launch, python_path, running, serving, wait_until_ready
+from pw_runtime.server.settings import Settings
+from pw_runtime.server.store import Store
+from pw_runtime.server.supervisor import Supervisor
+from tests.server.servers import (
+    FAKE_WORKER,
+    PATIENCE,
+    launch,
+    python_path,
+    running,
+    serving,
+    wait_until_ready,
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -197,6 +211,22 @@ def test_a_damaged_queue_is_refused(tmp_path: Path) -> None:
     assert "cannot be used" in ended.stderr
 
 
+def test_folders_of_requests_that_were_never_accepted_go_at_the_next_start(
+    tmp_path: Path,
+) -> None:
+    """A kill between the writing of a picture and the commit of its job."""
+    root = tmp_path / "root"
+    with serving(root) as served:
+        kept = served.until_ended(served.create()["id"])["id"]
+        served.end()
+    lost, others = root / "jobs" / f"video_{0:032x}", root / "jobs" / "notes"
+    for folder in (lost, others):
+        folder.mkdir()
+        (folder / "picture").write_text("a picture")
+    with serving(root):
+        assert {path.name for path in (root / "jobs").iterdir()} == {kept, "notes"}
+
+
 def test_files_that_a_killed_removal_left_go_at_the_next_start(tmp_path: Path) -> None:
     root = tmp_path / "root"
     with serving(root) as served:
@@ -209,3 +239,29 @@ def test_files_that_a_killed_removal_left_go_at_the_next_start(tmp_path: Path) -
         wait_until_ready(served)
         assert served.error("GET", f"/v1/videos/{video['id']}")[0] == 404
         assert list((root / "jobs").iterdir()) == []
+
+
+def test_a_worker_that_is_told_to_end_while_it_is_started_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen: it was waited for as long as one that does not end, and killed."""
+    settings = Settings(
+        model=tmp_path,
+        root=tmp_path,
+        presets={},
+        grace_seconds=1e6,
+        worker=(sys.executable, FAKE_WORKER),
+    )
+    supervisor = Supervisor(settings, Store(tmp_path / "queue.sqlite"), lambda text: None)
+    (worker,) = supervisor.workers
+    start = asyncio.create_subprocess_exec
+
+    async def stopped_meanwhile(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(*command, **options)
+        worker.stop()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", stopped_meanwhile)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    asyncio.run(asyncio.wait_for(worker.run(), PATIENCE))
+    assert worker.pid is None
