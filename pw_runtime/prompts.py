@@ -22,6 +22,7 @@ SOURCE_KEYS = ("image", "draft_video")
 SAFE_ID = re.compile(r"(?!\.)[^/\\\t\n\u2028\u2029]+")
 MAX_ID_BYTES = 200  # file systems take 255, and we add endings
 MAX_FILE_BYTES = 256 * 2**20
+_OTHER_FORMATS = (".json", ".csv", ".tsv")
 MAX_CHARACTERS = 100_000  # of a prompt; the text encoders see about a thousand of them
 
 
@@ -54,7 +55,14 @@ def read_prompts(
             wanted="one prompt per line",
             do="write prompts into it, or give --prompt TEXT",
         )
-    as_json = path.suffix == ".jsonl" or filled[0][1].startswith("{")
+    as_json = path.suffix.lower() == ".jsonl" or filled[0][1].startswith("{")
+    if not as_json and (path.suffix.lower() in _OTHER_FORMATS or _is_json_list(lines)):
+        raise BadRequest(
+            f"{path} is a table or a list, whose lines are not prompts",
+            got=f"a first line of {printable(filled[0][1])[:40]!r}",
+            wanted='one prompt per line, or one JSON object per line such as {"text": "a cat"}',
+            do="save it in one of these forms, as .txt or .jsonl",
+        )
     unused: dict[str, None] = {}
     prompts = [
         _from_json(line, number, path, unused) if as_json else Prompt(id=str(number), text=line)
@@ -64,6 +72,14 @@ def read_prompts(
         names = ", ".join(printable(name) for name in unused)
         notice(f"{path} has keys that are not used: {names}")
     return _numbered(prompts)
+
+
+def _is_json_list(lines: Sequence[str]) -> bool:
+    """Tell whether a text that begins like a JSON list is one."""
+    try:
+        return isinstance(parse_json("\n".join(lines)), list)
+    except UnreadableInput:
+        return False
 
 
 def make_prompts(pairs: list[tuple[str, str]]) -> tuple[Prompt, ...]:

@@ -129,7 +129,7 @@ def pick_compiler(backend: str, frontend: FrontEnd | None, device: torch.device)
 
     Raises BadRequest with the reason if the compiler is not available.
     """
-    if frontend is not None and backend in ("aoti", "openvino"):
+    if frontend is not None and backend not in ("auto", "tensorrt"):
         raise BadRequest(
             "--frontend is an option of TensorRT",
             got=f"--frontend {frontend} with --backend {backend}",

@@ -78,6 +78,9 @@ _CHECKPOINT_MARKS = (
     "config.json",
     "Wan2.2_VAE.pth",
     "models_t5_umt5-xxl-enc-bf16.pth",
+    "transformer",
+    "diffusion_models",
+    "split_files",
 )
 _HASH_THREADS = 8
 
@@ -404,5 +407,6 @@ def _no_bundle(path: Path, error: UnreadableInput) -> BadWeights:
         f"there is no bundle at {path}",
         got=f"{MANIFEST}: {error}",
         wanted="a bundle created by `pw convert`",
-        do=f"check the path, or run `pw convert --wan CHECKPOINT --out {path}`",
+        do="check the path, or run `pw convert --wan CHECKPOINT --out "
+        f"{'BUNDLE' if os.path.lexists(path) else path}`",
     )

@@ -108,7 +108,7 @@ def build(**options: Any) -> int:
     preset = None
     if options["preset"] is not None:
         preset = preset_of(options)
-    elif given := [name for name in ("changes", "size", "frames") if options[name]]:
+    elif given := [x for x in ("changes", "size", "frames") if options[x] not in (None, ())]:
         option = given[0].replace("changes", "set")
         raise BadRequest(f"--{option} changes a preset, and none is named", do="add --preset NAME")
     chunk, folder, blocks = options["chunk"], options["onnx_only"], options["blocks"]

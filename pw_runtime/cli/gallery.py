@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -81,12 +82,39 @@ def gallery(count: int, **options: Any) -> int:
                 got="--draft-strength 0",
                 do="add for instance --draft-strength 0.8, or go on from the video: `pw upscale`",
             )
-        return replace(request, prompts=numbered_drafts(request.prompts, count))
+        request = replace(request, prompts=numbered_drafts(request.prompts, count))
+        _require_sheet(request)
+        return request
 
     def then(request: Request, outcomes: Sequence[Outcome], reporter: Reporter) -> None:
         _show(request, outcomes, reporter, options)
 
     return make_clips("gallery", {**options, **OF_GALLERY}, read, then)
+
+
+def _require_sheet(request: Request) -> None:
+    """Raise BadRequest where the sheet of drafts would replace what is not of this run."""
+    from pw_runtime.job.latents import SUFFIX
+    from pw_runtime.system.atomic_files import require_replaceable
+
+    sheet = request.out / SHEET
+    if not os.path.lexists(sheet):
+        return
+    sources = {path.resolve() for prompt in request.prompts for path in prompt.sources.values()}
+    if sheet.resolve() in sources:
+        raise BadRequest(
+            f"the sheet of drafts would replace {sheet}, which drafts start from",
+            do="choose another --out",
+        )
+    require_replaceable(sheet)
+    drafts = {x.name.removesuffix(SUFFIX) for x in request.out.glob(f"*{SUFFIX}")}
+    others = sorted(drafts - {prompt.id for prompt in request.prompts})
+    if others and not request.overwrite:
+        raise BadRequest(
+            f"{sheet} is of an earlier gallery, and would show the drafts of this run alone",
+            got=f"{request.out} with {', '.join(others[:8])}" + ", ..." * (len(others) > 8),
+            do="choose another --out, or --overwrite replaces the sheet",
+        )
 
 
 def _show(
@@ -193,7 +221,7 @@ def _preset(options: dict[str, Any], made_for: Preset) -> Preset:
     """
     if options["preset"] is not None:
         return preset_of(options)
-    if given := [name for name in ("changes", "size", "frames") if options[name]]:
+    if given := [x for x in ("changes", "size", "frames") if options[x] not in (None, ())]:
         option = given[0].replace("changes", "set")
         raise BadRequest(f"--{option} changes a preset, and none is named", do="add --preset NAME")
     if made_for.highres is None:

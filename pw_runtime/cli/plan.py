@@ -34,6 +34,7 @@ from pw_runtime.cli.options import (
     vae_precision_option,
 )
 from pw_runtime.cli.plan_devices import Devices, ranks_and_memory, rates_of
+from pw_runtime.cli.request import require_lora_stages
 from pw_runtime.cli.sizes import preset_of, size_options
 from pw_runtime.cli.source_options import source_options
 from pw_runtime.cli.trained_size import untrained
@@ -102,10 +103,9 @@ def plan(**options: Any) -> int:
         require_attention_precision,
         require_exact_attention,
     )
-    from pw_runtime.execution.sparse_stage import require_sparse_attention
-    from pw_runtime.job.checks import default_precision
+    from pw_runtime.job.checks import check_content, default_precision, require_divisible
     from pw_runtime.job.source_size import size_of_sources
-    from pw_runtime.job.sources import read_sources, require_usable_sources
+    from pw_runtime.job.sources import read_sources
     from pw_runtime.models.quantized_linear import require_quantizable
     from pw_runtime.planning.candidates import candidates
     from pw_runtime.planning.plan_document import plan_document
@@ -115,8 +115,6 @@ def plan(**options: Any) -> int:
     from pw_runtime.planning.time_estimate import measure_rates
     from pw_runtime.planning.workload import budget_of, everything, request_workload
     from pw_runtime.presets import preset_name
-    from pw_runtime.sampling.guidance_reuse import require_reusable
-    from pw_runtime.sampling.step_cache import require_cacheable
 
     ranks, gpu_memory = ranks_and_memory(options)
     budgeted = gpu_memory is not None
@@ -148,15 +146,14 @@ def plan(**options: Any) -> int:
         draft_strength=options["draft_strength"],
     )
     request = Request(prompts=(prompt,), preset=preset, out=Path(), options=run_options)
-    require_usable_sources(request)
+    check_content(request)
+    if ranks > 1:
+        require_divisible(run_options, divide_weights=False)
     require_attention_precision(run_options.blocks, precision)
-    require_sparse_attention(run_options, preset)
-    stages = preset.stages(draft_only=run_options.draft_only)
-    require_reusable(stages.get("highres"), run_options.guidance_reuse)
+    require_lora_stages(options, request)
     loras = _loras(networks, options)
     needed = everything(request)
     work = request_workload(networks, request, loras=loras, ranks=ranks, needed=needed)
-    require_cacheable(work.preset.draft, run_options.step_cache)
     if options["gpu"] is not None:
         work = replace(work, rates=rates_of(options))
     budget = budget_of(device, gpu_memory, options["host_memory"], ranks=ranks)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -115,8 +117,14 @@ def read_drafts(names: Sequence[str], folder: Path | None) -> Drafts:
 
 
 def _latents_of(name: str, folder: Path | None) -> Path:
+    if name.endswith(SUFFIX) and (folder is None or Path(name).parent in (Path(), folder)):
+        return Path(name) if folder is None else folder / Path(name).name
     if name.endswith(SUFFIX):
-        return Path(name)
+        raise BadRequest(
+            f"{name} is not in the folder of --drafts",
+            got=f"--drafts {folder}",
+            do="leave --drafts out, or give the id alone",
+        )
     if folder is None:
         raise BadRequest(
             f"{name} is no latents file, and no folder is named in which it could be an id",
@@ -124,8 +132,11 @@ def _latents_of(name: str, folder: Path | None) -> Path:
             do="add --drafts FOLDER, or give the path of its latents file",
         )
     path = folder / f"{name}{SUFFIX}"
-    if not path.is_file():
-        there = sorted(x.name.removesuffix(SUFFIX) for x in folder.glob(f"*{SUFFIX}"))
+    if not os.path.isfile(path):
+        names: list[str] = []
+        with suppress(OSError):  # no such folder, or none that may be read
+            names = os.listdir(folder)
+        there = sorted(x.removesuffix(SUFFIX) for x in names if x.endswith(SUFFIX))
         raise BadRequest(
             f"there is no draft {name} in {folder}",
             got=f"no {path.name}",

@@ -95,8 +95,14 @@ _STORED: Final[dict[str, type | tuple[type, ...]]] = {
 }
 
 
-def read_receipt(path: Path) -> dict[str, Any]:
+def read_receipt(
+    path: Path, do: str = "make the clip again with --overwrite, or remove the receipt"
+) -> dict[str, Any]:
     """Return the content of a receipt, its fields of the right types.
+
+    Args:
+        path: of the receipt.
+        do: what the user can do where it is none.
 
     Raises BadRequest where it is damaged, none, or of a later version.
     """
@@ -113,7 +119,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
             f"{path} is not the receipt of a clip",
             got=error,
             wanted=f"a receipt of `pw generate`, format 1 to {FORMAT}",
-            do="make the clip again with --overwrite, or remove the receipt",
+            do=do,
         ) from error
     return content
 

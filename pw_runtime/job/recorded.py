@@ -96,7 +96,7 @@ _FIELDS: Final = frozenset(Recorded.__dataclass_fields__) - {"receipt"}
 
 def read_recorded(path: Path) -> Recorded:
     """Read a receipt of any format. Raises BadRequest where it is none, damaged or a later one."""
-    receipt = read_receipt(path)
+    receipt = read_receipt(path, "check the path: give the receipt of a clip, <id>.json beside it")
     content = with_order({name: receipt[name] for name in _FIELDS & receipt.keys()})
     try:
         recorded = _RECORDED.validate_python(content)

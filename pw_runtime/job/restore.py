@@ -78,7 +78,8 @@ def take_draft(clip: Clip, folder: Path, bundle: Bundle) -> None:
         raise OtherDraft(
             f"{path} is the draft of another clip than prompt {clip.prompt.id}",
             got="; ".join(differing),
-            do="give the preset and the options that it was made with, or leave --drafts out",
+            do="give the preset, the options and the pictures or videos that it was made with, or "
+            "make the draft again",
         )
     given, noise = clip.request.noise, clip.noise.get("draft")
     same_noise = stored.noise_file is None

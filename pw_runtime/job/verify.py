@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def find_clips(path: Path) -> list[ClipFiles]:
 
     Raises BadRequest where `path` is neither, and for a folder without clips.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         clips = _clips_of(path)
         if not clips:
             raise BadRequest(
@@ -98,17 +99,14 @@ def find_clips(path: Path) -> list[ClipFiles]:
             )
         return clips
     endings = (*LEFT, *CLIPS, RECEIPT)
-    ending = next((x for x in endings if path.name.endswith(x) and path.name != x), None)
-    if not path.is_file() or ending is None:
+    named = any(path.name.endswith(x) and path.name != x for x in endings)
+    if not (os.path.isfile(path) and named):
         raise BadRequest(
             f"{path} is no clip and no receipt",
-            got="another kind of file" if path.exists() else "no such file",
+            got="another kind of file" if os.path.exists(path) else "no such file",
             wanted=f"a file ending in {', '.join((*CLIPS, RECEIPT))}, or a folder of them",
         )
-    found = path.name.removesuffix(ending)
-    folder = path.parent
-    (clip,) = [clip for clip in _clips_of(folder, path.name) if clip.id == found]
-    return [clip]
+    return [clip for clip in _clips_of(path.parent, path.name) if path.name in clip.names]
 
 
 def _clips_of(folder: Path, also: str | None = None) -> list[ClipFiles]:

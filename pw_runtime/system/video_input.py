@@ -69,9 +69,10 @@ def decoded_facts(path: Path) -> VideoFacts:
 @contextmanager
 def opened(path: Path, do: str = _DO) -> Iterator[av.container.InputContainer]:
     """Open a video inside the block. Raises BadRequest, with `do`, where it is none or damaged."""
-    if not path.is_file():
+    if not os.path.isfile(path):
+        there = os.path.exists(path)
         raise BadRequest(
-            f"{path} is not a video", got="no regular file" if path.exists() else "no file", do=do
+            f"{path} is not a video", got="no regular file" if there else "no file", do=do
         )
     try:
         with av.open(os.fspath(path)) as container:

@@ -65,6 +65,16 @@ def test_published_checkpoint_is_recognised(checkpoint: Checkpoint) -> None:
         open_bundle(checkpoint.base)
 
 
+def test_no_advice_names_a_folder_that_exists_as_the_new_one(tmp_path: Path) -> None:
+    """`pw convert` refuses it, and says that it may be removed."""
+    with pytest.raises(BadWeights) as caught:
+        open_bundle(tmp_path)
+    assert "--out BUNDLE" in str(caught.value)
+    (tmp_path / "split_files").mkdir()
+    with pytest.raises(BadWeights, match="published checkpoint, not a bundle"):
+        open_bundle(tmp_path)
+
+
 def test_checkpoint_file_is_no_bundle(checkpoint: Checkpoint) -> None:
     with pytest.raises(BadWeights, match=r"no bundle at .*highres\.pt[\s\S]*pw convert"):
         open_bundle(checkpoint.highres)

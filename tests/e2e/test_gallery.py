@@ -137,6 +137,37 @@ def test_drafts_without_a_high_res_stage_are_finished_at_a_preset_that_is_named(
     assert pw(*finish, "--preset", preset).code == 0
 
 
+def test_a_sheet_of_other_drafts_or_a_source_is_not_replaced(
+    gallery: Callable[..., Ended], tmp_path: Path
+) -> None:
+    assert gallery().code == 0
+    sheet = tmp_path / "drafts" / "gallery.png"
+    content = sheet.read_bytes()
+    others = gallery("--prompt", "a third prompt", "--count", "1")
+    assert others.code == 2
+    assert "would show the drafts of this run alone" in others.err
+    assert "0-2, 1-2" in others.err
+    source = gallery("--image", sheet)
+    assert source.code == 2
+    assert "which drafts start from" in source.err
+    assert sheet.read_bytes() == content
+    assert gallery("--count", "3").code == 0  # of the same prompts: those that there are, and more
+    assert sheet.read_bytes() != content
+
+
+def test_a_draft_may_be_named_by_its_file(gallery: Callable[..., Ended], tmp_path: Path) -> None:
+    assert gallery().code == 0
+    drafts = tmp_path / "drafts"
+    name = "0-1.latents.safetensors"
+    by_id, by_name, by_path = (
+        read_drafts([given], folder)
+        for given, folder in (("0-1", drafts), (name, drafts), (str(drafts / name), None))
+    )
+    assert by_id == by_name == by_path
+    with pytest.raises(BadRequest, match=r"is not in the folder of --drafts"):
+        read_drafts([f"elsewhere/{name}"], drafts)
+
+
 def test_what_cannot_be_finished_is_refused(
     gallery: Callable[..., Ended], pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path
 ) -> None:

@@ -71,7 +71,7 @@ def test_a_picture_of_anyone_is_not_replaced(
 ) -> None:
     """A prompt's picture may lie in the output folder, with the prompt's id as its name."""
     mine = tmp_path / "0.png"
-    Image.new("RGB", (8, 8)).save(mine)
+    Image.new("RGB", (64, 64)).save(mine)
     content = mine.read_bytes()
     refused = generate(tmp_path, "--frames", "1")
     assert refused.code == 2
@@ -79,6 +79,12 @@ def test_a_picture_of_anyone_is_not_replaced(
     assert mine.read_bytes() == content
     assert generate(tmp_path).code == 0  # an mp4 is beside it
     assert mine.read_bytes() == content
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    picture = mine.rename(begun / "0.png")
+    for _ in range(2):  # an mp4 may begin with it, and is found again
+        assert generate(begun, "--image", picture).code == 0
+        assert picture.read_bytes() == content
 
 
 def test_a_damaged_picture_or_its_damaged_receipt_is_told(

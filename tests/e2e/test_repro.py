@@ -271,3 +271,12 @@ def test_only_what_comes_before_the_first_difference_explains_it(
     difference = Difference(name=name, then=1, now=2)
     every: tuple[Level, ...] = ("latents", "frames", "file", "unknown")
     assert {level for level in every if can_explain(difference, level)} == levels
+
+
+def test_a_clip_in_place_of_its_receipt_is_told_so(pw: Pw, clips: Path, bundle_dir: Path) -> None:
+    """Seen: the advice to remove the clip."""
+    for path in (clips / "b.mp4", clips / "none.json"):
+        ended = pw("repro", path, "--model", bundle_dir)
+        assert ended.code == 2
+        assert "give the receipt of a clip" in ended.err
+        assert "remove" not in ended.err

@@ -198,3 +198,13 @@ def test_unusable_arguments_are_bad_input(pw: Pw, tmp_path: Path, argument: str)
 def test_a_clip_named_twice_is_checked_once(pw: Pw, clips: Path) -> None:
     ended = pw("verify", clips / "c.mp4", clips / "c.json", clips)
     assert ended.out.splitlines()[-1] == "2 clips checked: nothing is missing or altered"
+
+
+def test_the_partial_video_of_a_run_is_named_by_itself_too(pw: Pw, tmp_path: Path) -> None:
+    """As by a shell that was given clips/*.mp4."""
+    partial = tmp_path / "e.partial.mp4"
+    partial.write_bytes(b"half")
+    ended = pw("verify", partial)
+    assert ended.code == 3, ended.err
+    assert "unfinished" in ended.out
+    assert "Traceback" not in ended.err

@@ -189,6 +189,8 @@ def test_a_front_end_asks_for_tensorrt() -> None:
         pick_compiler("auto", "torch-tensorrt", CPU)
     with pytest.raises(BadRequest, match=r"--frontend onnx with --backend aoti"):
         pick_compiler("aoti", "onnx", CPU)
+    with pytest.raises(BadRequest, match="--frontend onnx with --backend tensorrt-rtx"):
+        pick_compiler("tensorrt-rtx", "onnx", CPU)
 
 
 @pytest.mark.parametrize(

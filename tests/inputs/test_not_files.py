@@ -8,6 +8,7 @@ import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from pw_bench.clips.compare import find_pairs
 from pw_bench.results import read_result
 from pw_runtime.checkpoint.bundle import check_tensors, open_bundle, verify
 from pw_runtime.errors import BadRequest, PixelWizardError, WriteFailed
+from pw_runtime.job.checks import pick_device
+from pw_runtime.job.drafts import read_drafts
 from pw_runtime.job.latents import read_provenance
 from pw_runtime.job.receipt import read_receipt
 from pw_runtime.job.sources import source_of
+from pw_runtime.job.verify import find_clips
 from pw_runtime.presets import read_preset
 from pw_runtime.prompts import read_prompts
 from pw_runtime.sampling.noise import load_noise
@@ -29,6 +33,7 @@ from pw_runtime.system.atomic_files import (
     write_text,
 )
 from pw_runtime.system.folder_lock import NAME, locked_folder
+from pw_runtime.system.video_input import count_frames
 from tests.inputs.small_files import PRESET
 
 Make = Callable[[Path], None]
@@ -213,3 +218,34 @@ def test_the_file_that_a_lock_link_names_is_not_emptied(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="which is a link"), locked_folder(tmp_path):
         raise AssertionError
     assert (tmp_path / "letter").read_text() == "text"
+
+
+@pytest.mark.parametrize("name", ["cuda:128", "cuda:256", "cpu:1", "cpu:0"])
+def test_a_device_that_torch_takes_for_another_is_unknown(name: str) -> None:
+    """Its numbers have 8 bits: cuda:256 is cuda:0 there."""
+    with pytest.raises(BadRequest, match=f"unknown device[\\s\\S]*{name}"):
+        pick_device(name)
+
+
+def test_paths_that_may_not_be_looked_up_are_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As below another user's folder, where Path.exists raises."""
+    closed = tmp_path / "closed"
+    real = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if isinstance(path, str | Path) and str(path).startswith(str(closed)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    clip = closed / "0.mp4"
+    for look in (
+        lambda: find_clips(clip),
+        lambda: find_pairs(clip, clip),
+        lambda: read_drafts(["0-1"], closed),
+        lambda: count_frames(clip),
+    ):
+        with pytest.raises(BadRequest):
+            look()

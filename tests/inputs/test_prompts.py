@@ -156,3 +156,26 @@ def test_keys_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     prompts = read_prompts(file, told.append)
     assert [prompt.text for prompt in prompts] == ["a cat", "a dog"]
     assert told == [f"{file} has keys that are not used: seed, caption"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.json", '[\n{"id": "a", "text": "x"}\n]'),
+        ("p.txt", '[{"id": "a", "text": "x"},\n {"id": "b", "text": "y"}]'),
+        ("p.csv", "id,prompt\na,a cat"),
+        ("P.TSV", "a\ta cat"),
+    ],
+)
+def test_a_table_or_a_list_is_no_file_of_prompts(tmp_path: Path, name: str, content: str) -> None:
+    """Seen: a clip of each bracket."""
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(BadRequest, match="is a table or a list"):
+        read_prompts(path)
+
+
+def test_a_prompt_may_begin_with_a_bracket(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("[close up] a cat\n[wide] a dog")
+    assert [prompt.text for prompt in read_prompts(path)] == ["[close up] a cat", "[wide] a dog"]

@@ -339,7 +339,8 @@ def test_the_ranks_of_a_benchmark_settle_on_the_kernels_and_the_attention_of_a_c
         return nullcontext()
 
     def generate(request: Request, bundle: object, ranks: object) -> None:
-        receipt = {"peak_memory_bytes": {}, "plan": {"decisions": []}, "fallbacks": []}
+        settled = {"conv": "auto", "kernels": "triton", "attention": "cudnn"}
+        receipt = {"peak_memory_bytes": {}, "plan": {"decisions": []}, "options": settled}
         (request.out / "clip.json").write_text(json.dumps(receipt))
 
     monkeypatch.setattr(take_part_module, "computing", computing)
