@@ -56,7 +56,13 @@ class MissingPackage(PixelWizardError):
 
 
 class WriteFailed(PixelWizardError):
-    """The disk or the encoder refused a file; nothing stands under its final name."""
+    """The disk or the encoder refused a file; nothing stands under its final name.
+
+    Attributes:
+        disk_full: for want of room.
+    """
+
+    disk_full = False
 
 
 class Cancelled(PixelWizardError):

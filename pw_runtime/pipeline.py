@@ -166,6 +166,7 @@ def denoise_drafts(run: Run) -> None:
                     strength=run.request.options.draft_strength,
                 )
                 clip.begun = None
+                clip.chunks.add(run.fallback.plan.transformers["draft"].chunk)
                 clip.draft = latent.on_host()
                 del latent  # the clip alone decides how long it is kept
                 run.save_latents(clip)
@@ -187,6 +188,7 @@ def denoise_highres_clips(run: Run) -> None:
                 steps = (step.advance, reuse, run.step_log(clip, "highres", step))
                 fixed = clip.fixed_for("highres")
                 latent = transformer.run(step, denoise_highres, *inputs, *steps, fixed)
+                clip.chunks.add(run.fallback.plan.transformers["highres"].chunk)
                 clip.highres = latent
                 del latent
                 run.save_latents(clip)

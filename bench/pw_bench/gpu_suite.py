@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -26,6 +28,8 @@ from pw_bench.measure.interruption import REASON
 from pw_bench.results import read_result
 from pw_engines.child import child_environment
 from pw_runtime.errors import BadRequest
+
+SAVING: Final = 30.0  # seconds in which an interrupted part writes what it has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +144,10 @@ def _run_part(command: list[str]) -> int:
     with subprocess.Popen(command, env=child_environment()) as part:
         try:
             return part.wait()
-        except BaseException as error:
-            if not isinstance(error, KeyboardInterrupt):  # Ctrl-C reaches it by itself
+        except BaseException:
+            with suppress(subprocess.TimeoutExpired):  # of a terminal, the part got the signal, too
+                part.wait(SAVING)
+            if part.poll() is None:
                 part.terminate()
             part.wait()
             raise

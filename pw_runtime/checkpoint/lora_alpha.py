@@ -22,7 +22,7 @@ _PEFT: Final = "base_model.model."
 _PREFIX: Final = "transformer."
 # Ways of PEFT's to begin a training that subtract the first matrices from the network's weights.
 _OTHER_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_PATTERN: Final = re.compile(r"[\w.^$|\\*+-]{1,300}")  # no groups: repeats in repeats have no end
+_PATTERN: Final = re.compile(r"(?!.*\)[*+?])[\w.^$|\\*+?()\[\]-]{1,300}")  # no repeated groups
 _REPEATS: Final = 3
 
 
@@ -109,10 +109,10 @@ def _alpha(text: str, where: str) -> MetadataAlpha | None:
     try:
         for pattern in patterns:
             re.compile(pattern)
-            if not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > _REPEATS:
+            if not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+?")) > _REPEATS:
                 raise UnreadableInput(
                     f"{where} has the pattern {ascii(pattern)[:80]}, which may take for ever; "
-                    f"wanted names with dots, and at most {_REPEATS} repeats outside groups"
+                    f"wanted names, and at most {_REPEATS} of *, + and ?, none of a group"
                 )
     except re.error as error:
         raise UnreadableInput(f"{where} has a broken pattern: {error}") from error

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -108,6 +109,7 @@ def _require_sheet(request: Request) -> None:
         )
     require_replaceable(sheet)
     drafts = {x.name.removesuffix(SUFFIX) for x in request.out.glob(f"*{SUFFIX}")}
+    drafts = {name for name in drafts if re.fullmatch(r".+-\d+", name)}  # as galleries name them
     others = sorted(drafts - {prompt.id for prompt in request.prompts})
     if others and not request.overwrite:
         raise BadRequest(

@@ -13,6 +13,7 @@ import click
 
 from pw_runtime.cli.exit_codes import DONE, SOME_FAILED
 from pw_runtime.errors import BadRequest, PixelWizardError
+from pw_runtime.system.own_program import own_program
 
 if TYPE_CHECKING:
     import subprocess
@@ -140,7 +141,7 @@ def start_ranks(devices: Sequence[str]) -> int:
     threads = None
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, _cores() // len(devices))
-    program = [sys.executable, "-P", "-m", "pw_runtime", *sys.argv[1:]]
+    program = [*own_program("pw_runtime"), *sys.argv[1:]]
     with rank_processes(program, len(devices), threads=threads) as ranks:
         code = _ended(ranks[0])
     return 128 - code if code < 0 else code

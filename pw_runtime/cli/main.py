@@ -181,7 +181,8 @@ def _ending_on(*signals: signal.Signals) -> Iterator[None]:
     """Raise Terminated in the main thread on these signals, unless they are ignored (nohup)."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, pass_over)  # a second one must not interrupt the unwinding
+        for each in signals:  # a second one must not interrupt the unwinding
+            signal.signal(each, pass_over)
         raise Terminated(number)
 
     before = {number: signal.getsignal(number) for number in signals}

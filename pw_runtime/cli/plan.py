@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,8 @@ def plan(**options: Any) -> int:
         image_highres=options["image_highres"],
         draft_strength=options["draft_strength"],
     )
-    request = Request(prompts=(prompt,), preset=preset, out=Path(), options=run_options)
+    out = Path(os.devnull)  # where no file is: a plan has no output folder
+    request = Request(prompts=(prompt,), preset=preset, out=out, options=run_options)
     check_content(request)
     if ranks > 1:
         require_divisible(run_options, divide_weights=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,9 +17,10 @@ from typing import Any, Final
 
 from pw_runtime.errors import PixelWizardError
 from pw_runtime.fleet.messages import Ended, Event, Found, Order, Part
+from pw_runtime.system.own_program import own_program
 from pw_runtime.system.rank_processes import end_ranks, rank_processes
 
-PROGRAM: Final = (sys.executable, "-P", "-m", "pw_runtime.fleet.rank")
+RANK: Final = "pw_runtime.fleet.rank"
 
 
 class GroupLost(Exception):
@@ -75,7 +75,9 @@ class Group:
         """Start the ranks, pass on what they tell, and end them; they live as this thread does."""
         told: Event | None = None
         try:
-            with rank_processes(PROGRAM, self._size, threads=threads, piped=True) as ranks:
+            with rank_processes(
+                own_program(RANK), self._size, threads=threads, piped=True
+            ) as ranks:
                 self._ranks = ranks
                 self._found.set_result(self._answers(part))
                 for told in _received(ranks[0]):

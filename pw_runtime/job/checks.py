@@ -30,6 +30,7 @@ def pick_device(name: str) -> torch.device:
 
     Raises BadRequest for a device that is unknown or absent.
     """
+    name = str(name)  # of a torch.device, too
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -71,6 +71,7 @@ class Clip:
     highres: Latent | None = None
     kept: Path | None = None  # file with everything computed so far
     latents: Path | None = None  # the same, once it has the last stage's latent
+    chunks: set[int] = field(default_factory=set)  # tokens in a call, of stages that this run had
     resumed: bool = False  # `pw decode` finishes it from that file
     earlier: Provenance | None = None  # of the run of the same clip that this one goes on with
     filmstrips: tuple[Filmstrip, ...] = ()

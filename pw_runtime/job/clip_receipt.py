@@ -69,8 +69,7 @@ def write_clip_receipt(clip: Clip, loading: float, video: VideoFile, fallback: O
     # The transformers ran as the provenance says, the decoder as this run has it.
     ran = replace(provenance.options, vae_precision=options.vae_precision, conv=options.conv)
     # The planner may have given a stage fewer tokens in a call than were asked for.
-    chunks = {chosen.chunk for chosen in fallback.plan.transformers.values()} or {ran.chunk}
-    ways = [replace(ran, chunk=chunk) for chunk in sorted(chunks)]
+    ways = [replace(ran, chunk=chunk) for chunk in sorted(clip.chunks or {ran.chunk})]
     backends = {network: entry["backend"] for network, entry in provenance.engines.items()}
     receipt = Receipt(
         prompt=_recorded_prompt(provenance.prompt),

@@ -117,9 +117,12 @@ def read_drafts(names: Sequence[str], folder: Path | None) -> Drafts:
 
 
 def _latents_of(name: str, folder: Path | None) -> Path:
-    if name.endswith(SUFFIX) and (folder is None or Path(name).parent in (Path(), folder)):
-        return Path(name) if folder is None else folder / Path(name).name
     if name.endswith(SUFFIX):
+        parent = Path(name).parent
+        if folder is None:
+            return Path(name)
+        if parent == Path() or parent.resolve() == folder.resolve():
+            return folder / Path(name).name
         raise BadRequest(
             f"{name} is not in the folder of --drafts",
             got=f"--drafts {folder}",

@@ -20,7 +20,7 @@ from pw_runtime.system.sound_copy import find_sound, why_left_out
 from pw_runtime.system.video_source import examine_video
 from pw_runtime.types import PATCH, VAE_STRIDE, Prompt, Request, Source
 
-_MADE: Final = (".mp4", ".mkv", ".partial.mp4")  # endings of what a clip becomes
+_MADE: Final = (".mp4", ".mkv", ".png", ".partial.mp4")  # endings of what a clip becomes
 
 
 def read_sources(prompts: Iterable[Prompt]) -> Mapping[Path, Source]:
@@ -126,12 +126,12 @@ def require_usable_sources(request: Request) -> None:
             "the video is the draft, and the preset has no high-res stage that would go on from it",
             do="choose another preset, or give a --draft-strength above 0",
         )
-    endings = (*_MADE, ".png") if request.options.codec == "png" else _MADE
     for prompt in prompts:
         for path in prompt.sources.values():
-            if path.resolve() in {(request.out / f"{prompt.id}{x}").resolve() for x in endings}:
+            if path.resolve() in {(request.out / f"{prompt.id}{x}").resolve() for x in _MADE}:
                 raise BadRequest(
-                    f"the clip of prompt {prompt.id} would replace {path}, which it starts from",
+                    f"{path} has the name of a clip of prompt {prompt.id}, which starts from it",
+                    got=f"--out {request.out}",
                     do="choose another --out",
                 )
     given = not strength and any(prompt.draft_video for prompt in prompts)

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
-
-from pw_runtime.errors import WriteFailed
-from pw_runtime.system.atomic_files import require_room
+from typing import Final, Literal
 
 ROOM: Final = 2**30  # bytes without which a disk counts as full, once it has refused a file
+Room = Literal["free", "with its files", "none"]
 LONGEST_PAUSE: Final = 60.0  # seconds
 
 
@@ -31,12 +30,18 @@ class DiskRoom:
         self._first = self._pause = pause
         self._refused = asyncio.Event()
 
-    async def refused(self, reason: str) -> bool:
-        """Take in that a file was refused; return whether there is room all the same."""
-        lack = await asyncio.to_thread(self._lack)
-        self.trouble = lack or reason
+    async def refused(self, unfinished: int) -> Room:
+        """Take in that a job was refused a file for want of room; return where there is room.
+
+        Args:
+            unfinished: bytes of the job's files, which could be removed.
+        """
+        free = await asyncio.to_thread(self._free)
+        self.trouble = f"a job found the disk full; {free / 2**30:.2f} GiB are free"
         self._refused.set()
-        return lack is None
+        if free >= ROOM:
+            return "free"
+        return "with its files" if free + unfinished >= ROOM else "none"
 
     def taken(self) -> None:
         """Take in that the files of a job were taken: the next look for room comes soon again."""
@@ -46,20 +51,19 @@ class DiskRoom:
         """Look for room after every refusal, ever more rarely while there is none."""
         while True:
             await self._refused.wait()
-            self._say(f"no job is begun until there is room on the disk: {self.trouble}")
-            lack: str | None = ""
-            while lack is not None:
+            self._say(f"no job is begun until {ROOM / 2**30:g} GiB are free: {self.trouble}")
+            free = 0
+            while free < ROOM:
                 await asyncio.sleep(self._pause)
                 self._pause = min(2 * self._pause, LONGEST_PAUSE)
-                lack = await asyncio.to_thread(self._lack)
-                self.trouble = lack
+                free = await asyncio.to_thread(self._free)
+            self.trouble = None
             self._refused.clear()
             self._found()
 
-    def _lack(self) -> str | None:
-        """Return how much room is free and how much is wanted; None where there is enough."""
+    def _free(self) -> int:
+        """Return the bytes that are free; none where the disk is gone."""
         try:
-            require_room(self._root, ROOM)
-        except WriteFailed as error:
-            return str(error)
-        return None
+            return shutil.disk_usage(self._root).free
+        except OSError:
+            return 0

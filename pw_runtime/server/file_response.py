@@ -41,5 +41,5 @@ def _refusal(status: int, headers: Headers) -> ApiError:
         message = "Range is malformed, wanted bytes=FIRST-LAST"
         return ApiError(status, "invalid_range", message, param="range")
     message = f"Range is beyond the end of the file, which has {length.rpartition('/')[2]} bytes"
-    told = {"content-range": length}
+    told = {"content-range": f"bytes */{length.rpartition('/')[2]}"}  # some versions lack the unit
     return ApiError(status, "range_not_satisfiable", message, param="range", headers=told)

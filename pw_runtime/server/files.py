@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
@@ -28,9 +28,17 @@ def folder_of(root: Path, job_id: str) -> Path:
     return root / "jobs" / job_id
 
 
-def job_ids(root: Path) -> list[str]:
-    """Return the ids of all jobs that have a folder."""
-    return [path.name for path in (root / "jobs").iterdir() if ID.fullmatch(path.name)]
+def never_accepted(root: Path, accepted: Collection[str]) -> list[str]:
+    """Return the ids of folders of requests that a kill cut short before they were accepted.
+
+    They have a picture or nothing. Others without a record are of a queue that was lost.
+    """
+    folders = [path for path in (root / "jobs").iterdir() if ID.fullmatch(path.name)]
+    return [
+        path.name
+        for path in folders
+        if path.name not in accepted and all(PICTURE in file.name for file in path.iterdir())
+    ]
 
 
 def content(root: Path, job: Job, variant: Variant) -> Path:
@@ -103,12 +111,21 @@ def _link(source: Path, target: Path) -> None:
 
 def size_of(root: Path, job_id: str) -> int:
     """Return the bytes of a job's files."""
+    return _bytes_below(folder_of(root, job_id))
+
+
+def _bytes_below(folder: Path) -> int:
     total = 0
-    for path in folder_of(root, job_id).rglob("*"):
+    for path in folder.rglob("*"):
         with suppress(OSError):
             status = path.lstat()
             total += status.st_blocks * 512
     return total
+
+
+def unfinished_bytes(root: Path, job_id: str) -> int:
+    """Return the bytes of what `drop_unfinished` would remove, but for a draft."""
+    return _bytes_below(folder_of(root, job_id) / "final")
 
 
 def drop_unfinished(root: Path, job_id: str, *, draft_ready: bool) -> None:

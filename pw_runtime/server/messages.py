@@ -161,6 +161,7 @@ class Failed:
     code: str
     reason: str
     rss: int
+    disk_full: bool = False
     kind: Literal["failed"] = "failed"
 
 

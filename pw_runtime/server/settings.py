@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from pw_runtime.errors import BadRequest
 from pw_runtime.system.machine import available_memory_bytes
+from pw_runtime.system.own_program import own_program
 from pw_runtime.types import LoraFile, Preset, RunOptions, StageName
 
 TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
@@ -48,8 +49,7 @@ class Settings:
         hang_seconds: from the order to end a job until a worker that does not hear it is killed;
             longer than a block of the largest clip takes.
         backoff_seconds: before a worker that died is started again; doubles up to a minute.
-        worker: command of the worker program, to which the server's process id is added; -P, so
-            that it imports nothing from the current folder.
+        worker: command of the worker program, to which the server's process id is added.
     """
 
     model: Path
@@ -67,7 +67,9 @@ class Settings:
     grace_seconds: float = 15.0
     backoff_seconds: float = 1.0
     hang_seconds: float = 600.0
-    worker: tuple[str, ...] = (sys.executable, "-P", "-m", "pw_runtime.server.worker")
+    worker: tuple[str, ...] = field(
+        default_factory=partial(own_program, "pw_runtime.server.worker")
+    )
 
     @property
     def model_name(self) -> str:

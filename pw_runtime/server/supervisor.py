@@ -85,9 +85,8 @@ class Supervisor:
         for job in await asyncio.to_thread(self._store.being_removed):
             await self._erase(job.id)
         accepted = await asyncio.to_thread(self._store.ids)
-        for job_id in await asyncio.to_thread(files.job_ids, self._settings.root):
-            if job_id not in accepted:  # a kill came before its record
-                await self._erase(job_id)
+        for job_id in await asyncio.to_thread(files.never_accepted, self._settings.root, accepted):
+            await self._erase(job_id)
         self._tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
         self._tasks.append(asyncio.create_task(self._retain()))
         self._tasks.append(asyncio.create_task(self._room.watch()))
@@ -181,6 +180,9 @@ class Supervisor:
             self.hub.changed(job_id)
             return
         job = self._store.get(job_id)
+        if job is not None and job.status == "queued":  # again, since it could not be ended
+            await self.end_early(job_id, code, message, wait)
+            return
         if job is None or job.status != "in_progress":
             return
         ending = self._ending.setdefault(job_id, _Ending(code, message, asyncio.Event()))
@@ -270,9 +272,13 @@ class Supervisor:
         elif isinstance(event, Made):
             self._room.taken()
             await self._end(job)
-        elif isinstance(event, Failed) and event.code == "write_failed":
-            has_room = await self._room.refused(event.reason)
-            await self._try_again(job, event.code, event.reason, counted=has_room)
+        elif isinstance(event, Failed) and event.disk_full:
+            self._say(f"{job.id} was refused a file: {event.reason}")
+            its = await asyncio.to_thread(files.unfinished_bytes, self._settings.root, job.id)
+            room = await self._room.refused(its)
+            if room == "with its files":
+                await self._drop_unfinished(job.id)
+            await self._try_again(job, event.code, event.reason, counted=room != "none")
         elif isinstance(event, Failed):
             await self._end(job, code=event.code, message=event.reason)
         elif isinstance(event, Ceased) and ending is not None:

@@ -15,7 +15,7 @@ import threading
 import traceback
 from typing import BinaryIO
 
-from pw_runtime.errors import PixelWizardError
+from pw_runtime.errors import PixelWizardError, WriteFailed
 from pw_runtime.server.messages import (
     Cancel,
     Ceased,
@@ -129,6 +129,7 @@ def _work(join: Join, orders: Orders, events: Events) -> int:
     )
     while (job := orders.next()) is not None:
         reason: tuple[str, str] | None = None
+        full = False
         weights: BadWeights | None = None
         try:
             maker.make(job, orders.stop_of(job))
@@ -140,6 +141,7 @@ def _work(join: Join, orders: Orders, events: Events) -> int:
             reason, weights = ("bad_weights", str(error)), error
         except PixelWizardError as error:
             reason = (_code(error), str(error))
+            full = isinstance(error, WriteFailed) and error.disk_full
         except Exception as error:
             traceback.print_exc()
             reason = ("internal", f"{type(error).__name__}: {error}")
@@ -148,7 +150,9 @@ def _work(join: Join, orders: Orders, events: Events) -> int:
             events.send(Made(job=job.job, rss=rss_bytes()))
         else:
             maker.recover()  # where that fails, this process ends, and another makes the job
-            events.send(Failed(job=job.job, code=reason[0], reason=reason[1], rss=rss_bytes()))
+            code, text = reason
+            ended = Failed(job=job.job, code=code, reason=text, rss=rss_bytes(), disk_full=full)
+            events.send(ended)
         if weights is not None:  # no job could be made with this model
             raise weights
     return 0

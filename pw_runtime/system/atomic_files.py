@@ -169,12 +169,14 @@ def require_room(folder: Path, num_bytes: int) -> None:
             f"{folder} cannot be used", got=error.strerror, do="create it again, or choose another"
         ) from error
     if free < needed:
-        raise WriteFailed(
+        lacking = WriteFailed(
             f"not enough room in {folder}",
             got=f"{_in_units(free)} free",
             wanted=_in_units(needed),
             do="free some space, or choose a folder on another disk",
         )
+        lacking.disk_full = True
+        raise lacking
 
 
 def _in_units(num_bytes: int) -> str:
@@ -280,7 +282,9 @@ def write_failed(path: Path, error: Exception) -> WriteFailed:
         remedy = "choose a place you may write to"
     else:
         remedy = "fix the cause and run the same command again"
-    return WriteFailed(f"cannot write {path}", got=reason, do=remedy)
+    failed = WriteFailed(f"cannot write {path}", got=reason, do=remedy)
+    failed.disk_full = number in (errno.ENOSPC, errno.EDQUOT)
+    return failed
 
 
 def _sync(path: Path) -> None:

@@ -132,11 +132,15 @@ def test_part_that_fails_is_reported_and_the_others_run(monkeypatch, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("signal", "told"),
-    [(KeyboardInterrupt(), ["wait", "wait"]), (Terminated(15), ["wait", "terminate", "wait"])],
+    ("signal", "got_it_too", "told"),
+    [
+        (KeyboardInterrupt(), True, ["wait", "wait in time", "wait"]),  # of a terminal
+        (Terminated(1), True, ["wait", "wait in time", "wait"]),
+        (Terminated(15), False, ["wait", "wait in time", "terminate", "wait"]),
+    ],
 )
 def test_part_that_runs_may_write_its_file_when_a_signal_ends_the_suite(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, signal: BaseException, told: list[str]
+    monkeypatch: pytest.MonkeyPatch, signal: BaseException, got_it_too: bool, told: list[str]
 ) -> None:
     """Seen: it was killed a quarter of a second after Ctrl-C, and its samples were lost."""
     heard: list[str] = []
@@ -149,11 +153,16 @@ def test_part_that_runs_may_write_its_file_when_a_signal_ends_the_suite(
 
         def __exit__(self, *_: object) -> None: ...
 
-        def wait(self) -> int:
-            heard.append("wait")
+        def wait(self, timeout: float | None = None) -> int:
+            heard.append("wait" if timeout is None else "wait in time")
             if len(heard) == 1:
                 raise signal
+            if timeout is not None and not got_it_too:
+                raise subprocess.TimeoutExpired("pw", timeout)
             return 130
+
+        def poll(self) -> int | None:
+            return 130 if got_it_too else None
 
         def terminate(self) -> None:
             heard.append("terminate")

@@ -304,7 +304,7 @@ def test_upscale_says_what_it_needs(
     )
     assert "several have the same" in pw(*same).err
     over = pw("upscale", video, *options, "--prompt", "a", "--out", tmp_path, "--overwrite")
-    assert "would replace" in over.err
+    assert "has the name of a clip" in over.err
     assert not (tmp_path / "x").exists()
 
 

@@ -200,7 +200,9 @@ def test_whatever_breaks_a_batch_of_several_ranks_loses_them_bad_input_apart(
 def test_a_rank_that_ends_before_it_has_joined_loses_the_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(group_module, "PROGRAM", (sys.executable, "-c", "raise SystemExit(7)"))
+    monkeypatch.setattr(
+        group_module, "own_program", lambda module: (sys.executable, "-c", "raise SystemExit(7)")
+    )
     group = Group(2, lambda event: None)
     with pytest.raises(GroupLost, match=r"rank 0 ended before it joined \(exit code 7\)"):
         group.join(PART)
@@ -216,7 +218,7 @@ def test_what_a_rank_cannot_do_is_raised_and_the_others_end(
         "pickle.load(sys.stdin.buffer); os.environ['RANK'] == '1' and time.sleep(600); "
         "pickle.dump(BadRequest('no such device'), sys.stdout.buffer)"
     )
-    monkeypatch.setattr(group_module, "PROGRAM", (sys.executable, "-c", refuses))
+    monkeypatch.setattr(group_module, "own_program", lambda module: (sys.executable, "-c", refuses))
     group = Group(2, lambda event: None)
     with pytest.raises(BadRequest, match="no such device"):
         group.join(PART)

@@ -188,7 +188,7 @@ def test_a_file_that_changes_nothing_is_refused(bundle_dir: Path, tmp_path: Path
         ),
         (
             {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {".*.*.*.*q": 8}},
-            "at most 3 repeats outside groups",
+            "at most 3 of *, + and ?",
         ),
         (
             {"transformer.lora_alpha": 8, "transformer.init_lora_weights": "pissa_niter_4"},

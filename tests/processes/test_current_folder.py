@@ -13,10 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import pw_runtime
 from pw_runtime.cli import launch
-from pw_runtime.fleet.group import PROGRAM
+from pw_runtime.fleet.group import RANK
 from pw_runtime.server.settings import Settings
 from pw_runtime.system import rank_processes
+from pw_runtime.system.own_program import own_program
 
 
 def command_of_ranks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -38,9 +40,10 @@ def command_of_ranks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_module_of_the_current_folder_is_not_run(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     command: Sequence[str] = {
         "worker of a server": Settings(model=tmp_path, root=tmp_path, presets={}).worker,
-        "rank of a fleet": PROGRAM,
+        "rank of a fleet": own_program(RANK),
         "rank": command_of_ranks(monkeypatch),
     }[program]
     for module in ("queue.py", "click.py"):
@@ -56,3 +59,18 @@ def test_a_module_of_the_current_folder_is_not_run(
         check=program == "rank",  # the others miss their orders
     )
     assert not (tmp_path / "taken").exists()
+
+
+def test_the_current_folder_counts_where_it_is_the_project(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may not be installed, and be found there alone."""
+    monkeypatch.chdir(Path(pw_runtime.__file__).parents[1])
+    ended = subprocess.run(
+        [*own_program("pw_runtime"), "--version"],
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        timeout=120,
+    )
+    assert "-P" not in own_program("pw_runtime")
+    assert ended.returncode == 0, ended.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pw_runtime.server.disk_room import ROOM
 from pw_runtime.server.messages import Failed, Fit, Ready
 from pw_runtime.server.settings import Settings
 from pw_runtime.server.store import Store
@@ -59,7 +60,7 @@ async def refuse_next(made: Supervisor) -> str:
     """Let the next job fail because its files are refused; return its id."""
     job = await made.next_job(made.workers[0])
     assert job is not None
-    failed = Failed(job=job.id, code="write_failed", reason=REASON, rss=0)
+    failed = Failed(job=job.id, code="write_failed", reason=REASON, rss=0, disk_full=True)
     await made.heard(job, failed, made.workers[0])
     return job.id
 
@@ -83,7 +84,7 @@ def test_without_room_every_job_waits_and_is_begun_when_there_is_some(
             disk.free = 2**20
             assert await refuse_next(supervisor) == new_job(1).id
             assert store.counts() == {"queued": 2}
-            assert "1.0 MiB free" in (supervisor.trouble or "")
+            assert "0.00 GiB are free" in (supervisor.trouble or "")
             assert await supervisor.next_job(supervisor.workers[0]) is None
             disk.free = 2**31
             await look_for_room(supervisor)
@@ -102,7 +103,7 @@ def test_a_job_that_is_refused_again_and_again_with_room_fails_and_the_next_is_b
             job = store.get(new_job(1).id)
             assert job is not None
             assert job.status == ("failed" if attempt == MOST_ATTEMPTS else "queued")
-            assert supervisor.trouble == REASON  # until the next look: it is not tried at once
+            assert supervisor.trouble is not None  # until the next look: it is not tried at once
             await look_for_room(supervisor)
         assert (job.error_code, job.error_message) == ("write_failed", REASON)
         following = await supervisor.next_job(supervisor.workers[0])
@@ -120,7 +121,50 @@ def test_a_server_that_waits_for_room_stops_at_once(
         supervisor.workers.clear()  # whose processes this is not about
         await supervisor.start()
         supervisor._room._pause = 1e6
-        await supervisor._room.refused(REASON)
+        await supervisor._room.refused(0)
         await asyncio.wait_for(supervisor.stop(), PATIENCE)
+
+    asyncio.run(run())
+
+
+def test_what_an_unfinished_job_has_filled_the_disk_with_is_removed_and_counted(
+    supervisor: Supervisor, store: Store, disk: Disk, tmp_path: Path
+) -> None:
+    """Else the queue would wait for ever for room that the job itself has."""
+    disk.free = ROOM - 2**20
+    final = tmp_path / "jobs" / new_job(1).id / "final"
+    final.mkdir(parents=True)
+    (final / "0.tiles").write_bytes(b"x" * 2**21)
+
+    async def run() -> None:
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            assert await refuse_next(supervisor) == new_job(1).id
+            job = store.get(new_job(1).id)
+            assert job is not None
+            assert job.status == ("failed" if attempt == MOST_ATTEMPTS else "queued")
+            assert not final.exists()
+            final.mkdir()
+            (final / "0.tiles").write_bytes(b"x" * 2**21)
+            disk.free = ROOM
+            await look_for_room(supervisor)
+            disk.free = ROOM - 2**20
+
+    asyncio.run(run())
+
+
+def test_a_job_whose_file_is_refused_for_another_reason_fails_and_nothing_waits(
+    supervisor: Supervisor, store: Store, disk: Disk
+) -> None:
+    """An encoder that fails, on a disk that happens to have little room."""
+
+    async def run() -> None:
+        job = await supervisor.next_job(supervisor.workers[0])
+        assert job is not None
+        failed = Failed(job=job.id, code="write_failed", reason=REASON, rss=0)
+        await supervisor.heard(job, failed, supervisor.workers[0])
+        assert supervisor.trouble is None
+        ended = store.get(job.id)
+        assert ended is not None
+        assert (ended.status, ended.error_code) == ("failed", "write_failed")
 
     asyncio.run(run())

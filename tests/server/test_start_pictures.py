@@ -20,7 +20,7 @@ from PIL import Image
 from starlette.requests import Request
 
 from pw_runtime.errors import WriteFailed
-from pw_runtime.server import files
+from pw_runtime.server import create_video, files
 from pw_runtime.server.create_video import read_body
 from pw_runtime.server.settings import Limits
 from pw_runtime.server.store import Store
@@ -163,6 +163,7 @@ def test_one_picture_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         await asyncio.gather(*(read_body(Request(scope, receive), Limits()) for _ in range(3)))
 
     monkeypatch.setattr(asyncio, "to_thread", decode)
+    monkeypatch.setattr(create_video, "_DECODING", asyncio.Lock())  # of another loop
     asyncio.run(read_three())
     assert most == 1
 

@@ -44,7 +44,7 @@ def test_a_clip_is_made_and_outlives_a_kill_of_the_server(
 ) -> None:
     if not blank.evaluate(H264):
         pytest.skip("this Chromium plays no H.264: apt-get install chromium has one that does")
-    serve = Command(bundle_dir, tmp_path, highres_steps=40)
+    serve = Command(bundle_dir, tmp_path, highres_steps=400)
     with serve():
         blank.goto(serve.url)
         expect(blank.get_by_role("radio")).to_be_checked()
