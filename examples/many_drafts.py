@@ -42,6 +42,8 @@ def main() -> None:
     prompts = make_prompts([(str(number), given.prompt) for number in range(given.count)])
     drafts = given.out / "drafts"
     reporter = Reporter(quiet=True)  # says the files of finished clips, and what goes wrong
+    if unknown := set(given.finish) - {prompt.id for prompt in prompts}:
+        parser.error(f"no draft {', '.join(sorted(unknown))}: they are 0 to {given.count - 1}")
     if given.finish:
         chosen = tuple(prompt for prompt in prompts if prompt.id in given.finish)
         request = Request(prompts=chosen, preset=preset, out=given.out, drafts=drafts)

@@ -136,7 +136,8 @@ def _show(
         words += ["--preset", *_finishing(request.preset)]
     reporter.say("to finish a draft:")
     for prompt, _ in made:
-        reporter.say(f"  {shlex.join(['pw', 'finish', prompt.id, *words])}")
+        named = [*words, "--", prompt.id] if prompt.id.startswith("-") else [prompt.id, *words]
+        reporter.say(f"  {shlex.join(['pw', 'finish', *named])}")
 
 
 def _finishing(preset: Preset) -> list[str]:

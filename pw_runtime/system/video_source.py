@@ -206,7 +206,7 @@ def _require_length(path: Path, times: _Times, video: VideoConfig) -> None:
             f"{path} is a single picture, not a video",
             got="1 frame",
             wanted=f"{video.frames} frames",
-            do="give it to --image, which makes it the first frame of a clip",
+            do="give it to `pw generate --image`, which makes it the first frame of a clip",
         )
     fitting = 4 * ((math.ceil(times.end * video.fps) - 1) // 4) + 1
     rate = math.floor((video.frames - 1) / times.end) + 1

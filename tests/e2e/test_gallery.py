@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,20 @@ def test_a_sheet_of_other_drafts_or_a_source_is_not_replaced(
     assert sheet.read_bytes() == content
     assert gallery("--count", "3").code == 0  # of the same prompts: those that there are, and more
     assert sheet.read_bytes() != content
+
+
+def test_the_command_that_is_told_finishes_an_id_that_begins_with_a_dash(
+    pw: Pw, bundle_dir: Path, preset: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "-x", "text": "a cat"}')
+    made = pw(
+        "gallery", "--model", bundle_dir, "--preset", preset, "--out", tmp_path / "drafts",
+        "--prompts", prompts, "--count", "1",
+    )  # fmt: skip
+    (told,) = [line for line in made.err.splitlines() if "pw finish" in line]
+    assert pw(*shlex.split(told)[1:]).code == 0
+    assert (tmp_path / "drafts" / "finished" / "-x-1.mp4").exists()
 
 
 def test_a_draft_may_be_named_by_its_file(gallery: Callable[..., Ended], tmp_path: Path) -> None:

@@ -83,13 +83,18 @@ def test_a_clip_begins_with_the_picture() -> None:
 
 
 @pytest.mark.slow
-def test_many_drafts_end_with_a_contact_sheet_and_the_chosen_one_is_finished() -> None:
+def test_many_drafts_end_with_a_contact_sheet_and_the_chosen_one_is_finished(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     arguments = (PROMPT, "--preset", PRESET, "--count", 2)
     run("many_drafts.py", *arguments)
     assert Path("clips/drafts/contact_sheet.png").exists()
     run("many_drafts.py", *arguments, "--finish", 1)
     assert size_of(Path("clips/1.mp4")) == SIZE
     assert not Path("clips/0.mp4").exists()
+    with pytest.raises(SystemExit):
+        run("many_drafts.py", *arguments, "--finish", 1, 2)
+    assert "no draft 2: they are 0 to 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
