@@ -13,7 +13,7 @@ import pytest
 from pw_runtime.server.disk_room import ROOM
 from pw_runtime.server.messages import Failed, Fit, Ready
 from pw_runtime.server.settings import Settings
-from pw_runtime.server.store import Store
+from pw_runtime.server.store import Job, Store
 from pw_runtime.server.supervisor import MOST_ATTEMPTS, Supervisor
 from tests.server.servers import PATIENCE
 from tests.server.test_limits import new_job
@@ -65,6 +65,14 @@ async def refuse_next(made: Supervisor) -> str:
     return job.id
 
 
+async def refuse_first(made: Supervisor, store: Store) -> Job:
+    """Let the first job fail because its files are refused; return it as it then is."""
+    assert await refuse_next(made) == new_job(1).id
+    job = store.get(new_job(1).id)
+    assert job is not None
+    return job
+
+
 async def look_for_room(made: Supervisor) -> None:
     """Return when the supervisor has found room."""
     made.changed.clear()
@@ -99,9 +107,7 @@ def test_a_job_that_is_refused_again_and_again_with_room_fails_and_the_next_is_b
 
     async def run() -> None:
         for attempt in range(1, MOST_ATTEMPTS + 1):
-            assert await refuse_next(supervisor) == new_job(1).id
-            job = store.get(new_job(1).id)
-            assert job is not None
+            job = await refuse_first(supervisor, store)
             assert job.status == ("failed" if attempt == MOST_ATTEMPTS else "queued")
             assert supervisor.trouble is not None  # until the next look: it is not tried at once
             await look_for_room(supervisor)
@@ -138,9 +144,7 @@ def test_what_an_unfinished_job_has_filled_the_disk_with_is_removed_and_counted(
 
     async def run() -> None:
         for attempt in range(1, MOST_ATTEMPTS + 1):
-            assert await refuse_next(supervisor) == new_job(1).id
-            job = store.get(new_job(1).id)
-            assert job is not None
+            job = await refuse_first(supervisor, store)
             assert job.status == ("failed" if attempt == MOST_ATTEMPTS else "queued")
             assert not final.exists()
             final.mkdir()
